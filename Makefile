@@ -1,0 +1,31 @@
+# Everything needs only git, Python (3.11 or newer) and make; the virtual environment is made once.
+PYTHON ?= python3
+BIN := .venv/bin
+# The tests run one process per core; each keeps to one thread.
+export OMP_NUM_THREADS := 1
+
+.PHONY: demo test test-slow lint bench clean
+demo: .venv/ready
+	$(BIN)/python examples/demo.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n auto
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -n auto -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/step_time.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[numpyro,pyro,test,bench]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,9 @@
+"""flowvi: one gradient estimator per latent site, for Pyro and NumPyro.
+
+The names here import neither jax nor torch; ``flowvi.numpyro`` and ``flowvi.pyro`` hold the objectives.
+"""
+
+from flowvi.estimators import LR, RP, Auto, Flow, ImplicitRP
+
+__all__ = ["LR", "RP", "Auto", "Flow", "ImplicitRP"]
+__version__ = "0.1.0"

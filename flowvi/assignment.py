@@ -1,0 +1,140 @@
+"""Which estimator serves which site: the five places where one can be said, and their precedence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flowvi.estimators import Estimator
+
+Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
+
+
+class Choice(NamedTuple):
+    """An estimator and where it was said."""
+
+    estimator: Estimator
+    said: str
+
+
+class Assignment:
+    """Chooses the estimator of each random site, strongest first.
+
+    1. the objective's ``estimators``: by name, or a function of the site; 2. ``infer={"estimator": ...}`` at the guide's statement;
+    3. the wrapper ``Estimated``; 4. ``infer={"estimator": ...}`` at the model's statement; 5. the objective's ``default``.
+
+    A name is that of a random site of the guide, or of the model site it stands for.
+
+    Attributes:
+        annotations: The estimators annotated in the model at its last run, by name. The guide runs before the model, so these
+            are known from the run before; ``learn`` says when they were not.
+    """
+
+    def __init__(self, estimators: Estimators, default: Estimator):
+        if isinstance(estimators, Mapping):
+            for name, estimator in estimators.items():
+                require_estimator(estimator, f"estimators[{name!r}]")
+        elif estimators is not None and not callable(estimators):
+            raise TypeError(f"estimators: expected a mapping from site names or a function of the site, found {estimators!r}.")
+        require_estimator(default, "default")
+        self.estimators, self.default = estimators, default
+        self.annotations: dict[str, Estimator] = {}
+
+    def choose(self, site: Any, alias: str, wrapped: Estimator | None) -> Choice:
+        """The estimator of a random site of the guide.
+
+        Args:
+            site: The host's message, a dict with ``"name"`` and ``"infer"``.
+            alias: The name of the model site for which this one stands (its own name if it is replayed as it is).
+            wrapped: The estimator of an ``Estimated`` wrapper, if there is one.
+        """
+        name = site["name"]
+        if isinstance(self.estimators, Mapping):
+            keys = [key for key in dict.fromkeys((name, alias)) if key in self.estimators]
+            if len(keys) > 1:
+                raise ValueError(f"site '{name}': the keys {keys} of estimators both name this site; keep one of them.")
+            if keys:
+                return Choice(self.estimators[keys[0]], f"estimators[{keys[0]!r}]")
+        elif self.estimators is not None and (estimator := self.estimators(site)) is not None:
+            return Choice(require_estimator(estimator, f"site '{name}': estimators(site)"), "estimators(site)")
+        if "estimator" in site["infer"]:
+            return Choice(require_estimator(site["infer"]["estimator"], f"site '{name}': infer['estimator']"), "guide")
+        if wrapped is not None:
+            return Choice(wrapped, "Estimated")
+        if alias in self.annotations:
+            return Choice(self.annotations[alias], "model")
+        return Choice(self.default, "default")
+
+    def learn(self, annotations: dict[str, Estimator]) -> bool:
+        """Take over what the model's run annotated; True if it differs, so that guide and model have to run again."""
+        changed = {k: _identity(v) for k, v in annotations.items()} != {k: _identity(v) for k, v in self.annotations.items()}
+        self.annotations = annotations
+        return changed
+
+    def verify(self, random: Mapping[str, str], fixed: Iterable[str]) -> None:
+        """Refuse names that meet no random site.
+
+        Args:
+            random: Random sites of the guide, each with its alias.
+            fixed: Names of the statements that are no random choice: observed, factors and Deltas.
+        """
+        known, fixed = {*random, *random.values()}, set(fixed)
+        said = {**self.annotations, **(self.estimators if isinstance(self.estimators, Mapping) else {})}
+        for name in said:
+            if name in known:
+                continue
+            where = "infer['estimator'] in the model" if name in self.annotations else "estimators"
+            sites = ", ".join(f"'{site}'" for site in random) or "none"
+            if name in fixed:
+                raise ValueError(
+                    f"site '{name}': {where} names a site that is no random choice of the guide (it is observed, a factor or a Delta "
+                    f"of other sites). The random sites are: {sites}; say the estimator at the one from which '{name}' is drawn."
+                )
+            raise ValueError(f"site '{name}': {where} names no site of the guide; the random sites are: {sites}.")
+
+
+def require_random(site: Any, wrapped: Estimator | None, what: str) -> None:
+    """Refuse an estimator at a statement that is no random choice."""
+    if wrapped is not None or "estimator" in site["infer"]:
+        raise ValueError(f"site '{site['name']}': an estimator needs a random choice, but this site is {what}; remove the estimator.")
+
+
+def require_estimator(estimator: Any, where: str) -> Estimator:
+    if not isinstance(estimator, Estimator):
+        hint = "; did you mean to call it?" if isinstance(estimator, type) else ""
+        raise TypeError(f"{where}: expected an estimator such as flowvi.LR(), found {estimator!r}{hint}")
+    return estimator
+
+
+def _identity(value: Any) -> Any:
+    """Two functions written at the same place with the same closure are the same: an inline lambda is a new object at every run."""
+    if isinstance(value, Estimator):
+        return type(value), tuple(_identity(v) for v in vars(value).values())
+    if isinstance(value, tuple):
+        return tuple(_identity(v) for v in value)
+    if hasattr(value, "__code__"):
+        return value.__code__, tuple(id(cell.cell_contents) for cell in value.__closure__ or ())
+    return id(value) if callable(value) else value
+
+
+@dataclass(frozen=True)
+class SiteDescription:
+    """One random site: its estimator, where that was said, the parameters of its distribution, its plates."""
+
+    name: str
+    estimator: Estimator
+    said: str
+    distribution: str
+    parameters: tuple[str, ...]
+    plates: tuple[str, ...]
+
+
+class Description(tuple[SiteDescription, ...]):
+    """What each random site gets; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("site", "estimator", "said in", "distribution", "parameters", "plates")]
+        rows += [(d.name, repr(d.estimator), d.said, d.distribution, ", ".join(d.parameters), ", ".join(d.plates)) for d in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,457 @@
+"""What happens at one site: the gradient estimators.
+
+Every estimator here is one choice of a velocity field u and a sampling density q in the probability-flow estimator
+
+    E_i = w [ u_i . grad phi + psi_i phi ],    w = p / q,    psi_i = div u_i + u_i . grad_x log p + d_theta_i log p
+
+of Parmas and Sugiyama (AISTATS 2021, eq. 19), where phi is everything the program does with the sample. ("Probability flow" is
+the mass that moves with the parameters. It is neither the ODE of diffusion models nor a normalizing flow.) An estimator
+never draws: the host does, and :meth:`Estimator.attach` returns the same number with the right derivatives.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+from flowvi.ops import Array, Ops
+from flowvi.target import Tangents, Target, unknown_parameter
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A drawn value with its derivatives attached.
+
+    Attributes:
+        value: The value of the site; its tangent is the velocity.
+        score: Batch shape of the site, value 0 and tangent psi; None where psi is identically 0.
+        log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
+    """
+
+    value: Array
+    score: Array | None = None
+    log_weight: Array | None = None
+
+
+class Estimator(ABC):
+    """One gradient estimator for one site: the protocol of :class:`LR`, :class:`RP`, :class:`ImplicitRP`, :class:`Flow`.
+
+    Attributes:
+        q: A function ``q(p) -> distribution`` that proposes the samples, or None for q = p.
+        enters: Whether it acts on the base sample of a plain ``TransformedDistribution`` (or on the outermost value).
+        uses_sampler: Whether the derivative is that of the host's own sampler, so that there is nothing to attach.
+    """
+
+    q: Callable[[Any], Any] | None
+    enters: bool = True
+
+    @property
+    def uses_sampler(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        """The arguments that differ from their defaults, functions by name."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]
+        said.update(said.pop("per_parameter", ()))
+        arguments = (f"{name}={getattr(value, '__name__', repr(value))}" for name, value in said.items() if value is not None)
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def resolve(self, target: Target) -> Estimator:
+        """The estimator that serves ``target``: itself, except for :class:`Auto`."""
+        return self
+
+    def psi_is_zero(self, target: Target) -> bool:
+        """Whether the score term is absent."""
+        return False
+
+    def at_p(self) -> Estimator:
+        """The same field, with samples drawn from p itself."""
+        if self.q is None:
+            return self
+        estimator = copy(self)
+        object.__setattr__(estimator, "q", None)
+        return estimator
+
+    def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:
+        """The sampling density (detached, of the shape of x) and whether it may leave the support of p."""
+        return (target.p0, False) if self.q is None else target.cover(ops, self.q(target.p0))
+
+    @abstractmethod
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        """Attach derivatives to a detached sample ``x`` of the proposal; :func:`attach` adds the weight."""
+
+
+def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
+    """The draw at ``target`` for a sample ``x`` of the estimator's proposal, weight included."""
+    x = ops.stop_gradient(x)
+    if estimator.q is None:
+        return estimator.attach(ops, target, x)
+    q, leaves_support = estimator.proposal(ops, target)
+    log_q = ops.stop_gradient(q.log_prob(x))
+    if leaves_support:
+        inside, x = target.clip(x)
+        log_weight = ops.where(inside, target.p0.log_prob(x) - log_q, ops.asarray(-float("inf"), x))
+    else:
+        log_weight = target.p0.log_prob(x) - log_q
+    log_weight = target.to_batch(ops.stop_gradient(log_weight))
+    if target.validate:
+        ok = ops.all_finite(ops.exp(log_weight))
+        target.check(ops, ok, "the weight p/q is not finite; the density of q must be positive wherever that of p is.")
+    draw = estimator.attach(ops, target, x)
+    return Draw(draw.value, draw.score, log_weight)
+
+
+@dataclass(frozen=True, repr=False)
+class LR(Estimator):
+    r"""Likelihood ratio (score function, REINFORCE): :math:`E = w\,\phi(x)\,\nabla_\theta \log p(x;\theta)`.
+
+    u = 0 and psi is the score. It acts on the outermost value of the site.
+
+    **Requirements**: ``log_prob`` differentiable in the parameters, and a support that does not move with them. The cost may be
+    anything, discontinuous or a black box, as long as its jumps do not move with the parameters either.
+
+    Args:
+        q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
+
+    Raises:
+        ValueError: At the first run, naming the site, where the support moves with a live parameter.
+
+    Example:
+        >>> import flowvi
+        >>> flowvi.LR()
+        LR()
+
+    References:
+        Williams 1992; Ranganath, Gerrish and Blei 2014. Parmas and Sugiyama 2021, eq. 19 with u = 0.
+    """
+
+    q: Callable[[Any], Any] | None = field(default=None, kw_only=True)
+    enters = False
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        _refuse_moving_support(target, "LR")
+        return Draw(target.push(x), target.to_batch(ops.tether(target.p.log_prob(x))))
+
+
+@dataclass(frozen=True, repr=False)
+class RP(Estimator):
+    r"""Reparameterization (pathwise): :math:`E = w\,\nabla_\theta\,\phi(T(\epsilon;\theta))`.
+
+    u is the velocity of the host's own sampler and psi = 0. With a proposal, the sampler is inverted at the sample of q: through a
+    known standardization of the family (location-scale, LogNormal, MultivariateNormal, ...) or through the cdf of a scalar.
+
+    **Requirements**: a reparameterized sampler with an unbiased derivative, and a cost without jumps in x. With ``q``, a known
+    standardization or a differentiable cdf.
+
+    Args:
+        q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
+        force: Trust the derivative of the host's sampler where its flag denies that there is one.
+
+    Raises:
+        ValueError: At the first run, naming the site, where the sampler has no right derivative or cannot be inverted.
+
+    Example:
+        >>> import flowvi
+        >>> flowvi.RP(force=True)
+        RP(force=True)
+
+    References:
+        Kingma and Welling 2014; Rezende, Mohamed and Wierstra 2014. Parmas and Sugiyama 2021, eq. 19 with psi = 0.
+    """
+
+    q: Callable[[Any], Any] | None = None
+    force: bool = field(default=False, kw_only=True)
+
+    @property
+    def uses_sampler(self) -> bool:
+        return self.q is None
+
+    def resolve(self, target: Target) -> Estimator:
+        if self.q is None and not self.force and (why := target.lacks_rsample()):
+            target.refuse(f"RP needs a reparameterized sampler, but {why}; use LR() or ImplicitRP().")
+        return self
+
+    def psi_is_zero(self, target: Target) -> bool:
+        return True
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        return ImplicitRP(target.standardization(ops)).attach(ops, target, x)
+
+
+@dataclass(frozen=True, repr=False)
+class ImplicitRP(Estimator):
+    r"""Implicit reparameterization: :math:`u = -(\partial S/\partial x)^{-1}\,\partial_\theta S(x;\theta)`, from a standardization S.
+
+    psi = 0 where the law of S(x) is free of the parameters (a cdf, a standardization). For any other invertible S set
+    ``exact=False``: psi is then the derivative of log p(x; theta) - log |det dS/dx| along the flow, which is the generalised
+    reparameterization.
+
+    **Requirements**: S differentiable in x and in the parameters, and invertible in x; a cost without jumps in x. For a scalar
+    family S is elementwise; for an event S maps it to a vector of the same size and its Jacobian is solved densely.
+
+    Args:
+        standardization: ``S(x, p) -> eps`` with x of shape batch_shape + event_shape (detached) and p with *live* parameters. The
+            default is the distribution's own cdf.
+        q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
+        exact: Whether the law of S(x) is free of the parameters.
+
+    Raises:
+        ValueError: At the first run, naming the site: no cdf, a cdf without a derivative in a live parameter, an S that returns
+            another shape or does not depend on x.
+
+    Example:
+        >>> import flowvi
+        >>> def standardize(x, p):
+        ...     return (x - p.loc) / p.scale
+        >>> flowvi.ImplicitRP(standardize).exact
+        True
+
+    References:
+        Figurnov, Mohamed and Mnih 2018; Ruiz, Titsias and Blei 2016 (``exact=False``). Parmas and Sugiyama 2021, section 2.3.
+    """
+
+    standardization: Callable[[Array, Any], Array] | None = None
+    q: Callable[[Any], Any] | None = None
+    exact: bool = field(default=True, kw_only=True)
+
+    def psi_is_zero(self, target: Target) -> bool:
+        return self.exact
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        _refuse_discrete(target, "ImplicitRP")
+        if not self.exact:
+            _refuse_moving_support(target, "ImplicitRP(exact=False)")
+        s = self.standardization or target.cdf
+        eps = s(x, target.p)
+        if tuple(eps.shape) != tuple(x.shape):
+            target.refuse(
+                f"the standardization function must return the shape of x, expected {tuple(x.shape)}, "
+                f"found {tuple(eps.shape)}; return one number for each coordinate of x."
+            )
+        if target.event_ndim == 0:
+            _check_elementwise(ops, target, s, x, "the standardization function")
+        slope = _slope(ops, target, lambda x: s(x, target.p0), x)
+        if target.validate:
+            ok = ops.all_finite(ops.log_abs(slope) if target.event_ndim == 0 else ops.log_abs_det(slope))
+            target.check(ops, ok, "dS/dx of the standardization function is 0 or not finite; S must be invertible in x.")
+        tangent = ops.tether(eps)
+        if target.event_ndim == 0:
+            value = x - tangent / slope
+        else:
+            value = x - ops.solve(slope, tangent.reshape(slope.shape[:-1])).reshape(x.shape)
+        if self.exact:
+            return Draw(target.push(value))
+        slope = _slope(ops, target, lambda x: s(x, target.p), value)
+        log_volume = ops.log_abs(slope) if target.event_ndim == 0 else ops.log_abs_det(slope)
+        return Draw(target.push(value), target.to_batch(ops.tether(target.p.log_prob(value) - log_volume)))
+
+
+@dataclass(frozen=True, repr=False)
+class Flow(Estimator):
+    r"""The probability-flow estimator with your own velocity field: :math:`E = w\,[u\cdot\nabla\phi + \psi\,\phi]`.
+
+    :math:`\psi = \nabla\cdot u + u\cdot\nabla_x\log p + \partial_\theta\log p` is computed for you, so that *any* field is
+    unbiased. ("Probability flow" is the flow of mass as the parameters move; neither the ODE of diffusion models nor a normalizing
+    flow.) Two forms:
+
+    * ``Flow(loc=u_loc, scale=u_scale)``: one function ``u(x, p)`` per parameter, elementwise in x. A parameter that is not
+      named has u = 0, that is LR.
+    * ``Flow(velocity)``: ``velocity(x, p, dtheta) -> dx``, for parameters that couple. ``dtheta`` holds a tangent for each
+      parameter by name; dx has the shape of x and must be linear in dtheta.
+
+    **Requirements**: a continuous site with a differentiable ``log_prob``, a support that does not move with the parameters, a field
+    that does not cross the boundary of the support, and that is 0 on (or tangent to) jumps of the cost.
+
+    Args:
+        velocity: The general form.
+        q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
+        divergence: With the general form: ``divergence(x, p, dtheta)`` in closed form, of batch shape and linear in dtheta;
+            ``"pathwise"`` declares psi = 0 (a field that solves the transport equation); the default is exact, by forward
+            derivatives over the event.
+        **per_parameter: The form per parameter.
+
+    Raises:
+        TypeError: Both forms at once, or neither.
+        ValueError: At the first run, naming the site: an unknown or coupled parameter, a field of another shape, one that mixes
+            coordinates (seen where the host's validation is on), a discrete site, a support that moves.
+
+    Example:
+        Halfway between LR and RP for a Normal:
+
+        >>> import flowvi
+        >>> half = flowvi.Flow(loc=lambda x, p: 0.5, scale=lambda x, p: 0.5 * (x - p.loc) / p.scale)
+        >>> [name for name, u in half.per_parameter]
+        ['loc', 'scale']
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19.
+    """
+
+    velocity: Callable[[Array, Any, Any], Array] | None
+    q: Callable[[Any], Any] | None
+    divergence: Callable[[Array, Any, Any], Array] | str | None
+    per_parameter: tuple[tuple[str, Callable[[Array, Any], Array]], ...]
+
+    def __init__(
+        self,
+        velocity: Callable[[Array, Any, Any], Array] | None = None,
+        *,
+        q: Callable[[Any], Any] | None = None,
+        divergence: Callable[[Array, Any, Any], Array] | str | None = None,
+        **per_parameter: Callable[[Array, Any], Array],
+    ):
+        if (velocity is None) == (not per_parameter):
+            raise TypeError("Flow takes either velocity(x, p, dtheta) or one function u(x, p) for each parameter by name.")
+        if divergence is not None and velocity is None:
+            raise TypeError("Flow takes a divergence with the general form only; per parameter it is exact and cheap.")
+        if isinstance(divergence, str) and divergence != "pathwise":
+            raise TypeError(f"Flow's divergence is a function, 'pathwise' or None; found {divergence!r}.")
+        object.__setattr__(self, "velocity", velocity)
+        object.__setattr__(self, "q", q)
+        object.__setattr__(self, "divergence", divergence)
+        object.__setattr__(self, "per_parameter", tuple(per_parameter.items()))
+
+    def psi_is_zero(self, target: Target) -> bool:
+        return self.divergence == "pathwise"
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        _refuse_discrete(target, "Flow")
+        _refuse_moving_support(target, "a Flow field that is not known to ride the moving bound")
+        velocity, divergence = self._elementwise(ops, target, x) if self.velocity is None else self._general(ops, target, x)
+        if target.validate:
+            ok = ops.all_finite(velocity) if divergence is None else ops.all_finite(velocity.sum() + divergence.sum())
+            target.check(ops, ok, "the velocity field or its divergence is NaN or infinite at a sample.")
+        value = x + velocity
+        if divergence is None:
+            return Draw(target.push(value))
+        return Draw(target.push(value), target.to_batch(ops.tether(target.p.log_prob(value) + divergence)))
+
+    def _elementwise(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array]:
+        if chart := target.chart():
+            target.refuse(
+                f"a field per parameter cannot stay on a support of lower dimension ({chart}); "
+                "use Flow(velocity) with a dx that is tangent to it."
+            )
+        dtheta, velocity, divergence = Tangents(ops, target), None, None
+        for name, u in self.per_parameter:
+            if name not in target.parameters:
+                target.refuse(unknown_parameter(target, name))
+            tangent = getattr(dtheta, name)
+            if ops.broadcast_shapes(tuple(tangent.shape), tuple(x.shape)) != tuple(x.shape):
+                target.refuse(
+                    f"parameter '{name}' of shape {tuple(tangent.shape)} does not act coordinate by coordinate on x of shape "
+                    f"{tuple(x.shape)}; use the general form Flow(velocity)."
+                )
+
+            def u_at(x: Array, p: Any, u=u, name=name) -> Array:
+                return _in_shape(ops, target, u(x, p), x, f"the velocity of '{name}'")
+
+            _check_elementwise(ops, target, u_at, x, f"the velocity of '{name}'")
+            at_x, slope = (ops.stop_gradient(a) for a in ops.derivative(partial(u_at, p=target.p0), x))
+            dx, div = at_x * tangent, target.sum_event(slope * tangent)
+            velocity, divergence = (dx, div) if velocity is None else (velocity + dx, divergence + div)
+        return velocity, divergence
+
+    def _general(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array | None]:
+        dtheta = Tangents(ops, target)
+        assert self.velocity is not None
+        velocity_of = self.velocity
+
+        def dx(x: Array) -> Array:
+            return _in_shape(ops, target, velocity_of(x, target.p0, dtheta), x, "the velocity")
+
+        if callable(self.divergence):
+            velocity, divergence = dx(x), self.divergence(x, target.p0, dtheta)
+        elif self.divergence == "pathwise":
+            velocity, divergence = dx(x), None
+        elif target.event_ndim == 0:
+            velocity, divergence = ops.derivative(dx, x)
+        else:
+            chart = target.chart()
+            if chart not in (None, "simplex"):
+                target.refuse(
+                    f"the divergence on a support of lower dimension ({chart}) is not the sum over coordinates; "
+                    "give divergence(x, p, dtheta) in closed form."
+                )
+            velocity, jacobian = ops.jacobian(dx, x, target.event_ndim)
+            divergence = ops.trace(jacobian)
+            if chart == "simplex":  # in the chart that drops the last coordinate: the last moves against each of the others
+                divergence = divergence - jacobian[..., -1].sum(-1)
+        if target.validate:
+            ok = ops.is_close(velocity, 0 * x)
+            target.check(ops, ok, "velocity(x, p, dtheta) must be linear in dtheta, but is not 0 at dtheta = 0.")
+        velocity = ops.tether(velocity)
+        return velocity, None if divergence is None else ops.tether(divergence)
+
+
+@dataclass(frozen=True, repr=False)
+class Auto(Estimator):
+    """:class:`RP` where the host's distribution is fully reparameterized with an unbiased derivative, else :class:`LR`; the default.
+
+    **Requirements**: those of the estimator it chooses.
+
+    Raises:
+        ValueError: At the first run, naming the site, where neither is right (a moving support without a reparameterized sampler).
+
+    Example:
+        >>> import flowvi
+        >>> flowvi.Auto()
+        Auto()
+
+    References:
+        Schulman, Heess, Weber and Abbeel 2015.
+    """
+
+    q = None
+
+    def resolve(self, target: Target) -> Estimator:
+        return LR() if target.lacks_rsample() else RP()
+
+    def psi_is_zero(self, target: Target) -> bool:
+        return not target.lacks_rsample()
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        raise TypeError("Auto is resolved to RP or LR before it is attached.")
+
+
+def _refuse_moving_support(target: Target, what: str) -> None:
+    if bounds := target.moving_bounds():
+        target.refuse(
+            f"{what} is biased where the support moves with a parameter, but that of {target.family} moves with {', '.join(bounds)} "
+            "(a traced bound counts as live); use RP() or ImplicitRP(), or make the bound a constant."
+        )
+
+
+def _refuse_discrete(target: Target, what: str) -> None:
+    if target.is_discrete():
+        target.refuse(f"{what} needs a continuous distribution, but {target.family} is discrete; use LR().")
+
+
+def _in_shape(ops: Ops, target: Target, u: Array, x: Array, what: str) -> Array:
+    u = ops.asarray(u, x)
+    if len(u.shape) > len(x.shape) or any(n not in (1, m) for n, m in zip(reversed(u.shape), reversed(x.shape), strict=False)):
+        target.refuse(
+            f"{what} must have the shape of x or one that broadcasts to it, expected {tuple(x.shape)}, found {tuple(u.shape)}."
+        )
+    return ops.broadcast_to(u, x.shape)
+
+
+def _check_elementwise(ops: Ops, target: Target, f: Callable[[Array, Any], Array], x: Array, what: str) -> None:
+    """An elementwise f has D f(x) . t = f'(x) t for every t; a field that mixes coordinates does not."""
+    if not target.validate or x.ndim == 0:
+        return
+    with target.probe(x) as (x, p):
+        tangent = ops.ramp(x)
+        slope = ops.derivative(lambda x: f(x, p), x)[1] * tangent
+        along = ops.directional(lambda x: f(x, p), x, tangent)
+        ok = ops.is_close(along, slope) | ~ops.all_finite(slope)
+        target.check(ops, ok, f"{what} must be elementwise, but at one coordinate it reads x at another; use Flow(velocity).")
+
+
+def _slope(ops: Ops, target: Target, f: Callable[[Array], Array], x: Array) -> Array:
+    """df/dx: elementwise for a scalar family, the Jacobian over the event otherwise."""
+    return ops.derivative(f, x)[1] if target.event_ndim == 0 else ops.jacobian(f, x, target.event_ndim)[1]

@@ -1,0 +1,12 @@
+"""flowvi for NumPyro."""
+
+try:
+    import numpyro as _numpyro  # noqa: F401
+except ImportError as error:
+    error.add_note("flowvi.numpyro needs NumPyro: pip install 'flowvi[numpyro]'")
+    raise
+
+from flowvi.numpyro.distributions import Estimated
+from flowvi.numpyro.elbo import TraceFlow_ELBO
+
+__all__ = ["Estimated", "TraceFlow_ELBO"]

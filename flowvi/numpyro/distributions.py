@@ -1,0 +1,241 @@
+"""NumPyro's distributions as the core sees them, and the wrapper :class:`Estimated`."""
+
+from __future__ import annotations
+
+import operator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax.core import Tracer
+from jax.lax import stop_gradient
+from multipledispatch import dispatch
+from numpyro.distributions.batch_util import promote_batch_shape
+from numpyro.distributions.transforms import ComposeTransform, Transform
+
+import flowvi.ops.jax as ops
+from flowvi.estimators import Draw, Estimator, attach
+from flowvi.target import Support, Target
+
+
+class NumPyroTarget(Target):
+    """See :class:`flowvi.target.Target`."""
+
+    def __init__(self, name: str, fn: dist.Distribution, enters: bool):
+        self.name = name
+        self.batch_ndim = len(fn.batch_shape)
+        self.transforms: list[Transform] = []
+        self.shape = fn.shape()
+        self.p = unwrap(fn)
+        while enters and type(self.p) is dist.TransformedDistribution:
+            self.shape = ComposeTransform(self.p.transforms).inverse_shape(self.shape)
+            self.transforms = self.p.transforms + self.transforms
+            self.p = unwrap(self.p.base_dist)
+        self.event_ndim = self.p.event_dim
+        self.validate = bool(dist.Distribution._validate_args)
+
+    def detach(self, p):
+        p = jax.tree.map(stop_gradient, p)
+        p._validate_args = False
+        return p
+
+    def is_live(self, value):
+        return isinstance(value, Tracer)
+
+    def moving_transforms(self):
+        if type(self.p) is not dist.TransformedDistribution or not _bounded(self.p.base_dist):
+            return []
+        return [type(t).__name__ for t in self.p.transforms if any(map(self.is_live, jax.tree.leaves(t)))]
+
+    def lacks_rsample(self):
+        p = self.p.base_dist if type(self.p) is dist.TransformedDistribution else self.p
+        if p.has_rsample:
+            return None
+        missing = sorted(set(p.arg_constraints) - set(p.reparametrized_params))
+        return f"{type(p).__name__} has none" + (f" for {missing}" if missing else "")
+
+    def cdf(self, x, p):
+        try:
+            return p.cdf(x)
+        except NotImplementedError:
+            self.refuse(f"ImplicitRP needs a cdf, but {self.family} has none; give ImplicitRP(standardization) your own S(x, p).")
+        except (ValueError, ImportError) as error:
+            self.refuse(
+                f"the cdf of {self.family} cannot be differentiated in its live parameters ({error}); "
+                "give ImplicitRP(standardization) your own S(x, p), or use RP() or LR()."
+            )
+
+    def expand(self, q):
+        if not isinstance(q, dist.Distribution):
+            self.refuse(f"q(p) must return a NumPyro distribution, found {type(q).__name__}.")
+        return self.detach(q.expand(self.batch_shape))
+
+    def clip(self, x):
+        inside = self.p0.support(x)
+        feasible = self.p0.support.feasible_like(x)
+        return inside, jnp.where(inside.reshape(inside.shape + (1,) * self.event_ndim), x, feasible)
+
+    @contextmanager
+    def probe(self, x):
+        """Under ``jit`` no value is known, so that made-up numbers stand in for the traced ones."""
+
+        def known(leaf):
+            if not isinstance(leaf, Tracer):
+                return leaf
+            return ops.ramp(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)) if jnp.issubdtype(leaf.dtype, jnp.floating) else None
+
+        with jax.ensure_compile_time_eval():
+            yield known(x), jax.tree.map(known, self.p0)
+
+    def sample(self, q: Any, key: jax.Array) -> jax.Array:
+        """Draw x, of the full shape, from p0 or from an expanded proposal."""
+        return stop_gradient(q.expand(self.batch_shape)(rng_key=key, sample_shape=()))
+
+
+def unwrap(fn: dist.Distribution) -> dist.Distribution:
+    """Take off what does not change the family: independent, expanded, masked, estimated."""
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution | Estimated):
+        fn = fn.base_dist
+    return fn
+
+
+def find_estimated(fn: dist.Distribution) -> Estimator | None:
+    """The estimator of the outermost :class:`Estimated` wrapper around the site's family."""
+    while isinstance(
+        fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution | dist.TransformedDistribution | Estimated
+    ):
+        if isinstance(fn, Estimated):
+            return fn.estimator
+        inner = fn.base_dist
+        if isinstance(fn, dist.TransformedDistribution) and find_estimated(inner) is not None:
+            raise ValueError(
+                f"Estimated must wrap the whole {type(fn).__name__}, found it around the base distribution; "
+                "write Estimated(TransformedDistribution(base, transforms), estimator)."
+            )
+        fn = inner
+    return None
+
+
+def _bounded(p: dist.Distribution) -> bool:
+    support = Support.of(p.support)
+    unbounded = Support.of(dist.constraints.real)
+    return support != unbounded
+
+
+class Estimated(dist.Distribution):
+    r"""A distribution that carries its own gradient estimator: ``Estimated(dist.Normal(loc, scale), LR())``.
+
+    Inside ``TraceFlow_ELBO`` its site is served by ``estimator``, in ``scan`` and ``cond`` too, where handlers do not reach. Everywhere
+    else it is ``base_dist``: it draws from p (never from a proposal q), and its ``log_prob`` is p's. NumPyro's own ELBOs ignore
+    score terms, so that they treat it as ``base_dist``.
+
+    **Requirements**: those of the estimator. It wraps a whole distribution; ``to_event``, ``expand`` and ``mask`` may follow.
+
+    Args:
+        base_dist: The distribution p, of any batch and event shape.
+        estimator: The estimator of the site.
+
+    Raises:
+        TypeError: ``estimator`` is not an estimator.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> from flowvi import LR
+        >>> from flowvi.numpyro import Estimated
+        >>> Estimated(dist.Normal(0.0, 1.0), LR()).expand([3]).to_event(1).event_shape
+        (3,)
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19.
+    """
+
+    arg_constraints: ClassVar[dict] = {}
+    pytree_data_fields = ("base_dist",)
+    pytree_aux_fields = ("estimator",)
+
+    def __init__(self, base_dist: dist.Distribution, estimator: Estimator, *, validate_args: bool | None = None):
+        if not isinstance(estimator, Estimator):
+            raise TypeError(f"Estimated: expected an estimator such as flowvi.LR(), found {estimator!r}")
+        self.base_dist = base_dist
+        self.estimator = estimator
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args)
+
+    @property
+    def support(self):
+        return self.base_dist.support
+
+    @property
+    def has_rsample(self):
+        return self.base_dist.has_rsample
+
+    @property
+    def has_enumerate_support(self):
+        return self.base_dist.has_enumerate_support
+
+    def sample(self, key, sample_shape=()):
+        name = f"Estimated({type(unwrap(self)).__name__})"  # a distribution does not know the name of its site
+        estimator = self.estimator.resolve(NumPyroTarget(name, self.base_dist, enters=True))
+        if not _ATTACHING.get() or estimator.uses_sampler:
+            return self.base_dist.sample(key, sample_shape)
+        fn = self.base_dist.expand_by(sample_shape) if sample_shape else self.base_dist
+        return draw(NumPyroTarget(name, fn, estimator.enters), estimator, key).value
+
+    def log_prob(self, value, intermediates=None):
+        return self.base_dist.log_prob(value)
+
+    def enumerate_support(self, expand=True):
+        return self.base_dist.enumerate_support(expand)
+
+    mean = property(operator.attrgetter("base_dist.mean"))
+    variance = property(operator.attrgetter("base_dist.variance"))
+
+    def cdf(self, value):
+        return self.base_dist.cdf(value)
+
+    def icdf(self, q):
+        return self.base_dist.icdf(q)
+
+    def entropy(self):
+        return self.base_dist.entropy()
+
+
+_ATTACHING: ContextVar[bool] = ContextVar("attaching", default=False)
+
+
+@contextmanager
+def attaching(on: bool):
+    """Whether :class:`Estimated` attaches derivatives when it is sampled: only while one of flowvi's objectives runs."""
+    token = _ATTACHING.set(on)
+    try:
+        yield
+    finally:
+        _ATTACHING.reset(token)
+
+
+def draw(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> Draw:
+    """Draw at a site from the estimator's proposal and attach derivatives and weight."""
+    q, _ = estimator.proposal(ops, target)
+    return attach(ops, target, estimator, target.sample(q, key))
+
+
+@promote_batch_shape.register
+def _promote_estimated(d: Estimated):
+    return Estimated(promote_batch_shape(d.base_dist), d.estimator)
+
+
+@dispatch(Estimated, dist.Distribution)
+def kl_divergence(p, q):
+    return dist.kl_divergence(p.base_dist, q)
+
+
+@dispatch(dist.Distribution, Estimated)  # type: ignore[no-redef]
+def kl_divergence(p, q):  # noqa: F811
+    return dist.kl_divergence(p, q.base_dist)
+
+
+@dispatch(Estimated, Estimated)  # type: ignore[no-redef]
+def kl_divergence(p, q):  # noqa: F811
+    return dist.kl_divergence(p.base_dist, q.base_dist)

@@ -1,0 +1,78 @@
+"""The operations of the core over JAX arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.lax import stop_gradient
+from jax.scipy.linalg import solve_triangular
+
+broadcast_to, where, exp, log = jnp.broadcast_to, jnp.where, jnp.exp, jnp.log
+
+
+def broadcast_shapes(*shapes):
+    return lax.broadcast_shapes(*shapes)
+
+
+def asarray(x, like):
+    return jnp.asarray(x, like.dtype)
+
+
+def tether(t):
+    t = jnp.asarray(t)
+    return t - stop_gradient(t)
+
+
+def derivative(f, x):
+    return jax.jvp(f, (x,), (jnp.ones_like(x),))
+
+
+def directional(f, x, tangent):
+    return jax.jvp(f, (x,), (tangent,))[1]
+
+
+def jacobian(f, x, event_ndim):
+    batch_shape, event_shape = x.shape[: x.ndim - event_ndim], x.shape[x.ndim - event_ndim :]
+    size = int(np.prod(event_shape))
+    basis = jnp.eye(size, dtype=x.dtype).reshape((size, *event_shape))
+    value, columns = jax.vmap(lambda e: jax.jvp(f, (x,), (jnp.broadcast_to(e, x.shape),)), out_axes=(None, -1))(basis)
+    return value, columns.reshape((*batch_shape, size, size))
+
+
+def log_abs(x):
+    return jnp.log(jnp.abs(x))
+
+
+def trace(a):
+    return jnp.trace(a, axis1=-2, axis2=-1)
+
+
+def solve(a, b):
+    return jnp.linalg.solve(a, b[..., None])[..., 0]
+
+
+def solve_lower(a, b):
+    a = jnp.broadcast_to(a, b.shape + b.shape[-1:])
+    return solve_triangular(a, b[..., None], lower=True)[..., 0]
+
+
+def log_abs_det(a):
+    return jnp.linalg.slogdet(a)[1]
+
+
+def ramp(x):
+    return jnp.linspace(0.2, 0.8, x.size, dtype=x.dtype).reshape(x.shape)
+
+
+def all_finite(x):
+    return jnp.isfinite(x).all()
+
+
+def is_close(x, y):
+    return (jnp.abs(x - y) <= 100 * jnp.finfo(x.dtype).eps * (1 + jnp.abs(x) + jnp.abs(y))).all()
+
+
+def check(ok, message):
+    if not isinstance(ok, Tracer) and not ok:  # as in NumPyro's own validation, nothing is known of a traced value
+        raise ValueError(message)

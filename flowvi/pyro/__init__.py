@@ -1,0 +1,12 @@
+"""flowvi for Pyro."""
+
+try:
+    import pyro as _pyro  # noqa: F401
+except ImportError as error:
+    error.add_note("flowvi.pyro needs Pyro: pip install 'flowvi[pyro]'")
+    raise
+
+from flowvi.pyro.distributions import Estimated
+from flowvi.pyro.elbo import TraceFlow_ELBO
+
+__all__ = ["Estimated", "TraceFlow_ELBO"]

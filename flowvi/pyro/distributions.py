@@ -1,0 +1,260 @@
+"""Pyro's distributions as the core sees them, and the wrapper :class:`Estimated`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.infer.util import is_validation_enabled
+from torch.distributions import constraints
+from torch.distributions.kl import kl_divergence, register_kl
+
+import flowvi.ops.torch as ops
+from flowvi.estimators import Draw, Estimator, attach
+from flowvi.target import Support, Target
+
+BIASED_SAMPLERS = (
+    dist.RelaxedBernoulliStraightThrough,
+    dist.OneHotCategoricalStraightThrough,
+    dist.MixtureOfDiagNormals,
+    dist.MixtureOfDiagNormalsSharedCovariance,
+)
+
+
+class PyroTarget(Target):
+    """See :class:`flowvi.target.Target`."""
+
+    def __init__(self, name: str, fn: Any, enters: bool):
+        self.name = name
+        self.batch_ndim = len(fn.batch_shape)
+        self.transforms = []
+        self.shape = fn.shape()
+        self.p = unwrap(fn)
+        while enters and type(self.p) in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
+            for transform in reversed(self.p.transforms):
+                self.shape = transform.inverse_shape(self.shape)
+            self.transforms = self.p.transforms + self.transforms
+            self.p = unwrap(self.p.base_dist)
+        self.event_ndim = len(self.p.event_shape)
+        self.validate = is_validation_enabled()
+
+    def detach(self, p):
+        return _detach(p)
+
+    def is_live(self, value):
+        return isinstance(value, torch.Tensor) and value.requires_grad
+
+    def moving_transforms(self):
+        p = self.p
+        if type(p) not in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
+            return []
+        if Support.of(unwrap(p.base_dist).support) == Support.of(constraints.real):
+            return []
+        return [type(t).__name__ for t in p.transforms if any(map(self.is_live, _tensors(t)))]
+
+    def lacks_rsample(self):
+        p = self.p
+        while type(p) in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
+            p = unwrap(p.base_dist)
+        if isinstance(p, BIASED_SAMPLERS):
+            return f"the derivative of {type(p).__name__}'s is biased"
+        return None if p.has_rsample else f"{type(p).__name__} has none"
+
+    def cdf(self, x, p):
+        concentration = getattr(p, "concentration", None)
+        if isinstance(p, torch.distributions.Gamma | dist.InverseGamma) and self.is_live(concentration):
+            self.refuse(
+                f"torch's cdf of {self.family} cannot be differentiated in its live concentration; "
+                "give ImplicitRP(standardization) your own S(x, p), or use RP() or LR()."
+            )
+        try:
+            return p.cdf(x)
+        except NotImplementedError:
+            self.refuse(f"ImplicitRP needs a cdf, but {self.family} has none; give ImplicitRP(standardization) your own S(x, p).")
+
+    def expand(self, q):
+        if not isinstance(q, torch.distributions.Distribution):
+            self.refuse(f"q(p) must return a Pyro distribution, found {type(q).__name__}.")
+        return _detach(q.expand(self.batch_shape))
+
+    def clip(self, x):
+        inside = self.p0.support.check(x)
+        feasible = torch.distributions.transform_to(self.p0.support)(torch.zeros_like(x))
+        return inside, torch.where(inside.reshape(inside.shape + (1,) * self.event_ndim), x, feasible)
+
+
+def draw(target: PyroTarget, estimator: Estimator) -> Draw:
+    """Draw at a site from the estimator's proposal and attach derivatives and weight."""
+    with torch.no_grad():
+        q = target.p if estimator.q is None else estimator.proposal(ops, target)[0]
+        x = q.expand(target.batch_shape)()
+    return attach(ops, target, estimator, x)
+
+
+def unwrap(fn: Any) -> Any:
+    """Take off what does not change the family: independent, expanded, masked, estimated."""
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution | ExpandedDistribution | Estimated):
+        fn = fn.base_dist
+    return fn
+
+
+def find_estimated(fn: Any) -> Estimator | None:
+    """The estimator of the outermost :class:`Estimated` wrapper around the site's family."""
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution | ExpandedDistribution | Estimated):
+        if isinstance(fn, Estimated):
+            return fn.estimator
+        fn = fn.base_dist
+    if isinstance(fn, torch.distributions.TransformedDistribution) and find_estimated(fn.base_dist) is not None:
+        raise ValueError(
+            f"Estimated must wrap the whole {type(fn).__name__}, found it around the base distribution; "
+            "write Estimated(TransformedDistribution(base, transforms), estimator)."
+        )
+    return None
+
+
+def _detach(value: Any) -> Any:
+    """A copy in which every tensor is detached, through distributions, transforms, modules and containers."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(map(_detach, value))
+    if isinstance(value, dict):
+        return type(value)((k, _detach(v)) for k, v in value.items())
+    if isinstance(value, torch.distributions.Distribution | torch.distributions.Transform | torch.nn.Module):
+        new: Any = copy.copy(value)
+        new.__dict__.update({k: _detach(v) for k, v in new.__dict__.items()})
+        if isinstance(value, torch.distributions.Distribution):
+            new._validate_args = False
+        return new
+    return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+    elif isinstance(value, torch.distributions.Transform | torch.nn.Module):
+        yield from _tensors(vars(value))
+
+
+class Estimated(dist.TorchDistribution):
+    r"""A distribution that carries its own gradient estimator: ``Estimated(dist.Normal(loc, scale), LR())``.
+
+    Inside ``TraceFlow_ELBO`` its site is served by ``estimator``. Everywhere else it draws from p (never from a proposal q) and its
+    ``log_prob`` is p's; with its derivatives attached, so that Pyro's ``Trace_ELBO``, ``TraceGraph_ELBO`` and ``TraceEnum_ELBO`` follow
+    the estimator at q = p too. There it has to be the outermost wrapper; its ``to_event``, ``expand`` and ``mask`` keep it there.
+
+    **Requirements**: those of the estimator. It wraps a whole distribution.
+
+    Args:
+        base_dist: The distribution p, of any batch and event shape.
+        estimator: The estimator of the site.
+
+    Raises:
+        TypeError: ``estimator`` is not an estimator.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from flowvi import LR
+        >>> from flowvi.pyro import Estimated
+        >>> Estimated(dist.Normal(0.0, 1.0), LR()).expand([3]).to_event(1).event_shape
+        torch.Size([3])
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19.
+    """
+
+    arg_constraints: ClassVar[dict] = {}
+
+    def __init__(self, base_dist: Any, estimator: Estimator, *, validate_args: bool | None = None):
+        if not isinstance(estimator, Estimator):
+            raise TypeError(f"Estimated: expected an estimator such as flowvi.LR(), found {estimator!r}")
+        self.base_dist, self.estimator = base_dist, estimator
+        # psi = 0 at q = p; Pyro assigns this attribute, so that it is none of the base's
+        self.has_rsample = estimator.psi_is_zero(PyroTarget(self._name, base_dist, enters=True))
+        super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args)
+
+    @property
+    def _name(self) -> str:  # a distribution does not know the name of its site
+        return f"Estimated({type(unwrap(self.base_dist)).__name__})"
+
+    @constraints.dependent_property
+    def support(self):
+        return self.base_dist.support
+
+    @property
+    def has_enumerate_support(self):  # type: ignore[override]
+        return self.base_dist.has_enumerate_support
+
+    @property
+    def mean(self):
+        return self.base_dist.mean
+
+    @property
+    def variance(self):
+        return self.base_dist.variance
+
+    def expand(self, batch_shape, _instance=None):
+        return Estimated(self.base_dist.expand(batch_shape), self.estimator)
+
+    def to_event(self, reinterpreted_batch_ndims=None):
+        return Estimated(self.base_dist.to_event(reinterpreted_batch_ndims), self.estimator)
+
+    def mask(self, mask):
+        return Estimated(self.base_dist.mask(mask), self.estimator)
+
+    def __call__(self, sample_shape=torch.Size()):  # noqa: B008
+        fn = self.base_dist.expand_by(sample_shape) if sample_shape else self.base_dist
+        estimator = self._at_q_equal_p(fn)
+        return fn() if estimator.uses_sampler else draw(PyroTarget(self._name, fn, estimator.enters), estimator).value
+
+    sample = rsample = __call__
+
+    def log_prob(self, value):
+        return self.base_dist.log_prob(value)
+
+    def score_parts(self, value):
+        log_prob = self.log_prob(value)
+        estimator = self._at_q_equal_p(self.base_dist)
+        if estimator.uses_sampler:
+            return self.base_dist.score_parts(value)
+        target = PyroTarget(self._name, self.base_dist, estimator.enters)
+        score = attach(ops, target, estimator, target.pull(value.detach())).score
+        return ScoreParts(log_prob, torch.zeros(()) if score is None else score, log_prob)
+
+    def enumerate_support(self, expand=True):
+        return self.base_dist.enumerate_support(expand)
+
+    def cdf(self, value):
+        return self.base_dist.cdf(value)
+
+    def icdf(self, value):
+        return self.base_dist.icdf(value)
+
+    def entropy(self):
+        return self.base_dist.entropy()
+
+    def _at_q_equal_p(self, fn: Any) -> Estimator:
+        return self.estimator.at_p().resolve(PyroTarget(self._name, fn, enters=True))
+
+
+@register_kl(Estimated, torch.distributions.Distribution)
+def _kl_of_estimated(p, q):
+    return kl_divergence(p.base_dist, q)
+
+
+@register_kl(torch.distributions.Distribution, Estimated)
+def _kl_to_estimated(p, q):
+    return kl_divergence(p, q.base_dist)
+
+
+@register_kl(Estimated, Estimated)
+def _kl_between_estimated(p, q):
+    return kl_divergence(p.base_dist, q.base_dist)

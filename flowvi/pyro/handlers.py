@@ -1,0 +1,94 @@
+"""Effect handlers: attach estimators where the guide draws, and read annotations where the model runs."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+from pyro.distributions import Delta, Unit
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+import flowvi.ops.torch as ops
+from flowvi.assignment import Assignment, SiteDescription, require_estimator, require_random
+from flowvi.estimators import Draw
+from flowvi.pyro.distributions import PyroTarget, draw, find_estimated, unwrap
+
+
+def _fixed(msg) -> str | None:
+    """What the statement is, if it is no random choice."""
+    family = unwrap(msg["fn"])
+    if isinstance(family, Unit):
+        return "a factor"
+    if msg["is_observed"]:
+        return "observed"
+    return "a Delta" if isinstance(family, Delta) else None
+
+
+class attach_estimators(Messenger):
+    """Serve every random site of the guide by its estimator.
+
+    Attributes:
+        random: The random sites in program order, and what each was served by.
+        aliases: For each random site, the model site for which it stands.
+        draws: The draws of the sites that have a score or a weight.
+        fixed: Names of the statements that are no random choice.
+    """
+
+    def __init__(self, assignment: Assignment):
+        super().__init__()
+        self.assignment = assignment
+        self.random: dict[str, SiteDescription] = {}
+        self.aliases: dict[str, str] = {}
+        self.draws: dict[str, Draw] = {}
+        self.fixed: list[str] = []
+
+    def _pyro_sample(self, msg):
+        if site_is_subsample(msg):
+            return
+        name, wrapped = msg["name"], find_estimated(msg["fn"])
+        if what := _fixed(msg):
+            require_random(msg, wrapped, what)
+            self.fixed.append(name)
+            if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
+                self.draws[name] = Draw(msg["value"], score=ops.tether(msg["fn"].log_prob(msg["value"])))
+            return
+        if "enumerate" in msg["infer"]:
+            raise ValueError(
+                f"site '{name}': expected a site that is sampled, found infer['enumerate']; enumerate with TraceEnum_ELBO."
+            )
+        alias = name.removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else name
+        choice = self.assignment.choose(msg, alias, wrapped)
+        estimator = choice.estimator.resolve(PyroTarget(name, msg["fn"], enters=True))
+        target = PyroTarget(name, msg["fn"], estimator.enters)
+        if msg["value"] is None:
+            self._draw(msg, target, estimator, wrapped)
+        plates = tuple(frame.name for frame in msg["cond_indep_stack"])
+        self.random[name] = SiteDescription(name, estimator, choice.said, target.family, target.parameters, plates)
+        self.aliases[name] = alias
+
+    def _draw(self, msg, target, estimator, wrapped):
+        name = msg["name"]
+        if not estimator.uses_sampler:
+            self.draws[name] = draw(target, estimator)
+            msg["value"], msg["done"] = self.draws[name].value, True
+        elif isinstance(target.p, dist.Rejector):  # a path and a score
+            x = target.p()
+            score = target.to_batch(ops.tether(target.p.score_parts(x).score_function))
+            self.draws[name] = Draw(target.push(x), score)
+            msg["value"], msg["done"] = self.draws[name].value, True
+        elif wrapped is not None or estimator.force:
+            msg["value"], msg["done"] = target.push(target.p.expand(target.batch_shape).rsample()), True
+
+
+class read_annotations(Messenger):
+    """Collect ``infer={"estimator": ...}`` from the model, before ``replay`` overwrites it."""
+
+    def __init__(self):
+        super().__init__()
+        self.annotations = {}
+
+    def _pyro_sample(self, msg):
+        if not site_is_subsample(msg) and "estimator" in msg["infer"]:
+            if what := _fixed(msg):
+                require_random(msg, None, what)
+            where = f"site '{msg['name']}': infer['estimator']"
+            self.annotations[msg["name"]] = require_estimator(msg["infer"]["estimator"], where)

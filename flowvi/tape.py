@@ -1,0 +1,107 @@
+"""The records of one run of guide and model: all that an objective needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flowvi.estimators import Draw
+from flowvi.ops import Array
+
+
+class Frame(NamedTuple):
+    """One plate around a statement: a batch dim (negative) that its elements do not share."""
+
+    name: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Term:
+    """One cost: the log density of a sample or factor statement, signed, scaled and masked, not yet summed.
+
+    Attributes:
+        name: The statement's name.
+        frames: Its plates.
+        log_density: Any batch shape; a batch dim outside every plate is summed before costs meet.
+        ancestors: Names of the random sites on which the cost depends.
+    """
+
+    name: str
+    frames: frozenset[Frame]
+    log_density: Array
+    ancestors: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One random choice of the guide whose draw has a score or a weight.
+
+    Attributes:
+        name: The site's name.
+        frames: Its plates.
+        draw: What its estimator attached.
+        ancestors: Names of the random sites on which its draw depends, its own included.
+    """
+
+    name: str
+    frames: frozenset[Frame]
+    draw: Draw
+    ancestors: frozenset[str]
+
+
+class Tape(NamedTuple):
+    """One run: its costs, and the random choices that have a score or a weight."""
+
+    terms: list[Term]
+    sites: list[Site]
+
+
+class Statement(NamedTuple):
+    """A sample statement in program order; statements of one ``block`` (the body of a scan) may depend on each other."""
+
+    name: str
+    block: Any = None
+
+
+def program_order(
+    guide: Iterable[Statement], model: Iterable[Statement], random: frozenset[str]
+) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
+    """Ancestors of each cost among the ``random`` sites of the guide, as far as the order of statements tells.
+
+    A cost cannot depend on a site that its program had not reached. The model reaches a site of the guide at its own statement of
+    that name, and with it all that the guide had drawn before; auxiliary sites, which the model does not name, count as reached
+    before the model begins.
+
+    Returns:
+        The ancestors by name, for the statements of the guide and for those of the model.
+    """
+    guide, model = list(guide), list(model)
+    reached: frozenset[str] = frozenset()
+    of_guide: dict[str, frozenset[str]] = {}
+    for block in _blocks(guide):
+        reached |= frozenset(block) & random
+        of_guide |= dict.fromkeys(block, reached)
+
+    in_model = {statement.name for statement in model}
+    reached = frozenset().union(*(of_guide[s.name] for s in guide if s.name in random and s.name not in in_model))
+    of_model: dict[str, frozenset[str]] = {}
+    for block in _blocks(model):
+        reached = reached.union(*(of_guide.get(name, frozenset()) for name in block))
+        of_model |= dict.fromkeys(block, reached)
+    return of_guide, of_model
+
+
+def _blocks(statements: list[Statement]) -> list[list[str]]:
+    """Names, grouped: each statement outside a block by itself, runs of statements in one block together."""
+    groups: list[list[str]] = []
+    last = None
+    for statement in statements:
+        if statement.block is not None and statement.block == last:
+            groups[-1].append(statement.name)
+        else:
+            groups.append([statement.name])
+        last = statement.block
+    return groups

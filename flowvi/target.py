@@ -1,0 +1,237 @@
+"""What an estimator sees of a site: its distribution with the wrappers taken off."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any, NamedTuple, NoReturn
+
+from flowvi.ops import Array, Ops
+from flowvi.standardizations import STANDARDIZATIONS
+
+THIN_SUPPORTS = {
+    "_Simplex": "simplex",
+    "_Sphere": "sphere",
+    "_ZeroSum": "zero-sum vectors",
+    "_CorrCholesky": "Cholesky factors of correlation matrices",
+    "_CorrMatrix": "correlation matrices",
+    "_PositiveDefinite": "symmetric matrices",
+    "_PositiveSemiDefinite": "symmetric matrices",
+    "_PositiveDefiniteCirculantVector": "circulant vectors",
+    "_LowerCholesky": "triangular matrices",
+    "_LowerTriangular": "triangular matrices",
+    "_UnitLowerCholesky": "triangular matrices",
+    "_ScaledUnitLowerCholesky": "triangular matrices",
+    "_SoftplusLowerCholesky": "triangular matrices",
+}
+
+
+class Support(NamedTuple):
+    """A support as far as it can be compared: coordinates between bounds, or a kind by name.
+
+    Both hosts give their constraints the same class names, so one reading serves both.
+    """
+
+    kind: str
+    discrete: bool
+    lower: Any = -math.inf
+    upper: Any = math.inf
+
+    @classmethod
+    def of(cls, constraint: Any) -> Support:
+        while hasattr(constraint, "base_constraint"):
+            constraint = constraint.base_constraint
+        kind = type(constraint).__name__
+        if kind == "_Boolean":
+            return cls("coordinates", True, 0, 1)
+        bounds = {side: getattr(constraint, f"{side}_bound") for side in ("lower", "upper") if hasattr(constraint, f"{side}_bound")}
+        if kind == "_Multinomial" or not (bounds or kind in ("_Real", "_Integer")):
+            return cls(kind, constraint.is_discrete)
+        return cls("coordinates", constraint.is_discrete, **bounds)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the bounds are plain numbers."""
+        return all(isinstance(bound, int | float) for bound in (self.lower, self.upper))
+
+    def __str__(self) -> str:
+        if self.kind != "coordinates":
+            return self.kind.strip("_")
+        return f"{'integers' if self.discrete else 'numbers'} from {self.lower} to {self.upper}"
+
+
+class Target(ABC):
+    """The distribution of one site as the estimators see it; each host subclasses it once.
+
+    ``Independent``, expanded and masked distributions are unwrapped, and a plain ``TransformedDistribution`` is entered
+    where the estimator acts on the base sample (``push`` then carries the sample to the site's value). What is left is a
+    named family ``p``; its samples are called x.
+
+    Attributes:
+        name: The site's name, for messages.
+        p: The family with live parameters.
+        p0: The family with detached parameters; this is the ``p`` that user functions get.
+        shape: The shape of x, all batch dims included.
+        event_ndim: The number of event dims of ``p``.
+        batch_ndim: The number of batch dims of the *site*: scores and weights are summed down to these.
+        transforms: The transforms entered, in the order in which they act on x.
+        validate: Whether the host's validation is on; costly checks run only then.
+    """
+
+    name: str
+    p: Any
+    shape: tuple[int, ...]
+    event_ndim: int
+    batch_ndim: int
+    transforms: list[Any]
+    validate: bool
+
+    @cached_property
+    def p0(self) -> Any:
+        return self.detach(self.p)
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(self.p.arg_constraints)
+
+    @property
+    def family(self) -> str:
+        return type(self.p).__name__
+
+    @abstractmethod
+    def detach(self, p: Any) -> Any:
+        """A copy of ``p`` whose parameters carry no derivative and whose validation is off."""
+
+    def push(self, x: Array) -> Array:
+        """Carry a sample of ``p`` through the site's transforms, with their live parameters."""
+        for transform in self.transforms:
+            x = transform(x)
+        return x
+
+    def pull(self, y: Array) -> Array:
+        """The sample of ``p`` behind a value of the site."""
+        for transform in reversed(self.transforms):
+            y = transform.inv(y)
+        return y
+
+    @abstractmethod
+    def is_live(self, value: Any) -> bool:
+        """Whether ``value`` may carry a derivative; a traced value that might counts as one that does."""
+
+    @abstractmethod
+    def moving_transforms(self) -> list[str]:
+        """Where ``p`` is itself transformed from a bounded base: the transforms with a live parameter."""
+
+    @cached_property
+    def support(self) -> Support:
+        return Support.of(self.p.support)
+
+    def moving_bounds(self) -> list[str]:
+        """The bounds of p's support that move with a live parameter (or cannot be told not to)."""
+        bounds = {"its lower bound": self.support.lower, "its upper bound": self.support.upper}
+        return [name for name, bound in bounds.items() if self.is_live(bound)] + self.moving_transforms()
+
+    def is_discrete(self) -> bool:
+        return self.support.discrete
+
+    def chart(self) -> str | None:
+        """None for a support of full dimension, ``"simplex"``, or what a thin support without a known chart is called."""
+        return THIN_SUPPORTS.get(self.support.kind)
+
+    @abstractmethod
+    def lacks_rsample(self) -> str | None:
+        """Why the host's sampler has no right derivative, or None where it has one."""
+
+    @abstractmethod
+    def cdf(self, x: Array, p: Any) -> Array:
+        """The cdf of ``p``; refuses where the host's is missing or has no derivative in a live parameter."""
+
+    def standardization(self, ops: Ops) -> Callable[[Array, Any], Array]:
+        """A function S(x, p) with a law free of p's parameters that increases along the host's sampler."""
+        if (known := STANDARDIZATIONS.get(self.family)) is not None:
+            if self.family == "StudentT" and self.is_live(self.p.df):
+                self.refuse(
+                    "RP(q=...) knows a standardization of StudentT for a constant df only; use Flow(loc=..., scale=..., q=...)."
+                )
+            return partial(known, ops)
+        if self.event_ndim:
+            self.refuse(f"RP(q=...) needs the inverse of the sampler, and none is known for {self.family}; use ImplicitRP(S, q).")
+        return self.cdf
+
+    @abstractmethod
+    def expand(self, q: Any) -> Any:
+        """``q`` detached and expanded to the batch shape of x; refuses what is no distribution."""
+
+    def cover(self, ops: Ops, q: Any) -> tuple[Any, bool]:
+        """``q`` as a sampling density for x, and whether its samples may fall outside the support of p.
+
+        Refuses a q of another event shape, or one that does not cover the support of p.
+        """
+        if hasattr(q, "event_shape") and tuple(q.event_shape) != tuple(self.event_shape):
+            self.refuse(
+                f"q(p) must have the event shape of {self.family}, expected {tuple(self.event_shape)}, found {tuple(q.event_shape)}."
+            )
+        q = self.expand(q)
+        p_support, q_support = self.support, Support.of(q.support)
+        if p_support == q_support and p_support.fixed:
+            return q, False
+        message = f"the support of q must cover that of {self.family}, expected {p_support}, found {q_support}; widen q."
+        if p_support.kind != q_support.kind or p_support.discrete != q_support.discrete:
+            self.refuse(message)
+        for low, high in ((q_support.lower, p_support.lower), (p_support.upper, q_support.upper)):
+            ok = low <= high
+            self.check(ops, ok if isinstance(ok, bool) else ok.all(), message)
+        return q, True
+
+    @abstractmethod
+    def clip(self, x: Array) -> tuple[Array, Array]:
+        """Which x (over batch dims of ``p``) lie in the support of p, and x with the others put at some point of it."""
+
+    def to_batch(self, a: Array) -> Array:
+        """Sum an array over the batch dims of ``p`` that are event dims of the site."""
+        axes = tuple(range(self.batch_ndim - a.ndim, 0))
+        return a.sum(axis=axes) if axes else a
+
+    def sum_event(self, a: Array) -> Array:
+        """Sum an array of the shape of x over the event dims of ``p``."""
+        return a.sum(axis=tuple(range(-self.event_ndim, 0))) if self.event_ndim else a
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The batch shape of x."""
+        return self.shape[: len(self.shape) - self.event_ndim]
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.shape[len(self.shape) - self.event_ndim :]
+
+    @contextmanager
+    def probe(self, x: Array) -> Iterator[tuple[Array, Any]]:
+        """A sample and detached parameters with known values, at which user functions can be checked."""
+        yield x, self.p0
+
+    def check(self, ops: Ops, ok: Array, message: str) -> None:
+        ops.check(ok, f"site '{self.name}': {message}")
+
+    def refuse(self, message: str) -> NoReturn:
+        raise ValueError(f"site '{self.name}': {message}")
+
+
+class Tangents:
+    """Parameter tangents by name: ``dtheta.loc`` has value 0 and the derivative of the live parameter ``loc``."""
+
+    def __init__(self, ops: Ops, target: Target):
+        self._ops, self._target = ops, target
+
+    def __getattr__(self, name: str) -> Array:
+        if name not in self._target.parameters:
+            self._target.refuse(unknown_parameter(self._target, name))
+        return self._ops.tether(getattr(self._target.p, name))
+
+
+def unknown_parameter(target: Target, name: str) -> str:
+    names = ", ".join(target.parameters) or "none"
+    return f"{target.family} has no parameter '{name}'; its parameters are: {names}."
