@@ -22,11 +22,11 @@ class Ops(Protocol):
         ...
 
     def derivative(self, f: Callable[[Array], Array], x: Array, /) -> tuple[Array, Array]:
-        """``f(x)`` and its forward derivative along ones: df/dx of an elementwise f."""
+        """``f(x)`` and df/dx of an elementwise f; both can be differentiated again in what f closes over."""
         ...
 
-    def directional(self, f: Callable[[Array], Array], x: Array, tangent: Array, /) -> Array:
-        """The forward derivative of f at x along ``tangent``."""
+    def is_elementwise(self, f: Callable[[Array], Array], x: Array, /) -> Array:
+        """One boolean: f at one coordinate does not read x at another (or is not finite, so that nothing is seen)."""
         ...
 
     def jacobian(self, f: Callable[[Array], Array], x: Array, event_ndim: int, /) -> tuple[Array, Array]:

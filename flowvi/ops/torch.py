@@ -21,19 +21,40 @@ def tether(t):
 
 
 def derivative(f, x):
-    return torch.func.jvp(f, (x,), (torch.ones_like(x),))
-
-
-def directional(f, x, tangent):
-    return torch.func.jvp(f, (x,), (tangent,))[1]
+    with torch.enable_grad():
+        x = _differentiable(x)
+        y = f(x)
+        return y, _pullback(y, x, torch.ones_like(y))
 
 
 def jacobian(f, x, event_ndim):
     batch_shape, event_shape = x.shape[: x.ndim - event_ndim], x.shape[x.ndim - event_ndim :]
     size = math.prod(event_shape)
-    basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape((size, *event_shape))
-    columns = torch.func.vmap(lambda e: directional(f, x, e.expand(x.shape)), out_dims=-1)(basis)
-    return f(x), columns.reshape((*batch_shape, size, size))
+    with torch.enable_grad():
+        x = _differentiable(x)
+        y = f(x)
+        rows = [_pullback(y, x, e.reshape(event_shape).expand(y.shape)) for e in torch.eye(size, dtype=x.dtype, device=x.device)]
+    return y, torch.stack([row.reshape((*batch_shape, size)) for row in rows], -2)
+
+
+def is_elementwise(f, x):
+    with torch.enable_grad():
+        x = _differentiable(x)
+        y, weights = f(x), ramp(x)
+        by_weight, at_once = _pullback(y, x, weights), _pullback(y, x, torch.ones_like(y))
+    return is_close(by_weight, weights * at_once) | ~all_finite(at_once)
+
+
+def _differentiable(x):
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _pullback(y, x, cotangent):
+    """The derivative of (y * cotangent).sum() in x, with a graph of its own."""
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    (gradient,) = torch.autograd.grad(y, x, cotangent, create_graph=True, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else gradient
 
 
 def log_abs(x):

@@ -121,12 +121,16 @@ def _detach(value: Any) -> Any:
     """A copy in which every tensor is detached, through distributions, transforms, modules and containers."""
     if isinstance(value, torch.Tensor):
         return value.detach()
-    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+    if type(value) in (list, tuple):
         return type(value)(map(_detach, value))
     if isinstance(value, dict):
         return type(value)((k, _detach(v)) for k, v in value.items())
+    if isinstance(value, torch.distributions.transforms._InverseTransform):
+        return _detach(value.inv).inv
     if isinstance(value, torch.distributions.Distribution | torch.distributions.Transform | torch.nn.Module):
         new: Any = copy.copy(value)
+        if isinstance(value, torch.distributions.Transform):
+            new._inv = None  # a transform and its inverse hold each other
         new.__dict__.update({k: _detach(v) for k, v in new.__dict__.items()})
         if isinstance(value, torch.distributions.Distribution):
             new._validate_args = False
@@ -135,13 +139,16 @@ def _detach(value: Any) -> Any:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a transform."""
     if isinstance(value, torch.Tensor):
         yield value
+    elif isinstance(value, torch.distributions.transforms._InverseTransform):
+        yield from _tensors(value.inv)
+    elif isinstance(value, torch.distributions.Transform | torch.nn.Module):
+        yield from _tensors({k: v for k, v in vars(value).items() if k not in ("_inv", "_cached_x_y")})
     elif isinstance(value, list | tuple | dict):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
-    elif isinstance(value, torch.distributions.Transform | torch.nn.Module):
-        yield from _tensors(vars(value))
 
 
 class Estimated(dist.TorchDistribution):

@@ -148,7 +148,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         """
         total = 0.0
         for loss in self._losses(model, guide, args, kwargs):
-            total += float(loss)
+            total += float(loss.detach())
             if loss.requires_grad:
                 loss.backward(retain_graph=self.retain_graph)
         warn_if_nan(total, "loss")  # type: ignore[call-overload]

@@ -1,0 +1,25 @@
+"""Double precision everywhere, and a ``host`` fixture that runs a test in NumPyro and in Pyro."""
+
+import jax
+import numpyro
+import pyro
+import pytest
+import torch
+from hosts import HOSTS
+
+numpyro.enable_x64()
+torch.set_num_threads(1)
+jax.config.update("jax_disable_most_optimizations", True)  # most of the time goes into compilation
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    torch.set_default_dtype(torch.float64)
+    jax.config.update("jax_enable_x64", True)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+@pytest.fixture(params=HOSTS)
+def host(request):
+    return HOSTS[request.param]

@@ -1,0 +1,128 @@
+"""Both hosts behind one face, so that a program and its test are written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions
+import pyro
+import pyro.distributions
+import torch
+
+import flowvi.numpyro
+import flowvi.pyro
+
+
+@dataclass(frozen=True)
+class Program:
+    """A guide and a model over parameters ``t``, a list of numbers (Pyro: of tensors, one number for each replicate).
+
+    Attributes:
+        guide: ``guide(h, t)``.
+        model: ``model(h, t)``.
+        theta: Where the gradient is taken.
+        plates: The number of plate dims inside.
+    """
+
+    guide: Callable[[Any, list], None]
+    model: Callable[[Any, list], None]
+    theta: tuple[float, ...]
+    plates: int = 0
+
+
+def chain(theta, sites: Mapping[str, Callable], costs: Mapping[str, Callable]) -> Program:
+    """Sites in program order, ``(h, t, values) -> distribution``, and the costs recorded after them, ``(h, t, values) -> number``."""
+
+    def guide(h, t):
+        values = {}
+        for name, distribution in sites.items():
+            values[name] = h.sample(name, distribution(h, t, values).mask(False))
+
+    def model(h, t):
+        values = {}
+        for name, distribution in sites.items():
+            values[name] = h.sample(name, distribution(h, t, values).mask(False))
+            if name in costs:
+                h.factor(f"cost_{name}", costs[name](h, t, values))
+
+    return Program(guide, model, tuple(np.atleast_1d(theta)))
+
+
+class NumPyroHost:
+    name = "numpyro"
+    dist = numpyro.distributions
+    math = jnp
+    flow = flowvi.numpyro
+    sample = staticmethod(numpyro.sample)
+    factor = staticmethod(numpyro.factor)
+    param = staticmethod(numpyro.param)
+    polygamma = staticmethod(jax.scipy.special.polygamma)
+    random_gamma_grad = staticmethod(jax.lax.random_gamma_grad)
+
+    @staticmethod
+    def array(x):
+        return jnp.asarray(x, float)
+
+    @staticmethod
+    def plate(name, size, dim=-1):
+        return numpyro.plate(name, size, dim=dim)
+
+    def gradients(self, program, n, seed=0, particles=1, vectorize=True, value=False, **options):
+        """``n`` estimates of the gradient of the ELBO, of shape (n, len(theta)); with ``value`` those of the ELBO, (n,)."""
+        elbo = self.flow.TraceFlow_ELBO(particles, vectorize, **options)
+
+        def estimate(key, theta):
+            def objective(theta):
+                t = list(theta)
+                return -elbo.loss(key, {}, lambda: program.model(self, t), lambda: program.guide(self, t))
+
+            return objective(theta) if value else jax.grad(objective)(theta)
+
+        keys = jax.random.split(jax.random.key(seed), n)
+        return np.asarray(jax.jit(jax.vmap(estimate, (0, None)))(keys, jnp.array(program.theta)))
+
+
+class PyroHost:
+    name = "pyro"
+    dist = pyro.distributions
+    math = torch
+    flow = flowvi.pyro
+    sample = staticmethod(pyro.sample)
+    factor = staticmethod(pyro.factor)
+    param = staticmethod(pyro.param)
+    polygamma = staticmethod(torch.polygamma)
+    random_gamma_grad = staticmethod(torch._standard_gamma_grad)
+
+    @staticmethod
+    def array(x):
+        return torch.as_tensor(x, dtype=torch.get_default_dtype())
+
+    @staticmethod
+    def plate(name, size, dim=-1):
+        return pyro.plate(name, size, dim=dim)
+
+    def gradients(self, program, n, seed=0, particles=1, vectorize=True, value=False, **options):
+        """As in NumPyro, each estimate an element of an outermost plate with its own copy of theta."""
+        leaf = self.array(program.theta).expand(n, -1).clone().requires_grad_()
+
+        def run(part):
+            t = [leaf[:, i].reshape((n,) + (1,) * program.plates) for i in range(len(program.theta))]
+            with pyro.plate("replicates", n, dim=-1 - program.plates):
+                part(self, t)
+
+        elbo = self.flow.TraceFlow_ELBO(particles, max_plate_nesting=1 + program.plates, vectorize_particles=vectorize, **options)
+        pyro.set_rng_seed(seed)
+        loss = elbo.differentiable_loss(lambda: run(program.model), lambda: run(program.guide))
+        if value:
+            return np.full(n, -float(loss.detach()) / n)
+        loss.backward()
+        return -leaf.grad.numpy()
+
+
+HOSTS = {"numpyro": NumPyroHost(), "pyro": PyroHost()}
