@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from flowvi.estimators import Estimator
@@ -118,8 +117,7 @@ def _identity(value: Any) -> Any:
     return id(value) if callable(value) else value
 
 
-@dataclass(frozen=True)
-class SiteDescription:
+class SiteDescription(NamedTuple):
     """One random site: its estimator, where that was said, the parameters of its distribution, its plates."""
 
     name: str

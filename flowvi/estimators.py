@@ -234,7 +234,7 @@ class ImplicitRP(Estimator):
             )
         if target.event_ndim == 0:
             _check_elementwise(ops, target, s, x, "the standardization function")
-        slope = _slope(ops, target, lambda x: s(x, target.p0), x)
+        slope = _slope(ops, target, lambda x: s(x, target.p0), x, live=False)
         if target.validate:
             ok = ops.all_finite(ops.log_abs(slope) if target.event_ndim == 0 else ops.log_abs_det(slope))
             target.check(ops, ok, "dS/dx of the standardization function is 0 or not finite; S must be invertible in x.")
@@ -245,7 +245,7 @@ class ImplicitRP(Estimator):
             value = x - ops.solve(slope, tangent.reshape(slope.shape[:-1])).reshape(x.shape)
         if self.exact:
             return Draw(target.push(value))
-        slope = _slope(ops, target, lambda x: s(x, target.p), value)
+        slope = _slope(ops, target, lambda x: s(x, target.p), value, live=True)
         log_volume = ops.log_abs(slope) if target.event_ndim == 0 else ops.log_abs_det(slope)
         return Draw(target.push(value), target.to_batch(ops.tether(target.p.log_prob(value) - log_volume)))
 
@@ -341,7 +341,7 @@ class Flow(Estimator):
             if name not in target.parameters:
                 target.refuse(unknown_parameter(target, name))
             tangent = getattr(dtheta, name)
-            if ops.broadcast_shapes(tuple(tangent.shape), tuple(x.shape)) != tuple(x.shape):
+            if not _broadcasts(tangent.shape, x.shape):
                 target.refuse(
                     f"parameter '{name}' of shape {tuple(tangent.shape)} does not act coordinate by coordinate on x of shape "
                     f"{tuple(x.shape)}; use the general form Flow(velocity)."
@@ -351,7 +351,7 @@ class Flow(Estimator):
                 return _in_shape(ops, target, u(x, p), x, f"the velocity of '{name}'")
 
             _check_elementwise(ops, target, u_at, x, f"the velocity of '{name}'")
-            at_x, slope = (ops.stop_gradient(a) for a in ops.derivative(partial(u_at, p=target.p0), x))
+            at_x, slope = ops.derivative(partial(u_at, p=target.p0), x, live=False)
             dx, div = at_x * tangent, target.sum_event(slope * tangent)
             velocity, divergence = (dx, div) if velocity is None else (velocity + dx, divergence + div)
         return velocity, divergence
@@ -369,7 +369,7 @@ class Flow(Estimator):
         elif self.divergence == "pathwise":
             velocity, divergence = dx(x), None
         elif target.event_ndim == 0:
-            velocity, divergence = ops.derivative(dx, x)
+            velocity, divergence = ops.derivative(dx, x, live=True)
         else:
             chart = target.chart()
             if chart not in (None, "simplex"):
@@ -377,7 +377,7 @@ class Flow(Estimator):
                     f"the divergence on a support of lower dimension ({chart}) is not the sum over coordinates; "
                     "give divergence(x, p, dtheta) in closed form."
                 )
-            velocity, jacobian = ops.jacobian(dx, x, target.event_ndim)
+            velocity, jacobian = ops.jacobian(dx, x, target.event_ndim, live=True)
             divergence = ops.trace(jacobian)
             if chart == "simplex":  # in the chart that drops the last coordinate: the last moves against each of the others
                 divergence = divergence - jacobian[..., -1].sum(-1)
@@ -433,11 +433,16 @@ def _refuse_discrete(target: Target, what: str) -> None:
 
 def _in_shape(ops: Ops, target: Target, u: Array, x: Array, what: str) -> Array:
     u = ops.asarray(u, x)
-    if len(u.shape) > len(x.shape) or any(n not in (1, m) for n, m in zip(reversed(u.shape), reversed(x.shape), strict=False)):
+    if not _broadcasts(u.shape, x.shape):
         target.refuse(
             f"{what} must have the shape of x or one that broadcasts to it, expected {tuple(x.shape)}, found {tuple(u.shape)}."
         )
     return ops.broadcast_to(u, x.shape)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of ``shape`` broadcasts to the shape ``to`` without making it larger."""
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
 def _check_elementwise(ops: Ops, target: Target, f: Callable[[Array, Any], Array], x: Array, what: str) -> None:
@@ -447,6 +452,6 @@ def _check_elementwise(ops: Ops, target: Target, f: Callable[[Array, Any], Array
         target.check(ops, ok, f"{what} must be elementwise, but at one coordinate it reads x at another; use Flow(velocity).")
 
 
-def _slope(ops: Ops, target: Target, f: Callable[[Array], Array], x: Array) -> Array:
+def _slope(ops: Ops, target: Target, f: Callable[[Array], Array], x: Array, live: bool) -> Array:
     """df/dx: elementwise for a scalar family, the Jacobian over the event otherwise."""
-    return ops.derivative(f, x)[1] if target.event_ndim == 0 else ops.jacobian(f, x, target.event_ndim)[1]
+    return ops.derivative(f, x, live)[1] if target.event_ndim == 0 else ops.jacobian(f, x, target.event_ndim, live)[1]

@@ -83,12 +83,11 @@ def estimate(particles: Particle, num_particles: int, baseline: Baseline) -> dic
 def sum_to(x: Array, frames: Iterable[Frame]) -> Array:
     """Sum over every batch dim that is not the dim of one of ``frames``, and drop leading dims of size 1."""
     kept = {frame.dim for frame in frames}
-    axes = tuple(dim for dim in range(-x.ndim, 0) if dim not in kept)
+    axes = tuple(dim for dim in range(-x.ndim, 0) if dim not in kept and x.shape[dim] != 1)
     if axes:
         x = x.sum(axis=axes, keepdims=True)
-    while x.ndim and x.shape[0] == 1:
-        x = x.reshape(x.shape[1:])
-    return x
+    ones = next((i for i, size in enumerate(x.shape) if size != 1), x.ndim)
+    return x.reshape(x.shape[ones:]) if ones else x
 
 
 def _weight(ops: Ops, sites: dict[str, Site], ancestors: frozenset[str], frames: frozenset[Frame]) -> Array | None:

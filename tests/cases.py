@@ -542,7 +542,7 @@ def elsewhere(case: str, row: dict) -> str | None:
     name = row["estimator"]
     if reason := ELSEWHERE.get((case, name)) or ELSEWHERE.get((case, "")):
         return reason
-    if "baseline" in name:
+    if "baseline" in name or name.startswith(("LR b=E", "LR b*")):
         return BASELINES
     if "STL" in name:
         return "sticking the landing is not there yet"

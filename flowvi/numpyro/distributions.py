@@ -226,16 +226,12 @@ def _promote_estimated(d: Estimated):
     return Estimated(promote_batch_shape(d.base_dist), d.estimator)
 
 
-@dispatch(Estimated, dist.Distribution)
-def kl_divergence(p, q):
-    return dist.kl_divergence(p.base_dist, q)
+def _kl_divergence(p, q):
+    return dist.kl_divergence(*(d.base_dist if isinstance(d, Estimated) else d for d in (p, q)))
 
 
-@dispatch(dist.Distribution, Estimated)  # type: ignore[no-redef]
-def kl_divergence(p, q):  # noqa: F811
-    return dist.kl_divergence(p, q.base_dist)
-
-
-@dispatch(Estimated, Estimated)  # type: ignore[no-redef]
-def kl_divergence(p, q):  # noqa: F811
-    return dist.kl_divergence(p.base_dist, q.base_dist)
+_kl_divergence.__name__ = "kl_divergence"  # under which NumPyro's dispatcher finds it; every pair, so that none is ambiguous
+for _other in (dist.Distribution, dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.Delta):
+    dispatch(Estimated, _other)(_kl_divergence)
+    dispatch(_other, Estimated)(_kl_divergence)
+dispatch(Estimated, Estimated)(_kl_divergence)

@@ -116,10 +116,11 @@ class TraceFlow_ELBO(Trace_ELBO):
 
     def _particle(self, rng_key, param_map, model, guide, args, kwargs) -> tuple[Particle, dict | None]:
         run = self._run(rng_key, param_map, model, guide, args, kwargs)
+        particle = elbo_particle(ops, run.tape()) if run.attached.draws else Particle(run.costs(self.sum_sites), {})
         if not run.mutable_state or self.num_particles == 1:
-            return elbo_particle(ops, run.tape()), run.mutable_state or None
+            return particle, run.mutable_state or None
         warnings.warn("mutable state is currently ignored when num_particles > 1.", stacklevel=2)
-        return elbo_particle(ops, run.tape()), None
+        return particle, None
 
     def _run(self, rng_key, param_map, model, guide, args, kwargs) -> _Run:
         """Run guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
@@ -183,6 +184,15 @@ class _Run:
             return log_probs
 
         return jax.vmap(log_probs)(random.split(rng_key, samples[0]), latents), traces[0]
+
+    def costs(self, sum_sites: bool) -> dict[str, jax.Array]:
+        """The costs where nothing is attached to any site: those of the host's own ELBO, in the host's own arithmetic."""
+        zero = jnp.array(0.0)
+        costs = {
+            name: self.model_log_probs.get(name, zero).sum() - self.guide_log_probs.get(name, zero).sum()
+            for name in {**self.model_log_probs, **self.guide_log_probs}
+        }
+        return {"elbo": sum(costs.values(), start=zero)} if sum_sites else costs
 
     def tape(self) -> Tape:
         draws = self.attached.draws

@@ -57,8 +57,10 @@ class attach_estimators(Messenger):
             )
         choice = self.assignment.choose(msg, name, wrapped)
         fn = msg["fn"].expand_by(msg["kwargs"]["sample_shape"])
-        estimator = choice.estimator.resolve(NumPyroTarget(name, fn, enters=True))
-        target = NumPyroTarget(name, fn, estimator.enters)
+        target = NumPyroTarget(name, fn, enters=True)
+        estimator = choice.estimator.resolve(target)
+        if target.transforms and not estimator.enters:
+            target = NumPyroTarget(name, fn, enters=False)
         if msg.get("_control_flow_done"):
             if not estimator.uses_sampler:
                 self.draws[name] = _draw_in_control_flow(target, choice._replace(estimator=estimator), wrapped, msg["value"])

@@ -21,15 +21,15 @@ class Ops(Protocol):
         """``t - stop_gradient(t)``: value 0, derivative of ``t``."""
         ...
 
-    def derivative(self, f: Callable[[Array], Array], x: Array, /) -> tuple[Array, Array]:
-        """``f(x)`` and df/dx of an elementwise f; both can be differentiated again in what f closes over."""
+    def derivative(self, f: Callable[[Array], Array], x: Array, /, live: bool) -> tuple[Array, Array]:
+        """``f(x)`` and df/dx of an elementwise f; ``live``: both carry the derivatives of x and of what f closes over."""
         ...
 
     def is_elementwise(self, f: Callable[[Array], Array], x: Array, /) -> Array:
         """One boolean: f at one coordinate does not read x at another (or is not finite, so that nothing is seen)."""
         ...
 
-    def jacobian(self, f: Callable[[Array], Array], x: Array, event_ndim: int, /) -> tuple[Array, Array]:
+    def jacobian(self, f: Callable[[Array], Array], x: Array, event_ndim: int, /, live: bool) -> tuple[Array, Array]:
         """``f(x)`` and its Jacobian over the event, ``batch_shape + (d, d)``, with d the size of the event."""
         ...
 
@@ -49,7 +49,7 @@ class Ops(Protocol):
 
     def all_finite(self, x: Array, /) -> Array: ...
     def is_close(self, x: Array, y: Array, /) -> Array:
-        """One boolean: x equals y to the rounding of their dtype."""
+        """One boolean: x equals y to half the digits of their dtype."""
         ...
 
     def check(self, ok: Array, message: str, /) -> None:

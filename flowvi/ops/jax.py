@@ -24,16 +24,18 @@ def tether(t):
     return t - stop_gradient(t)
 
 
-def derivative(f, x):
-    return jax.jvp(f, (x,), (jnp.ones_like(x),))
+def derivative(f, x, live):
+    result = jax.jvp(f, (x,), (jnp.ones_like(x),))
+    return result if live else stop_gradient(result)
 
 
-def jacobian(f, x, event_ndim):
+def jacobian(f, x, event_ndim, live):
     batch_shape, event_shape = x.shape[: x.ndim - event_ndim], x.shape[x.ndim - event_ndim :]
     size = int(np.prod(event_shape))
     basis = jnp.eye(size, dtype=x.dtype).reshape((size, *event_shape))
     value, columns = jax.vmap(lambda e: jax.jvp(f, (x,), (jnp.broadcast_to(e, x.shape),)), out_axes=(None, -1))(basis)
-    return value, columns.reshape((*batch_shape, size, size))
+    result = value, columns.reshape((*batch_shape, size, size))
+    return result if live else stop_gradient(result)
 
 
 def log_abs(x):
@@ -72,7 +74,7 @@ def is_elementwise(f, x):
 
 
 def is_close(x, y):
-    return (jnp.abs(x - y) <= 100 * jnp.finfo(x.dtype).eps * (1 + jnp.abs(x) + jnp.abs(y))).all()
+    return (jnp.abs(x - y) <= jnp.finfo(x.dtype).eps ** 0.5 * (1 + jnp.abs(x) + jnp.abs(y))).all()
 
 
 def check(ok, message):

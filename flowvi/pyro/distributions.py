@@ -98,18 +98,18 @@ def draw(target: PyroTarget, estimator: Estimator) -> Draw:
 
 def unwrap(fn: Any) -> Any:
     """Take off what does not change the family: independent, expanded, masked, estimated."""
-    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution | ExpandedDistribution | Estimated):
+    while hasattr(fn, "base_dist") and isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn
 
 
 def find_estimated(fn: Any) -> Estimator | None:
     """The estimator of the outermost :class:`Estimated` wrapper around the site's family."""
-    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution | ExpandedDistribution | Estimated):
+    while hasattr(fn, "base_dist") and isinstance(fn, WRAPPERS):
         if isinstance(fn, Estimated):
             return fn.estimator
         fn = fn.base_dist
-    if isinstance(fn, torch.distributions.TransformedDistribution) and find_estimated(fn.base_dist) is not None:
+    if hasattr(fn, "base_dist") and find_estimated(fn.base_dist) is not None:
         raise ValueError(
             f"Estimated must wrap the whole {type(fn).__name__}, found it around the base distribution; "
             "write Estimated(TransformedDistribution(base, transforms), estimator)."
@@ -250,6 +250,9 @@ class Estimated(dist.TorchDistribution):
 
     def _at_q_equal_p(self, fn: Any) -> Estimator:
         return self.estimator.at_p().resolve(PyroTarget(self._name, fn, enters=True))
+
+
+WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, ExpandedDistribution, Estimated)
 
 
 @register_kl(Estimated, torch.distributions.Distribution)

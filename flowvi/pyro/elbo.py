@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.enum import get_importance_trace
 from pyro.infer.util import is_validation_enabled
-from pyro.util import check_if_enumerated, warn_if_nan
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape, warn_if_nan
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Description, Estimators
@@ -175,6 +176,9 @@ class TraceFlow_ELBO(Trace_ELBO):
         """Scalars that add up to the loss. Each can be differentiated by itself, so that its graph can be freed."""
         looped = []
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            if not any("draw" in site for site in guide_trace.nodes.values()):  # nothing attached: the host's own ELBO
+                yield (guide_trace.log_prob_sum() - model_trace.log_prob_sum()) / self.num_particles
+                continue
             particle = elbo_particle(ops, _tape(model_trace, guide_trace))
             if self.vectorize_particles:
                 yield _loss(estimate(particle, self.num_particles, self.baseline))
@@ -191,43 +195,60 @@ class TraceFlow_ELBO(Trace_ELBO):
     def _run(self, model, guide, args, kwargs):
         """Traces of guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
 
-        def run(attached, read):
-            return get_importance_trace("flat", self.max_plate_nesting, read(model), attached(guide), args, kwargs)
-
         def attach_and_run():
             attached, read = attach_estimators(self._assignment), read_annotations()
-            return run(attached, read), attached, read.annotations
+            return _traces(read(model), attached(guide), args, kwargs), attached, read.annotations
 
         try:
             traces, attached, annotations = attach_and_run()
         except ValueError:  # perhaps for want of an annotation: read them in a run where every site is plain
             read = read_annotations()
-            run(lambda guide: guide, read)
+            _traces(read(model), guide, args, kwargs)
             if not self._assignment.learn(read.annotations):
                 raise
             traces, attached, annotations = attach_and_run()
         if self._assignment.learn(annotations):
             traces, attached, annotations = attach_and_run()
         self._assignment.verify(attached.aliases, attached.fixed)
-        model_trace, guide_trace = traces
-        if is_validation_enabled():
-            check_if_enumerated(guide_trace)
+        model_trace, guide_trace = traces = self._with_log_probs(*traces)
         for name, draw in attached.draws.items():
             guide_trace.nodes[name]["draw"] = draw
-        return (model_trace, guide_trace), attached
+        return traces, attached
+
+    def _with_log_probs(self, model_trace, guide_trace):
+        """The two traces with their log densities, checked as Pyro checks them."""
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+            check_if_enumerated(guide_trace)
+        traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        for trace in traces:
+            trace.compute_log_prob()
+            if is_validation_enabled():
+                for site in _sample_sites(trace).values():
+                    check_site_shape(site, self.max_plate_nesting)
+        return traces
+
+
+def _traces(model, guide, args, kwargs):
+    """Run the guide and the model replayed against it; a GuideMessenger runs both itself."""
+    messenger = poutine.unwrap(guide)
+    if isinstance(messenger, poutine.messenger.Messenger):
+        guide(*args, **kwargs)
+        return messenger.get_traces()  # type: ignore[attr-defined]
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
 
 
 def _loss(terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    return -torch.stack(list(terms.values())).sum()
+    return -sum(terms.values())  # type: ignore[return-value]
 
 
 def _tape(model_trace, guide_trace) -> Tape:
     draws = {name: site["draw"] for name, site in guide_trace.nodes.items() if "draw" in site}
     model, guide = _sample_sites(model_trace), _sample_sites(guide_trace)
     of_guide, of_model = program_order(map(Statement, guide), map(Statement, model), frozenset(draws))
-    log_density = "log_prob" if draws else "log_prob_sum"
     terms = [
-        Term(name, _frames(site), sign * site[log_density], ancestors[name])
+        Term(name, _frames(site), site["log_prob"] if sign > 0 else -site["log_prob"], ancestors[name])
         for sign, sites, ancestors in ((1, model, of_model), (-1, guide, of_guide))
         for name, site in sites.items()
     ]

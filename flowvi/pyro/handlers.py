@@ -57,8 +57,10 @@ class attach_estimators(Messenger):
             )
         alias = name.removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else name
         choice = self.assignment.choose(msg, alias, wrapped)
-        estimator = choice.estimator.resolve(PyroTarget(name, msg["fn"], enters=True))
-        target = PyroTarget(name, msg["fn"], estimator.enters)
+        target = PyroTarget(name, msg["fn"], enters=True)
+        estimator = choice.estimator.resolve(target)
+        if target.transforms and not estimator.enters:
+            target = PyroTarget(name, msg["fn"], enters=False)
         if msg["value"] is None:
             self._draw(msg, target, estimator, wrapped)
         plates = tuple(frame.name for frame in msg["cond_indep_stack"])

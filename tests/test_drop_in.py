@@ -1,0 +1,637 @@
+"""TraceFlow_ELBO as the loss of the hosts' own SVI: where every site is reparameterized, it is Trace_ELBO to the last digit."""
+
+import contextlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pyro
+import pytest
+import torch
+from hosts import HOSTS
+from pyro.nn import PyroModule, PyroParam
+
+import flowvi.numpyro
+import flowvi.pyro
+from flowvi import LR, RP, Flow, ImplicitRP
+
+INIT = {"m": 0.3, "s": 0.8, "l": [0.1, -0.4, 0.5, 0.2, -0.2, 0.6]}
+DATA = [0.4, -1.1, 0.7, 1.9, 0.2, -0.6]
+
+
+def library(h):
+    return numpyro if h.name == "numpyro" else pyro
+
+
+def handlers(h):
+    return numpyro.handlers if h.name == "numpyro" else pyro.poutine
+
+
+def m(h):
+    return h.param("m", h.array(INIT["m"]))
+
+
+def s(h):
+    return h.param("s", h.array(INIT["s"]), constraint=h.dist.constraints.positive)
+
+
+def normal(h, loc, scale=1.0):
+    return h.dist.Normal(h.array(loc) if isinstance(loc, float) else loc, h.array(scale) if isinstance(scale, float) else scale)
+
+
+def observe(h, loc, name="y", value=1.2):
+    h.sample(name, normal(h, loc, 0.7), obs=h.array(value))
+
+
+def plain():
+    def guide(h):
+        w = h.sample("w", normal(h, m(h), s(h)))
+        h.sample("v", h.dist.LogNormal(0.5 * w, s(h)))
+
+    def model(h):
+        w = h.sample("w", normal(h, 0.0))
+        v = h.sample("v", h.dist.Gamma(h.array(2.0), h.array(1.0)))
+        observe(h, w + v * h.param("b", h.array(0.9)))
+
+    return guide, model
+
+
+def transformed():
+    def guide(h):
+        base = normal(h, m(h), s(h))
+        w = h.sample("w", h.dist.TransformedDistribution(base, [h.dist.transforms.ExpTransform()]))
+        h.sample("v", h.dist.Dirichlet(1.0 + w[..., None] * h.array([1.0, 2.0, 3.0])))
+
+    def model(h):
+        w = h.sample("w", h.dist.Exponential(h.array(1.0)))
+        v = h.sample("v", h.dist.Dirichlet(h.array([1.0, 1.0, 1.0])))
+        observe(h, w * v[..., 0])
+
+    return guide, model
+
+
+def local(h, w, index, loc=None):
+    """Six local sites; the guide gives their locations."""
+    return h.sample("z", normal(h, w if loc is None else loc[..., index], 1.0 if loc is None else s(h)))
+
+
+def subsampled():
+    def plate(h):
+        return library(h).plate("n", 6, subsample_size=4, dim=-1)
+
+    def guide(h):
+        w = h.sample("w", normal(h, m(h), s(h)))
+        with plate(h) as index:
+            local(h, w, index, h.param("l", h.array(INIT["l"])))
+
+    def model(h):
+        w = h.sample("w", normal(h, 0.0))
+        with plate(h) as index:
+            observe(h, local(h, w, index), value=h.array(DATA)[index])
+
+    return guide, model
+
+
+def nested():
+    def site(h, loc, scale):
+        return h.sample("x", h.dist.Normal(loc, scale).expand((3, 2, 4)).to_event(1))
+
+    def guide(h):
+        with h.plate("columns", 2), h.plate("rows", 3, dim=-2):
+            site(h, m(h), s(h))
+
+    def model(h):
+        with h.plate("columns", 2), h.plate("rows", 3, dim=-2):
+            observe(h, site(h, h.array(0.0), h.array(1.0)).sum(-1))
+
+    return guide, model
+
+
+def handled(effect):
+    """A scale or a mask over a global site and over some of six local ones."""
+
+    def guide(h):
+        with effect(h, True):
+            w = h.sample("w", normal(h, m(h), s(h)))
+        with h.plate("n", 6), effect(h, h.array(DATA) > 0):
+            local(h, w, slice(None), h.param("l", h.array(INIT["l"])))
+
+    def model(h):
+        with effect(h, True):
+            w = h.sample("w", normal(h, 0.0))
+        with h.plate("n", 6):
+            with effect(h, h.array(DATA) > 0):
+                z = local(h, w, slice(None))
+            observe(h, z, value=DATA)
+
+    return guide, model
+
+
+def scale(h, where):
+    return handlers(h).scale(scale=2.5)
+
+
+def mask(h, where):
+    return handlers(h).mask(mask=where)
+
+
+PROGRAMS = {
+    "plain": plain(),
+    "transformed": transformed(),
+    "subsampled plate": subsampled(),
+    "nested plates": nested(),
+    "scale": handled(scale),
+    "mask": handled(mask),
+}
+
+
+def bind(h, program):
+    """Guide and model as callables without arguments."""
+    return tuple(lambda part=part: part(h) for part in program)
+
+
+def start(h, program):
+    """The parameters of a NumPyro program, by name."""
+    traces = [numpyro.handlers.trace(numpyro.handlers.seed(part, 0)).get_trace() for part in bind(h, program)]
+    return {name: site["value"] for trace in traces for name, site in trace.items() if site["type"] == "param"}
+
+
+def both(h, program, **options):
+    """Loss and gradient of the host's Trace_ELBO and of flowvi's, from the same random numbers."""
+    guide, model = bind(h, program)
+    theirs, ours = library(h).infer.Trace_ELBO(**options), h.flow.TraceFlow_ELBO(**options)
+    if h.name == "numpyro":
+        params = start(h, program)
+
+        def evaluate(params):
+            return [jax.value_and_grad(lambda p, e=e: e.loss(jax.random.key(3), p, model, guide))(params) for e in (theirs, ours)]
+
+        return jax.jit(evaluate)(params)
+
+    def step(elbo):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        loss = elbo.loss_and_grads(model, guide)
+        return loss, {name: p.grad.numpy() for name, p in pyro.get_param_store().named_parameters()}
+
+    return step(theirs), step(ours)
+
+
+def assert_same(theirs, ours, rtol=1e-10):
+    theirs, ours = ([np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (theirs, ours))
+    assert len(theirs) == len(ours) > 0
+    for a, b in zip(theirs, ours, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-14)
+
+
+def by_chunks(f, keys):
+    return jax.lax.map(f, keys, batch_size=2)
+
+
+OPTIONS = {
+    "numpyro": {
+        "one": {},
+        "four": {"num_particles": 4},
+        "four looped": {"num_particles": 4, "vectorize_particles": False},
+        "four by a function": {"num_particles": 4, "vectorize_particles": by_chunks},
+    },
+    "pyro": {
+        "one": {},
+        "four looped": {"num_particles": 4},
+        "four": {"num_particles": 4, "vectorize_particles": True},
+        "four, nesting said": {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 2},
+    },
+}
+
+
+def pairs():
+    """Every program with one particle and with four, and every way to have four with one program."""
+    for name, options in OPTIONS.items():
+        for program in PROGRAMS:
+            for option in options if program == "plain" else ("one", "four"):
+                yield pytest.param(HOSTS[name], program, options[option], id=f"{name}-{program}-{option}".replace(" ", "_"))
+
+
+@pytest.mark.parametrize(("h", "program", "options"), list(pairs()))
+def test_the_same_as_trace_elbo(h, program, options):
+    assert_same(*both(h, PROGRAMS[program], **options))
+
+
+def test_subclass(host):
+    assert issubclass(host.flow.TraceFlow_ELBO, library(host).infer.Trace_ELBO)
+    assert isinstance(host.flow.TraceFlow_ELBO(), library(host).infer.elbo.ELBO)
+
+
+# A program in which every kind of estimator serves a site.
+
+
+def mixed_guide(h):
+    h.sample("w", normal(h, m(h), s(h)))
+    h.sample("k", h.dist.Bernoulli(logits=h.param("logit", h.array(0.0))))
+    h.sample("z", normal(h, h.param("a", h.array(-1.0)), h.param("b", h.array(0.9), constraint=h.dist.constraints.positive)))
+    h.sample("g", h.dist.Exponential(h.param("r", h.array(1.5), constraint=h.dist.constraints.positive)))
+
+
+def mixed_model(h):
+    w = h.sample("w", normal(h, 0.0))
+    k = h.sample("k", h.dist.Bernoulli(h.array(0.5)))
+    z = h.sample("z", normal(h, 0.5))
+    g = h.sample("g", h.dist.Exponential(h.array(1.0)))
+    with h.plate("n", 2):
+        observe(h, w + 2 * k + z * g, value=[2.4, 2.7])
+
+
+MIXED = (mixed_guide, mixed_model)
+ESTIMATORS = {
+    "w": RP(),
+    "k": LR(),
+    "z": Flow(loc=lambda x, p: 0.5, scale=lambda x, p: 0.5 * (x - p.loc) / p.scale),
+    "g": ImplicitRP(),
+}
+
+
+def mixed(h, **options):
+    return h.flow.TraceFlow_ELBO(estimators=ESTIMATORS, **options)
+
+
+def svi(h, program, elbo, rate=0.03, optimizer=None):
+    guide, model = bind(h, program)
+    if h.name == "numpyro":
+        return numpyro.infer.SVI(model, guide, optimizer or numpyro.optim.Adam(rate), elbo)
+    return pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": rate}), elbo)
+
+
+def begin(run, seed=0):
+    """NumPyro's initial state; compiled, because that is faster."""
+    return jax.jit(run.init)(jax.random.key(seed))
+
+
+def fit(h, program, elbo, steps, **options):
+    """Losses and final parameters of a run of the host's SVI."""
+    run = svi(h, program, elbo)
+    if h.name == "numpyro":
+        result = run.run(jax.random.key(1), steps, **{"progress_bar": False, "init_state": begin(run), **options})
+        return np.asarray(result.losses), result.params
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    losses = np.array([run.step() for _ in range(steps)])
+    return losses, {name: p.detach().clone() for name, p in pyro.get_param_store().items()}
+
+
+def test_svi_takes_the_same_steps(host):
+    theirs, ours = (
+        fit(host, PROGRAMS["subsampled plate"], elbo(2), 5)
+        for elbo in (library(host).infer.Trace_ELBO, host.flow.TraceFlow_ELBO)
+    )
+    assert_same(theirs, ours)
+
+
+def test_a_mixed_program_trains_and_is_deterministic(host):
+    losses, params = fit(host, MIXED, mixed(host, num_particles=4), 200)
+    assert_same(losses[:5], fit(host, MIXED, mixed(host, num_particles=4), 5)[0], rtol=0)
+    assert np.isfinite(losses).all()
+    assert losses[-50:].mean() < losses[:20].mean() - 1
+    assert params["logit"] > 0.5
+    assert params["a"] > -0.8
+
+
+def test_lr_alone_trains(host):
+    losses, params = fit(host, MIXED, host.flow.TraceFlow_ELBO(num_particles=8, default=LR()), 100)
+    assert losses[-20:].mean() < losses[:10].mean() - 1
+    assert params["logit"] > 0.5
+
+
+# NumPyro
+
+NUMPYRO = HOSTS["numpyro"]
+
+
+def multi_sample():
+    def guide(h):
+        h.sample("w", h.dist.Normal(m(h), s(h)).expand([3]))
+        h.sample("v", h.dist.LogNormal(m(h), s(h)).expand([3]))
+
+    return guide, plain()[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_particles": 4}, {"num_particles": 4, "vectorize_particles": False}])
+def test_numpyro_multi_sample_guide(options):
+    assert_same(*both(NUMPYRO, multi_sample(), multi_sample_guide=True, **options))
+
+
+def test_numpyro_multi_sample_guide_in_svi():
+    assert_same(
+        *(
+            fit(NUMPYRO, multi_sample(), elbo(multi_sample_guide=True), 3)
+            for elbo in (numpyro.infer.Trace_ELBO, flowvi.numpyro.TraceFlow_ELBO)
+        )
+    )
+
+
+@pytest.mark.parametrize("particles", [1, 4])
+def test_numpyro_by_statement(particles):
+    guide, model = bind(NUMPYRO, PROGRAMS["subsampled plate"])
+    theirs, ours = (
+        jax.jit(lambda elbo=elbo: elbo.loss(jax.random.key(0), {}, model, guide))()
+        for elbo in (
+            numpyro.infer.Trace_ELBO(particles, sum_sites=False),
+            flowvi.numpyro.TraceFlow_ELBO(particles, sum_sites=False),
+        )
+    )
+    assert theirs.keys() == ours.keys() == {"w", "z", "y"}
+    assert_same(theirs, ours)
+    total = jax.jit(lambda: flowvi.numpyro.TraceFlow_ELBO(particles).loss(jax.random.key(0), {}, model, guide))()
+    assert_same(total, sum(ours.values()))
+
+
+def test_numpyro_run_options():
+    """The same steps whichever way they are taken."""
+    plain, *others = (
+        fit(NUMPYRO, MIXED, mixed(NUMPYRO, num_particles=2), 5, **dict.fromkeys(options, True))
+        for options in ((), ("stable_update", "progress_bar"), ("forward_mode_differentiation",))
+    )
+    for other in others:
+        assert_same(plain, other)
+
+
+def test_numpyro_update_evaluate_scan_and_vmap():
+    run = svi(NUMPYRO, MIXED, mixed(NUMPYRO, num_particles=2))
+    state = first = begin(run)
+    update, losses = jax.jit(run.update), []
+    assert_same(jax.jit(run.evaluate)(state), update(state)[1])  # the step of a state has the random numbers of its evaluation
+    assert_same(*((run.get_params(state), loss) for state, loss in (update(state), run.update(state))))
+    for _ in range(3):
+        state, loss = update(state)
+        losses.append(loss)
+    scanned, of_scan = jax.lax.scan(lambda state, _: run.update(state), first, length=3)
+    assert_same((run.get_params(state), losses), (run.get_params(scanned), list(of_scan)))
+
+    states = jax.vmap(run.init)(jax.random.split(jax.random.key(7), 3))
+    many, of_vmap = jax.jit(jax.vmap(run.update))(states)
+    for i in range(3):
+        one, loss = update(jax.tree.map(lambda leaf, i=i: leaf[i], states))
+        assert_same((run.get_params(one), loss), (jax.tree.map(lambda leaf, i=i: leaf[i], run.get_params(many)), of_vmap[i]))
+
+
+def test_numpyro_stable_update_keeps_the_state():
+    def model(h, y):
+        w = h.sample("w", normal(h, 0.0))
+        h.factor("cost", jnp.log(y) * w)
+
+    run = numpyro.infer.SVI(
+        lambda y: model(NUMPYRO, y),
+        lambda y: numpyro.sample("w", normal(NUMPYRO, m(NUMPYRO), s(NUMPYRO))),
+        numpyro.optim.Adam(0.1),
+        flowvi.numpyro.TraceFlow_ELBO(default=LR()),
+    )
+    state = run.init(jax.random.key(0), 1.0)
+    update = jax.jit(run.stable_update)
+    kept, loss = update(state, -1.0)
+    assert np.isnan(loss)
+    assert_same(run.get_params(state), run.get_params(kept))
+    moved, loss = update(state, 2.0)
+    assert np.isfinite(loss)
+    assert run.get_params(moved)["m"] != run.get_params(state)["m"]
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+def test_numpyro_forward_mode(particles):
+    """Both modes hold the same surrogate, in a program with every kind of estimator."""
+    run = svi(NUMPYRO, MIXED, mixed(NUMPYRO, num_particles=particles), optimizer=numpyro.optim.SGD(1.0))
+    state = begin(run)
+    reverse, forward = (
+        jax.jit(lambda state, mode=mode: run.update(state, forward_mode_differentiation=mode))(state) for mode in (False, True)
+    )
+    assert_same((run.get_params(reverse[0]), reverse[1]), (run.get_params(forward[0]), forward[1]))
+
+
+def test_numpyro_minimize():
+    program = PROGRAMS["plain"]
+    found = []
+    for elbo in (numpyro.infer.Trace_ELBO(8), flowvi.numpyro.TraceFlow_ELBO(8)):
+        run = svi(NUMPYRO, program, elbo, optimizer=numpyro.optim.Minimize())
+        state, loss = jax.jit(run.update)(begin(run))
+        found.append((run.get_params(state), loss))
+    assert_same(*found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["model", "guide"])
+def test_numpyro_mutable_state(where):
+    """A mutable site advances once a step, also in the step that reads an annotation of the model."""
+
+    def count(here):
+        if here == where:
+            counter = numpyro.primitives.mutable("counter", {"value": jnp.array(0.0)})
+            counter["value"] = counter["value"] + 1
+
+    def guide():
+        count("guide")
+        numpyro.sample("w", normal(NUMPYRO, m(NUMPYRO), s(NUMPYRO)))
+
+    def model(infer):
+        count("model")
+        observe(NUMPYRO, numpyro.sample("w", normal(NUMPYRO, 0.0), infer=infer))
+
+    def states(elbo, infer):
+        run = numpyro.infer.SVI(lambda: model(infer), guide, numpyro.optim.Adam(0.1), elbo)
+        state = begin(run)
+        for _ in range(3):
+            state, loss = run.update(state)
+            yield state.mutable_state, loss
+
+    ours = flowvi.numpyro.TraceFlow_ELBO
+    theirs = list(states(numpyro.infer.Trace_ELBO(), None))
+    assert_same(theirs, list(states(ours(), None)))
+    annotated = list(states(ours(), {"estimator": LR()}))
+    assert_same([state for state, _ in theirs], [state for state, _ in annotated])
+    with pytest.warns(UserWarning, match=r"mutable state is currently ignored when num_particles > 1\."):
+        next(states(ours(2), None))
+
+
+def test_numpyro_discrete_sites_are_no_news():
+    for elbo, discrete in ((numpyro.infer.Trace_ELBO(), True), (mixed(NUMPYRO), False)):
+        with pytest.warns(UserWarning, match="discrete latent") if discrete else contextlib.nullcontext():
+            svi(NUMPYRO, MIXED, elbo).init(jax.random.key(0))
+
+
+# Pyro
+
+PYRO = HOSTS["pyro"]
+
+
+def sequential():
+    def guide(h):
+        w = h.sample("w", normal(h, m(h), s(h)))
+        for i in pyro.plate("n", 6, subsample_size=4):
+            h.sample(f"z_{i}", normal(h, w + h.param("l", h.array(INIT["l"]))[i], s(h)))
+
+    def model(h):
+        w = h.sample("w", normal(h, 0.0))
+        for i in pyro.plate("n", 6, subsample_size=4):
+            observe(h, h.sample(f"z_{i}", normal(h, w)), name=f"y_{i}", value=DATA[int(i)])
+
+    return guide, model
+
+
+@pytest.mark.parametrize("options", [{}, {"num_particles": 4}])
+def test_pyro_sequential_plate(options):
+    assert_same(*both(PYRO, sequential(), **options))
+
+
+ALL_PYRO = pytest.mark.parametrize("options", list(OPTIONS["pyro"].values()), ids=list(OPTIONS["pyro"]))
+
+
+def seeded(f, *args):
+    pyro.set_rng_seed(5)
+    return f(*args)
+
+
+def gradients():
+    """The gradients in the parameter store, which are then cleared."""
+    found = {name: p.grad.clone() for name, p in pyro.get_param_store().named_parameters()}
+    for _, p in pyro.get_param_store().named_parameters():
+        p.grad = None
+    return found
+
+
+@ALL_PYRO
+def test_pyro_faces_of_the_loss(options):
+    """loss, evaluate_loss, differentiable_loss and loss_and_grads: one number and one derivative."""
+    guide, model = bind(PYRO, MIXED)
+    elbo = mixed(PYRO, **options)
+    run = svi(PYRO, MIXED, elbo)
+    elbo.loss(model, guide)  # the guess of the nesting draws once
+    total = seeded(elbo.loss_and_grads, model, guide)
+    expected = gradients()
+    assert isinstance(total, float)
+    surrogate = seeded(elbo.differentiable_loss, model, guide)
+    surrogate.backward()
+    assert_same((total, expected), (surrogate.detach(), gradients()))
+    for value in (seeded(elbo.loss, model, guide), seeded(run.evaluate_loss)):
+        assert isinstance(value, float)
+        assert_same(total, value)
+    with torch.no_grad():
+        assert not seeded(elbo.differentiable_loss, model, guide).requires_grad
+    assert_same(total, seeded(run.step))
+
+
+@ALL_PYRO
+def test_pyro_loss_is_that_of_trace_elbo(options):
+    guide, model = bind(PYRO, PROGRAMS["subsampled plate"])
+    assert_same(*(seeded(elbo(**options).loss, model, guide) for elbo in (pyro.infer.Trace_ELBO, flowvi.pyro.TraceFlow_ELBO)))
+
+
+def test_pyro_svi_step():
+    """Five steps of the hosts' optimizer end in the same parameters."""
+
+    def run(elbo):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        run = svi(PYRO, PROGRAMS["subsampled plate"], elbo)
+        return [run.step() for _ in range(5)], {name: p.detach().clone() for name, p in pyro.get_param_store().items()}
+
+    assert_same(run(pyro.infer.Trace_ELBO(2)), run(flowvi.pyro.TraceFlow_ELBO(2)))
+
+
+class Guide(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.m = torch.nn.Parameter(torch.tensor(0.3))
+        self.s = PyroParam(torch.tensor(0.8), constraint=pyro.distributions.constraints.positive)
+        self.logit = torch.nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, y):
+        pyro.sample("w", normal(PYRO, self.m, self.s))
+        pyro.sample("k", PYRO.dist.Bernoulli(logits=self.logit))
+
+
+class Model(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.b = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, y):
+        w = pyro.sample("w", normal(PYRO, 0.0))
+        k = pyro.sample("k", PYRO.dist.Bernoulli(PYRO.array(0.5)))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", normal(PYRO, w + 2 * self.b * k, 0.7), obs=y)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_pyro_module_with_a_torch_optimizer(vectorize):
+    elbo = flowvi.pyro.TraceFlow_ELBO(4, vectorize_particles=vectorize)(Model(), Guide())
+    assert isinstance(elbo, torch.nn.Module)
+    y, losses = torch.tensor([2.3, 2.6]), []
+    elbo(y)
+    assert {name for name, _ in elbo.named_parameters()} == {"model.b", "guide.m", "guide.s_unconstrained", "guide.logit"}
+    optimizer = torch.optim.Adam(elbo.parameters(), lr=0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = elbo(y)
+        loss.backward()
+        assert all(p.grad is not None for p in elbo.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-20:]) < np.mean(losses[:10]) - 1
+    assert elbo.guide.logit > 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"num_particles": 2}, {"num_particles": 2, "vectorize_particles": True}])
+def test_pyro_retain_graph(options):
+    """A graph that two steps share: kept with retain_graph=True only, with score terms as without."""
+    leaf = torch.tensor(0.2, requires_grad=True)
+    shared = leaf.exp()
+
+    def guide():
+        pyro.sample("w", normal(PYRO, PYRO.array(0.0), shared))
+        pyro.sample("k", PYRO.dist.Bernoulli(logits=shared))
+
+    def model():
+        w = pyro.sample("w", normal(PYRO, 0.0))
+        observe(PYRO, w + pyro.sample("k", PYRO.dist.Bernoulli(PYRO.array(0.5))))
+
+    kept = flowvi.pyro.TraceFlow_ELBO(retain_graph=True, **options)
+    for _ in range(2):
+        leaf.grad = None
+        seeded(kept.loss_and_grads, model, guide)
+        assert leaf.grad is not None
+    again = seeded(kept.differentiable_loss, model, guide)
+    expected = leaf.grad
+    (gradient,) = torch.autograd.grad(again, leaf)
+    assert_same(expected, gradient)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        flowvi.pyro.TraceFlow_ELBO(**options).loss_and_grads(model, guide)
+
+
+@pytest.mark.parametrize(("program", "depth"), [("plain", 0), ("subsampled plate", 1), ("nested plates", 2)])
+def test_pyro_guesses_the_nesting(program, depth):
+    guide, model = bind(PYRO, PROGRAMS[program])
+    elbo = flowvi.pyro.TraceFlow_ELBO(3, vectorize_particles=True, default=LR() if program != "transformed" else RP())
+    assert elbo.max_plate_nesting == float("inf")
+    elbo.loss_and_grads(model, guide)
+    assert elbo.max_plate_nesting == depth + 1
+
+
+def test_pyro_without_warnings():
+    """Nothing warns: torch does where a tensor that requires a gradient becomes a float."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for options in OPTIONS["pyro"].values():
+            run = svi(PYRO, MIXED, mixed(PYRO, **options))
+            run.step()
+            run.evaluate_loss()
+    assert not caught
+
+
+def test_pyro_a_loss_without_parameters():
+    def guide(h):
+        h.sample("w", normal(h, 0.0))
+
+    def model(h):
+        observe(h, h.sample("w", normal(h, 0.0)))
+
+    bound = bind(PYRO, (guide, model))[::-1]
+    assert_same(*(seeded(elbo().loss_and_grads, *bound) for elbo in (pyro.infer.Trace_ELBO, flowvi.pyro.TraceFlow_ELBO)))

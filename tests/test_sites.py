@@ -1,0 +1,595 @@
+"""What a site may be: nested wrappers, transforms, plates, scales, masks; where its estimator is said; control flow; stock ELBOs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as numpyro_dist
+import pyro
+import pyro.distributions as pyro_dist
+import pytest
+import torch
+from hosts import HOSTS, Program, chain
+from numpyro.contrib.control_flow import cond, scan
+
+import flowvi.numpyro
+import flowvi.pyro
+from flowvi import LR, RP, Auto, Flow, ImplicitRP
+
+HALF = Flow(loc=lambda x, p: 0.5, scale=lambda x, p: 0.5 * (x - p.loc) / p.scale)
+
+
+def half_velocity(x, p, dtheta):
+    return 0.5 * (dtheta.loc + (x - p.loc) / p.scale * dtheta.scale)
+
+
+def standardize(x, p):
+    return (x - p.loc) / p.scale
+
+
+def shift(x, p):
+    return x - p.loc
+
+
+def wide(p):
+    return type(p)(p.loc, 1.4 * p.scale)
+
+
+KINDS = {
+    "LR": LR(),
+    "RP": RP(),
+    "cdf": ImplicitRP(),
+    "S": ImplicitRP(standardize),
+    "G-Rep": ImplicitRP(shift, exact=False),
+    "half": HALF,
+    "half, general": Flow(half_velocity),
+    "half, divergence given": Flow(half_velocity, divergence=lambda x, p, dtheta: 0.5 * dtheta.scale / p.scale + 0 * x),
+    "LR, q": LR(q=wide),
+    "RP, q": RP(wide),
+    "half, q": Flow(half_velocity, q=wide),
+}
+WEIGHTS = [0.5, -1.0, 2.0]
+
+
+def base(h, t, batch_shape):
+    """A Normal whose elements have distinct locations, of any batch shape that ends in 3."""
+    return h.dist.Normal(t[0][..., None] + h.array(WEIGHTS), t[1][..., None]).expand(batch_shape)
+
+
+# Each nesting of wrappers around the same three independent Normals, with event dim 1; Pyro's programs have a batch dim for replicates.
+NESTINGS = {
+    "to_event": lambda d: d.to_event(1),
+    "mask, to_event": lambda d: d.mask(True).to_event(1),
+    "to_event, mask": lambda d: d.to_event(1).mask(False),
+    "to_event, expand": lambda d: d.to_event(1).expand(d.batch_shape[:-1]),
+    "expand, mask, to_event": lambda d: d.expand(d.batch_shape).mask(False).to_event(1),
+    "to_event, mask, mask": lambda d: d.to_event(1).mask(False).mask(True),
+}
+
+
+def cost_of(h, x):
+    return (h.array([1.0, 0.5, -0.3]) * x**2).sum(-1) + h.math.cos(x.sum(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_nested_wrappers(host, nesting, kind):
+    """Every nesting gives, sample by sample, what three scalar sites give that are drawn with the same numbers."""
+
+    def program(wrap):
+        def distribution(h, t, v):
+            return wrap(base(h, t, (*t[0].shape, 3)))
+
+        return chain((0.3, 0.8), {"x": distribution}, {"x": lambda h, t, v: cost_of(h, v["x"])})
+
+    options = {"estimators": {"x": KINDS[kind]}}
+    reference = host.gradients(program(NESTINGS["to_event, mask"]), 5, **options)
+    np.testing.assert_allclose(host.gradients(program(lambda d: NESTINGS[nesting](d).mask(False)), 5, **options), reference, rtol=1e-10)
+    if "q" not in kind:  # the estimate itself, from the sum of the scalar estimates on the same draws
+        assert np.isfinite(reference).all()
+
+
+@pytest.mark.parametrize("kind", ["RP", "cdf", "half", "half, general", "G-Rep", "RP, q", "half, q"])
+def test_plain_transforms_are_entered(host, kind):
+    """exp(Normal) as a plain transformed distribution: the base sample flows and is pushed through."""
+
+    def transformed(h, t, v):
+        return h.dist.TransformedDistribution(h.dist.Normal(*t), [h.dist.transforms.ExpTransform()])
+
+    def cost(h, y):
+        return h.math.sin(y) + 0.1 * y
+
+    pushed = chain((0.3, 0.8), {"x": transformed}, {"x": lambda h, t, v: cost(h, v["x"])})
+    inner = chain((0.3, 0.8), {"x": lambda h, t, v: h.dist.Normal(*t)}, {"x": lambda h, t, v: cost(h, h.math.exp(v["x"]))})
+    gradients = [host.gradients(p, 6, estimators={"x": KINDS[kind]}) for p in (pushed, inner)]
+    np.testing.assert_allclose(*gradients, rtol=1e-8)
+
+
+def test_a_live_transform_moves_the_value(host):
+    """y = a + b exp(x): LR on y and RP through everything agree in the mean; a Flow on the base keeps the transform's own path."""
+
+    def distribution(h, t, v):
+        affine = h.dist.transforms.AffineTransform(t[0], t[1])
+        return h.dist.TransformedDistribution(h.dist.Normal(h.array(0.2), h.array(0.5)), [affine])
+
+    program = chain((0.3, 0.8), {"x": distribution}, {"x": lambda h, t, v: h.math.sin(v["x"])})
+    loc, scale = 0.3 + 0.8 * 0.2, 0.8 * 0.5
+    exact = np.exp(-(scale**2) / 2) * np.array([np.cos(loc), 0.2 * np.cos(loc) - 0.5 * scale * np.sin(loc)])
+    for estimator in (LR(), RP(), HALF, ImplicitRP(standardize)):
+        samples = host.gradients(program, 20_000, estimators={"x": estimator})
+        assert np.all(np.abs(samples.mean(0) - exact) < 5 * samples.std(0) / np.sqrt(len(samples)))
+
+
+@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
+def test_exact_elementwise_formula(host, kind):
+    """E = w (u . grad phi + psi phi), written out, for one sample of a vector of Normals with a proposal."""
+    seen = []
+
+    def cost(h, t, v):
+        seen[:] = [v["x"]]
+        return (v["x"] ** 3).sum(-1)
+
+    estimator = {"LR": LR(q=wide), "RP": RP(wide), "half": Flow(half_velocity, q=wide)}[kind]
+    amount = {"LR": 0.0, "RP": 1.0, "half": 0.5}[kind]
+
+    def distribution(h, t, v):
+        return h.dist.Normal(t[0][..., None] + h.array(WEIGHTS), t[1][..., None]).to_event(1)
+
+    program = chain((0.3, 0.8), {"x": distribution}, {"x": cost})
+    if host.name == "pyro":
+        gradient = host.gradients(program, 1, estimators={"x": estimator})[0]
+        x = seen[0].detach().numpy()[0]
+    else:
+
+        def estimate(theta):
+            elbo = host.flow.TraceFlow_ELBO(estimators={"x": estimator})
+            t = list(theta)
+            loss = elbo.loss(jax.random.key(3), {}, lambda: program.model(host, t), lambda: program.guide(host, t))
+            return -loss, seen[0]
+
+        gradient, x = jax.grad(estimate, has_aux=True)(jnp.array([0.3, 0.8]))
+        x = np.asarray(x)
+    loc, scale = 0.3 + np.array(WEIGHTS), 0.8
+    z = (x - loc) / scale
+    weight = np.prod(1.4 * np.exp(-0.5 * z**2 + 0.5 * (z / 1.4) ** 2))
+    score = np.array([(z / scale).sum(), ((z**2 - 1) / scale).sum()])
+    pathwise = np.array([(3 * x**2).sum(), (3 * x**2 * z).sum()])
+    expected = weight * (amount * pathwise + (1 - amount) * score * (x**3).sum())
+    np.testing.assert_allclose(gradient, expected, rtol=1e-10)
+
+
+# ---- plates, scales and masks: closed-form gradients where the hosts' own TraceGraph_ELBO is wrong
+
+
+def expected_under(program, host, exact, n=40_000, **options):
+    samples = host.gradients(program, n, **options)
+    error = samples.std(0) / np.sqrt(len(samples)) + 1e-12
+    assert np.all(np.abs(samples.mean(0) - exact) < 5 * error), (samples.mean(0), exact, error)
+    return samples
+
+
+def scaled(h, factor):
+    return numpyro.handlers.scale(scale=factor) if h.name == "numpyro" else pyro.poutine.scale(scale=factor)
+
+
+@pytest.mark.parametrize("particles", [1, 4])
+@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
+def test_scale_acts_on_costs_only(host, kind, particles):
+    """Scale 2 around both programs doubles the gradient, no more: d/dm of -KL(N(m, 1) || N(0, 1)) is -m."""
+
+    def part(h, t, loc):
+        with scaled(h, 2.0):
+            h.sample("x", h.dist.Normal(loc, h.array(1.0)))
+
+    program = Program(lambda h, t: part(h, t, t[0]), lambda h, t: part(h, t, 0 * t[0]), (0.7,))
+    expected_under(program, host, -1.4, estimators={"x": KINDS[kind]}, particles=particles, n=40_000 // particles)
+
+
+@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
+def test_a_masked_site_drives_unmasked_costs(host, kind):
+    """The guide's density is masked, the model's is not: d/dm E[-x^2/2] = -m."""
+
+    def guide(h, t):
+        h.sample("x", h.dist.Normal(t[0], h.array(1.0)).mask(False))
+
+    def model(h, t):
+        h.sample("x", h.dist.Normal(0 * t[0], h.array(1.0)))
+
+    expected_under(Program(guide, model, (0.7,)), host, -0.7, estimators={"x": KINDS[kind]})
+
+
+@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
+def test_subsampled_plate(host, kind):
+    """Half of four elements: scaled by 2, each score meets its own cost once."""
+    data = [0.5, -1.0, 2.0, 0.3]
+
+    def part(h, t, loc, observe):
+        # Pyro's replicates share one subsample, so that it is fixed there
+        plate = numpyro.plate("n", 4, 2, -1) if h.name == "numpyro" else pyro.plate("n", 4, subsample=torch.tensor([0, 2]), dim=-1)
+        with plate as index:
+            z = h.sample("z", h.dist.Normal(loc + 0 * h.array(data)[index], h.array(1.0)))
+            if observe:
+                h.sample("y", h.dist.Normal(z, h.array(1.0)), obs=h.array(data)[index])
+
+    program = Program(lambda h, t: part(h, t, t[0], False), lambda h, t: part(h, t, 0 * t[0], True), (0.7,), plates=1)
+    exact = [2 * (-0.7 + (y - 0.7)) for y in data]  # d/dm of -KL - E[(y - z)^2] / 2 of an element, scaled
+    exact = sum(exact) / 2 if host.name == "numpyro" else exact[0] + exact[2]
+    expected_under(program, host, exact, estimators={"z": KINDS[kind]})
+
+
+@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
+def test_observations_without_a_plate(kind):
+    """NumPyro's commonest style: a vector observation outside every plate is one cost, counted once."""
+    host, data = HOSTS["numpyro"], np.array([0.5, -1.0, 2.0])
+
+    def guide(h, t):
+        h.sample("z", h.dist.Normal(t[0], h.array(1.0)))
+
+    def model(h, t):
+        z = h.sample("z", h.dist.Normal(0.0, 1.0))
+        h.sample("y", h.dist.Normal(z, 1.0), obs=h.array(data))
+
+    program = Program(guide, model, (0.7,))
+    expected_under(program, host, -0.7 + (data - 0.7).sum(), estimators={"z": KINDS[kind]})
+
+
+@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
+def test_auxiliary_site_and_factor_in_the_guide(host, kind):
+    """E[-log q] of an auxiliary site is a cost (d/d log-scale of the entropy is 1), and so is a factor of the guide (pathwise)."""
+
+    def guide(h, t):
+        x = h.sample("aux", h.dist.Normal(h.array(0.0), h.math.exp(t[0])), infer={"is_auxiliary": True})
+        if h.name == "pyro":
+            pyro.factor("f", 0.5 * t[0], has_rsample=True)
+        else:
+            numpyro.factor("f", 0.5 * t[0])
+        h.sample("z", h.dist.Delta(x))
+
+    def model(h, t):
+        h.sample("z", h.dist.Normal(0 * t[0], h.array(1.0)).mask(False))
+
+    expected_under(Program(guide, model, (0.4,)), host, 1.0 - 0.5, estimators={"aux": KINDS[kind]})
+
+
+def test_a_cost_outside_the_plate_carries_every_weight(host):
+    """E[(z_1 + z_2)^2] under N(m, 1)^2: each element's score meets the joint cost with the joint weight."""
+
+    def site(h, t):
+        return h.sample("z", h.dist.Normal(t[0] + h.array([0.0, 0.0]), h.array(1.0)).mask(False))
+
+    def guide(h, t):
+        with h.plate("n", 2):
+            site(h, t)
+
+    def model(h, t):
+        with h.plate("n", 2):
+            z = site(h, t)
+        h.factor("f", z.sum(-1, keepdims=h.name == "pyro") ** 2)
+
+    exact = 2 * 2 * (2 * 0.7)
+    for estimator in (LR(q=wide), RP(wide), Flow(half_velocity, q=wide)):
+        expected_under(Program(guide, model, (0.7,), plates=1), host, exact, estimators={"z": estimator})
+
+
+# ---- where an estimator is said
+
+
+def described(host, guide, model, **options):
+    elbo = host.flow.TraceFlow_ELBO(**options)
+    return {d.name: (type(d.estimator).__name__, d.said) for d in elbo.describe(model, guide)}
+
+
+def annotated(host, guide_infer=None, model_infer=None, wrapper=None):
+    def guide():
+        d = host.dist.Normal(host.param("m", host.array(0.1)), host.array(1.0))
+        host.sample("x", host.flow.Estimated(d, wrapper) if wrapper else d, infer=guide_infer)
+
+    def model():
+        host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)), infer=model_infer)
+
+    return guide, model
+
+
+def test_precedence(host):
+    """1. the mapping or function, 2. the guide's annotation, 3. the wrapper, 4. the model's annotation, 5. the default."""
+    everything = {"guide_infer": {"estimator": LR()}, "model_infer": {"estimator": ImplicitRP()}, "wrapper": HALF}
+    places = [
+        ({"estimators": {"x": RP()}}, {}, "RP", "estimators['x']"),
+        ({"estimators": lambda site: RP() if site["name"] == "x" else None}, {}, "RP", "estimators(site)"),
+        ({"estimators": lambda site: None}, {}, "LR", "guide"),
+        ({}, {"guide_infer": None}, "Flow", "Estimated"),
+        ({}, {"guide_infer": None, "wrapper": None}, "ImplicitRP", "model"),
+        ({"default": LR()}, {"guide_infer": None, "wrapper": None, "model_infer": None}, "LR", "default"),
+        ({}, {"guide_infer": None, "wrapper": None, "model_infer": None}, "RP", "default"),
+    ]
+    for options, removed, estimator, said in places:
+        guide, model = annotated(host, **{**everything, **removed})
+        assert described(host, guide, model, **options) == {"x": (estimator, said)}
+
+
+def test_a_model_annotation_costs_no_run_after_the_first(host):
+    runs = []
+
+    def guide():
+        runs.append("guide")
+        host.sample("x", host.dist.Normal(host.param("m", host.array(0.1)), host.array(1.0)))
+
+    def model():
+        wide = 1.5  # an inline function with a closure is a new object at every run
+        estimator = Flow(loc=lambda x, p: 0.5 * wide / 1.5)
+        host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)), infer={"estimator": estimator})
+
+    elbo = host.flow.TraceFlow_ELBO()
+    for expected in (2, 3, 4):
+        assert elbo.describe(model, guide)[0].said == "model"
+        assert len(runs) == expected
+
+
+def test_a_model_annotation_mends_what_the_default_refuses(host):
+    def guide():
+        loc = host.param("m", host.array(0.1))
+        host.sample("x", host.dist.VonMises(loc, host.array(1.0)))
+
+    def model():
+        d = host.dist.VonMises(host.array(0.0), host.array(1.0))
+        host.sample("x", d, infer={"estimator": LR()})
+
+    assert described(host, guide, model, default=RP()) == {"x": ("LR", "model")}
+
+
+def regression(host, annotate):
+    def model():
+        infer = {"estimator": LR()} if annotate else None
+        w = host.sample("w", host.dist.Normal(host.array(0.0), host.array(1.0)), infer=infer)
+        s = host.sample("s", host.dist.LogNormal(host.array(0.0), host.array(1.0)))
+        host.sample("y", host.dist.Normal(w, s), obs=host.array(0.5))
+
+    return model
+
+
+def autoguide(host, name, model):
+    module = numpyro.infer.autoguide if host.name == "numpyro" else pyro.infer.autoguide
+    guide = getattr(module, name)(model)
+    if host.name == "numpyro":
+        with numpyro.handlers.seed(rng_seed=0), numpyro.handlers.trace():
+            guide()
+    return guide
+
+
+def test_autonormal_takes_names_of_model_sites(host):
+    suffix = "_unconstrained" if host.name == "pyro" else ""
+    model = regression(host, annotate=False)
+    guide = autoguide(host, "AutoNormal", model)
+    got = described(host, guide, model, estimators={"w": LR(), "s": HALF})
+    assert got == {f"w{suffix}": ("LR", "estimators['w']"), f"s{suffix}": ("Flow", "estimators['s']")}
+    model = regression(host, annotate=True)
+    guide = autoguide(host, "AutoNormal", model)
+    assert described(host, guide, model) == {f"w{suffix}": ("LR", "model"), f"s{suffix}": ("RP", "default")}
+
+
+def test_two_names_for_one_site():
+    host = HOSTS["pyro"]
+    model = regression(host, annotate=False)
+    guide = autoguide(host, "AutoNormal", model)
+    with pytest.raises(ValueError, match="site 'w_unconstrained': the keys .* both name this site"):
+        described(host, guide, model, estimators={"w": LR(), "w_unconstrained": RP()})
+
+
+@pytest.mark.parametrize("annotate", [True, False])
+def test_a_joint_site_is_named(host, annotate):
+    model = regression(host, annotate)
+    guide = autoguide(host, "AutoDiagonalNormal", model)
+    joint = next(iter(described(host, guide, regression(host, annotate=False))))
+    assert "latent" in joint
+    with pytest.raises(ValueError, match=f"site 'w': .* names a site that is no random choice.*The random sites are: '{joint}'"):
+        described(host, guide, model, estimators=None if annotate else {"w": LR()})
+
+
+# ---- the wrapper
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_wrapper_is_the_annotation(host, kind):
+    """Estimated(p, e), in any nesting, does sample by sample what the mapping does; outside flowvi it is p."""
+
+    def program(wrap):
+        def guide(h, t):
+            h.sample("x", wrap(h, h.dist.Normal(t[0][..., None] + h.array(WEIGHTS), t[1][..., None])))
+
+        def model(h, t):
+            x = h.sample("x", h.dist.Normal(0 * t[0][..., None] + h.array(WEIGHTS), h.array(1.0)).to_event(1))
+            h.factor("f", cost_of(h, x))
+
+        return Program(guide, model, (0.3, 0.8))
+
+    plain = host.gradients(program(lambda h, d: d.to_event(1)), 5, estimators={"x": KINDS[kind]})
+    for wrap in (
+        lambda h, d: h.flow.Estimated(d, KINDS[kind]).to_event(1),
+        lambda h, d: h.flow.Estimated(d.to_event(1), KINDS[kind]),
+        lambda h, d: h.flow.Estimated(d, KINDS[kind]).to_event(1).mask(True),
+    ):
+        np.testing.assert_allclose(host.gradients(program(wrap), 5), plain, rtol=1e-10)
+    overridden = host.gradients(program(lambda h, d: h.flow.Estimated(d.to_event(1), LR())), 5, estimators={"x": RP()})
+    np.testing.assert_allclose(overridden, host.gradients(program(lambda h, d: d.to_event(1)), 5, estimators={"x": RP()}), rtol=1e-10)
+
+
+def test_the_wrapper_is_a_distribution(host):
+    plain = host.dist.Normal(host.array([0.3, 0.1]), host.array(1.5))
+    wrapped = host.flow.Estimated(plain, LR(q=wide))
+    x = host.array([0.2, -0.4])
+    assert type(wrapped.support) is type(plain.support)
+    np.testing.assert_allclose(wrapped.log_prob(x), plain.log_prob(x))
+    np.testing.assert_allclose(wrapped.to_event(1).log_prob(x), plain.to_event(1).log_prob(x))
+    np.testing.assert_allclose(wrapped.mask(False).log_prob(x), 0 * plain.log_prob(x))
+    assert tuple(wrapped.expand((3, 2)).batch_shape) == (3, 2)
+    np.testing.assert_allclose(wrapped.mean, plain.mean)
+    other = host.dist.Normal(host.array(0.0), host.array(1.0))
+    kl = numpyro_dist.kl_divergence if host.name == "numpyro" else torch.distributions.kl_divergence
+    np.testing.assert_allclose(kl(wrapped, other), kl(plain, other))
+    np.testing.assert_allclose(kl(other.expand((2,)), wrapped), kl(other.expand((2,)), plain))
+    np.testing.assert_allclose(kl(wrapped, wrapped), 0 * kl(plain, plain), atol=1e-12)
+    if host.name == "numpyro":
+        key = jax.random.key(0)
+        np.testing.assert_allclose(wrapped.sample(key, (3,)), plain.sample(key, (3,)))
+        assert jax.tree.structure(wrapped) == jax.tree.structure(host.flow.Estimated(plain, LR(q=wide)))
+        np.testing.assert_allclose(jax.jit(lambda d: d.log_prob(x))(wrapped), plain.log_prob(x))
+        assert numpyro_dist.biject_to(wrapped.support)(0.3) == 0.3
+    else:
+        draws = []
+        for d in (wrapped, plain):
+            pyro.set_rng_seed(0)
+            draws.append(d.sample((3,)).detach().numpy())
+        np.testing.assert_allclose(*draws)
+
+
+CHAIN_LENGTH = 3
+
+
+def scanned(estimator, annotate=None):
+    """x_t ~ N(0.8 x_{t-1} + m, 1) through scan, cost sum_t cos(x_t)."""
+    h = HOSTS["numpyro"]
+
+    def guide(h_, t):
+        def step(x, _):
+            d = numpyro_dist.Normal(0.8 * x + t[0], 1.0).mask(False)
+            d = flowvi.numpyro.Estimated(d, estimator) if estimator is not None else d
+            x = numpyro.sample("x", d, infer={"estimator": annotate} if annotate else None)
+            return x, None
+
+        scan(step, jnp.array(0.0), None, length=CHAIN_LENGTH)
+
+    def model(h_, t):
+        def step(x, _):
+            x = numpyro.sample("x", numpyro_dist.Normal(0.8 * x, 1.0).mask(False))
+            return x, x
+
+        _, xs = scan(step, jnp.array(0.0), None, length=CHAIN_LENGTH)
+        numpyro.factor("f", jnp.cos(xs).sum())
+
+    return h, Program(guide, model, (0.4,))
+
+
+def scanned_truth():
+    total, loc, variance, slope = 0.0, 0.0, 0.0, 0.0
+    for _ in range(CHAIN_LENGTH):
+        loc, variance, slope = 0.8 * loc + 0.4, 0.64 * variance + 1.0, 0.8 * slope + 1.0
+        total += -np.sin(loc) * np.exp(-variance / 2) * slope
+    return total
+
+
+@pytest.mark.parametrize("kind", ["LR", "RP", "cdf", "half", "half, general", "G-Rep", "LR, q", "RP, q", "half, q"])
+@pytest.mark.parametrize("particles", [1, 4])
+def test_the_wrapper_inside_scan(kind, particles):
+    host, program = scanned(KINDS[kind])
+    expected_under(program, host, scanned_truth(), particles=particles, n=40_000 // particles)
+
+
+def test_a_plain_annotation_inside_scan_is_refused():
+    for estimator in (LR(), HALF):
+        host, program = scanned(None, annotate=estimator)
+        with pytest.raises(
+            ValueError, match=r"site 'x': handlers do not reach into scan and cond.*Estimated\(distribution, estimator\)"
+        ):
+            host.gradients(program, 2)
+    host, program = scanned(LR())
+    with pytest.raises(ValueError, match="site 'x': handlers do not reach into scan"):
+        host.gradients(program, 2, estimators={"x": HALF})
+    host, program = scanned(None, annotate=RP())
+    expected_under(program, host, scanned_truth())
+
+
+def test_discrete_sites_inside_scan_need_no_wrapper():
+    """b_t ~ Bernoulli(sigmoid(m + b_{t-1})), cost sum_t b_t, against enumeration."""
+    host = HOSTS["numpyro"]
+
+    def body(logits):
+        def step(b, _):
+            b = numpyro.sample("b", numpyro_dist.Bernoulli(logits=logits(b)).mask(False))
+            return b.astype(float), b
+
+        return scan(step, jnp.array(0.0), None, length=CHAIN_LENGTH)[1]
+
+    program = Program(
+        lambda h, t: body(lambda b: t[0] + b), lambda h, t: numpyro.factor("f", 1.0 * body(lambda b: 0.0 * b).sum()), (0.4,)
+    )
+
+    def expectation(m):
+        total, p = 0.0, 0.0
+        for _ in range(CHAIN_LENGTH):
+            p = p / (1 + np.exp(-m - 1)) + (1 - p) / (1 + np.exp(-m))
+            total += p
+        return total
+
+    exact = (expectation(0.4 + 1e-6) - expectation(0.4 - 1e-6)) / 2e-6
+    expected_under(program, host, exact)
+
+
+@pytest.mark.parametrize("kind", ["LR", "half", "RP", "LR, q"])
+def test_the_wrapper_inside_cond(kind):
+    """c ~ Bernoulli(0.3) chooses the branch; the cost is sin(x)."""
+    host = HOSTS["numpyro"]
+
+    def branch(loc):
+        return lambda _: numpyro.sample("x", flowvi.numpyro.Estimated(numpyro_dist.Normal(loc, 1.0).mask(False), KINDS[kind]))
+
+    def guide(h, t):
+        c = numpyro.sample("c", numpyro_dist.Bernoulli(0.3).mask(False))
+        cond(c > 0, branch(t[0]), branch(-2 * t[0]), None)
+
+    def model(h, t):
+        numpyro.sample("c", numpyro_dist.Bernoulli(0.3).mask(False))
+        x = numpyro.sample("x", numpyro_dist.Normal(0.0, 1.0).mask(False))
+        numpyro.factor("f", jnp.sin(x))
+
+    exact = np.exp(-0.5) * (0.3 * np.cos(0.4) - 0.7 * 2 * np.cos(0.8))
+    expected_under(Program(guide, model, (0.4,)), host, exact)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "cdf"])
+@pytest.mark.parametrize("elbo", ["Trace_ELBO", "TraceGraph_ELBO", "TraceEnum_ELBO"])
+def test_the_wrapper_under_pyros_own_elbos(elbo, kind):
+    """At q = p Pyro's own objectives follow the estimator: x -> y, so that a lost path or score would show."""
+    n = 20_000
+    leaf = torch.full((n,), 0.4, requires_grad=True)
+
+    def guide():
+        with pyro.plate("n", n):
+            x = pyro.sample("x", flowvi.pyro.Estimated(pyro_dist.Normal(leaf, 0.9), KINDS[kind]))
+            pyro.sample("y", flowvi.pyro.Estimated(pyro_dist.Normal(torch.sin(x), 0.7), LR()))
+
+    def model():
+        with pyro.plate("n", n):
+            x = pyro.sample("x", pyro_dist.Normal(0.0, 1.0))
+            pyro.sample("y", pyro_dist.Normal(x, 1.0))
+
+    def exact(m):  # E[log p(x, y)] + entropies, by quadrature over x; E[(y - x)^2] = 0.49 + (sin x - x)^2
+        nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+        x = m + 0.9 * nodes
+        return (weights * (-0.5 * x**2 - 0.5 * (0.49 + (np.sin(x) - x) ** 2))).sum() / weights.sum()
+
+    truth = (exact(0.4 + 1e-5) - exact(0.4 - 1e-5)) / 2e-5
+    objective = getattr(pyro.infer, elbo)(max_plate_nesting=1, strict_enumeration_warning=False)
+    pyro.set_rng_seed(0)
+    if elbo == "TraceGraph_ELBO":
+        _, surrogate = objective._loss_and_surrogate_loss(model, guide, (), {})
+        surrogate.backward()
+    else:
+        objective.differentiable_loss(model, guide).backward()
+    samples = -leaf.grad.numpy()
+    assert abs(samples.mean() - truth) < 5 * samples.std() / np.sqrt(n)
+
+
+def test_rejection_sampled_sites_have_a_path_and_a_score():
+    """Pyro's rejection Gamma: d/da of E[x] = a / b, where TraceGraph_ELBO drops the score."""
+    from pyro.distributions.testing.rejection_gamma import RejectionGamma
+
+    host = HOSTS["pyro"]
+
+    def site(h, t):
+        return h.sample("x", RejectionGamma(t[0], h.array(1.0).expand(t[0].shape)).mask(False))
+
+    def model(h, t):
+        h.factor("f", h.sample("x", h.dist.Gamma(t[0], h.array(1.0)).mask(False)) ** 2)
+
+    for estimator in (Auto(), RP(), LR()):
+        expected_under(Program(site, model, (1.4,)), host, 2 * 1.4 + 1, estimators={"x": estimator})
