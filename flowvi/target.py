@@ -57,6 +57,11 @@ class Support(NamedTuple):
         """Whether the bounds are plain numbers."""
         return all(isinstance(bound, int | float) for bound in (self.lower, self.upper))
 
+    @property
+    def bounded(self) -> bool:
+        """Whether it has a boundary, or is of a kind that may have one."""
+        return self.kind != "coordinates" or not (self.fixed and self.lower == -math.inf and self.upper == math.inf)
+
     def __str__(self) -> str:
         if self.kind != "coordinates":
             return self.kind.strip("_")
@@ -176,7 +181,7 @@ class Target(ABC):
             )
         q = self.expand(q)
         p_support, q_support = self.support, Support.of(q.support)
-        if p_support == q_support and p_support.fixed:
+        if p_support.fixed and q_support.fixed and p_support == q_support:
             return q, False
         message = f"the support of q must cover that of {self.family}, expected {p_support}, found {q_support}; widen q."
         if p_support.kind != q_support.kind or p_support.discrete != q_support.discrete:

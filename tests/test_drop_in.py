@@ -283,8 +283,7 @@ def fit(h, program, elbo, steps, **options):
 
 def test_svi_takes_the_same_steps(host):
     theirs, ours = (
-        fit(host, PROGRAMS["subsampled plate"], elbo(2), 5)
-        for elbo in (library(host).infer.Trace_ELBO, host.flow.TraceFlow_ELBO)
+        fit(host, PROGRAMS["subsampled plate"], elbo(2), 5) for elbo in (library(host).infer.Trace_ELBO, host.flow.TraceFlow_ELBO)
     )
     assert_same(theirs, ours)
 

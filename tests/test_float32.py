@@ -1,7 +1,5 @@
 """Single precision: every kind of estimator keeps the dtype and the mean."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pyro
@@ -56,3 +54,32 @@ def test_mean_and_dtype(host, single, kind, q):
     assert np.isfinite(samples).all()
     z = (samples.mean(0) - [2 * LOC, 2 * SCALE]) / (samples.std(0) / np.sqrt(N))
     assert np.all(np.abs(z) < 5)
+
+
+@pytest.mark.parametrize("particles", [1, 2])
+@pytest.mark.parametrize("q", ["p", "q"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pyro_keeps_the_double_precision_of_a_program(single, kind, q, particles):
+    """A program in double precision under a default of single precision: the same numbers as under its own default."""
+    host = HOSTS["pyro"]
+    estimators = {"x": KINDS[kind](proposal(host, q)), "k": LR()}
+
+    def gradient(default):
+        torch.set_default_dtype(default)
+        theta = torch.tensor([LOC, SCALE], dtype=torch.float64, requires_grad=True)
+
+        def sites():
+            x = pyro.sample("x", host.dist.Normal(*theta))
+            return x, pyro.sample("k", host.dist.Bernoulli(logits=theta[0]))
+
+        def model():
+            x, k = sites()
+            pyro.factor("cost", (x - k) ** 2)
+
+        pyro.set_rng_seed(0)
+        loss = host.flow.TraceFlow_ELBO(particles, estimators=estimators).differentiable_loss(model, sites)
+        loss.backward()
+        assert loss.dtype == theta.grad.dtype == torch.float64
+        return [*theta.grad.tolist(), loss.item()]
+
+    np.testing.assert_allclose(gradient(torch.float32), gradient(torch.float64), rtol=1e-12)

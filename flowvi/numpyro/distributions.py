@@ -46,7 +46,7 @@ class NumPyroTarget(Target):
         return isinstance(value, Tracer)
 
     def moving_transforms(self):
-        if type(self.p) is not dist.TransformedDistribution or not _bounded(self.p.base_dist):
+        if type(self.p) is not dist.TransformedDistribution or not Support.of(self.p.base_dist.support).bounded:
             return []
         return [type(t).__name__ for t in self.p.transforms if any(map(self.is_live, jax.tree.leaves(t)))]
 
@@ -117,12 +117,6 @@ def find_estimated(fn: dist.Distribution) -> Estimator | None:
             )
         fn = inner
     return None
-
-
-def _bounded(p: dist.Distribution) -> bool:
-    support = Support.of(p.support)
-    unbounded = Support.of(dist.constraints.real)
-    return support != unbounded
 
 
 class Estimated(dist.Distribution):

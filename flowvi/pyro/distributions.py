@@ -53,7 +53,7 @@ class PyroTarget(Target):
         p = self.p
         if type(p) not in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
             return []
-        if Support.of(unwrap(p.base_dist).support) == Support.of(constraints.real):
+        if not Support.of(unwrap(p.base_dist).support).bounded:
             return []
         return [type(t).__name__ for t in p.transforms if any(map(self.is_live, _tensors(t)))]
 

@@ -210,9 +210,9 @@ class TraceFlow_ELBO(Trace_ELBO):
         if self._assignment.learn(annotations):
             traces, attached, annotations = attach_and_run()
         self._assignment.verify(attached.aliases, attached.fixed)
-        model_trace, guide_trace = traces = self._with_log_probs(*traces)
+        traces = self._with_log_probs(*traces)
         for name, draw in attached.draws.items():
-            guide_trace.nodes[name]["draw"] = draw
+            traces[1].nodes[name]["draw"] = draw
         return traces, attached
 
     def _with_log_probs(self, model_trace, guide_trace):
