@@ -144,8 +144,8 @@ class RP(Estimator):
     u is the velocity of the host's own sampler and psi = 0. With a proposal, the sampler is inverted at the sample of q: through a
     known standardization of the family (location-scale, LogNormal, MultivariateNormal, ...) or through the cdf of a scalar.
 
-    **Requirements**: a reparameterized sampler with an unbiased derivative, and a cost without jumps in x. With ``q``, a known
-    standardization or a differentiable cdf.
+    **Requirements**: a reparameterized sampler with an unbiased derivative, and a cost without jumps in x (on a circle: a periodic
+    one). With ``q``, a known standardization or a differentiable cdf.
 
     Args:
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.

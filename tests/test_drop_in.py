@@ -137,6 +137,10 @@ def mask(h, where):
     return handlers(h).mask(mask=where)
 
 
+def mask_out(h, where):
+    return handlers(h).mask(mask=False if where is True else where)
+
+
 PROGRAMS = {
     "plain": plain(),
     "transformed": transformed(),
@@ -144,6 +148,7 @@ PROGRAMS = {
     "nested plates": nested(),
     "scale": handled(scale),
     "mask": handled(mask),
+    "mask out": handled(mask_out),
 }
 
 
@@ -456,6 +461,41 @@ def test_numpyro_discrete_sites_are_no_news():
             svi(NUMPYRO, MIXED, elbo).init(jax.random.key(0))
 
 
+def by_a_parameter(here, where):
+    """LR whose proposal reads a parameter that moves, if it is said ``here``."""
+    c = numpyro.param("c", 1.5, constraint=numpyro.distributions.constraints.positive)
+    q = lambda p: NUMPYRO.dist.Normal(p.loc, c * p.scale)
+    return c, {"estimator": LR(q=q)} if here == where else {}
+
+
+@pytest.mark.parametrize("start", ["compiled", "evaluated"])
+def test_numpyro_an_annotation_of_the_model_belongs_to_its_run(start):
+    """A proposal that reads a traced parameter: said in the model it acts as if it was said in the guide, trace after trace."""
+
+    def fit(where):
+        def guide(y):
+            infer = by_a_parameter("guide", where)[1]
+            numpyro.sample("w", normal(NUMPYRO, m(NUMPYRO), s(NUMPYRO)), infer=infer)
+
+        def model(y):
+            c, infer = by_a_parameter("model", where)
+            w = numpyro.sample("w", normal(NUMPYRO, 0.0, c), infer=infer)
+            with numpyro.plate("n", len(y)):
+                numpyro.sample("y", normal(NUMPYRO, w, 0.7), obs=y)
+
+        run = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(0.1), flowvi.numpyro.TraceFlow_ELBO())
+        state, losses = run.init(jax.random.key(0), jnp.ones(1)), []
+        if start == "evaluated":
+            losses.append(run.evaluate(state, jnp.ones(1)))
+        update = jax.jit(run.update)
+        for n in (1, 1, 2):  # another shape is another trace
+            state, loss = update(state, jnp.ones(n))
+            losses.append(loss)
+        return losses, run.evaluate(state, jnp.ones(1)), run.get_params(state)
+
+    assert_same(fit("guide"), fit("model"))
+
+
 # Pyro
 
 PYRO = HOSTS["pyro"]
@@ -634,3 +674,34 @@ def test_pyro_a_loss_without_parameters():
 
     bound = bind(PYRO, (guide, model))[::-1]
     assert_same(*(seeded(elbo().loss_and_grads, *bound) for elbo in (pyro.infer.Trace_ELBO, flowvi.pyro.TraceFlow_ELBO)))
+
+
+def test_pyro_an_annotation_of_the_model_belongs_to_its_run():
+    """A proposal that reads a parameter of the model reads its present value."""
+    seen = []
+
+    def guide():
+        pyro.sample("w", normal(PYRO, m(PYRO), s(PYRO)))
+
+    def model():
+        c = pyro.param("c", PYRO.array(1.5), constraint=pyro.distributions.constraints.positive)
+
+        def q(p):
+            seen.append(c.item())
+            return PYRO.dist.Normal(p.loc, c * p.scale)
+
+        observe(PYRO, pyro.sample("w", normal(PYRO, 0.0, c), infer={"estimator": LR(q=q)}))
+
+    run = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), flowvi.pyro.TraceFlow_ELBO())
+    present = 1.5
+    for _ in range(4):
+        run.step()
+        assert seen[-1] == present
+        present = pyro.param("c").item()
+    assert present != 1.5
+
+
+def test_pyro_a_program_without_sites():
+    elbo = flowvi.pyro.TraceFlow_ELBO()
+    for loss in (elbo.loss, elbo.differentiable_loss, elbo.loss_and_grads):
+        assert loss(lambda: None, lambda: None) == 0

@@ -85,7 +85,9 @@ class NumPyroTarget(Target):
         def known(leaf):
             if not isinstance(leaf, Tracer):
                 return leaf
-            return ops.ramp(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)) if jnp.issubdtype(leaf.dtype, jnp.floating) else None
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                return jnp.ones(leaf.shape, leaf.dtype)
+            return ops.ramp(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
 
         with jax.ensure_compile_time_eval():
             yield known(x), jax.tree.map(known, self.p0)
