@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -30,11 +30,13 @@ class Draw:
         value: The value of the site; its tangent is the velocity.
         score: Batch shape of the site, value 0 and tangent psi; None where psi is identically 0.
         log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
+        log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the score needed it anyway.
     """
 
     value: Array
     score: Array | None = None
     log_weight: Array | None = None
+    log_prob: Array | None = None
 
 
 class Estimator(ABC):
@@ -102,7 +104,7 @@ def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
         ok = ops.all_finite(ops.exp(log_weight))
         target.check(ops, ok, "the weight p/q is not finite; the density of q must be positive wherever that of p is.")
     draw = estimator.attach(ops, target, x)
-    return Draw(draw.value, draw.score, log_weight)
+    return replace(draw, log_weight=log_weight)
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,7 +136,8 @@ class LR(Estimator):
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         _refuse_moving_support(target, "LR")
-        return Draw(target.push(x), target.to_batch(ops.tether(target.p.log_prob(x))))
+        log_prob = target.to_batch(target.p.log_prob(x))
+        return Draw(target.push(x), ops.tether(log_prob), log_prob=log_prob)
 
 
 @dataclass(frozen=True, repr=False)
@@ -325,25 +328,28 @@ class Flow(Estimator):
         if target.validate:
             ok = ops.all_finite(velocity) if divergence is None else ops.all_finite(velocity.sum() + divergence.sum())
             target.check(ops, ok, "the velocity field or its divergence is NaN or infinite at a sample.")
-        value = x + velocity
-        if divergence is None:
+        value = x + ops.tether(velocity)
+        if self.divergence == "pathwise":
             return Draw(target.push(value))
-        return Draw(target.push(value), target.to_batch(ops.tether(target.p.log_prob(value) + divergence)))
+        log_prob = target.to_batch(target.p.log_prob(value))
+        score = ops.tether(log_prob if divergence is None else log_prob + target.to_batch(divergence))
+        return Draw(target.push(value), score, log_prob=log_prob)
 
-    def _elementwise(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array]:
+    def _elementwise(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array | None]:
+        """The velocity and its divergence (None for constant fields) as far as their derivatives go: u_i theta_i for u_i dtheta_i."""
         if chart := target.chart():
             target.refuse(
                 f"a field per parameter cannot stay on a support of lower dimension ({chart}); "
                 "use Flow(velocity) with a dx that is tangent to it."
             )
-        dtheta, velocity, divergence = Tangents(ops, target), None, None
+        velocity = divergence = None
         for name, u in self.per_parameter:
             if name not in target.parameters:
                 target.refuse(unknown_parameter(target, name))
-            tangent = getattr(dtheta, name)
-            if not _broadcasts(tangent.shape, x.shape):
+            theta = ops.asarray(getattr(target.p, name), x)
+            if not _broadcasts(theta.shape, x.shape):
                 target.refuse(
-                    f"parameter '{name}' of shape {tuple(tangent.shape)} does not act coordinate by coordinate on x of shape "
+                    f"parameter '{name}' of shape {tuple(theta.shape)} does not act coordinate by coordinate on x of shape "
                     f"{tuple(x.shape)}; use the general form Flow(velocity)."
                 )
 
@@ -352,11 +358,13 @@ class Flow(Estimator):
 
             _check_elementwise(ops, target, u_at, x, f"the velocity of '{name}'")
             at_x, slope = ops.derivative(partial(u_at, p=target.p0), x, live=False)
-            dx, div = at_x * tangent, target.sum_event(slope * tangent)
-            velocity, divergence = (dx, div) if velocity is None else (velocity + dx, divergence + div)
-        return velocity, divergence
+            velocity = at_x * theta if velocity is None else velocity + at_x * theta
+            if slope is not None:
+                divergence = slope * theta if divergence is None else divergence + slope * theta
+        return velocity, None if divergence is None else target.sum_event(divergence)
 
     def _general(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array | None]:
+        """The velocity and its divergence, of value 0 and linear in dtheta."""
         dtheta = Tangents(ops, target)
         assert self.velocity is not None
         velocity_of = self.velocity
@@ -384,8 +392,7 @@ class Flow(Estimator):
         if target.validate:
             ok = ops.is_close(velocity, 0 * x)
             target.check(ops, ok, "velocity(x, p, dtheta) must be linear in dtheta, but is not 0 at dtheta = 0.")
-        velocity = ops.tether(velocity)
-        return velocity, None if divergence is None else ops.tether(divergence)
+        return velocity, divergence
 
 
 @dataclass(frozen=True, repr=False)
@@ -454,4 +461,9 @@ def _check_elementwise(ops: Ops, target: Target, f: Callable[[Array, Any], Array
 
 def _slope(ops: Ops, target: Target, f: Callable[[Array], Array], x: Array, live: bool) -> Array:
     """df/dx: elementwise for a scalar family, the Jacobian over the event otherwise."""
-    return ops.derivative(f, x, live)[1] if target.event_ndim == 0 else ops.jacobian(f, x, target.event_ndim, live)[1]
+    if target.event_ndim:
+        return ops.jacobian(f, x, target.event_ndim, live)[1]
+    _, slope = ops.derivative(f, x, live)
+    if slope is None:
+        target.refuse("the standardization function must depend on x, but is constant in it.")
+    return slope

@@ -21,8 +21,8 @@ class Ops(Protocol):
         """``t - stop_gradient(t)``: value 0, derivative of ``t``."""
         ...
 
-    def derivative(self, f: Callable[[Array], Array], x: Array, /, live: bool) -> tuple[Array, Array]:
-        """``f(x)`` and df/dx of an elementwise f; ``live``: both carry the derivatives of x and of what f closes over."""
+    def derivative(self, f: Callable[[Array], Array], x: Array, /, live: bool) -> tuple[Array, Array | None]:
+        """``f(x)`` and df/dx of an elementwise f (None: constant); ``live``: with the derivatives of x and of what f closes over."""
         ...
 
     def is_elementwise(self, f: Callable[[Array], Array], x: Array, /) -> Array:

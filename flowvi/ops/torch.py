@@ -28,7 +28,7 @@ def derivative(f, x, live):
     with torch.enable_grad():
         x = _differentiable(x)
         y = f(x)
-        slope = _pullback(y, x, torch.ones_like(y), live)
+        slope = _pullback(y, x, torch.ones_like(y), live) if y.requires_grad else None
     return (y, slope) if live else (y.detach(), slope)
 
 

@@ -103,6 +103,11 @@ def unwrap(fn: Any) -> Any:
     return fn
 
 
+def is_masked(fn: Any) -> bool:
+    """Whether the log_prob of ``fn`` is masked."""
+    return isinstance(fn, dist.MaskedDistribution) or (hasattr(fn, "base_dist") and is_masked(fn.base_dist))
+
+
 def find_estimated(fn: Any) -> Estimator | None:
     """The estimator of the outermost :class:`Estimated` wrapper around the site's family."""
     while hasattr(fn, "base_dist") and isinstance(fn, WRAPPERS):

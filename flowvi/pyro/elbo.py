@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
@@ -221,6 +222,10 @@ class TraceFlow_ELBO(Trace_ELBO):
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
             check_if_enumerated(guide_trace)
         traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        for site in traces[1].nodes.values():
+            if "unscaled_log_prob" in site:
+                site["log_prob"] = scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"])
+                site["log_prob_sum"] = site["log_prob"].sum()
         for trace in traces:
             trace.compute_log_prob()
             if is_validation_enabled():

@@ -10,7 +10,7 @@ from pyro.poutine.util import site_is_subsample
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, SiteDescription, require_estimator, require_random
 from flowvi.estimators import Draw
-from flowvi.pyro.distributions import PyroTarget, draw, find_estimated, unwrap
+from flowvi.pyro.distributions import PyroTarget, draw, find_estimated, is_masked, unwrap
 
 
 def _fixed(msg) -> str | None:
@@ -70,8 +70,10 @@ class attach_estimators(Messenger):
     def _draw(self, msg, target, estimator, wrapped):
         name = msg["name"]
         if not estimator.uses_sampler:
-            self.draws[name] = draw(target, estimator)
-            msg["value"], msg["done"] = self.draws[name].value, True
+            self.draws[name] = drawn = draw(target, estimator)
+            msg["value"], msg["done"] = drawn.value, True
+            if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
+                msg["unscaled_log_prob"] = drawn.log_prob  # which Pyro would compute again
         elif isinstance(target.p, dist.Rejector):  # a path and a score
             x = target.p()
             score = target.to_batch(ops.tether(target.p.score_parts(x).score_function))
