@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from flowvi.estimators import Estimator
@@ -71,6 +72,10 @@ class Assignment:
         self.annotations = annotations
         return changed
 
+    def forget(self, perishable: Callable[[Any], bool]) -> None:
+        """Drop what the last run annotated with functions that close over something ``perishable``."""
+        self.annotations = {name: e for name, e in self.annotations.items() if not any(map(perishable, _reached(e, set())))}
+
     def verify(self, random: Mapping[str, str], fixed: Iterable[str]) -> None:
         """Refuse names that meet no random site.
 
@@ -115,6 +120,24 @@ def _identity(value: Any) -> Any:
     if hasattr(value, "__code__"):
         return value.__code__, tuple(id(cell.cell_contents) for cell in value.__closure__ or ())
     return id(value) if callable(value) else value
+
+
+def _reached(value: Any, seen: set[int]) -> Iterator[Any]:
+    """What the functions of an estimator close over."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    yield value
+    if isinstance(value, Estimator):
+        inner = vars(value).values()
+    elif isinstance(value, tuple):
+        inner = value
+    elif isinstance(value, partial):
+        inner = (value.func, *value.args, *value.keywords.values())
+    else:
+        inner = (cell.cell_contents for cell in getattr(value, "__closure__", None) or ())
+    for item in inner:
+        yield from _reached(item, seen)
 
 
 class SiteDescription(NamedTuple):

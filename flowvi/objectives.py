@@ -33,35 +33,47 @@ class Credit(NamedTuple):
 
 
 class Particle(NamedTuple):
-    """One run, reduced: the weighted cost of each statement (a scalar), and the credit of each site that has a score."""
+    """One run, reduced: its weighted costs (scalars, by statement or under ``ALL``), and the credit of each site with a score."""
 
     costs: dict[str, Array]
     credits: dict[str, Credit]
 
 
-def elbo_particle(ops: Ops, tape: Tape) -> Particle:
-    """Reduce one tape: weigh the costs, sum them, and gather for each score those that depend on its site."""
+ALL = "all statements"
+
+
+def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
+    """Reduce one tape: weigh the costs, sum them, and gather for each score those that depend on its site.
+
+    Args:
+        ops: The operations of the backend.
+        tape: A run in which some site has a score or a weight.
+        by_statement: Whether to keep the costs of each statement apart.
+    """
     sites = {site.name: site for site in tape.sites}
+    groups: dict[tuple, Array] = {}  # costs that the same sites lead to, in the same plates, are one cost
+    for term in tape.terms:
+        cost = sum_to(term.log_density, term.frames)
+        key = (term.name if by_statement else ALL, term.frames, term.ancestors)
+        groups[key] = groups[key] + cost if key in groups else cost
     costs: dict[str, Array] = {}
     downstream: dict[str, Array] = {}
-    for term in tape.terms:
-        cost = term.log_density
-        if sites:
-            cost = sum_to(cost, term.frames)
-            weight = _weight(ops, sites, term.ancestors, term.frames)
-            if weight is not None:
-                cost = ops.where(weight > 0, weight * cost, ops.stop_gradient(weight))
-        for name in term.ancestors & sites.keys():
-            if sites[name].draw.score is not None:
-                share = sum_to(ops.stop_gradient(cost), term.frames & sites[name].frames)
-                downstream[name] = downstream[name] + share if name in downstream else share
-        cost = cost.sum()
-        costs[term.name] = costs[term.name] + cost if term.name in costs else cost
+    for (name, frames, ancestors), cost in groups.items():
+        weight = _weight(ops, sites, ancestors, frames)
+        if weight is not None:
+            cost = ops.where(weight > 0, weight * cost, weight)
+        detached = ops.stop_gradient(cost)
+        for site in ancestors:
+            if sites[site].draw.score is not None:
+                share = sum_to(detached, frames & sites[site].frames)
+                downstream[site] = downstream[site] + share if site in downstream else share
+        cost = cost.sum() if cost.ndim else cost
+        costs[name] = costs[name] + cost if name in costs else cost
     return Particle(costs, {name: _credit(ops, sites, sites[name], cost) for name, cost in downstream.items()})
 
 
 def estimate(particles: Particle, num_particles: int, baseline: Baseline) -> dict[str, Array]:
-    """The objective by statement, averaged over particles, with the derivative of the estimator.
+    """The objective, averaged over particles, with the derivative of the estimator.
 
     Args:
         particles: With several particles, every array of a credit has them along its first axis; costs may be summed over them.
@@ -69,14 +81,15 @@ def estimate(particles: Particle, num_particles: int, baseline: Baseline) -> dic
         baseline: ``"loo"`` subtracts from each cost its mean over the *other* particles.
 
     Returns:
-        One scalar for each statement; their sum has the value of the objective and the derivative of the estimator.
+        Scalars, by statement or under ``ALL``; their sum has the value of the objective and the derivative of the estimator.
     """
     terms = {name: cost.sum() / num_particles if num_particles > 1 else cost for name, cost in particles.costs.items()}
     for name, (score, cost, weight) in particles.credits.items():
         if baseline == "loo" and num_particles > 1 and cost.shape[0] > 1:
             others = (cost.sum(axis=0, keepdims=True) - cost) / (cost.shape[0] - 1)
             cost = cost - (others if weight is None else weight * others)
-        terms[name] = terms[name] + (score * cost).sum() / num_particles
+        key = ALL if ALL in terms else name
+        terms[key] = terms[key] + (score * cost).sum() / num_particles
     return terms
 
 
@@ -92,13 +105,10 @@ def sum_to(x: Array, frames: Iterable[Frame]) -> Array:
 
 def _weight(ops: Ops, sites: dict[str, Site], ancestors: frozenset[str], frames: frozenset[Frame]) -> Array | None:
     """The product of the ancestors' weights over ``frames``: elementwise in shared plates, joint over the others."""
-    log_weight = None
-    for name in sorted(ancestors & sites.keys()):
-        site = sites[name]
-        if site.draw.log_weight is not None:
-            log_w = sum_to(site.draw.log_weight, site.frames & frames)
-            log_weight = log_w if log_weight is None else log_weight + log_w
-    return None if log_weight is None else ops.exp(log_weight)
+    weighted = [sites[name] for name in sorted(ancestors) if sites[name].draw.log_weight is not None]
+    if not weighted:
+        return None
+    return ops.exp(sum(sum_to(site.draw.log_weight, site.frames & frames) for site in weighted))
 
 
 def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array) -> Credit:

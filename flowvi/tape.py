@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from flowvi.estimators import Draw
@@ -66,8 +66,9 @@ class Statement(NamedTuple):
     block: Any = None
 
 
+@lru_cache(maxsize=64)  # the same at every step of most programs
 def program_order(
-    guide: Iterable[Statement], model: Iterable[Statement], random: frozenset[str]
+    guide: tuple[Statement, ...], model: tuple[Statement, ...], random: frozenset[str]
 ) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
     """Ancestors of each cost among the ``random`` sites of the guide, as far as the order of statements tells.
 
@@ -78,7 +79,6 @@ def program_order(
     Returns:
         The ancestors by name, for the statements of the guide and for those of the model.
     """
-    guide, model = list(guide), list(model)
     reached: frozenset[str] = frozenset()
     of_guide: dict[str, frozenset[str]] = {}
     for block in _blocks(guide):
@@ -94,7 +94,7 @@ def program_order(
     return of_guide, of_model
 
 
-def _blocks(statements: list[Statement]) -> list[list[str]]:
+def _blocks(statements: tuple[Statement, ...]) -> list[list[str]]:
     """Names, grouped: each statement outside a block by itself, runs of statements in one block together."""
     groups: list[list[str]] = []
     last = None

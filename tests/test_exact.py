@@ -136,6 +136,9 @@ def test_plain_weights(host, kind):
     samples = host.gradients(program, N, particles=2, estimators={"x": KINDS[kind](q)}, baseline=None)
     assert abs(z_scores(samples, 0.6, row["variance"])) < 5
     assert abs(variance_z_scores(samples, row["variance"])) < 5
+    if kind == "LR":  # not where self-normalised weights would put it
+        wrong = next(r["mean"] for r in EXACT["self-normalised-K2"]["estimators"] if r["estimator"].startswith("TRAP LR"))
+        assert abs(z_scores(samples, wrong, row["variance"])) > 5
 
 
 def test_the_tests_can_fail(host):

@@ -229,7 +229,7 @@ def test_leave_one_out_of_particles_with_weights():
 
 
 def test_program_order():
-    guide = [Statement("a"), Statement("aux"), Statement("b"), Statement("c", "loop"), Statement("d", "loop")]
+    guide = (Statement("a"), Statement("aux"), Statement("b"), Statement("c", "loop"), Statement("d", "loop"))
     model = [
         Statement("y0"),
         Statement("b"),
@@ -240,11 +240,11 @@ def test_program_order():
         Statement("d"),
     ]
     random = frozenset("abcd") | {"aux"}
-    of_guide, of_model = program_order(guide, model, random)
+    of_guide, of_model = program_order(guide, tuple(model), random)
     assert of_guide == {"a": {"a"}, "aux": {"a", "aux"}, "b": {"a", "aux", "b"}, "c": random, "d": random}
     assert of_model["y0"] == {"a", "aux"}  # the auxiliary site, and what the guide had drawn before it
     assert of_model["b"] == of_model["y1"] == of_model["a"] == {"a", "aux", "b"}
     assert of_model["c"] == of_model["y2"] == random
-    without = program_order([s for s in guide if s.name != "aux"], model, random - {"aux"})[1]
+    without = program_order(tuple(s for s in guide if s.name != "aux"), tuple(model), random - {"aux"})[1]
     assert without["y0"] == set()
     assert without["y1"] == {"a", "b"}

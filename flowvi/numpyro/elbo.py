@@ -17,7 +17,7 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.handlers import attach_estimators, read_annotations
-from flowvi.objectives import Baseline, Particle, elbo_particle, estimate, require_options
+from flowvi.objectives import ALL, Baseline, Particle, elbo_particle, estimate, require_options
 from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
 
 
@@ -116,7 +116,7 @@ class TraceFlow_ELBO(Trace_ELBO):
 
     def _particle(self, rng_key, param_map, model, guide, args, kwargs) -> tuple[Particle, dict | None]:
         run = self._run(rng_key, param_map, model, guide, args, kwargs)
-        particle = elbo_particle(ops, run.tape()) if run.attached.draws else Particle(run.costs(self.sum_sites), {})
+        particle = elbo_particle(ops, run.tape(), not self.sum_sites) if run.attached.draws else Particle(run.costs(self.sum_sites), {})
         if not run.mutable_state or self.num_particles == 1:
             return particle, run.mutable_state or None
         warnings.warn("mutable state is currently ignored when num_particles > 1.", stacklevel=2)
@@ -128,6 +128,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         def run(assignment):
             return _Run(rng_key, param_map, model, guide, args, kwargs, assignment, self.multi_sample_guide)
 
+        self._assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # of a trace that is over
         try:
             result = run(self._assignment)
         except ValueError:  # perhaps for want of an annotation: read them in a run where every site is plain
@@ -192,7 +193,7 @@ class _Run:
             name: self.model_log_probs.get(name, zero).sum() - self.guide_log_probs.get(name, zero).sum()
             for name in {**self.model_log_probs, **self.guide_log_probs}
         }
-        return {"elbo": sum(costs.values(), start=zero)} if sum_sites else costs
+        return {ALL: sum(costs.values(), start=zero)} if sum_sites else costs
 
     def tape(self) -> Tape:
         draws = self.attached.draws
@@ -213,13 +214,13 @@ def _values(trace, kind: str) -> dict:
     return {name: site["value"] for name, site in trace.items() if site["type"] == kind}
 
 
-def _statements(trace) -> list[Statement]:
+def _statements(trace) -> tuple[Statement, ...]:
     """The sample statements; those that came out of scan or cond together may depend on each other."""
-    return [
+    return tuple(
         Statement(name, "control flow" if site.get("_control_flow_done") else None)
         for name, site in trace.items()
         if site["type"] == "sample"
-    ]
+    )
 
 
 def _frames(site) -> frozenset[Frame]:

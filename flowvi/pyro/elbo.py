@@ -178,7 +178,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         looped = []
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             if not any("draw" in site for site in guide_trace.nodes.values()):  # nothing attached: the host's own ELBO
-                yield (guide_trace.log_prob_sum() - model_trace.log_prob_sum()) / self.num_particles
+                yield torch.as_tensor(guide_trace.log_prob_sum() - model_trace.log_prob_sum()) / self.num_particles
                 continue
             particle = elbo_particle(ops, _tape(model_trace, guide_trace))
             if self.vectorize_particles:
@@ -251,7 +251,7 @@ def _loss(terms: dict[str, torch.Tensor]) -> torch.Tensor:
 def _tape(model_trace, guide_trace) -> Tape:
     draws = {name: site["draw"] for name, site in guide_trace.nodes.items() if "draw" in site}
     model, guide = _sample_sites(model_trace), _sample_sites(guide_trace)
-    of_guide, of_model = program_order(map(Statement, guide), map(Statement, model), frozenset(draws))
+    of_guide, of_model = program_order(tuple(map(Statement, guide)), tuple(map(Statement, model)), frozenset(draws))
     terms = [
         Term(name, _frames(site), site["log_prob"] if sign > 0 else -site["log_prob"], ancestors[name])
         for sign, sites, ancestors in ((1, model, of_model), (-1, guide, of_guide))
