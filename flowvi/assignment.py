@@ -129,7 +129,7 @@ def _reached(value: Any, seen: set[int]) -> Iterator[Any]:
     seen.add(id(value))
     yield value
     if isinstance(value, Estimator):
-        inner = vars(value).values()
+        inner: Iterable[Any] = vars(value).values()
     elif isinstance(value, tuple):
         inner = value
     elif isinstance(value, partial):
