@@ -54,11 +54,11 @@ def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
     groups: dict[tuple, Array] = {}  # costs that the same sites lead to, in the same plates, are one cost
     for term in tape.terms:
         cost = sum_to(term.log_density, term.frames)
-        key = (term.name if by_statement else ALL, term.frames, term.ancestors)
+        key = (term.name if by_statement else ALL, term.frames, term.ancestors, cost.shape)
         groups[key] = groups[key] + cost if key in groups else cost
     costs: dict[str, Array] = {}
     downstream: dict[str, Array] = {}
-    for (name, frames, ancestors), cost in groups.items():
+    for (name, frames, ancestors, _), cost in groups.items():
         weight = _weight(ops, sites, ancestors, frames)
         if weight is not None:
             cost = ops.where(weight > 0, weight * cost, weight)
