@@ -68,9 +68,8 @@ class Assignment:
 
     def learn(self, annotations: dict[str, Estimator]) -> bool:
         """Take over what the model's run annotated; True if it differs, so that guide and model have to run again."""
-        changed = {k: _identity(v) for k, v in annotations.items()} != {k: _identity(v) for k, v in self.annotations.items()}
-        self.annotations = annotations
-        return changed
+        before, self.annotations = self.annotations, annotations
+        return {k: _identity(v) for k, v in annotations.items()} != {k: _identity(v) for k, v in before.items()}
 
     def forget(self, perishable: Callable[[Any], bool]) -> None:
         """Drop what the last run annotated with functions that close over something ``perishable``."""
@@ -83,14 +82,13 @@ class Assignment:
             random: Random sites of the guide, each with its alias.
             fixed: Names of the statements that are no random choice: observed, factors and Deltas.
         """
-        known, fixed = {*random, *random.values()}, set(fixed)
-        said = {**self.annotations, **(self.estimators if isinstance(self.estimators, Mapping) else {})}
+        said = [*self.annotations, *(self.estimators if isinstance(self.estimators, Mapping) else ())]
         for name in said:
-            if name in known:
+            if name in random or name in random.values():
                 continue
             where = "infer['estimator'] in the model" if name in self.annotations else "estimators"
             sites = ", ".join(f"'{site}'" for site in random) or "none"
-            if name in fixed:
+            if name in set(fixed):
                 raise ValueError(
                     f"site '{name}': {where} names a site that is no random choice of the guide (it is observed, a factor or a Delta "
                     f"of other sites). The random sites are: {sites}; say the estimator at the one from which '{name}' is drawn."

@@ -98,7 +98,7 @@ class Target(ABC):
     def p0(self) -> Any:
         return self.detach(self.p)
 
-    @cached_property
+    @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(self.p.arg_constraints)
 

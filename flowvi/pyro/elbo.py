@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from pyro import poutine
@@ -16,7 +17,7 @@ import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import Baseline, Credit, Particle, elbo_particle, estimate, require_options
-from flowvi.pyro.handlers import attach_estimators, read_annotations
+from flowvi.pyro.handlers import attach_estimators, replay_and_read
 from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
 
 
@@ -197,19 +198,18 @@ class TraceFlow_ELBO(Trace_ELBO):
         """Traces of guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
 
         def attach_and_run():
-            attached, read = attach_estimators(self._assignment), read_annotations()
-            return _traces(read(model), attached(guide), args, kwargs), attached, read.annotations
+            attached = attach_estimators(self._assignment)
+            return (*_traces(model, guide, args, kwargs, attached), attached)
 
         try:
-            traces, attached, annotations = attach_and_run()
+            traces, annotations, attached = attach_and_run()
         except ValueError:  # perhaps for want of an annotation: read them in a run where every site is plain
-            read = read_annotations()
-            _traces(read(model), guide, args, kwargs)
-            if not self._assignment.learn(read.annotations):
+            _, annotations = _traces(model, guide, args, kwargs, nullcontext())
+            if not self._assignment.learn(annotations):
                 raise
-            traces, attached, annotations = attach_and_run()
+            traces, annotations, attached = attach_and_run()
         if self._assignment.learn(annotations):
-            traces, attached, annotations = attach_and_run()
+            traces, annotations, attached = attach_and_run()
         self._assignment.verify(attached.aliases, attached.fixed)
         traces = self._with_log_probs(*traces)
         for name, draw in attached.draws.items():
@@ -234,14 +234,17 @@ class TraceFlow_ELBO(Trace_ELBO):
         return traces
 
 
-def _traces(model, guide, args, kwargs):
-    """Run the guide and the model replayed against it; a GuideMessenger runs both itself."""
+def _traces(model, guide, args, kwargs, attached):
+    """Run the guide, under ``attached``, and the model replayed against it: their traces, and what the model annotates."""
     messenger = poutine.unwrap(guide)
-    if isinstance(messenger, poutine.messenger.Messenger):
-        guide(*args, **kwargs)
-        return messenger.get_traces()  # type: ignore[attr-defined]
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs), guide_trace
+    if isinstance(messenger, poutine.messenger.Messenger):  # a GuideMessenger runs both itself
+        with attached:
+            guide(*args, **kwargs)
+        return messenger.get_traces(), {}  # type: ignore[attr-defined]
+    with attached:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replay = replay_and_read(guide_trace)
+    return (poutine.trace(replay(model)).get_trace(*args, **kwargs), guide_trace), replay.annotations
 
 
 def _loss(terms: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pyro.distributions as dist
 from pyro.distributions import Delta, Unit
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_subsample
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, SiteDescription, require_estimator, require_random
-from flowvi.estimators import Draw
+from flowvi.estimators import Draw, Estimator
 from flowvi.pyro.distributions import PyroTarget, draw, find_estimated, is_masked, unwrap
 
 
@@ -83,16 +84,21 @@ class attach_estimators(Messenger):
             msg["value"], msg["done"] = target.push(target.p.expand(target.batch_shape).rsample()), True
 
 
-class read_annotations(Messenger):
-    """Collect ``infer={"estimator": ...}`` from the model, before ``replay`` overwrites it."""
+class replay_and_read(ReplayMessenger):
+    """Replay the guide's values in the model; before that overwrites ``infer``, collect ``infer={"estimator": ...}``.
 
-    def __init__(self):
-        super().__init__()
-        self.annotations = {}
+    Attributes:
+        annotations: The estimators annotated in the model, by the name of the statement.
+    """
+
+    def __init__(self, trace=None):
+        super().__init__(trace)
+        self.annotations: dict[str, Estimator] = {}
 
     def _pyro_sample(self, msg):
-        if not site_is_subsample(msg) and "estimator" in msg["infer"]:
+        if "estimator" in msg["infer"] and not site_is_subsample(msg):
             if what := _fixed(msg):
                 require_random(msg, None, what)
             where = f"site '{msg['name']}': infer['estimator']"
             self.annotations[msg["name"]] = require_estimator(msg["infer"]["estimator"], where)
+        super()._pyro_sample(msg)
