@@ -16,6 +16,7 @@ from flowvi.ops import Array, Ops
 from flowvi.tape import Frame, Site, Tape
 
 Baseline = Literal["loo"] | None
+Entropy = Literal["full", "stl"]
 
 
 class Credit(NamedTuple):
@@ -118,8 +119,10 @@ def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array) -> Credit
     return Credit(*(None if a is None else ops.broadcast_to(a, shape) for a in (score, cost, weight)))
 
 
-def require_options(baseline: Baseline, dependencies: str) -> None:
+def require_options(entropy: Entropy, baseline: Baseline, dependencies: str) -> None:
     """Refuse options of an objective that do not exist."""
+    if entropy not in ("full", "stl"):
+        raise ValueError(f"entropy: expected 'full' or 'stl', found {entropy!r}; closed-form entropies are not there yet.")
     if baseline not in ("loo", None):
         raise ValueError(f"baseline: expected 'loo' or None, found {baseline!r}.")
     if dependencies != "plates":

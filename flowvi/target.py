@@ -127,8 +127,8 @@ class Target(ABC):
         """Whether ``value`` may carry a derivative; a traced value that might counts as one that does."""
 
     @abstractmethod
-    def moving_transforms(self) -> list[str]:
-        """Where ``p`` is itself transformed from a bounded base: the transforms with a live parameter."""
+    def transformed_base(self) -> tuple[Any, list[tuple[str, bool]]] | None:
+        """Where ``p`` is itself a plain transformed distribution: its base, and its transforms by name, live or not."""
 
     @cached_property
     def support(self) -> Support:
@@ -136,8 +136,25 @@ class Target(ABC):
 
     def moving_bounds(self) -> list[str]:
         """The bounds of p's support that move with a live parameter (or cannot be told not to)."""
-        bounds = {"its lower bound": self.support.lower, "its upper bound": self.support.upper}
-        return [name for name, bound in bounds.items() if self.is_live(bound)] + self.moving_transforms()
+        moving = self._live_bounds("its", self.support)
+        if (transformed := self.transformed_base()) is not None:
+            base, transforms = transformed
+            support = Support.of(base.support)
+            moving += self._live_bounds("its base's", support)
+            moving += [name for name, live in transforms if live and support.bounded]
+        return moving
+
+    def _live_bounds(self, whose: str, support: Support) -> list[str]:
+        bounds = {"lower": support.lower, "upper": support.upper}
+        return [f"{whose} {side} bound" for side, bound in bounds.items() if self.is_live(bound)]
+
+    def require_still_support(self) -> None:
+        """Refuse sticking the landing where it is biased: it drops a score whose mean is 0 only under a support that stays."""
+        if bounds := self.moving_bounds():
+            self.refuse(
+                f"entropy='stl' is biased where the support moves with a parameter, but that of {self.family} moves with "
+                f"{', '.join(bounds)} (a traced bound counts as live); use entropy='full', or make the bound a constant."
+            )
 
     def is_discrete(self) -> bool:
         return self.support.discrete

@@ -313,7 +313,9 @@ def normal_normal(theta) -> Program:
     return Program(guide, model, tuple(theta))
 
 
-ELBO_ROWS = {"LR total": LR_ROW, "half total": at_x(lambda h, q: Flow(half_normal, q=q)), "RP total": RP_ROW}
+ELBO_ROWS = {
+    f"{kind} {entropy}": at_x(lambda h, q, kind=kind: KINDS[kind](q)) for kind in ("LR", "half", "RP") for entropy in ("total", "STL")
+}
 ELBO_Q = {"p": None, "scale x1.3": q_normal(0.0, 1.3)}
 
 
@@ -544,8 +546,6 @@ def elsewhere(case: str, row: dict) -> str | None:
         return reason
     if "baseline" in name or name.startswith(("LR b=E", "LR b*")):
         return BASELINES
-    if "STL" in name:
-        return "sticking the landing is not there yet"
     if "GO" in name:
         return "GO is not one of flowvi's estimators"
     if name.startswith("TRAP"):

@@ -56,12 +56,13 @@ def test_row(host, name, row):
         return
     assert row["unbiased"]
     truth = EXACT[name.split(",")[0]]["gradient"]
-    samples = host.gradients(case.program, N, estimators=estimators)
+    options = {"estimators": estimators, "entropy": "stl" if "STL" in row["estimator"] else "full"}
+    samples = host.gradients(case.program, N, **options)
     assert np.all(np.abs(z_scores(samples, truth, row["variance"])) < 5)
     if row["q"] not in case.heavy:
         assert np.all(np.abs(variance_z_scores(samples, row["variance"])) < 5)
 
-    four = {"particles": 4, "estimators": estimators, "seed": 1}
+    four = {"particles": 4, "seed": 1, **options}
     for vectorize in (True, False) if host.name == "pyro" else (True,):  # NumPyro's loop: test_row_looped_in_numpyro
         samples = host.gradients(case.program, N // 4, vectorize=vectorize, **four)
         error = samples.std(0) / np.sqrt(len(samples)) + 1e-9  # the leave-one-out baseline changes the variance

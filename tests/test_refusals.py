@@ -129,6 +129,11 @@ REFUSED = {
         lambda h: LR(),
         "site 'x': LR is biased .* moves with AffineTransform",
     ),
+    "LR on a base whose own support moves": (
+        lambda h, t: h.dist.TransformedDistribution(h.dist.Uniform(0.0, 1 + t), [h.dist.transforms.AffineTransform(1.0, 2.0)]),
+        lambda h: LR(),
+        "site 'x': LR is biased .* moves with its base's upper bound",
+    ),
     "a thin support without a chart": (
         lambda h, t: h.dist.LKJCholesky(3, 1.0 + t),
         lambda h: Flow(lambda x, p, dtheta: 0 * x * dtheta.concentration[..., None, None]),
@@ -164,6 +169,19 @@ def test_cdf_without_a_derivative(host):
 def test_rp_with_a_proposal_for_live_degrees_of_freedom(host):
     with pytest.raises(ValueError, match="site 'x': .*StudentT for a constant df"):
         run(host, lambda h, t: h.dist.StudentT(4 + t, h.array(0.0), h.array(1.0)), RP(lambda p: p))
+
+
+def test_sticking_the_landing_on_a_moving_support(host):
+    with pytest.raises(
+        ValueError, match="site 'x': entropy='stl' is biased where the support moves with a parameter, but that of Uniform"
+    ):
+        run(host, lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t), RP(), entropy="stl")
+
+    def shifted(h, t):
+        return h.dist.TransformedDistribution(h.dist.Exponential(h.array(1.0)), [h.dist.transforms.AffineTransform(t, 1.0)])
+
+    with pytest.raises(ValueError, match="site 'x': entropy='stl' is biased .* moves with AffineTransform"):
+        run(host, shifted, RP(), entropy="stl")
 
 
 def eager(host, distribution, estimator, theta=0.3):
@@ -230,6 +248,7 @@ def two_sites(guide_infer=None, model_infer=None, observed_infer=None):
         ({"estimators": 3}, {}, TypeError, "estimators: expected a mapping .* found 3"),
         ({"estimators": lambda site: "LR"}, {}, TypeError, r"site 'x': estimators\(site\): expected an estimator"),
         ({"default": "LR"}, {}, TypeError, "default: expected an estimator"),
+        ({"entropy": "analytic"}, {}, ValueError, "entropy: expected 'full' or 'stl', found 'analytic'"),
         ({"baseline": "mean"}, {}, ValueError, "baseline: expected 'loo' or None"),
         ({"dependencies": "none"}, {}, ValueError, "dependencies: expected 'plates'"),
         ({}, {"guide_infer": {"estimator": "LR"}}, TypeError, r"site 'x': infer\['estimator'\]: expected an estimator"),

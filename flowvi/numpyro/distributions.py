@@ -18,7 +18,7 @@ from numpyro.distributions.transforms import ComposeTransform, Transform
 
 import flowvi.ops.jax as ops
 from flowvi.estimators import Draw, Estimator, attach
-from flowvi.target import Support, Target
+from flowvi.target import Target
 
 
 class NumPyroTarget(Target):
@@ -45,10 +45,11 @@ class NumPyroTarget(Target):
     def is_live(self, value):
         return isinstance(value, Tracer)
 
-    def moving_transforms(self):
-        if type(self.p) is not dist.TransformedDistribution or not Support.of(self.p.base_dist.support).bounded:
-            return []
-        return [type(t).__name__ for t in self.p.transforms if any(map(self.is_live, jax.tree.leaves(t)))]
+    def transformed_base(self):
+        if type(self.p) is not dist.TransformedDistribution:
+            return None
+        transforms = [(type(t).__name__, any(map(self.is_live, jax.tree.leaves(t)))) for t in self.p.transforms]
+        return unwrap(self.p.base_dist), transforms
 
     def lacks_rsample(self):
         p = self.p.base_dist if type(self.p) is dist.TransformedDistribution else self.p

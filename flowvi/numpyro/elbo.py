@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import random
+from jax.lax import stop_gradient
 from numpyro.handlers import replay, seed, substitute
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.util import compute_log_probs
@@ -16,8 +17,9 @@ from numpyro.util import _validate_model, check_model_guide_match
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
+from flowvi.numpyro.distributions import NumPyroTarget
 from flowvi.numpyro.handlers import attach_estimators, read_annotations
-from flowvi.objectives import ALL, Baseline, Particle, elbo_particle, estimate, require_options
+from flowvi.objectives import ALL, Baseline, Entropy, Particle, elbo_particle, estimate, require_options
 from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
 
 
@@ -37,6 +39,8 @@ class TraceFlow_ELBO(Trace_ELBO):
         estimators: A mapping from names of random sites (or of the model sites they stand for) to estimators, or a function
             of the site's message that returns an estimator or None. It is stronger than every annotation.
         default: The estimator of a site for which none is said.
+        entropy: ``"full"`` differentiates the guide's -log density totally; ``"stl"`` (sticking the landing) through the values
+            only, by one more run of the guide at the same values. It is refused where the support moves with a parameter.
         baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not.
         dependencies: ``"plates"``: a score or a weight multiplies the costs that share its plate element and come after it in
             program order.
@@ -62,7 +66,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         k     LR()       default          BernoulliLogits  logits
 
     References:
-        Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015.
+        Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015. Roeder, Wu and Duvenaud 2017 (``"stl"``).
     """
 
     can_infer_discrete = True
@@ -76,11 +80,13 @@ class TraceFlow_ELBO(Trace_ELBO):
         *,
         estimators: Estimators = None,
         default: Estimator = Auto(),  # noqa: B008
+        entropy: Entropy = "full",
         baseline: Baseline = "loo",
         dependencies: str = "plates",
     ):
         super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
-        require_options(baseline, dependencies)
+        require_options(entropy, baseline, dependencies)
+        self.entropy: Entropy = entropy
         self.baseline: Baseline = baseline
         self._assignment = Assignment(estimators, default)
 
@@ -126,7 +132,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         """Run guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
 
         def run(assignment):
-            return _Run(rng_key, param_map, model, guide, args, kwargs, assignment, self.multi_sample_guide)
+            return _Run(rng_key, param_map, model, guide, args, kwargs, assignment, self.multi_sample_guide, self.entropy)
 
         self._assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # of a trace that is over
         try:
@@ -145,12 +151,13 @@ class TraceFlow_ELBO(Trace_ELBO):
 class _Run:
     """One run of guide and model: their traces, log densities and draws."""
 
-    def __init__(self, rng_key, param_map, model, guide, args, kwargs, assignment, multi_sample):
+    def __init__(self, rng_key, param_map, model, guide, args, kwargs, assignment, multi_sample, entropy):
         model_seed, guide_seed = random.split(rng_key)
-        guide = seed(guide, guide_seed)
-        self.attached = attach_estimators(guide, assignment) if assignment is not None else guide
-        guide_log_probs, self.guide_trace = compute_log_probs(self.attached, args, kwargs, param_map, sum_log_prob=False)
-        self.guide_log_probs = guide_log_probs
+        seeded = seed(guide, guide_seed)
+        self.attached = attach_estimators(seeded, assignment) if assignment is not None else seeded
+        self.guide_log_probs, self.guide_trace = compute_log_probs(self.attached, args, kwargs, param_map, sum_log_prob=False)
+        if entropy == "stl" and assignment is not None:
+            self._stick_the_landing(seed(guide, guide_seed), args, kwargs, param_map)
         self.mutable_state = _values(self.guide_trace, "mutable")
         params = {**param_map, **self.mutable_state}
         reader = read_annotations(model)
@@ -163,6 +170,15 @@ class _Run:
             _validate_model(self.model_trace, plate_warning="loose")
             self.mutable_state |= _values(self.model_trace, "mutable")
         self.annotations = reader.annotations
+
+    def _stick_the_landing(self, guide, args, kwargs, param_map):
+        """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
+        for name in self.attached.random:
+            NumPyroTarget(name, self.guide_trace[name]["fn"], enters=False).require_still_support()
+        values = {name: stop_gradient(self.guide_trace[name]["value"]) for name in self.attached.random}
+        log_probs, _ = compute_log_probs(substitute(guide, data=values), args, kwargs, param_map, sum_log_prob=False)
+        for name in values:
+            self.guide_log_probs[name] = self.guide_log_probs[name] - ops.tether(log_probs[name])
 
     def _map_model(self, model, rng_key, params, args, kwargs):
         """Log densities of the model at each sample of a multi-sample guide, along a leading dim."""

@@ -16,7 +16,7 @@ from torch.distributions.kl import kl_divergence, register_kl
 
 import flowvi.ops.torch as ops
 from flowvi.estimators import Draw, Estimator, attach
-from flowvi.target import Support, Target
+from flowvi.target import Target
 
 BIASED_SAMPLERS = (
     dist.RelaxedBernoulliStraightThrough,
@@ -49,13 +49,11 @@ class PyroTarget(Target):
     def is_live(self, value):
         return isinstance(value, torch.Tensor) and value.requires_grad
 
-    def moving_transforms(self):
-        p = self.p
-        if type(p) not in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
-            return []
-        if not Support.of(unwrap(p.base_dist).support).bounded:
-            return []
-        return [type(t).__name__ for t in p.transforms if any(map(self.is_live, _tensors(t)))]
+    def transformed_base(self):
+        if type(self.p) not in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
+            return None
+        transforms = [(type(t).__name__, any(map(self.is_live, _tensors(t)))) for t in self.p.transforms]
+        return unwrap(self.p.base_dist), transforms
 
     def lacks_rsample(self):
         p = self.p

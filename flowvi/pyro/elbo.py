@@ -10,13 +10,14 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape, warn_if_nan
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
-from flowvi.objectives import Baseline, Credit, Particle, elbo_particle, estimate, require_options
+from flowvi.objectives import Baseline, Credit, Entropy, Particle, elbo_particle, estimate, require_options
+from flowvi.pyro.distributions import PyroTarget
 from flowvi.pyro.handlers import attach_estimators, replay_and_read
 from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
 
@@ -42,6 +43,8 @@ class TraceFlow_ELBO(Trace_ELBO):
         estimators: A mapping from names of random sites (or of the model sites they stand for) to estimators, or a function
             of the site's message that returns an estimator or None. It is stronger than every annotation.
         default: The estimator of a site for which none is said.
+        entropy: ``"full"`` differentiates the guide's -log density totally; ``"stl"`` (sticking the landing) through the values
+            only, by one more run of the guide at the same values. It is refused where the support moves with a parameter.
         baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not.
         dependencies: ``"plates"``: a score or a weight multiplies the costs that share its plate element and come after it in
             program order.
@@ -69,7 +72,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         >>> pyro.clear_param_store()
 
     References:
-        Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015.
+        Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015. Roeder, Wu and Duvenaud 2017 (``"stl"``).
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         *,
         estimators: Estimators = None,
         default: Estimator = Auto(),  # noqa: B008
+        entropy: Entropy = "full",
         baseline: Baseline = "loo",
         dependencies: str = "plates",
     ):
@@ -100,7 +104,8 @@ class TraceFlow_ELBO(Trace_ELBO):
             retain_graph,
             tail_adaptive_beta,
         )
-        require_options(baseline, dependencies)
+        require_options(entropy, baseline, dependencies)
+        self.entropy: Entropy = entropy
         self.baseline: Baseline = baseline
         self._assignment = Assignment(estimators, default)
 
@@ -211,7 +216,10 @@ class TraceFlow_ELBO(Trace_ELBO):
         if self._assignment.learn(annotations):
             traces, annotations, attached = attach_and_run()
         self._assignment.verify(attached.aliases, attached.fixed)
+        raw_guide_trace = traces[1]
         traces = self._with_log_probs(*traces)
+        if self.entropy == "stl":
+            _stick_the_landing(guide, raw_guide_trace, attached.random, args, kwargs)
         for name, draw in attached.draws.items():
             traces[1].nodes[name]["draw"] = draw
         return traces, attached
@@ -245,6 +253,25 @@ def _traces(model, guide, args, kwargs, attached):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     replay = replay_and_read(guide_trace)
     return (poutine.trace(replay(model)).get_trace(*args, **kwargs), guide_trace), replay.annotations
+
+
+def _stick_the_landing(guide, guide_trace, random, args, kwargs):
+    """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
+    if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
+        raise ValueError("entropy='stl' runs the guide again by itself, which a GuideMessenger cannot do; use entropy='full'.")
+    still = poutine.Trace()
+    for name, site in guide_trace.nodes.items():
+        if name in random:
+            PyroTarget(name, site["fn"], enters=False).require_still_support()
+            still.add_node(name, **{**site, "value": site["value"].detach()})
+        elif site["type"] == "sample" and site_is_subsample(site):
+            still.add_node(name, **site)
+    again = poutine.trace(poutine.replay(guide, trace=still)).get_trace(*args, **kwargs)
+    again.compute_log_prob(lambda name, site: name in random)
+    for name in random:
+        site = guide_trace.nodes[name]
+        site["log_prob"] = site["log_prob"] - ops.tether(again.nodes[name]["log_prob"])
+        site["log_prob_sum"] = site["log_prob"].sum()
 
 
 def _loss(terms: dict[str, torch.Tensor]) -> torch.Tensor:
