@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from flowvi.ops import Array, Ops
-from flowvi.target import Tangents, Target, unknown_parameter
+from flowvi.target import Tangents, Target, broadcasts, unknown_parameter
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ class Flow(Estimator):
             if name not in target.parameters:
                 target.refuse(unknown_parameter(target, name))
             theta = ops.asarray(getattr(target.p, name), x)
-            if not _broadcasts(theta.shape, x.shape):
+            if not broadcasts(theta.shape, x.shape):
                 target.refuse(
                     f"parameter '{name}' of shape {tuple(theta.shape)} does not act coordinate by coordinate on x of shape "
                     f"{tuple(x.shape)}; use the general form Flow(velocity)."
@@ -440,16 +440,11 @@ def _refuse_discrete(target: Target, what: str) -> None:
 
 def _in_shape(ops: Ops, target: Target, u: Array, x: Array, what: str) -> Array:
     u = ops.asarray(u, x)
-    if not _broadcasts(u.shape, x.shape):
+    if not broadcasts(u.shape, x.shape):
         target.refuse(
             f"{what} must have the shape of x or one that broadcasts to it, expected {tuple(x.shape)}, found {tuple(u.shape)}."
         )
     return ops.broadcast_to(u, x.shape)
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether an array of ``shape`` broadcasts to the shape ``to`` without making it larger."""
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
 def _check_elementwise(ops: Ops, target: Target, f: Callable[[Array, Any], Array], x: Array, what: str) -> None:

@@ -196,6 +196,11 @@ class Target(ABC):
             self.refuse(
                 f"q(p) must have the event shape of {self.family}, expected {tuple(self.event_shape)}, found {tuple(q.event_shape)}."
             )
+        if hasattr(q, "batch_shape") and not broadcasts(q.batch_shape, self.batch_shape):
+            self.refuse(
+                f"q(p) must have the batch shape of x or one that expands to it, expected {tuple(self.batch_shape)}, "
+                f"found {tuple(q.batch_shape)}."
+            )
         q = self.expand(q)
         p_support, q_support = self.support, Support.of(q.support)
         if p_support.fixed and q_support.fixed and p_support == q_support:
@@ -240,6 +245,11 @@ class Target(ABC):
 
     def refuse(self, message: str) -> NoReturn:
         raise ValueError(f"site '{self.name}': {message}")
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of ``shape`` broadcasts to the shape ``to`` without making it larger."""
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
 class Tangents:

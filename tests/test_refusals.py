@@ -97,6 +97,16 @@ REFUSED = {
         lambda h: LR(q=lambda p: mvn(h, h.array(0.3))),
         "site 'x': q.p. must have the event shape of Normal",
     ),
+    "q of another batch shape": (
+        vector,
+        lambda h: LR(q=lambda p: h.dist.Normal(h.array([0.0] * 7), h.array(1.0)).to_event(1)),
+        "site 'x': q.p. must have the event shape",
+    ),
+    "q of a larger batch shape": (
+        vector,
+        lambda h: ImplicitRP(q=lambda p: h.dist.Normal(h.array([0.0] * 7), h.array(1.0))),
+        "site 'x': q.p. must have the batch shape of x or one that expands to it, expected .*2.*found .*7",
+    ),
     "q with a smaller support": (
         normal,
         lambda h: LR(q=lambda p: h.dist.Exponential(h.array(1.0))),
@@ -204,7 +214,7 @@ def eager(host, distribution, estimator, theta=0.3):
         (lambda h: Flow(loc=lambda x, p: x * float("nan")), "velocity field or its divergence is NaN or infinite"),
         (lambda h: Flow(lambda x, p, dtheta: 1.0 + dtheta.loc), "must be linear in dtheta, but is not 0 at dtheta = 0"),
         (lambda h: ImplicitRP(lambda x, p: 0 * x + p.loc), "dS/dx of the standardization function is 0"),
-        (lambda h: LR(q=lambda p: h.dist.Normal(p.loc, float("nan") * p.scale, validate_args=False)), "the weight p/q is not finite"),
+        (lambda h: LR(q=lambda p: h.dist.Normal(float("nan") * p.loc, p.scale, validate_args=False)), "the weight p/q is not finite"),
     ],
     ids=["NaN field", "non-linear velocity", "S without x", "infinite weight"],
 )

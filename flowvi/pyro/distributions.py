@@ -90,7 +90,7 @@ def draw(target: PyroTarget, estimator: Estimator) -> Draw:
     """Draw at a site from the estimator's proposal and attach derivatives and weight."""
     with torch.no_grad():
         q = target.p if estimator.q is None else estimator.proposal(ops, target)[0]
-        x = q.expand(target.batch_shape)()
+        x = q.expand(target.batch_shape).sample()
     return attach(ops, target, estimator, x)
 
 
