@@ -271,6 +271,30 @@ def test_a_cost_outside_the_plate_carries_every_weight(host):
         expected_under(Program(guide, model, (0.7,), plates=1), host, exact, estimators={"z": estimator})
 
 
+@pytest.mark.parametrize("particles", [1, 4])
+def test_python_control_flow_in_pyro(particles):
+    """A branch on a discrete latent, in guide and model: the site z is there only sometimes. Provenance would not see it."""
+    logit, loc = (torch.tensor(v, requires_grad=True) for v in (0.3, 0.4))
+
+    def guide():
+        if pyro.sample("b", pyro_dist.Bernoulli(logits=logit)).item() > 0:
+            pyro.sample("z", pyro_dist.Normal(loc, 1.0))
+
+    def model():
+        if pyro.sample("b", pyro_dist.Bernoulli(torch.tensor(0.5))).item() > 0:
+            pyro.sample("z", pyro_dist.Normal(torch.tensor(0.0), 1.0))
+
+    p = 1 / (1 + np.exp(-0.3))
+    exact = [p * (1 - p) * (-0.5 * 0.4**2 - np.log(p) + np.log(1 - p)), -p * 0.4]
+    elbo = flowvi.pyro.TraceFlow_ELBO(particles, default=LR())
+    samples = np.empty((2000 // particles, 2))
+    for sample in samples:
+        logit.grad, loc.grad = torch.zeros(()), torch.zeros(())
+        elbo.differentiable_loss(model, guide).backward()
+        sample[:] = -logit.grad, -loc.grad
+    assert np.all(np.abs(samples.mean(0) - exact) < 5 * samples.std(0) / np.sqrt(len(samples)))
+
+
 # ---- sticking the landing
 
 
