@@ -29,6 +29,7 @@ class Assignment:
     Attributes:
         annotations: The estimators annotated in the model at its last run, by name. The guide runs before the model, so these
             are known from the run before; ``learn`` says when they were not.
+        met: Names of the sites that were served before.
     """
 
     def __init__(self, estimators: Estimators, default: Estimator):
@@ -40,6 +41,7 @@ class Assignment:
         require_estimator(default, "default")
         self.estimators, self.default = estimators, default
         self.annotations: dict[str, Estimator] = {}
+        self.met: set[str] = set()
 
     def choose(self, site: Any, alias: str, wrapped: Estimator | None) -> Choice:
         """The estimator of a random site of the guide.

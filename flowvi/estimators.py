@@ -448,7 +448,7 @@ def _in_shape(ops: Ops, target: Target, u: Array, x: Array, what: str) -> Array:
 
 
 def _check_elementwise(ops: Ops, target: Target, f: Callable[[Array, Any], Array], x: Array, what: str) -> None:
-    if target.validate and x.ndim:
+    if target.validate and target.first_use and x.ndim:
         with target.probe(x) as (x, p):
             ok = ops.is_elementwise(lambda x: f(x, p), x)
         target.check(ops, ok, f"{what} must be elementwise, but at one coordinate it reads x at another; use Flow(velocity).")

@@ -84,6 +84,7 @@ class Target(ABC):
         batch_ndim: The number of batch dims of the *site*: scores and weights are summed down to these.
         transforms: The transforms entered, in the order in which they act on x.
         validate: Whether the host's validation is on; costly checks run only then.
+        first_use: Whether the objective meets this site for the first time; the costliest checks run only then.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Target(ABC):
     batch_ndim: int
     transforms: list[Any]
     validate: bool
+    first_use: bool = True
 
     @cached_property
     def p0(self) -> Any:

@@ -71,7 +71,9 @@ class attach_estimators(Messenger):
     def _draw(self, msg, target, estimator, wrapped):
         name = msg["name"]
         if not estimator.uses_sampler:
+            target.first_use = name not in self.assignment.met
             self.draws[name] = drawn = draw(target, estimator)
+            self.assignment.met.add(name)
             msg["value"], msg["done"] = drawn.value, True
             if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
                 msg["unscaled_log_prob"] = drawn.log_prob  # which Pyro would compute again
