@@ -144,6 +144,11 @@ REFUSED = {
         lambda h: LR(),
         "site 'x': LR is biased .* moves with its base's upper bound",
     ),
+    "LR on a folded base whose support moves": (
+        lambda h, t: h.dist.FoldedDistribution(h.dist.Uniform(0.0, 1 + t)),
+        lambda h: LR(),
+        "site 'x': LR is biased .* moves with its base's upper bound",
+    ),
     "a thin support without a chart": (
         lambda h, t: h.dist.LKJCholesky(3, 1.0 + t),
         lambda h: Flow(lambda x, p, dtheta: 0 * x * dtheta.concentration[..., None, None]),

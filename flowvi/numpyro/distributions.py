@@ -46,7 +46,7 @@ class NumPyroTarget(Target):
         return isinstance(value, Tracer)
 
     def transformed_base(self):
-        if type(self.p) is not dist.TransformedDistribution:
+        if type(self.p) not in (dist.TransformedDistribution, dist.FoldedDistribution):
             return None
         transforms = [(type(t).__name__, any(map(self.is_live, jax.tree.leaves(t)))) for t in self.p.transforms]
         return unwrap(self.p.base_dist), transforms

@@ -50,7 +50,7 @@ class PyroTarget(Target):
         return isinstance(value, torch.Tensor) and value.requires_grad
 
     def transformed_base(self):
-        if type(self.p) not in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
+        if type(self.p) not in (dist.TransformedDistribution, dist.FoldedDistribution, torch.distributions.TransformedDistribution):
             return None
         transforms = [(type(t).__name__, any(map(self.is_live, _tensors(t)))) for t in self.p.transforms]
         return unwrap(self.p.base_dist), transforms
