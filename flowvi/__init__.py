@@ -3,7 +3,7 @@
 The names here import neither jax nor torch; ``flowvi.numpyro`` and ``flowvi.pyro`` hold the objectives.
 """
 
-from flowvi.estimators import LR, RP, Auto, Flow, ImplicitRP
+from flowvi.estimators import LR, RP, Auto, Baseline, Flow, ImplicitRP
 
-__all__ = ["LR", "RP", "Auto", "Flow", "ImplicitRP"]
+__all__ = ["LR", "RP", "Auto", "Baseline", "Flow", "ImplicitRP"]
 __version__ = "0.1.0"

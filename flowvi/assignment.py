@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from flowvi.estimators import Estimator
+from flowvi.estimators import Baseline, Estimator
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
 
@@ -65,7 +65,7 @@ class Assignment:
         if wrapped is not None:
             return Choice(wrapped, "Estimated")
         if alias in self.annotations:
-            return Choice(self.annotations[alias], "model")
+            return Choice(_require_upstream_baseline(self.annotations[alias], name), "model")
         return Choice(self.default, "default")
 
     def learn(self, annotations: dict[str, Estimator]) -> bool:
@@ -111,9 +111,18 @@ def require_estimator(estimator: Any, where: str) -> Estimator:
     return estimator
 
 
+def _require_upstream_baseline(estimator: Estimator, name: str) -> Estimator:
+    if estimator.baseline is not None and estimator.baseline.inputs:
+        raise ValueError(
+            f"site '{name}': a baseline with inputs cannot be said in the model, where they may lie downstream of the site; "
+            "say it at the site's statement in the guide."
+        )
+    return estimator
+
+
 def _identity(value: Any) -> Any:
     """Two functions written at the same place with the same closure are the same: an inline lambda is a new object at every run."""
-    if isinstance(value, Estimator):
+    if isinstance(value, Estimator | Baseline):
         return type(value), tuple(_identity(v) for v in vars(value).values())
     if isinstance(value, tuple):
         return tuple(_identity(v) for v in value)
@@ -128,7 +137,7 @@ def _reached(value: Any, seen: set[int]) -> Iterator[Any]:
         return
     seen.add(id(value))
     yield value
-    if isinstance(value, Estimator):
+    if isinstance(value, Estimator | Baseline):
         inner: Iterable[Any] = vars(value).values()
     elif isinstance(value, tuple):
         inner = value

@@ -31,12 +31,51 @@ class Draw:
         score: Batch shape of the site, value 0 and tangent psi; None where psi is identically 0.
         log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
         log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the score needed it anyway.
+        baseline: The estimator's own baseline, with the derivatives of its parameters; None where it has none.
     """
 
     value: Array
     score: Array | None = None
     log_weight: Array | None = None
     log_prob: Array | None = None
+    baseline: Array | None = None
+
+
+class Baseline:
+    r"""A baseline b for the score term of one site, :math:`\psi\,(\phi - b)`, fitted to the costs while SVI runs.
+
+    ``fn(*inputs)`` is called just before the site is drawn, with detached inputs. The trainable parameters that ``fn`` reads (of a
+    network, or a single number) are trained by the user's own optimizer on :math:`\tfrac12 (w b - w\phi)^2`; nothing else is.
+
+    **Requirements**: b must not depend on the site's own draw or on anything drawn from it, so write it at the site's statement in
+    the guide. Whatever is random and read by ``fn`` must be given as an input: a closure is not detached. The parameters of
+    ``fn`` must be parameters of the guide (in NumPyro: registered while the guide runs).
+
+    Args:
+        fn: Returns b, of the shape of the site's plates.
+        *inputs: Arrays, or containers of arrays, for ``fn``.
+
+    Example:
+        >>> import flowvi
+        >>> flowvi.LR(baseline=flowvi.Baseline(abs, -2.0))
+        LR(baseline=Baseline(abs))
+
+    References:
+        Mnih and Gregor 2014 (network baselines). Parmas and Sugiyama 2021, eq. 19: unbiased where the mean of psi is 0.
+    """
+
+    def __init__(self, fn: Callable[..., Array], *inputs: Any):
+        if not callable(fn):
+            raise TypeError(f"Baseline: expected a function of the inputs, found {fn!r}; for a constant c write Baseline(lambda: c).")
+        self.fn, self.inputs = fn, inputs
+
+    def __repr__(self) -> str:
+        """The function by name."""
+        return f"Baseline({getattr(self.fn, '__name__', type(self.fn).__name__)})"
+
+    def __call__(self, ops: Ops) -> Array:
+        """Evaluate ``fn`` at the detached inputs."""
+        return self.fn(*_detached(ops, self.inputs))
 
 
 class Estimator(ABC):
@@ -46,9 +85,11 @@ class Estimator(ABC):
         q: A function ``q(p) -> distribution`` that proposes the samples, or None for q = p.
         enters: Whether it acts on the base sample of a plain ``TransformedDistribution`` (or on the outermost value).
         uses_sampler: Whether the derivative is that of the host's own sampler, so that there is nothing to attach.
+        baseline: What is subtracted from the costs that multiply the score, or None to leave that to the objective.
     """
 
     q: Callable[[Any], Any] | None
+    baseline: Baseline | None = None
     enters: bool = True
 
     @property
@@ -88,10 +129,10 @@ class Estimator(ABC):
 
 
 def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
-    """The draw at ``target`` for a sample ``x`` of the estimator's proposal, weight included."""
+    """The draw at ``target`` for a sample ``x`` of the estimator's proposal, weight and baseline included."""
     x = ops.stop_gradient(x)
     if estimator.q is None:
-        return estimator.attach(ops, target, x)
+        return _with_baseline(ops, estimator, estimator.attach(ops, target, x))
     q, leaves_support = estimator.proposal(ops, target)
     log_q = ops.stop_gradient(q.log_prob(x))
     if leaves_support:
@@ -104,7 +145,13 @@ def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
         ok = ops.all_finite(ops.exp(log_weight))
         target.check(ops, ok, "the weight p/q is not finite; the density of q must be positive wherever that of p is.")
     draw = estimator.attach(ops, target, x)
-    return replace(draw, log_weight=log_weight)
+    return _with_baseline(ops, estimator, replace(draw, log_weight=log_weight))
+
+
+def _with_baseline(ops: Ops, estimator: Estimator, draw: Draw) -> Draw:
+    if estimator.baseline is None or draw.score is None:
+        return draw
+    return replace(draw, baseline=ops.asarray(estimator.baseline(ops), draw.score))
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,9 +164,11 @@ class LR(Estimator):
     anything, discontinuous or a black box, as long as its jumps do not move with the parameters either.
 
     Args:
+        baseline: Subtracted from the costs instead of the objective's leave-one-out mean.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
 
     Raises:
+        TypeError: ``baseline`` is no :class:`Baseline`.
         ValueError: At the first run, naming the site, where the support moves with a live parameter.
 
     Example:
@@ -131,8 +180,12 @@ class LR(Estimator):
         Williams 1992; Ranganath, Gerrish and Blei 2014. Parmas and Sugiyama 2021, eq. 19 with u = 0.
     """
 
-    q: Callable[[Any], Any] | None = field(default=None, kw_only=True)
+    baseline: Baseline | None = None
+    q: Callable[[Any], Any] | None = None
     enters = False
+
+    def __post_init__(self):
+        _require_baseline(self.baseline, "LR")
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         _refuse_moving_support(target, "LR")
@@ -275,10 +328,11 @@ class Flow(Estimator):
         divergence: With the general form: ``divergence(x, p, dtheta)`` in closed form, of batch shape and linear in dtheta;
             ``"pathwise"`` declares psi = 0 (a field that solves the transport equation); the default is exact, by
             automatic derivatives over the event.
+        baseline: Subtracted from the costs that multiply psi, instead of the objective's leave-one-out mean.
         **per_parameter: The form per parameter.
 
     Raises:
-        TypeError: Both forms at once, or neither.
+        TypeError: Both forms at once, or neither; ``baseline`` is no :class:`Baseline`.
         ValueError: At the first run, naming the site: an unknown or coupled parameter, a field of another shape, one that mixes
             coordinates (seen where the host's validation is on), a discrete site, a support that moves.
 
@@ -298,6 +352,7 @@ class Flow(Estimator):
     q: Callable[[Any], Any] | None
     divergence: Callable[[Array, Any, Any], Array] | str | None
     per_parameter: tuple[tuple[str, Callable[[Array, Any], Array]], ...]
+    baseline: Baseline | None = None
 
     def __init__(
         self,
@@ -305,6 +360,7 @@ class Flow(Estimator):
         *,
         q: Callable[[Any], Any] | None = None,
         divergence: Callable[[Array, Any, Any], Array] | str | None = None,
+        baseline: Baseline | None = None,
         **per_parameter: Callable[[Array, Any], Array],
     ):
         if (velocity is None) == (not per_parameter):
@@ -316,6 +372,7 @@ class Flow(Estimator):
         object.__setattr__(self, "velocity", velocity)
         object.__setattr__(self, "q", q)
         object.__setattr__(self, "divergence", divergence)
+        object.__setattr__(self, "baseline", _require_baseline(baseline, "Flow"))
         object.__setattr__(self, "per_parameter", tuple(per_parameter.items()))
 
     def psi_is_zero(self, target: Target) -> bool:
@@ -423,6 +480,21 @@ class Auto(Estimator):
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         raise TypeError("Auto is resolved to RP or LR before it is attached.")
+
+
+def _require_baseline(baseline: Any, what: str) -> Baseline | None:
+    if not isinstance(baseline, Baseline | None):
+        raise TypeError(f"{what}: expected baseline=flowvi.Baseline(fn, *inputs) or None, found {baseline!r}.")
+    return baseline
+
+
+def _detached(ops: Ops, value: Any) -> Any:
+    """Every array in a container detached."""
+    if isinstance(value, list | tuple):
+        return type(value)(_detached(ops, v) for v in value)
+    if isinstance(value, dict):
+        return {k: _detached(ops, v) for k, v in value.items()}
+    return ops.stop_gradient(value) if hasattr(value, "shape") else value
 
 
 def _refuse_moving_support(target: Target, what: str) -> None:

@@ -4,7 +4,8 @@ The surrogate is the composition rule of several dependent sites, in its form wi
 
     S = sum_j sg(W_j) f_j + sum_s score_s sg( sum_{j after s} W_j f_j - W_{<=s} b_s ),
 
-with W_j the product of the weights of cost j's ancestors. Plates: a score and a weight meet only costs of their own plate elements.
+with W_j the product of the weights of cost j's ancestors and b_s a baseline. Plates: a score and a weight meet only costs of their own
+plate elements.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Literal, NamedTuple
 
 from flowvi.ops import Array, Ops
 from flowvi.tape import Frame, Site, Tape
+from flowvi.target import broadcasts
 
-Baseline = Literal["loo"] | None
+LeaveOneOut = Literal["loo"] | None
 Entropy = Literal["full", "stl"]
 
 
@@ -26,11 +28,13 @@ class Credit(NamedTuple):
         score: Value 0, tangent psi.
         cost: The weighted costs that depend on the site, detached.
         weight: The weights of the site and its ancestors, multiplied; None where all are 1. It multiplies a baseline.
+        baseline: The site's own baseline, live; None where it is left to the objective.
     """
 
     score: Array
     cost: Array
     weight: Array | None
+    baseline: Array | None
 
 
 class Particle(NamedTuple):
@@ -73,25 +77,35 @@ def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
     return Particle(costs, {name: _credit(ops, sites, sites[name], cost) for name, cost in downstream.items()})
 
 
-def estimate(particles: Particle, num_particles: int, baseline: Baseline) -> dict[str, Array]:
-    """The objective, averaged over particles, with the derivative of the estimator.
+def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: LeaveOneOut) -> dict[str, Array]:
+    """The objective, averaged over particles, with the derivative of the estimator and that of the baselines' squared errors.
 
     Args:
+        ops: The operations of the backend.
         particles: With several particles, every array of a credit has them along its first axis; costs may be summed over them.
         num_particles: How many there are.
-        baseline: ``"loo"`` subtracts from each cost its mean over the *other* particles.
+        baseline: ``"loo"`` subtracts from each cost its mean over the *other* particles, at sites without a baseline of their own.
 
     Returns:
         Scalars, by statement or under ``ALL``; their sum has the value of the objective and the derivative of the estimator.
     """
     terms = {name: cost.sum() / num_particles if num_particles > 1 else cost for name, cost in particles.costs.items()}
-    for name, (score, cost, weight) in particles.credits.items():
-        if baseline == "loo" and num_particles > 1 and cost.shape[0] > 1:
-            others = (cost.sum(axis=0, keepdims=True) - cost) / (cost.shape[0] - 1)
-            cost = cost - (others if weight is None else weight * others)
+    for name, credit in particles.credits.items():
         key = ALL if ALL in terms else name
-        terms[key] = terms[key] + (score * cost).sum() / num_particles
+        terms[key] = terms[key] + _score_term(ops, credit, baseline if num_particles > 1 else None) / num_particles
     return terms
+
+
+def _score_term(ops: Ops, credit: Credit, baseline: LeaveOneOut) -> Array:
+    score, cost, weight, own = credit
+    if own is not None:
+        fitted = own if weight is None else weight * own
+        error = ops.tether(0.5 * (fitted - cost) ** 2)
+        return (score * (cost - ops.stop_gradient(fitted)) - error).sum()
+    if baseline == "loo" and cost.shape[0] > 1:
+        others = (cost.sum(axis=0, keepdims=True) - cost) / (cost.shape[0] - 1)
+        cost = cost - (others if weight is None else weight * others)
+    return (score * cost).sum()
 
 
 def sum_to(x: Array, frames: Iterable[Frame]) -> Array:
@@ -116,10 +130,21 @@ def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array) -> Credit
     score = sum_to(site.draw.score, site.frames)
     weight = _weight(ops, sites, site.ancestors, site.frames)
     shape = ops.broadcast_shapes(score.shape, cost.shape, *(() if weight is None else (weight.shape,)))
-    return Credit(*(None if a is None else ops.broadcast_to(a, shape) for a in (score, cost, weight)))
+    if (baseline := site.draw.baseline) is not None:
+        require_plate_shape(site.name, baseline, shape)
+    return Credit(*(None if a is None else ops.broadcast_to(a, shape) for a in (score, cost, weight, baseline)))
 
 
-def require_options(entropy: Entropy, baseline: Baseline, dependencies: str) -> None:
+def require_plate_shape(name: str, baseline: Array, shape: tuple[int, ...]) -> None:
+    """Refuse a baseline that does not broadcast to the ``shape`` of the site's plates."""
+    if not broadcasts(baseline.shape, shape):
+        raise ValueError(
+            f"site '{name}': a baseline must have the shape of the site's plates or one that broadcasts to it, "
+            f"expected {tuple(shape)}, found {tuple(baseline.shape)}."
+        )
+
+
+def require_options(entropy: Entropy, baseline: LeaveOneOut, dependencies: str) -> None:
     """Refuse options of an objective that do not exist."""
     if entropy not in ("full", "stl"):
         raise ValueError(f"entropy: expected 'full' or 'stl', found {entropy!r}; closed-form entropies are not there yet.")

@@ -16,7 +16,7 @@ from typing import Any
 from hosts import Program, chain
 from slices import slice_proposal
 
-from flowvi import LR, RP, Flow, ImplicitRP
+from flowvi import LR, RP, Baseline, Flow, ImplicitRP
 
 EXACT = {case["id"]: case for case in json.loads((Path(__file__).parent / "exact.json").read_text())["cases"]}
 
@@ -319,8 +319,33 @@ ELBO_ROWS = {
 ELBO_Q = {"p": None, "scale x1.3": q_normal(0.0, 1.3)}
 
 
-def discrete(theta, distribution, cost) -> Case:
-    return Case(one(theta, distribution, cost), {"LR": LR_ROW})
+def lr_baseline(b):
+    return at_x(lambda h, q: LR(Baseline(lambda: b), q))
+
+
+LOG_EVIDENCE = -0.5 * (1.1**2 / (1 + 0.8**2) + math.log(2 * math.pi * (1 + 0.8**2)))
+OPTIMUM_ROWS = {
+    **{f"LR {entropy} baseline=log Z": lr_baseline(LOG_EVIDENCE) for entropy in ("total", "STL")},
+    **{
+        f"half {entropy} baseline=log Z": at_x(lambda h, q: Flow(q=q, baseline=Baseline(lambda: LOG_EVIDENCE), **HALF_NORMAL))
+        for entropy in ("total", "STL")
+    },
+}
+
+
+def discrete(theta, distribution, cost, **baselines) -> Case:
+    return Case(one(theta, distribution, cost), {"LR": LR_ROW, **{row: lr_baseline(b) for row, b in baselines.items()}})
+
+
+def baselines(case, probs, costs):
+    """The rows with a constant baseline, for a discrete site with these probabilities and costs of its values."""
+    mean = sum(p * cost for p, cost in zip(probs, costs, strict=True))
+    return {"LR optimal baseline": EXACT[case]["optimal_baseline"], "LR baseline E[phi]": mean}
+
+
+def softmax(*logits):
+    total = sum(map(math.exp, logits))
+    return tuple(math.exp(logit) / total for logit in logits)
 
 
 CASES: dict[str, Case] = {
@@ -404,13 +429,19 @@ CASES: dict[str, Case] = {
         {"LR": LR_ROW},
     ),
     **{
-        f"bernoulli-logit-t{c}": discrete(0.4, lambda h, t: h.dist.Bernoulli(logits=t), lambda h, x, c=c: (x - c) ** 2)
+        f"bernoulli-logit-t{c}": discrete(
+            0.4,
+            lambda h, t: h.dist.Bernoulli(logits=t),
+            lambda h, x, c=c: (x - c) ** 2,
+            **baselines(f"bernoulli-logit-t{c}", softmax(0.0, 0.4), (c**2, (1 - c) ** 2)),
+        )
         for c in (0.45, 0.499)
     },
     "categorical-logit2": discrete(
         0.9,
         lambda h, t: h.dist.Categorical(logits=h.array([0.2, -0.5, 0.0, 0.1]) + t[..., None] * h.array([0.0, 0, 1, 0])),
         lambda h, x: h.array([1.0, -0.5, 0.3, 2.0])[x],
+        **baselines("categorical-logit2", softmax(0.2, -0.5, 0.9, 0.1), (1.0, -0.5, 0.3, 2.0)),
     ),
     "chain-nonlinear-two-costs": Case(
         nonlinear_chain(),
@@ -478,7 +509,9 @@ CASES: dict[str, Case] = {
         {"LR": LR_ROW},
     ),
     "elbo-normal-normal-off": Case(normal_normal(EXACT["elbo-normal-normal-off"]["theta"]["value"]), ELBO_ROWS, ELBO_Q),
-    "elbo-normal-normal-opt": Case(normal_normal(EXACT["elbo-normal-normal-opt"]["theta"]["value"]), ELBO_ROWS, ELBO_Q),
+    "elbo-normal-normal-opt": Case(
+        normal_normal(EXACT["elbo-normal-normal-opt"]["theta"]["value"]), {**ELBO_ROWS, **OPTIMUM_ROWS}, ELBO_Q
+    ),
     "total-propagation": normal(
         "loc",
         lambda h, x: (x - 1) ** 2 + 0.3 * x**3,
@@ -491,7 +524,13 @@ CASES: dict[str, Case] = {
             "optimal a* (a=1.138546)": flow(loc=lambda x, p: 1.138546),
         },
     ),
-    "baseline-loc": normal("loc", lambda h, x: (x - 1) ** 2 + 0.3 * x**3, loc=0.0, scale=1.0, estimators={"LR b=0": LR_ROW}),
+    "baseline-loc": normal(
+        "loc",
+        lambda h, x: (x - 1) ** 2 + 0.3 * x**3,
+        loc=0.0,
+        scale=1.0,
+        estimators={"LR b=0": LR_ROW, "LR b=E[phi]=2.000000": lr_baseline(2.0), "LR b*=4.000000": lr_baseline(4.0)},
+    ),
     "learned-linear-flow": normal(
         "loc",
         wave,
@@ -514,7 +553,6 @@ CASES: dict[str, Case] = {
 
 DOCUMENTED = "biased by a jump or a seam that an estimator cannot see; 'Requirements' in the docstrings of RP and Flow say so"
 FIELDS = "needs a velocity field from a library of fields, which is not there yet"
-BASELINES = "needs a baseline other than leave-one-out, which is not there yet"
 ELSEWHERE: dict[tuple[str, str], str] = {
     ("normal-loc-step", "RP"): DOCUMENTED,
     ("normal-loc-step", "half"): DOCUMENTED,
@@ -544,8 +582,8 @@ def elsewhere(case: str, row: dict) -> str | None:
     name = row["estimator"]
     if reason := ELSEWHERE.get((case, name)) or ELSEWHERE.get((case, "")):
         return reason
-    if "baseline" in name or name.startswith(("LR b=E", "LR b*")):
-        return BASELINES
+    if name.startswith("RP") and "baseline" in name:
+        return "a site without a score has no baseline"
     if "GO" in name:
         return "GO is not one of flowvi's estimators"
     if name.startswith("TRAP"):

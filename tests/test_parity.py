@@ -222,10 +222,10 @@ def test_leave_one_out_of_particles_with_weights():
     """(K,) times (K, 1) would broadcast in silence: the baseline is the mean over the other particles, element by element."""
     score, cost = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), np.array([[1.0, 0.0], [2.0, 1.0], [6.0, 5.0]])
     weight = np.array([[1.0, 2.0], [0.5, 1.0], [2.0, 1.0]])
-    particles = Particle({"f": np.zeros(3)}, {"f": Credit(score, cost, weight)})
+    particles = Particle({"f": np.zeros(3)}, {"f": Credit(score, cost, weight, None)})
     baseline = np.array([[4.0, 3.0], [3.5, 2.5], [1.5, 0.5]])
-    np.testing.assert_allclose(estimate(particles, 3, "loo")["f"], (score * (cost - weight * baseline)).sum() / 3)
-    np.testing.assert_allclose(estimate(particles, 3, None)["f"], (score * cost).sum() / 3)
+    np.testing.assert_allclose(estimate(flowvi.ops.jax, particles, 3, "loo")["f"], (score * (cost - weight * baseline)).sum() / 3)
+    np.testing.assert_allclose(estimate(flowvi.ops.jax, particles, 3, None)["f"], (score * cost).sum() / 3)
 
 
 def test_program_order():

@@ -289,6 +289,7 @@ def test_saying_it_wrong(host, options, infer, error, message):
         ({"velocity": abs, "loc": abs}, "either velocity"),
         ({"loc": abs, "divergence": abs}, "divergence with the general form only"),
         ({"velocity": abs, "divergence": "exact"}, "found 'exact'"),
+        ({"velocity": abs, "baseline": 2.0}, "Flow: expected baseline=flowvi.Baseline.* found 2.0"),
     ],
 )
 def test_flow_arguments(arguments, message):

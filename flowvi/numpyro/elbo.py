@@ -19,7 +19,7 @@ from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.distributions import NumPyroTarget
 from flowvi.numpyro.handlers import attach_estimators, read_annotations
-from flowvi.objectives import ALL, Baseline, Entropy, Particle, elbo_particle, estimate, require_options
+from flowvi.objectives import ALL, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
 from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
 
 
@@ -41,7 +41,8 @@ class TraceFlow_ELBO(Trace_ELBO):
         default: The estimator of a site for which none is said.
         entropy: ``"full"`` differentiates the guide's -log density totally; ``"stl"`` (sticking the landing) through the values
             only, by one more run of the guide at the same values. It is refused where the support moves with a parameter.
-        baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not.
+        baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
+            estimator's own ``baseline`` replaces it at its site.
         dependencies: ``"plates"``: a score or a weight multiplies the costs that share its plate element and come after it in
             program order.
 
@@ -81,13 +82,13 @@ class TraceFlow_ELBO(Trace_ELBO):
         estimators: Estimators = None,
         default: Estimator = Auto(),  # noqa: B008
         entropy: Entropy = "full",
-        baseline: Baseline = "loo",
+        baseline: LeaveOneOut = "loo",
         dependencies: str = "plates",
     ):
         super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         require_options(entropy, baseline, dependencies)
         self.entropy: Entropy = entropy
-        self.baseline: Baseline = baseline
+        self.baseline: LeaveOneOut = baseline
         self._assignment = Assignment(estimators, default)
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
@@ -99,7 +100,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         else:
             keys = random.split(rng_key, self.num_particles)
             particles, mutable_state = self.vectorize_particles_fn(particle, keys)
-        terms = estimate(particles, self.num_particles, self.baseline)
+        terms = estimate(ops, particles, self.num_particles, self.baseline)
         elbo = sum(terms.values(), start=jnp.array(0.0)) if self.sum_sites else terms
         return {"loss": jax.tree.map(jnp.negative, elbo), "mutable_state": mutable_state}
 

@@ -83,6 +83,8 @@ def _draw_in_control_flow(target: NumPyroTarget, choice: Choice, wrapped, value)
     discrete_lr = wrapped is None and isinstance(choice.estimator, LR) and choice.estimator.q is None and target.is_discrete()
     if not discrete_lr and (wrapped is None or choice.said != "Estimated"):
         _refuse_in_control_flow(target, choice)
+    if choice.estimator.baseline is not None:
+        target.refuse("inside scan or cond the inputs of a baseline are out of reach; use the leave-one-out baseline there.")
     if choice.estimator.proposal(ops, target)[1]:
         target.refuse("inside scan or cond the support of q must be that of p; choose q from the same family.")
     return attach(ops, target, choice.estimator, target.pull(stop_gradient(value)))

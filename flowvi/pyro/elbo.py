@@ -16,7 +16,8 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
-from flowvi.objectives import Baseline, Credit, Entropy, Particle, elbo_particle, estimate, require_options
+from flowvi.objectives import Credit, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
+from flowvi.pyro.baselines import annotated_baseline
 from flowvi.pyro.distributions import PyroTarget
 from flowvi.pyro.handlers import attach_estimators, replay_and_read
 from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
@@ -45,7 +46,8 @@ class TraceFlow_ELBO(Trace_ELBO):
         default: The estimator of a site for which none is said.
         entropy: ``"full"`` differentiates the guide's -log density totally; ``"stl"`` (sticking the landing) through the values
             only, by one more run of the guide at the same values. It is refused where the support moves with a parameter.
-        baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not.
+        baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
+            estimator's own ``baseline`` replaces it at its site.
         dependencies: ``"plates"``: a score or a weight multiplies the costs that share its plate element and come after it in
             program order.
 
@@ -90,7 +92,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         estimators: Estimators = None,
         default: Estimator = Auto(),  # noqa: B008
         entropy: Entropy = "full",
-        baseline: Baseline = "loo",
+        baseline: LeaveOneOut = "loo",
         dependencies: str = "plates",
     ):
         super().__init__(
@@ -106,7 +108,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         )
         require_options(entropy, baseline, dependencies)
         self.entropy: Entropy = entropy
-        self.baseline: Baseline = baseline
+        self.baseline: LeaveOneOut = baseline
         self._assignment = Assignment(estimators, default)
 
     def loss(self, model, guide, *args, **kwargs) -> float:
@@ -186,15 +188,15 @@ class TraceFlow_ELBO(Trace_ELBO):
             if not any("draw" in site for site in guide_trace.nodes.values()):  # nothing attached: the host's own ELBO
                 yield torch.as_tensor(guide_trace.log_prob_sum() - model_trace.log_prob_sum()) / self.num_particles
                 continue
-            particle = elbo_particle(ops, _tape(model_trace, guide_trace))
+            particle = _with_annotated_baselines(elbo_particle(ops, _tape(model_trace, guide_trace)), guide_trace)
             if self.vectorize_particles:
-                yield _loss(estimate(particle, self.num_particles, self.baseline))
+                yield _loss(estimate(ops, particle, self.num_particles, self.baseline))
             elif self.num_particles > 1 and self.baseline is not None and particle.credits:
                 looped.append(particle)
             else:
-                yield _loss(estimate(particle, 1, self.baseline)) / self.num_particles
+                yield _loss(estimate(ops, particle, 1, self.baseline)) / self.num_particles
         if looped:
-            yield _loss(estimate(_stack(looped), self.num_particles, self.baseline))
+            yield _loss(estimate(ops, _stack(looped), self.num_particles, self.baseline))
 
     def _get_trace(self, model, guide, args, kwargs):
         return self._run(model, guide, args, kwargs)[0]
@@ -289,6 +291,15 @@ def _tape(model_trace, guide_trace) -> Tape:
     ]
     sites = [Site(name, _frames(guide[name]), draw, of_guide[name]) for name, draw in draws.items()]
     return Tape(terms, sites)
+
+
+def _with_annotated_baselines(particle: Particle, guide_trace) -> Particle:
+    """The particle with the baselines that the guide says in Pyro's own way."""
+    credits = dict(particle.credits)
+    for name, credit in particle.credits.items():
+        if options := guide_trace.nodes[name]["infer"].get("baseline"):
+            credits[name] = credit._replace(baseline=annotated_baseline(name, options, credit.cost))
+    return particle._replace(credits=credits)
 
 
 def _sample_sites(trace) -> dict:

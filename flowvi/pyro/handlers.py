@@ -11,6 +11,7 @@ from pyro.poutine.util import site_is_subsample
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, SiteDescription, require_estimator, require_random
 from flowvi.estimators import Draw, Estimator
+from flowvi.pyro.baselines import require_baseline_options
 from flowvi.pyro.distributions import PyroTarget, draw, find_estimated, is_masked, unwrap
 
 
@@ -56,10 +57,14 @@ class attach_estimators(Messenger):
             raise ValueError(
                 f"site '{name}': expected a site that is sampled, found infer['enumerate']; enumerate with TraceEnum_ELBO."
             )
+        if "baseline" in msg["infer"]:
+            require_baseline_options(name, msg["infer"]["baseline"])
         alias = name.removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else name
         choice = self.assignment.choose(msg, alias, wrapped)
         target = PyroTarget(name, msg["fn"], enters=True)
         estimator = choice.estimator.resolve(target)
+        if estimator.baseline is not None and "baseline" in msg["infer"]:
+            target.refuse(f"expected one baseline, found {estimator.baseline} and infer['baseline']; keep one of them.")
         if target.transforms and not estimator.enters:
             target = PyroTarget(name, msg["fn"], enters=False)
         if msg["value"] is None:
