@@ -150,12 +150,12 @@ class Target(ABC):
         bounds = {"lower": support.lower, "upper": support.upper}
         return [f"{whose} {side} bound" for side, bound in bounds.items() if self.is_live(bound)]
 
-    def require_still_support(self) -> None:
-        """Refuse sticking the landing where it is biased: it drops a score whose mean is 0 only under a support that stays."""
+    def require_still_support(self, what: str) -> None:
+        """Refuse ``what`` where it is biased: it drops a score whose mean is 0 only under a support that stays."""
         if bounds := self.moving_bounds():
             self.refuse(
-                f"entropy='stl' is biased where the support moves with a parameter, but that of {self.family} moves with "
-                f"{', '.join(bounds)} (a traced bound counts as live); use entropy='full', or make the bound a constant."
+                f"{what} is biased where the support moves with a parameter, but that of {self.family} moves with "
+                f"{', '.join(bounds)} (a traced bound counts as live); go without it, or make the bound a constant."
             )
 
     def is_discrete(self) -> bool:

@@ -8,19 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import random
-from jax.lax import stop_gradient
-from numpyro.handlers import replay, seed, substitute
 from numpyro.infer import Trace_ELBO
-from numpyro.infer.util import compute_log_probs
-from numpyro.util import _validate_model, check_model_guide_match
 
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
-from flowvi.numpyro.distributions import NumPyroTarget
-from flowvi.numpyro.handlers import attach_estimators, read_annotations
-from flowvi.objectives import ALL, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
-from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
+from flowvi.numpyro.run import Program, Run, run_program
+from flowvi.objectives import Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
 
 
 class TraceFlow_ELBO(Trace_ELBO):
@@ -93,7 +87,7 @@ class TraceFlow_ELBO(Trace_ELBO):
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         def particle(key):
-            return self._particle(key, param_map, model, guide, args, kwargs)
+            return self._particle(Program(key, param_map, model, guide, args, kwargs))
 
         if self.num_particles == 1:
             particles, mutable_state = particle(rng_key)
@@ -118,127 +112,18 @@ class TraceFlow_ELBO(Trace_ELBO):
         Returns:
             A tuple of records that prints as a table.
         """
-        run = self._run(random.key(0), {}, model, guide, args, kwargs)
-        return Description(run.attached.random.values())
+        return Description(self._run(Program(random.key(0), {}, model, guide, args, kwargs)).attached.random.values())
 
-    def _particle(self, rng_key, param_map, model, guide, args, kwargs) -> tuple[Particle, dict | None]:
-        run = self._run(rng_key, param_map, model, guide, args, kwargs)
+    def _particle(self, program: Program) -> tuple[Particle, dict | None]:
+        run = self._run(program)
         particle = elbo_particle(ops, run.tape(), not self.sum_sites) if run.attached.draws else Particle(run.costs(self.sum_sites), {})
         if not run.mutable_state or self.num_particles == 1:
             return particle, run.mutable_state or None
         warnings.warn("mutable state is currently ignored when num_particles > 1.", stacklevel=2)
         return particle, None
 
-    def _run(self, rng_key, param_map, model, guide, args, kwargs) -> _Run:
-        """Run guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
-
-        def run(assignment):
-            return _Run(rng_key, param_map, model, guide, args, kwargs, assignment, self.multi_sample_guide, self.entropy)
-
-        self._assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # of a trace that is over
-        try:
-            result = run(self._assignment)
-        except ValueError:  # perhaps for want of an annotation: read them in a run where every site is plain
-            plain = run(None)
-            if not self._assignment.learn(plain.annotations):
-                raise
-            result = run(self._assignment)
-        if self._assignment.learn(result.annotations):
-            result = run(self._assignment)
-        self._assignment.verify({name: name for name in result.attached.random}, result.attached.fixed)
+    def _run(self, program: Program) -> Run:
+        result = run_program(program, self._assignment, self.multi_sample_guide)
+        if self.entropy == "stl":
+            result.stick_the_landing("entropy='stl'")
         return result
-
-
-class _Run:
-    """One run of guide and model: their traces, log densities and draws."""
-
-    def __init__(self, rng_key, param_map, model, guide, args, kwargs, assignment, multi_sample, entropy):
-        model_seed, guide_seed = random.split(rng_key)
-        seeded = seed(guide, guide_seed)
-        self.attached = attach_estimators(seeded, assignment) if assignment is not None else seeded
-        self.guide_log_probs, self.guide_trace = compute_log_probs(self.attached, args, kwargs, param_map, sum_log_prob=False)
-        if entropy == "stl" and assignment is not None:
-            self._stick_the_landing(seed(guide, guide_seed), args, kwargs, param_map)
-        self.mutable_state = _values(self.guide_trace, "mutable")
-        params = {**param_map, **self.mutable_state}
-        reader = read_annotations(model)
-        if multi_sample:
-            self.model_log_probs, self.model_trace = self._map_model(reader, model_seed, params, args, kwargs)
-        else:
-            replayed = replay(seed(reader, model_seed), self.guide_trace)
-            self.model_log_probs, self.model_trace = compute_log_probs(replayed, args, kwargs, params, sum_log_prob=False)
-            check_model_guide_match(self.model_trace, self.guide_trace)
-            _validate_model(self.model_trace, plate_warning="loose")
-            self.mutable_state |= _values(self.model_trace, "mutable")
-        self.annotations = reader.annotations
-
-    def _stick_the_landing(self, guide, args, kwargs, param_map):
-        """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
-        for name in self.attached.random:
-            NumPyroTarget(name, self.guide_trace[name]["fn"], enters=False).require_still_support()
-        values = {name: stop_gradient(self.guide_trace[name]["value"]) for name in self.attached.random}
-        log_probs, _ = compute_log_probs(substitute(guide, data=values), args, kwargs, param_map, sum_log_prob=False)
-        for name in values:
-            self.guide_log_probs[name] = self.guide_log_probs[name] - ops.tether(log_probs[name])
-
-    def _map_model(self, model, rng_key, params, args, kwargs):
-        """Log densities of the model at each sample of a multi-sample guide, along a leading dim."""
-        traces = []
-        plates = _values(self.guide_trace, "plate")
-        latents = {
-            name: site["value"]
-            for name, site in self.guide_trace.items()
-            if (site["type"] == "sample" and site["value"].size > 0) or site["type"] == "deterministic"
-        }
-        samples = [site["value"].shape[0] for site in self.guide_trace.values() if site["type"] == "sample"]
-        if not samples:
-            raise ValueError("guide is missing `sample` sites.")
-
-        def log_probs(key, latents):
-            with seed(rng_seed=key), substitute(data={**latents, **plates}):
-                log_probs, trace = compute_log_probs(model, args, kwargs, params, sum_log_prob=False)
-            _validate_model(trace, plate_warning="loose")
-            traces.append(trace)
-            return log_probs
-
-        return jax.vmap(log_probs)(random.split(rng_key, samples[0]), latents), traces[0]
-
-    def costs(self, sum_sites: bool) -> dict[str, jax.Array]:
-        """The costs where nothing is attached to any site: those of the host's own ELBO, in the host's own arithmetic."""
-        zero = jnp.array(0.0)
-        costs = {
-            name: self.model_log_probs.get(name, zero).sum() - self.guide_log_probs.get(name, zero).sum()
-            for name in {**self.model_log_probs, **self.guide_log_probs}
-        }
-        return {ALL: sum(costs.values(), start=zero)} if sum_sites else costs
-
-    def tape(self) -> Tape:
-        draws = self.attached.draws
-        of_guide, of_model = program_order(_statements(self.guide_trace), _statements(self.model_trace), frozenset(draws))
-        terms = [
-            Term(name, _frames(trace[name]), sign * log_prob, ancestors[name])
-            for sign, log_probs, trace, ancestors in (
-                (1, self.model_log_probs, self.model_trace, of_model),
-                (-1, self.guide_log_probs, self.guide_trace, of_guide),
-            )
-            for name, log_prob in log_probs.items()
-        ]
-        sites = [Site(name, _frames(self.guide_trace[name]), draw, of_guide[name]) for name, draw in draws.items()]
-        return Tape(terms, sites)
-
-
-def _values(trace, kind: str) -> dict:
-    return {name: site["value"] for name, site in trace.items() if site["type"] == kind}
-
-
-def _statements(trace) -> tuple[Statement, ...]:
-    """The sample statements; those that came out of scan or cond together may depend on each other."""
-    return tuple(
-        Statement(name, "control flow" if site.get("_control_flow_done") else None)
-        for name, site in trace.items()
-        if site["type"] == "sample"
-    )
-
-
-def _frames(site) -> frozenset[Frame]:
-    return frozenset(Frame(*frame) for frame in site["cond_indep_stack"])

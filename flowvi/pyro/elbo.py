@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
-from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
-from pyro.infer.util import is_validation_enabled
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape, warn_if_nan
+from pyro.util import warn_if_nan
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import Credit, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
 from flowvi.pyro.baselines import annotated_baseline
-from flowvi.pyro.distributions import PyroTarget
-from flowvi.pyro.handlers import attach_estimators, replay_and_read
-from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
+from flowvi.pyro.run import Run, run_program, runs
 
 
 class TraceFlow_ELBO(Trace_ELBO):
@@ -179,16 +172,16 @@ class TraceFlow_ELBO(Trace_ELBO):
             A tuple of records that prints as a table.
         """
         with torch.random.fork_rng(devices=[]):
-            return Description(self._run(model, guide, args, kwargs)[1].random.values())
+            return Description(self._run(model, guide, args, kwargs).attached.random.values())
 
     def _losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         """Scalars that add up to the loss. Each can be differentiated by itself, so that its graph can be freed."""
         looped = []
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            if not any("draw" in site for site in guide_trace.nodes.values()):  # nothing attached: the host's own ELBO
-                yield torch.as_tensor(guide_trace.log_prob_sum() - model_trace.log_prob_sum()) / self.num_particles
+        for run in runs(self, self._run, model, guide, args, kwargs):
+            if not run.draws:  # the host's own ELBO
+                yield torch.as_tensor(run.guide_trace.log_prob_sum() - run.model_trace.log_prob_sum()) / self.num_particles
                 continue
-            particle = _with_annotated_baselines(elbo_particle(ops, _tape(model_trace, guide_trace)), guide_trace)
+            particle = _with_annotated_baselines(elbo_particle(ops, run.tape()), run.guide_trace)
             if self.vectorize_particles:
                 yield _loss(estimate(ops, particle, self.num_particles, self.baseline))
             elif self.num_particles > 1 and self.baseline is not None and particle.credits:
@@ -199,98 +192,18 @@ class TraceFlow_ELBO(Trace_ELBO):
             yield _loss(estimate(ops, _stack(looped), self.num_particles, self.baseline))
 
     def _get_trace(self, model, guide, args, kwargs):
-        return self._run(model, guide, args, kwargs)[0]
+        result = self._run(model, guide, args, kwargs)
+        return result.model_trace, result.guide_trace
 
-    def _run(self, model, guide, args, kwargs):
-        """Traces of guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
-
-        def attach_and_run():
-            attached = attach_estimators(self._assignment)
-            return (*_traces(model, guide, args, kwargs, attached), attached)
-
-        try:
-            traces, annotations, attached = attach_and_run()
-        except ValueError:  # perhaps for want of an annotation: read them in a run where every site is plain
-            _, annotations = _traces(model, guide, args, kwargs, nullcontext())
-            if not self._assignment.learn(annotations):
-                raise
-            traces, annotations, attached = attach_and_run()
-        if self._assignment.learn(annotations):
-            traces, annotations, attached = attach_and_run()
-        self._assignment.verify(attached.aliases, attached.fixed)
-        raw_guide_trace = traces[1]
-        traces = self._with_log_probs(*traces)
+    def _run(self, model, guide, args, kwargs) -> Run:
+        result = run_program(self._assignment, self.max_plate_nesting, model, guide, args, kwargs)
         if self.entropy == "stl":
-            _stick_the_landing(guide, raw_guide_trace, attached.random, args, kwargs)
-        for name, draw in attached.draws.items():
-            traces[1].nodes[name]["draw"] = draw
-        return traces, attached
-
-    def _with_log_probs(self, model_trace, guide_trace):
-        """The two traces with their log densities, checked as Pyro checks them."""
-        if is_validation_enabled():
-            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
-            check_if_enumerated(guide_trace)
-        traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-        for site in traces[1].nodes.values():
-            if "unscaled_log_prob" in site:
-                site["log_prob"] = scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"])
-                site["log_prob_sum"] = site["log_prob"].sum()
-        for trace in traces:
-            trace.compute_log_prob()
-            if is_validation_enabled():
-                for site in _sample_sites(trace).values():
-                    check_site_shape(site, self.max_plate_nesting)
-        return traces
-
-
-def _traces(model, guide, args, kwargs, attached):
-    """Run the guide, under ``attached``, and the model replayed against it: their traces, and what the model annotates."""
-    messenger = poutine.unwrap(guide)
-    if isinstance(messenger, poutine.messenger.Messenger):  # a GuideMessenger runs both itself
-        with attached:
-            guide(*args, **kwargs)
-        return messenger.get_traces(), {}  # type: ignore[attr-defined]
-    with attached:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    replay = replay_and_read(guide_trace)
-    return (poutine.trace(replay(model)).get_trace(*args, **kwargs), guide_trace), replay.annotations
-
-
-def _stick_the_landing(guide, guide_trace, random, args, kwargs):
-    """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
-    if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
-        raise ValueError("entropy='stl' runs the guide again by itself, which a GuideMessenger cannot do; use entropy='full'.")
-    still = poutine.Trace()
-    for name, site in guide_trace.nodes.items():
-        if name in random:
-            PyroTarget(name, site["fn"], enters=False).require_still_support()
-            still.add_node(name, **{**site, "value": site["value"].detach()})
-        elif site["type"] == "sample" and site_is_subsample(site):
-            still.add_node(name, **site)
-    again = poutine.trace(poutine.replay(guide, trace=still)).get_trace(*args, **kwargs)
-    again.compute_log_prob(lambda name, site: name in random)
-    for name in random:
-        site = guide_trace.nodes[name]
-        site["log_prob"] = site["log_prob"] - ops.tether(again.nodes[name]["log_prob"])
-        site["log_prob_sum"] = site["log_prob"].sum()
+            result.stick_the_landing("entropy='stl'")
+        return result
 
 
 def _loss(terms: dict[str, torch.Tensor]) -> torch.Tensor:
     return -sum(terms.values())  # type: ignore[return-value]
-
-
-def _tape(model_trace, guide_trace) -> Tape:
-    draws = {name: site["draw"] for name, site in guide_trace.nodes.items() if "draw" in site}
-    model, guide = _sample_sites(model_trace), _sample_sites(guide_trace)
-    of_guide, of_model = program_order(tuple(map(Statement, guide)), tuple(map(Statement, model)), frozenset(draws))
-    terms = [
-        Term(name, _frames(site), site["log_prob"] if sign > 0 else -site["log_prob"], ancestors[name])
-        for sign, sites, ancestors in ((1, model, of_model), (-1, guide, of_guide))
-        for name, site in sites.items()
-    ]
-    sites = [Site(name, _frames(guide[name]), draw, of_guide[name]) for name, draw in draws.items()]
-    return Tape(terms, sites)
 
 
 def _with_annotated_baselines(particle: Particle, guide_trace) -> Particle:
@@ -300,14 +213,6 @@ def _with_annotated_baselines(particle: Particle, guide_trace) -> Particle:
         if options := guide_trace.nodes[name]["infer"].get("baseline"):
             credits[name] = credit._replace(baseline=annotated_baseline(name, options, credit.cost))
     return particle._replace(credits=credits)
-
-
-def _sample_sites(trace) -> dict:
-    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-
-
-def _frames(site) -> frozenset[Frame]:
-    return frozenset(Frame(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized)
 
 
 def _stack(particles: list[Particle]) -> Particle:

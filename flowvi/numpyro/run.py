@@ -1,0 +1,170 @@
+"""One run of guide and model in NumPyro: their traces, log densities and draws, as the tape of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import random
+from jax.lax import stop_gradient
+from numpyro.handlers import replay, seed, substitute
+from numpyro.infer.util import compute_log_probs
+from numpyro.util import _validate_model, check_model_guide_match
+
+import flowvi.ops.jax as ops
+from flowvi.assignment import Assignment
+from flowvi.numpyro.distributions import NumPyroTarget
+from flowvi.numpyro.handlers import attach_estimators, read_annotations
+from flowvi.objectives import ALL
+from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
+
+Ancestors = dict[str, frozenset[str]] | None
+
+
+class Program(NamedTuple):
+    """What an objective is asked to run."""
+
+    rng_key: jax.Array
+    param_map: dict[str, jax.Array]
+    model: Callable
+    guide: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+def run_program(program: Program, assignment: Assignment, multi_sample: bool = False) -> Run:
+    """Run guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
+    assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # of a trace that is over
+    try:
+        result = Run(program, assignment, multi_sample)
+    except ValueError:  # perhaps for want of an annotation: read them in a run where every site is plain
+        plain = Run(program, None, multi_sample)
+        if not assignment.learn(plain.annotations):
+            raise
+        result = Run(program, assignment, multi_sample)
+    if assignment.learn(result.annotations):
+        result = Run(program, assignment, multi_sample)
+    assignment.verify({name: name for name in result.attached.random}, result.attached.fixed)
+    return result
+
+
+class Run:
+    """One run of guide and model: their traces, log densities and draws."""
+
+    def __init__(self, program: Program, assignment: Assignment | None, multi_sample: bool):
+        self.program = program
+        self._model_seed, self._guide_seed = random.split(program.rng_key)
+        _, param_map, model, guide, args, kwargs = program
+        seeded = seed(guide, self._guide_seed)
+        self.attached = attach_estimators(seeded, assignment) if assignment is not None else seeded
+        self.guide_log_probs, self.guide_trace = compute_log_probs(self.attached, args, kwargs, param_map, sum_log_prob=False)
+        self.mutable_state = _values(self.guide_trace, "mutable")
+        reader = read_annotations(model)
+        if multi_sample:
+            self.model_log_probs, self.model_trace = self._map_model(reader)
+        else:
+            self.model_log_probs, self.model_trace = self._replay_model(reader, self.guide_trace)
+            check_model_guide_match(self.model_trace, self.guide_trace)
+            _validate_model(self.model_trace, plate_warning="loose")
+            self.mutable_state |= _values(self.model_trace, "mutable")
+        self.annotations = reader.annotations
+
+    def stick_the_landing(self, what: str):
+        """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
+        log_probs, _ = self._still_guide(what)
+        for name in self.attached.random:
+            self.guide_log_probs[name] = self.guide_log_probs[name] - ops.tether(log_probs[name])
+
+    def still_terms(self, what: str) -> list[Term]:
+        """The costs at values that stay where they are, less the densities of the random sites: what parameters do by themselves."""
+        guide_log_probs, guide_trace = self._still_guide(what)
+        model_log_probs, model_trace = self._replay_model(self.program.model, guide_trace)
+        fixed = {name: log_prob for name, log_prob in guide_log_probs.items() if name not in self.attached.random}
+        return _terms(1, model_log_probs, model_trace) + _terms(-1, fixed, guide_trace)
+
+    def _still_guide(self, what: str):
+        """Log densities and trace of one more run of the guide, at the detached values of its random sites."""
+        for name in self.attached.random:
+            NumPyroTarget(name, self.guide_trace[name]["fn"], enters=False).require_still_support(what)
+        values = {name: stop_gradient(self.guide_trace[name]["value"]) for name in self.attached.random}
+        _, param_map, _, guide, args, kwargs = self.program
+        return compute_log_probs(substitute(seed(guide, self._guide_seed), data=values), args, kwargs, param_map, sum_log_prob=False)
+
+    def _replay_model(self, model, guide_trace):
+        params = {**self.program.param_map, **self.mutable_state}
+        replayed = replay(seed(model, self._model_seed), guide_trace)
+        return compute_log_probs(replayed, self.program.args, self.program.kwargs, params, sum_log_prob=False)
+
+    def _map_model(self, model):
+        """Log densities of the model at each sample of a multi-sample guide, along a leading dim."""
+        traces = []
+        params = {**self.program.param_map, **self.mutable_state}
+        plates = _values(self.guide_trace, "plate")
+        latents = {
+            name: site["value"]
+            for name, site in self.guide_trace.items()
+            if (site["type"] == "sample" and site["value"].size > 0) or site["type"] == "deterministic"
+        }
+        samples = [site["value"].shape[0] for site in self.guide_trace.values() if site["type"] == "sample"]
+        if not samples:
+            raise ValueError("guide is missing `sample` sites.")
+
+        def log_probs(key, latents):
+            with seed(rng_seed=key), substitute(data={**latents, **plates}):
+                log_probs, trace = compute_log_probs(model, self.program.args, self.program.kwargs, params, sum_log_prob=False)
+            _validate_model(trace, plate_warning="loose")
+            traces.append(trace)
+            return log_probs
+
+        return jax.vmap(log_probs)(random.split(self._model_seed, samples[0]), latents), traces[0]
+
+    def costs(self, sum_sites: bool) -> dict[str, jax.Array]:
+        """The costs where nothing is attached to any site: those of the host's own ELBO, in the host's own arithmetic."""
+        zero = jnp.array(0.0)
+        costs = {
+            name: self.model_log_probs.get(name, zero).sum() - self.guide_log_probs.get(name, zero).sum()
+            for name in {**self.model_log_probs, **self.guide_log_probs}
+        }
+        return {ALL: sum(costs.values(), start=zero)} if sum_sites else costs
+
+    def tape(self) -> Tape:
+        """The run's records, with dependencies from program order."""
+        draws = self.attached.draws
+        of_guide, of_model = program_order(_statements(self.guide_trace), _statements(self.model_trace), frozenset(draws))
+        sites = [Site(name, _frames(self.guide_trace[name]), draw, of_guide[name]) for name, draw in draws.items()]
+        return Tape(self.terms(of_model, of_guide), sites)
+
+    def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
+        """The costs, with the ancestors of each."""
+        return _terms(1, self.model_log_probs, self.model_trace, of_model) + _terms(
+            -1, self.guide_log_probs, self.guide_trace, of_guide
+        )
+
+    def subsampled(self) -> dict[str, float]:
+        """The plates that are subsampled, each with its size over that of the subsample."""
+        plates = {name: site["args"] for name, site in self.model_trace.items() if site["type"] == "plate"}
+        return {name: size / subsample for name, (size, subsample) in plates.items() if size > subsample}
+
+
+def _terms(sign: int, log_probs: dict[str, jax.Array], trace, ancestors: Ancestors = None) -> list[Term]:
+    of = ancestors or {}
+    return [Term(name, _frames(trace[name]), sign * log_prob, of.get(name, frozenset())) for name, log_prob in log_probs.items()]
+
+
+def _values(trace, kind: str) -> dict:
+    return {name: site["value"] for name, site in trace.items() if site["type"] == kind}
+
+
+def _statements(trace) -> tuple[Statement, ...]:
+    """The sample statements; those that came out of scan or cond together may depend on each other."""
+    return tuple(
+        Statement(name, "control flow" if site.get("_control_flow_done") else None)
+        for name, site in trace.items()
+        if site["type"] == "sample"
+    )
+
+
+def _frames(site) -> frozenset[Frame]:
+    return frozenset(Frame(*frame) for frame in site["cond_indep_stack"])

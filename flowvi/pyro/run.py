@@ -1,0 +1,167 @@
+"""One run of guide and model in Pyro: their traces, log densities and draws, as the tape of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
+
+import flowvi.ops.torch as ops
+from flowvi.assignment import Assignment
+from flowvi.pyro.distributions import PyroTarget
+from flowvi.pyro.handlers import attach_estimators, replay_and_read
+from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
+
+
+def runs(elbo: ELBO, run: Callable[..., Run], model, guide, args, kwargs) -> Iterator[Run]:
+    """The runs of an objective's particles: a loop of them, or one in which they are a plate."""
+    if not elbo.vectorize_particles:
+        for _ in range(elbo.num_particles):
+            yield run(model, guide, args, kwargs)
+        return
+    if elbo.max_plate_nesting == float("inf"):
+        elbo._guess_max_plate_nesting(model, guide, args, kwargs)
+    yield run(elbo._vectorized_num_particles(model), elbo._vectorized_num_particles(guide), args, kwargs)
+
+
+def run_program(assignment: Assignment, max_plate_nesting: Any, model, guide, args, kwargs) -> Run:
+    """Run guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
+
+    def attach_and_run():
+        attached = attach_estimators(assignment)
+        return (*_traces(model, guide, args, kwargs, attached), attached)
+
+    try:
+        traces, annotations, attached = attach_and_run()
+    except ValueError:  # perhaps for want of an annotation: read them in a run where every site is plain
+        _, annotations = _traces(model, guide, args, kwargs, nullcontext())
+        if not assignment.learn(annotations):
+            raise
+        traces, annotations, attached = attach_and_run()
+    if assignment.learn(annotations):
+        traces, annotations, attached = attach_and_run()
+    assignment.verify(attached.aliases, attached.fixed)
+    return Run(traces[0], traces[1], attached, max_plate_nesting, (model, guide, args, kwargs))
+
+
+class Run:
+    """One run of guide and model: their traces with log densities, checked as Pyro checks them, and the draws.
+
+    Attributes:
+        model_trace: The model's trace.
+        guide_trace: The guide's trace.
+        attached: What each random site was served by.
+    """
+
+    def __init__(self, model_trace, guide_trace, attached: attach_estimators, max_plate_nesting: Any, program: tuple):
+        self.attached, self._program, self._unpruned = attached, program, guide_trace
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+            check_if_enumerated(guide_trace)
+        self.model_trace, self.guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        for site in self.guide_trace.nodes.values():
+            if "unscaled_log_prob" in site:
+                site["log_prob"] = scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"])
+                site["log_prob_sum"] = site["log_prob"].sum()
+        for trace in (self.model_trace, self.guide_trace):
+            trace.compute_log_prob()
+            if is_validation_enabled():
+                for site in _sample_sites(trace).values():
+                    check_site_shape(site, max_plate_nesting)
+
+    @property
+    def draws(self) -> dict[str, Any]:
+        return self.attached.draws
+
+    def stick_the_landing(self, what: str):
+        """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
+        random = self.attached.random
+        again = self._still_guide(what)
+        again.compute_log_prob(lambda name, site: name in random)
+        for name in random:
+            site = self.guide_trace.nodes[name]
+            site["log_prob"] = site["log_prob"] - ops.tether(again.nodes[name]["log_prob"])
+            site["log_prob_sum"] = site["log_prob"].sum()
+
+    def still_terms(self, what: str) -> list[Term]:
+        """The costs at values that stay where they are, less the densities of the random sites: what parameters do by themselves."""
+        model, _, args, kwargs = self._program
+        guide_trace = self._still_guide(what)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        fixed = guide_trace.copy()
+        for name in self.attached.random:
+            fixed.remove_node(name)
+        for trace in (model_trace, fixed):
+            trace.compute_log_prob()
+        return _terms(1, model_trace) + _terms(-1, fixed)
+
+    def _still_guide(self, what: str):
+        """The trace of one more run of the guide, at the detached values of its random sites."""
+        _, guide, args, kwargs = self._program
+        if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
+            raise ValueError(f"{what} runs the guide again by itself, which a GuideMessenger cannot do; go without it.")
+        still = poutine.Trace()
+        for name, site in self._unpruned.nodes.items():
+            if name in self.attached.random:
+                PyroTarget(name, site["fn"], enters=False).require_still_support(what)
+                still.add_node(name, **{**site, "value": site["value"].detach()})
+            elif site["type"] == "sample" and site_is_subsample(site):
+                still.add_node(name, **site)
+        return poutine.trace(poutine.replay(guide, trace=still)).get_trace(*args, **kwargs)
+
+    def tape(self) -> Tape:
+        """The run's records, with dependencies from program order."""
+        model, guide = (tuple(map(Statement, _sample_sites(trace))) for trace in (self.model_trace, self.guide_trace))
+        of_guide, of_model = program_order(guide, model, frozenset(self.draws))
+        nodes = self.guide_trace.nodes
+        sites = [Site(name, _frames(nodes[name]), draw, of_guide[name]) for name, draw in self.draws.items()]
+        return Tape(self.terms(of_model, of_guide), sites)
+
+    def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
+        """The costs, with the ancestors of each."""
+        return _terms(1, self.model_trace, of_model) + _terms(-1, self.guide_trace, of_guide)
+
+    def subsampled(self) -> dict[str, float]:
+        """The plates that are subsampled, each with its size over that of the subsample."""
+        frames = {f for site in _sample_sites(self.model_trace).values() for f in site["cond_indep_stack"]}
+        return {f.name: f.full_size / f.size for f in frames if f.full_size is not None and f.full_size > f.size}
+
+
+Ancestors = dict[str, frozenset[str]] | None
+
+
+def _traces(model, guide, args, kwargs, attached):
+    """Run the guide, under ``attached``, and the model replayed against it: their traces, and what the model annotates."""
+    messenger = poutine.unwrap(guide)
+    if isinstance(messenger, poutine.messenger.Messenger):  # a GuideMessenger runs both itself
+        with attached:
+            guide(*args, **kwargs)
+        return messenger.get_traces(), {}  # type: ignore[attr-defined]
+    with attached:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    replay = replay_and_read(guide_trace)
+    return (poutine.trace(replay(model)).get_trace(*args, **kwargs), guide_trace), replay.annotations
+
+
+def _terms(sign: int, trace, ancestors: Ancestors = None) -> list[Term]:
+    of = ancestors or {}
+    return [
+        Term(name, _frames(site), site["log_prob"] if sign > 0 else -site["log_prob"], of.get(name, frozenset()))
+        for name, site in _sample_sites(trace).items()
+    ]
+
+
+def _sample_sites(trace) -> dict:
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+
+
+def _frames(site) -> frozenset[Frame]:
+    return frozenset(Frame(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized)
