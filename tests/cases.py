@@ -573,7 +573,7 @@ ELSEWHERE: dict[tuple[str, str], str] = {
     ("mixture2d-logits", "telescoping field, average of both orders"): FIELDS,
     ("leave-one-out-baseline", ""): "in test_exact.py::test_leave_one_out",
     ("self-normalised-K2", ""): "in test_exact.py::test_plain_weights; flowvi has no self-normalised weights",
-    ("iwae-K2", ""): "the importance-weighted bound is not there yet",
+    ("iwae-K2", ""): "in test_bounds.py::test_the_exact_row",
 }
 
 

@@ -75,7 +75,14 @@ class NumPyroHost:
 
     def gradients(self, program, n, seed=0, particles=1, vectorize=True, value=False, **options):
         """``n`` estimates of the gradient of the ELBO, of shape (n, len(theta)); with ``value`` those of the ELBO, (n,)."""
-        elbo = self.flow.TraceFlow_ELBO(particles, vectorize, **options)
+        return self._gradients(self.flow.TraceFlow_ELBO(particles, vectorize, **options), program, n, seed, value)
+
+    def bound_gradients(self, program, n, seed=0, alpha=0.0, particles=2, vectorize=True, value=False, **options):
+        """As ``gradients``, of the Rényi bound."""
+        bound = self.flow.TraceFlow_RenyiELBO(alpha, particles, vectorize_particles=vectorize, **options)
+        return self._gradients(bound, program, n, seed, value)
+
+    def _gradients(self, elbo, program, n, seed, value):
 
         def estimate(key, theta):
             def objective(theta):
@@ -109,6 +116,17 @@ class PyroHost:
 
     def gradients(self, program, n, seed=0, particles=1, vectorize=True, value=False, **options):
         """As in NumPyro, each estimate an element of an outermost plate with its own copy of theta."""
+        nesting = 1 + program.plates
+        elbo = self.flow.TraceFlow_ELBO(particles, max_plate_nesting=nesting, vectorize_particles=vectorize, **options)
+        return self._gradients(elbo, program, n, seed, value)
+
+    def bound_gradients(self, program, n, seed=0, alpha=0.0, particles=2, vectorize=True, value=False, **options):
+        """As ``gradients``, of the Rényi bound; the replicates are a plate that every statement shares."""
+        nesting = 1 + program.plates
+        bound = self.flow.TraceFlow_RenyiELBO(alpha, particles, nesting, vectorize_particles=vectorize, **options)
+        return self._gradients(bound, program, n, seed, value)
+
+    def _gradients(self, elbo, program, n, seed, value):
         leaf = self.array(program.theta).expand(n, -1).clone().requires_grad_()
 
         def run(part):
@@ -116,7 +134,6 @@ class PyroHost:
             with pyro.plate("replicates", n, dim=-1 - program.plates):
                 part(self, t)
 
-        elbo = self.flow.TraceFlow_ELBO(particles, max_plate_nesting=1 + program.plates, vectorize_particles=vectorize, **options)
         pyro.set_rng_seed(seed)
         loss = elbo.differentiable_loss(lambda: run(program.model), lambda: run(program.guide))
         if value:

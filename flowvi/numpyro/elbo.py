@@ -125,5 +125,6 @@ class TraceFlow_ELBO(Trace_ELBO):
     def _run(self, program: Program) -> Run:
         result = run_program(program, self._assignment, self.multi_sample_guide)
         if self.entropy == "stl":
-            result.stick_the_landing("entropy='stl'")
+            result.require_still_supports("entropy='stl'")
+            result.stick_the_landing()
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -71,23 +72,27 @@ class Run:
             self.mutable_state |= _values(self.model_trace, "mutable")
         self.annotations = reader.annotations
 
-    def stick_the_landing(self, what: str):
+    def require_still_supports(self, what: str):
+        """Refuse ``what``, which drops the guide's scores, where the support of a random site moves."""
+        for name in self.attached.random:
+            NumPyroTarget(name, self.guide_trace[name]["fn"], enters=False).require_still_support(what)
+
+    def stick_the_landing(self):
         """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
-        log_probs, _ = self._still_guide(what)
+        log_probs, _ = self._still_guide
         for name in self.attached.random:
             self.guide_log_probs[name] = self.guide_log_probs[name] - ops.tether(log_probs[name])
 
-    def still_terms(self, what: str) -> list[Term]:
+    def still_terms(self) -> list[Term]:
         """The costs at values that stay where they are, less the densities of the random sites: what parameters do by themselves."""
-        guide_log_probs, guide_trace = self._still_guide(what)
+        guide_log_probs, guide_trace = self._still_guide
         model_log_probs, model_trace = self._replay_model(self.program.model, guide_trace)
         fixed = {name: log_prob for name, log_prob in guide_log_probs.items() if name not in self.attached.random}
         return _terms(1, model_log_probs, model_trace) + _terms(-1, fixed, guide_trace)
 
-    def _still_guide(self, what: str):
+    @cached_property
+    def _still_guide(self):
         """Log densities and trace of one more run of the guide, at the detached values of its random sites."""
-        for name in self.attached.random:
-            NumPyroTarget(name, self.guide_trace[name]["fn"], enters=False).require_still_support(what)
         values = {name: stop_gradient(self.guide_trace[name]["value"]) for name in self.attached.random}
         _, param_map, _, guide, args, kwargs = self.program
         return compute_log_probs(substitute(seed(guide, self._guide_seed), data=values), args, kwargs, param_map, sum_log_prob=False)
@@ -145,7 +150,7 @@ class Run:
     def subsampled(self) -> dict[str, float]:
         """The plates that are subsampled, each with its size over that of the subsample."""
         plates = {name: site["args"] for name, site in self.model_trace.items() if site["type"] == "plate"}
-        return {name: size / subsample for name, (size, subsample) in plates.items() if size > subsample}
+        return {name: size / subsample for name, (size, subsample) in plates.items() if subsample and size > subsample}
 
 
 def _terms(sign: int, log_probs: dict[str, jax.Array], trace, ancestors: Ancestors = None) -> list[Term]:

@@ -42,6 +42,14 @@ def log_abs(x):
     return jnp.log(jnp.abs(x))
 
 
+def logsumexp(x, axis):
+    return jax.scipy.special.logsumexp(x, axis=axis)
+
+
+def eye(size, like):
+    return jnp.eye(size, dtype=bool)
+
+
 def trace(a):
     return jnp.trace(a, axis1=-2, axis2=-1)
 

@@ -68,6 +68,14 @@ def log_abs(x):
     return x.abs().log()
 
 
+def logsumexp(x, axis):
+    return x.logsumexp(axis)
+
+
+def eye(size, like):
+    return torch.eye(size, dtype=torch.bool, device=like.device)
+
+
 def trace(a):
     return a.diagonal(dim1=-2, dim2=-1).sum(-1)
 

@@ -198,7 +198,8 @@ class TraceFlow_ELBO(Trace_ELBO):
     def _run(self, model, guide, args, kwargs) -> Run:
         result = run_program(self._assignment, self.max_plate_nesting, model, guide, args, kwargs)
         if self.entropy == "stl":
-            result.stick_the_landing("entropy='stl'")
+            result.require_still_supports("entropy='stl'")
+            result.stick_the_landing()
         return result
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro.distributions as dist
 from pyro.distributions import Delta, Unit
 from pyro.poutine.messenger import Messenger
@@ -109,3 +111,19 @@ class replay_and_read(ReplayMessenger):
             where = f"site '{msg['name']}': infer['estimator']"
             self.annotations[msg["name"]] = require_estimator(msg["infer"]["estimator"], where)
         super()._pyro_sample(msg)
+
+
+class share_subsamples(Messenger):
+    """Let every run inside draw the subsample that the first one drew at a plate."""
+
+    def __init__(self):
+        super().__init__()
+        self.subsamples: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg):
+        if site_is_subsample(msg) and msg["name"] in self.subsamples:
+            msg["value"], msg["done"] = self.subsamples[msg["name"]], True
+
+    def _pyro_post_sample(self, msg):
+        if site_is_subsample(msg):
+            self.subsamples[msg["name"]] = msg["value"]

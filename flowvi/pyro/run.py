@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 from pyro import poutine
@@ -80,20 +81,27 @@ class Run:
     def draws(self) -> dict[str, Any]:
         return self.attached.draws
 
-    def stick_the_landing(self, what: str):
+    def require_still_supports(self, what: str):
+        """Refuse ``what``, which drops the guide's scores, where the support of a random site moves, or the guide cannot run again."""
+        if isinstance(poutine.unwrap(self._program[1]), poutine.messenger.Messenger):
+            raise ValueError(f"{what} runs the guide again by itself, which a GuideMessenger cannot do; go without it.")
+        for name in self.attached.random:
+            PyroTarget(name, self.guide_trace.nodes[name]["fn"], enters=False).require_still_support(what)
+
+    def stick_the_landing(self):
         """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
         random = self.attached.random
-        again = self._still_guide(what)
+        again = self._still_guide
         again.compute_log_prob(lambda name, site: name in random)
         for name in random:
             site = self.guide_trace.nodes[name]
             site["log_prob"] = site["log_prob"] - ops.tether(again.nodes[name]["log_prob"])
             site["log_prob_sum"] = site["log_prob"].sum()
 
-    def still_terms(self, what: str) -> list[Term]:
+    def still_terms(self) -> list[Term]:
         """The costs at values that stay where they are, less the densities of the random sites: what parameters do by themselves."""
         model, _, args, kwargs = self._program
-        guide_trace = self._still_guide(what)
+        guide_trace = self._still_guide
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
         fixed = guide_trace.copy()
@@ -103,15 +111,13 @@ class Run:
             trace.compute_log_prob()
         return _terms(1, model_trace) + _terms(-1, fixed)
 
-    def _still_guide(self, what: str):
+    @cached_property
+    def _still_guide(self):
         """The trace of one more run of the guide, at the detached values of its random sites."""
         _, guide, args, kwargs = self._program
-        if isinstance(poutine.unwrap(guide), poutine.messenger.Messenger):
-            raise ValueError(f"{what} runs the guide again by itself, which a GuideMessenger cannot do; go without it.")
         still = poutine.Trace()
         for name, site in self._unpruned.nodes.items():
             if name in self.attached.random:
-                PyroTarget(name, site["fn"], enters=False).require_still_support(what)
                 still.add_node(name, **{**site, "value": site["value"].detach()})
             elif site["type"] == "sample" and site_is_subsample(site):
                 still.add_node(name, **site)

@@ -1,0 +1,131 @@
+"""Importance-weighted and Rényi bounds: from the log ratios of several particles to the bound and its derivative.
+
+With r_k the log ratio of the model's and the guide's densities at particle k, the bound is
+
+    L = 1/(1 - alpha) log (1/K) sum_k exp((1 - alpha) r_k),
+
+once for each element of the plates that every statement shares. Its derivative is that of L through every r_k, and for sites with a
+score sum_k score_k (L - L_{-k}), where L_{-k} has the mean of the other log ratios in the place of r_k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple, NoReturn
+
+from flowvi.estimators import Draw
+from flowvi.objectives import LeaveOneOut, sum_to
+from flowvi.ops import Array, Ops
+from flowvi.tape import Frame, Term
+
+Gradient = Literal["plain", "dreg"]
+
+
+class BoundParticle(NamedTuple):
+    """One run, reduced to the plates that every statement shares.
+
+    Attributes:
+        log_ratio: The log density of the model less that of the guide, live.
+        score: The scores of all sites, added up; None where no site has one.
+        still: What the parameters contribute to the log ratio at values that stay where they are; None except for ``"dreg"``.
+    """
+
+    log_ratio: Array
+    score: Array | None
+    still: Array | None
+
+
+def shared_plates(terms: Iterable[Term], subsampled: Mapping[str, float]) -> tuple[frozenset[Frame], float]:
+    """The plates that every statement shares, and the factor by which their subsampling scales every log density.
+
+    Raises:
+        ValueError: Where a plate that some statement is outside of is subsampled.
+    """
+    stacks = [term.frames for term in terms]
+    shared = frozenset.intersection(*stacks) if stacks else frozenset()
+    if inner := sorted(set(subsampled) - {frame.name for frame in shared}):
+        raise ValueError(
+            f"plate '{inner[0]}': an importance-weighted bound can only subsample a plate that every sample statement is inside of, "
+            "of the model and of the guide; sum over the whole plate, or use TraceFlow_ELBO."
+        )
+    return shared, math.prod(subsampled.values())
+
+
+def bound_particle(
+    ops: Ops, terms: list[Term], draws: Mapping[str, Draw], still: list[Term] | None, subsampled: Mapping[str, float]
+) -> tuple[BoundParticle, float]:
+    """Reduce one run; also the factor of subsampling, by which the bound is to be multiplied.
+
+    Args:
+        ops: The operations of the backend.
+        terms: The costs.
+        draws: The draws of the sites with a score or a weight.
+        still: The costs at values that stay where they are, for ``"dreg"``.
+        subsampled: The plates that are subsampled, each with its size over that of the subsample.
+
+    Raises:
+        ValueError: Naming the site: a proposal, a baseline of its own, or a score under ``"dreg"``.
+    """
+    for name, draw in draws.items():
+        if draw.log_weight is not None:
+            _refuse(name, "a proposal q would weigh the bound by the joint weight of all particles; use q = p.")
+        if draw.baseline is not None:
+            _refuse(name, "the bound has a baseline of its own, the leave-one-out bound; remove the baseline of the estimator.")
+        if still is not None and draw.score is not None:
+            _refuse(name, "gradient='dreg' needs sites without a score; use RP() or ImplicitRP(), or gradient='plain'.")
+    shared, scale = shared_plates(terms, subsampled)
+
+    def total(arrays: Iterable[Array]) -> Array | None:
+        summed = [sum_to(a, shared) for a in arrays]
+        return ops.broadcast_to(sum(summed), shape) if summed else None
+
+    shape = ops.broadcast_shapes(*(sum_to(term.log_density, shared).shape for term in terms))
+    log_ratio = total(term.log_density for term in terms) / scale  # type: ignore[operator]
+    score = total(draw.score for draw in draws.values() if draw.score is not None)
+    path = None if still is None else total(term.log_density for term in still)
+    return BoundParticle(log_ratio, score, None if path is None else path / scale), scale
+
+
+def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: LeaveOneOut) -> Array:
+    """The bound for each element of the shared plates, with the derivative of the estimator.
+
+    Args:
+        ops: The operations of the backend.
+        particles: Every array with the particles along its first axis.
+        alpha: The order; 0 is the importance-weighted bound.
+        baseline: ``"loo"`` subtracts from the bound, where it multiplies a particle's score, the bound without that particle.
+    """
+    log_ratio, score, still = particles
+    num_particles = log_ratio.shape[0]
+
+    def bound(log_ratios: Array, axis: int) -> Array:
+        return (ops.logsumexp((1 - alpha) * log_ratios, axis) - math.log(num_particles)) / (1 - alpha)
+
+    if still is not None:
+        value = ops.stop_gradient(bound(log_ratio, 0))
+        w = ops.exp((1 - alpha) * (ops.stop_gradient(log_ratio) - value)) / num_particles
+        path = ops.tether(log_ratio - still)
+        return value + ((alpha * w + (1 - alpha) * w**2) * path + w * ops.tether(still)).sum(0)
+    value = bound(log_ratio, 0)
+    if score is None:
+        return value
+    learned = ops.stop_gradient(value)[None]
+    if baseline == "loo" and num_particles > 1:
+        fixed = ops.stop_gradient(log_ratio)
+        others = (fixed.sum(0)[None] - fixed) / (num_particles - 1)
+        own = ops.eye(num_particles, fixed).reshape((num_particles, num_particles) + (1,) * (fixed.ndim - 1))
+        learned = learned - bound(ops.where(own, others[:, None], fixed[None]), 1)
+    return value + (score * learned).sum(0)
+
+
+def _refuse(name: str, message: str) -> NoReturn:
+    raise ValueError(f"site '{name}': {message}")
+
+
+def require_bound_options(baseline: LeaveOneOut, gradient: Gradient) -> None:
+    """Refuse options of a bound that do not exist."""
+    if baseline not in ("loo", None):
+        raise ValueError(f"baseline: expected 'loo' or None, found {baseline!r}.")
+    if gradient not in ("plain", "dreg"):
+        raise ValueError(f"gradient: expected 'plain' or 'dreg', found {gradient!r}.")
