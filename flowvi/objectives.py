@@ -19,6 +19,7 @@ from flowvi.target import broadcasts
 
 LeaveOneOut = Literal["loo"] | None
 Entropy = Literal["full", "stl"]
+Dependencies = Literal["graph", "plates"]
 
 
 class Credit(NamedTuple):
@@ -144,11 +145,12 @@ def require_plate_shape(name: str, baseline: Array, shape: tuple[int, ...]) -> N
         )
 
 
-def require_options(entropy: Entropy, baseline: LeaveOneOut, dependencies: str) -> None:
+def require_options(entropy: Entropy, baseline: LeaveOneOut, dependencies: Dependencies) -> None:
     """Refuse options of an objective that do not exist."""
-    if entropy not in ("full", "stl"):
-        raise ValueError(f"entropy: expected 'full' or 'stl', found {entropy!r}; closed-form entropies are not there yet.")
-    if baseline not in ("loo", None):
-        raise ValueError(f"baseline: expected 'loo' or None, found {baseline!r}.")
-    if dependencies != "plates":
-        raise ValueError(f"dependencies: expected 'plates', found {dependencies!r}; other ways to find dependencies are not there yet.")
+    for name, found, known in (
+        ("entropy", entropy, ("full", "stl")),
+        ("baseline", baseline, ("loo", None)),
+        ("dependencies", dependencies, ("graph", "plates")),
+    ):
+        if found not in known:
+            raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, found {found!r}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -57,6 +58,11 @@ class Tape(NamedTuple):
 
     terms: list[Term]
     sites: list[Site]
+
+
+def weighty(draws: Mapping[str, Draw]) -> dict[str, Draw]:
+    """The draws that have a score or a weight: those for which dependencies matter."""
+    return {name: draw for name, draw in draws.items() if draw.score is not None or draw.log_weight is not None}
 
 
 class Statement(NamedTuple):

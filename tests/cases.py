@@ -30,6 +30,7 @@ class Case:
         estimators: For a row's ``estimator``: a function ``(h, q) -> estimators``, the argument of the objective.
         proposals: For a row's ``q``: a function ``h -> q``, or None for q = p.
         refused: Row names whose estimator is refused at this program, with a part of the message.
+        dependencies: The objective's option, where the row asks for one.
         heavy: Names of proposals under which the estimate has no fourth moment, so that its sample variance says little.
     """
 
@@ -38,6 +39,7 @@ class Case:
     proposals: dict[str, Callable[[Any], Any] | None] = field(default_factory=lambda: {"p": None})
     refused: dict[str, str] = field(default_factory=dict)
     heavy: tuple[str, ...] = ()
+    dependencies: str | None = None
 
 
 def at_x(estimator):
@@ -262,7 +264,9 @@ def pair(first, second, names=("x1", "x2")):
     return lambda h, q: {name: KINDS[kind](q and widen(w)) for name, kind, w in zip(names, (first, second), (1.2, 1.15), strict=True)}
 
 
-def rao_blackwell(costs_last) -> Program:
+def rao_blackwell(costs) -> Program:
+    """Three sites, with a cost each: recorded after its ``"own"`` site, ``"summed"`` at the end, or ``"apart"`` at the end."""
+
     def normal_at(loc):
         return lambda h, t, v: h.dist.Normal(loc(h, t, v), h.array(0.7))
 
@@ -271,10 +275,21 @@ def rao_blackwell(costs_last) -> Program:
         "x2": normal_at(lambda h, t, v: 0.8 * h.math.tanh(v["x1"]) + 0.3 * t[0]),
         "x3": normal_at(lambda h, t, v: 0.8 * h.math.tanh(v["x2"]) + 0.3 * t[0]),
     }
-    if costs_last:
+    if costs == "summed":
         return chain(0.4, sites, {"x3": lambda h, t, v: (v["x1"] - 0.5) ** 2 + (v["x2"] - 1) ** 2 + (v["x3"] - 1.5) ** 2})
     targets = {"x1": 0.5, "x2": 1.0, "x3": 1.5}
-    return chain(0.4, sites, {name: lambda h, t, v, name=name: (v[name] - targets[name]) ** 2 for name in sites})
+    if costs == "own":
+        return chain(0.4, sites, {name: lambda h, t, v, name=name: (v[name] - targets[name]) ** 2 for name in sites})
+    program = chain(0.4, sites, {})
+
+    def model(h, t):
+        values = {}
+        for name, distribution in sites.items():
+            values[name] = h.sample(name, distribution(h, t, values).mask(False))
+        for name in sites:
+            h.factor(f"cost_{name}", (values[name] - targets[name]) ** 2)
+
+    return Program(program.guide, model, program.theta)
 
 
 def triple(*kinds):
@@ -452,6 +467,13 @@ CASES: dict[str, Case] = {
         nonlinear_chain(costs_last=True),
         {f"x1:{a} x2:{b} joint weight on every cost": pair(a, b) for a in ("LR", "RP") for b in ("LR", "RP")},
         {"scales x1.2,x1.15": lambda h: True},
+        dependencies="plates",
+    ),
+    "chain-nonlinear-two-costs, graph": Case(
+        nonlinear_chain(costs_last=True),
+        {f"x1:{a} x2:{b}": pair(a, b) for a in KINDS for b in KINDS},
+        {"p": None, "scales x1.2,x1.15; per-cost ancestor weights": lambda h: True},
+        dependencies="graph",
     ),
     "normal-to-bernoulli": Case(
         chain(
@@ -471,8 +493,13 @@ CASES: dict[str, Case] = {
                 f"{'/'.join(kinds)} {label}": triple(*kinds)
                 for kinds in (["LR"] * 3, ["half"] * 3, ["RP"] * 3, ["RP", "LR", "LR"], ["LR", "RP", "RP"])
             },
+            dependencies=dependencies,
         )
-        for suffix, last, label in (("", False, "downstream costs"), (", costs last", True, "all costs"))
+        for suffix, last, label, dependencies in (
+            ("", "own", "downstream costs", None),
+            (", costs last", "summed", "all costs", "plates"),
+            (", graph", "apart", "downstream costs", "graph"),
+        )
     },
     "plate4-local-cost": Case(
         plate_of_four(local=True),

@@ -57,6 +57,8 @@ def test_row(host, name, row):
     assert row["unbiased"]
     truth = EXACT[name.split(",")[0]]["gradient"]
     options = {"estimators": estimators, "entropy": "stl" if "STL" in row["estimator"] else "full"}
+    if case.dependencies:
+        options["dependencies"] = case.dependencies
     samples = host.gradients(case.program, N, **options)
     assert np.all(np.abs(z_scores(samples, truth, row["variance"])) < 5)
     if row["q"] not in case.heavy:
@@ -85,6 +87,8 @@ def test_row_looped_in_numpyro(name, row):
         pytest.skip("refused, in test_row")
     make_q = case.proposals[row["q"]]
     options = {"particles": 4, "estimators": case.estimators[row["estimator"]](host, make_q and make_q(host))}
+    if case.dependencies:
+        options["dependencies"] = case.dependencies
     looped, vectorized = (host.gradients(case.program, 100, vectorize=v, **options) for v in (False, True))
     np.testing.assert_allclose(looped, vectorized, rtol=1e-9, atol=1e-9)
 

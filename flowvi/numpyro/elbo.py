@@ -14,7 +14,7 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.run import Program, Run, run_program
-from flowvi.objectives import Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
+from flowvi.objectives import Dependencies, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
 
 
 class TraceFlow_ELBO(Trace_ELBO):
@@ -37,8 +37,9 @@ class TraceFlow_ELBO(Trace_ELBO):
             only, by one more run of the guide at the same values. It is refused where the support moves with a parameter.
         baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
             estimator's own ``baseline`` replaces it at its site.
-        dependencies: ``"plates"``: a score or a weight multiplies the costs that share its plate element and come after it in
-            program order.
+        dependencies: ``"graph"``: a score or a weight multiplies the costs that share its plate element and depend on its site, as a
+            jaxpr of one more (abstract) run shows, which is made only where a site has a score or a weight; ``"plates"``: those
+            that come after it in program order, which takes no second run.
 
     Raises:
         TypeError: Where something else than an estimator is given for one.
@@ -77,12 +78,13 @@ class TraceFlow_ELBO(Trace_ELBO):
         default: Estimator = Auto(),  # noqa: B008
         entropy: Entropy = "full",
         baseline: LeaveOneOut = "loo",
-        dependencies: str = "plates",
+        dependencies: Dependencies = "graph",
     ):
         super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         require_options(entropy, baseline, dependencies)
         self.entropy: Entropy = entropy
         self.baseline: LeaveOneOut = baseline
+        self.dependencies: Dependencies = dependencies
         self._assignment = Assignment(estimators, default)
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
@@ -116,7 +118,11 @@ class TraceFlow_ELBO(Trace_ELBO):
 
     def _particle(self, program: Program) -> tuple[Particle, dict | None]:
         run = self._run(program)
-        particle = elbo_particle(ops, run.tape(), not self.sum_sites) if run.attached.draws else Particle(run.costs(self.sum_sites), {})
+        particle = (
+            elbo_particle(ops, run.tape(self.dependencies), not self.sum_sites)
+            if run.attached.draws
+            else Particle(run.costs(self.sum_sites), {})
+        )
         if not run.mutable_state or self.num_particles == 1:
             return particle, run.mutable_state or None
         warnings.warn("mutable state is currently ignored when num_particles > 1.", stacklevel=2)

@@ -110,3 +110,17 @@ class read_annotations(Messenger):
                 require_random(msg, None, what)
             where = f"site '{msg['name']}': infer['estimator']"
             self.annotations[msg["name"]] = require_estimator(msg["infer"]["estimator"], where)
+
+
+class mark_draws(Messenger):
+    """Add a number to every draw that has one in ``marks``, so that a jaxpr shows what leads from it."""
+
+    def __init__(self, fn, marks):
+        self.marks = marks
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == "sample" and (mark := self.marks.get(msg["name"])) is not None:
+            if msg["value"] is None:
+                msg["value"] = msg["fn"](rng_key=msg["kwargs"]["rng_key"], sample_shape=msg["kwargs"]["sample_shape"])
+            msg["value"] = msg["value"] + mark.astype(msg["value"].dtype)

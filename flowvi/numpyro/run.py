@@ -12,14 +12,15 @@ from jax import random
 from jax.lax import stop_gradient
 from numpyro.handlers import replay, seed, substitute
 from numpyro.infer.util import compute_log_probs
+from numpyro.ops.provenance import eval_provenance
 from numpyro.util import _validate_model, check_model_guide_match
 
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import NumPyroTarget
-from flowvi.numpyro.handlers import attach_estimators, read_annotations
-from flowvi.objectives import ALL
-from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
+from flowvi.numpyro.handlers import attach_estimators, mark_draws, read_annotations
+from flowvi.objectives import ALL, Dependencies
+from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order, weighty
 
 Ancestors = dict[str, frozenset[str]] | None
 
@@ -55,7 +56,7 @@ class Run:
     """One run of guide and model: their traces, log densities and draws."""
 
     def __init__(self, program: Program, assignment: Assignment | None, multi_sample: bool):
-        self.program = program
+        self.program, self._multi_sample = program, multi_sample
         self._model_seed, self._guide_seed = random.split(program.rng_key)
         _, param_map, model, guide, args, kwargs = program
         seeded = seed(guide, self._guide_seed)
@@ -134,12 +135,36 @@ class Run:
         }
         return {ALL: sum(costs.values(), start=zero)} if sum_sites else costs
 
-    def tape(self) -> Tape:
-        """The run's records, with dependencies from program order."""
-        draws = self.attached.draws
+    def tape(self, dependencies: Dependencies) -> Tape:
+        """The run's records."""
+        draws = weighty(self.attached.draws)
         of_guide, of_model = program_order(_statements(self.guide_trace), _statements(self.model_trace), frozenset(draws))
-        sites = [Site(name, _frames(self.guide_trace[name]), draw, of_guide[name]) for name, draw in draws.items()]
+        of_site = {name: of_guide[name] for name in draws}
+        if dependencies == "graph" and draws and not self._multi_sample:
+            of_guide, of_model, of_site = self._graph(draws, of_guide, of_model)
+        sites = [Site(name, _frames(self.guide_trace[name]), draw, of_site[name]) for name, draw in draws.items()]
         return Tape(self.terms(of_model, of_guide), sites)
+
+    def _graph(self, draws, *ordered):
+        """Ancestors of the guide's costs, the model's costs and the draws: which draws a jaxpr of one more run leads from.
+
+        A draw inside scan or cond cannot be marked there, so that for these the order of statements counts.
+        """
+        _, param_map, model, guide, args, kwargs = self.program
+
+        def log_probs(**marks):
+            marked = mark_draws(seed(guide, self._guide_seed), marks)
+            of_guide, trace = compute_log_probs(marked, args, kwargs, param_map, sum_log_prob=False)
+            of_model, _ = self._replay_model(model, trace)
+            return of_guide, of_model, {name: trace[name]["value"] for name in marks}
+
+        of_guide, of_model, of_site = eval_provenance(log_probs, **dict.fromkeys(draws, jnp.zeros(())))
+        inside = {name for name in draws if self.guide_trace[name].get("_control_flow_done")}
+        for graph, order in zip((of_guide, of_model, of_site), (*ordered, ordered[0]), strict=True):
+            for name in graph:
+                reached = order[name] & inside
+                graph[name] = graph[name].union(reached, *(of_site[site] for site in reached))
+        return of_guide, of_model, of_site
 
     def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
         """The costs, with the ancestors of each."""

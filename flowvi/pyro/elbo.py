@@ -11,7 +11,7 @@ from pyro.util import warn_if_nan
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
-from flowvi.objectives import Credit, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
+from flowvi.objectives import Credit, Dependencies, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
 from flowvi.pyro.baselines import annotated_baseline
 from flowvi.pyro.run import Run, run_program, runs
 
@@ -42,7 +42,9 @@ class TraceFlow_ELBO(Trace_ELBO):
         baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
             estimator's own ``baseline`` replaces it at its site.
         dependencies: ``"plates"``: a score or a weight multiplies the costs that share its plate element and come after it in
-            program order.
+            program order. ``"graph"``: those that depend on its site, as found by following every torch function of the run; what
+            runs after Python has looked at a draw (``if k > 0``, ``k.item()``) counts as dependent on it. It costs time at every
+            step. A draw that leaves torch for good (numpy code, pickles) and comes back is not followed.
 
     Raises:
         TypeError: Where something else than an estimator is given for one.
@@ -86,7 +88,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         default: Estimator = Auto(),  # noqa: B008
         entropy: Entropy = "full",
         baseline: LeaveOneOut = "loo",
-        dependencies: str = "plates",
+        dependencies: Dependencies = "plates",
     ):
         super().__init__(
             num_particles,
@@ -102,6 +104,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         require_options(entropy, baseline, dependencies)
         self.entropy: Entropy = entropy
         self.baseline: LeaveOneOut = baseline
+        self.dependencies: Dependencies = dependencies
         self._assignment = Assignment(estimators, default)
 
     def loss(self, model, guide, *args, **kwargs) -> float:
@@ -196,7 +199,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         return result.model_trace, result.guide_trace
 
     def _run(self, model, guide, args, kwargs) -> Run:
-        result = run_program(self._assignment, self.max_plate_nesting, model, guide, args, kwargs)
+        result = run_program(self._assignment, self.max_plate_nesting, self.dependencies, model, guide, args, kwargs)
         if self.entropy == "stl":
             result.require_still_supports("entropy='stl'")
             result.stick_the_landing()

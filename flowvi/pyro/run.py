@@ -16,9 +16,11 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment
+from flowvi.objectives import Dependencies
 from flowvi.pyro.distributions import PyroTarget
 from flowvi.pyro.handlers import attach_estimators, replay_and_read
-from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order
+from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
+from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order, weighty
 
 
 def runs(elbo: ELBO, run: Callable[..., Run], model, guide, args, kwargs) -> Iterator[Run]:
@@ -32,9 +34,17 @@ def runs(elbo: ELBO, run: Callable[..., Run], model, guide, args, kwargs) -> Ite
     yield run(elbo._vectorized_num_particles(model), elbo._vectorized_num_particles(guide), args, kwargs)
 
 
-def run_program(assignment: Assignment, max_plate_nesting: Any, model, guide, args, kwargs) -> Run:
+def run_program(assignment: Assignment, max_plate_nesting: Any, dependencies: Dependencies, model, guide, args, kwargs) -> Run:
     """Run guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
+    if dependencies == "graph":
+        with track_provenance() as tracker, mark_statements(tracker):
+            result = _run_program(assignment, max_plate_nesting, model, guide, args, kwargs)
+            result.read_provenance()
+            return result
+    return _run_program(assignment, max_plate_nesting, model, guide, args, kwargs)
 
+
+def _run_program(assignment: Assignment, max_plate_nesting: Any, model, guide, args, kwargs) -> Run:
     def attach_and_run():
         attached = attach_estimators(assignment)
         return (*_traces(model, guide, args, kwargs, attached), attached)
@@ -63,6 +73,7 @@ class Run:
 
     def __init__(self, model_trace, guide_trace, attached: attach_estimators, max_plate_nesting: Any, program: tuple):
         self.attached, self._program, self._unpruned = attached, program, guide_trace
+        self._provenance: tuple | None = None
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
             check_if_enumerated(guide_trace)
@@ -124,12 +135,24 @@ class Run:
         return poutine.trace(poutine.replay(guide, trace=still)).get_trace(*args, **kwargs)
 
     def tape(self) -> Tape:
-        """The run's records, with dependencies from program order."""
+        """The run's records."""
+        draws = weighty(self.draws)
         model, guide = (tuple(map(Statement, _sample_sites(trace))) for trace in (self.model_trace, self.guide_trace))
-        of_guide, of_model = program_order(guide, model, frozenset(self.draws))
+        of_guide, of_model = program_order(guide, model, frozenset(draws))
+        of_site = of_guide
+        if self._provenance is not None:
+            of_guide, of_model, of_site = ({name: names & frozenset(draws) for name, names in of.items()} for of in self._provenance)
         nodes = self.guide_trace.nodes
-        sites = [Site(name, _frames(nodes[name]), draw, of_guide[name]) for name, draw in self.draws.items()]
+        sites = [Site(name, _frames(nodes[name]), draw, of_site[name]) for name, draw in draws.items()]
         return Tape(self.terms(of_model, of_guide), sites)
+
+    def read_provenance(self):
+        """Keep what a run under :class:`track_provenance` says: ancestors of the guide's costs, the model's, and the draws."""
+        model, guide = _sample_sites(self.model_trace), _sample_sites(self.guide_trace)
+        of_model, of_guide = (
+            {name: provenance(site["log_prob"]) | site["branched"] for name, site in sites.items()} for sites in (model, guide)
+        )
+        self._provenance = of_guide, of_model, {name: provenance(guide[name]["value"]) | {name} for name in self.draws}
 
     def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
         """The costs, with the ancestors of each."""

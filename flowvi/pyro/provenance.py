@@ -1,0 +1,129 @@
+"""Which draws a tensor depends on, followed through every torch function: in-place writes, indexing and Python's branches too."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch.overrides import TorchFunctionMode
+
+Names = frozenset[str]
+
+# What a tensor tells of itself that is not its numbers.
+METADATA = {
+    *("__get__", "__set__", "__delete__", "__len__", "__hash__", "__repr__", "__format__", "__deepcopy__", "size", "dim", "ndimension"),
+    *("numel", "nelement", "stride", "type", "element_size", "get_device", "storage_offset", "data_ptr", "untyped_storage"),
+    *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference", "is_same_size"),
+    *("register_hook", "has_names", "dtype", "broadcast_shapes", "result_type", "can_cast", "backward", "requires_grad_"),
+}
+# The number of results depends on the numbers, and Python may read it off the shape.
+DATA_DEPENDENT_SHAPE = {
+    "nonzero",
+    "argwhere",
+    "where",
+    "unique",
+    "unique_consecutive",
+    "masked_select",
+    "bincount",
+    "repeat_interleave",
+}
+# Here the hosts look at numbers to check them, not to choose what to run.
+CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.infer.", "pyro.poutine.", "pyro.util", "flowvi.")
+PASSED_THROUGH = ("torch.overrides", "torch._tensor", "torch.functional")
+
+
+class track_provenance(TorchFunctionMode):
+    """Tag every tensor made inside with the names of the draws from which it is made.
+
+    Attributes:
+        branched: The draws whose numbers Python has seen (``if x > 0``, ``x.item()``, ``table[int(k)]``): all that comes after such a
+            look may depend on them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.branched: Names = frozenset()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        names = provenance(args) | provenance(kwargs)
+        if not names:
+            return result
+        name = func.__name__
+        tag(result, names)
+        if name == "__setitem__":
+            tag(args[0], names)
+        elif "out" in kwargs:
+            tag(kwargs["out"], names)
+        if _shows_numbers(name, args, result) and not _by_a_check():
+            self.branched |= names
+        return result
+
+
+def provenance(value: Any) -> Names:
+    """The names of the draws from which the tensors in ``value`` are made."""
+    names: Names = frozenset()
+    for tensor in _tensors(value):
+        names |= getattr(tensor, "_flowvi_provenance", frozenset())
+        if tensor._base is not None:
+            names |= getattr(tensor._base, "_flowvi_provenance", frozenset())
+    return names
+
+
+def tag(value: Any, names: Names) -> None:
+    """Add ``names`` to every tensor in ``value``, and to the tensor of which it is a view."""
+    for tensor in _tensors(value):
+        for t in (tensor, tensor._base):
+            if t is not None:
+                t._flowvi_provenance = getattr(t, "_flowvi_provenance", frozenset()) | names  # type: ignore[attr-defined]
+
+
+class mark_statements(Messenger):
+    """Note at every sample statement the branches taken so far, and tag what the guide draws with the site's name."""
+
+    def __init__(self, tracker: track_provenance):
+        super().__init__()
+        self.tracker = tracker
+
+    def _pyro_sample(self, msg):
+        msg["branched"] = self.tracker.branched
+
+    def _pyro_post_sample(self, msg):
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            tag(msg["value"], frozenset({msg["name"]}) | provenance(msg["fn"]) | msg["branched"])
+
+
+def _shows_numbers(name: str, args: tuple, result: Any) -> bool:
+    if name in DATA_DEPENDENT_SHAPE:
+        return name != "where" or len(args) == 1
+    if name == "__getitem__":
+        return any(t.dtype == torch.bool and provenance(t) for t in _tensors(args[1]))
+    return name not in METADATA and result is not None and next(_tensors(result), None) is None
+
+
+def _by_a_check() -> bool:
+    """Whether the torch function was called by code of the hosts that checks numbers."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals["__name__"] in PASSED_THROUGH:
+        frame = frame.f_back
+    return frame.f_globals["__name__"].startswith(CHECKS)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in arguments, results, and distributions."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, slice):
+        yield from _tensors((value.start, value.stop, value.step))
+    elif isinstance(value, torch.distributions.Distribution | torch.distributions.Transform):
+        yield from _tensors([v for k, v in vars(value).items() if k not in ("_inv", "_cached_x_y")])

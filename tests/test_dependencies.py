@@ -1,0 +1,260 @@
+"""``dependencies="graph"``: what leads from a draw to a cost, through everything that a program may do in between."""
+
+import equinox
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as numpyro_dist
+import pyro
+import pyro.distributions as pyro_dist
+import pytest
+import torch
+from hosts import Program as HostProgram
+from numpyro.contrib.control_flow import cond, scan
+
+import flowvi.numpyro
+import flowvi.pyro
+from flowvi import LR, RP, Auto
+from flowvi.assignment import Assignment
+from flowvi.numpyro.run import Program, run_program
+from flowvi.pyro.run import run_program as run_pyro
+
+# ---- the ways from a draw k (of "a") to a cost
+
+TABLE = [0.1, 0.7, -0.4]
+LINEAR = equinox.nn.Linear(1, 1, key=jax.random.key(0))
+
+NUMPYRO_WAYS = {
+    "arithmetic": lambda k: 2.0 * k - 1,
+    "indexing": lambda k: jnp.array(TABLE)[k],
+    "an update in place": lambda k: jnp.zeros(3).at[1].set(k).sum(),
+    "comparison": lambda k: jnp.where(k > 0, 1.0, 2.0),
+    "stop_gradient": lambda k: jax.lax.stop_gradient(1.0 * k),
+    "jit": lambda k: jax.jit(lambda x: 3.0 * x)(k),
+    "scan": lambda k: jax.lax.scan(lambda c, _: (c + k, None), 0.0, None, length=3)[0],
+    "cond": lambda k: jax.lax.cond(k > 0, lambda: 1.0, lambda: 2.0),
+    "while": lambda k: jax.lax.while_loop(lambda c: c < 3 * k, lambda c: c + 1, 0) * 1.0,
+    "a module": lambda k: LINEAR(jnp.array([1.0]) * k)[0],
+}
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+def in_place(k):
+    z = torch.zeros(3)
+    z[1] = k
+    return z.sum()
+
+
+def through_a_view(k):
+    z = torch.zeros(3)
+    view = z[:2]
+    view += k
+    return z.sum()
+
+
+def out_argument(k):
+    z = torch.zeros(())
+    torch.mul(k, 2.0, out=z)
+    return z
+
+
+PYRO_WAYS = {
+    "arithmetic": lambda k: 2.0 * k - 1,
+    "indexing": lambda k: torch.tensor(TABLE)[k.long()],
+    "an update in place": in_place,
+    "an update of a view": through_a_view,
+    "an out argument": out_argument,
+    "comparison": lambda k: torch.where(k > 0, 1.0, 2.0),
+    "detach": lambda k: (1.0 * k).detach(),
+    "an autograd.Function": lambda k: Double.apply(k),
+    "a module": lambda k: torch.nn.Linear(1, 1)(k.reshape(1))[0],
+    "if": lambda k: torch.tensor(1.0 if k > 0 else 2.0),
+    "item": lambda k: torch.tensor(2 * k.item()),
+    "a Python index": lambda k: torch.tensor(TABLE[int(k)]),
+    "numpy": lambda k: torch.as_tensor(k.detach().numpy() * 2.0),
+    "the number of results": lambda k: torch.tensor(1.0 * len(torch.ones(3)[torch.ones(3) * k > 0])),
+}
+
+
+def numpyro_program(way):
+    def guide():
+        for name in "ab":
+            numpyro.sample(name, numpyro_dist.Bernoulli(0.4), infer={"estimator": LR()})
+
+    def model():
+        a, b = (numpyro.sample(name, numpyro_dist.Bernoulli(0.4)) for name in "ab")
+        numpyro.factor("of b", 1.0 * b)
+        numpyro.factor("of a", way(a))
+
+    return model, guide
+
+
+def pyro_program(way):
+    def guide():
+        for name in "ab":
+            pyro.sample(name, pyro_dist.Bernoulli(torch.tensor(0.4)), infer={"estimator": LR()})
+
+    def model():
+        a, b = (pyro.sample(name, pyro_dist.Bernoulli(torch.tensor(0.4))) for name in "ab")
+        pyro.factor("of b", 1.0 * b)
+        pyro.factor("of a", way(a))
+
+    return model, guide
+
+
+def tape_in_numpyro(model, guide, dependencies="graph"):
+    program = Program(jax.random.key(0), {}, model, guide, (), {})
+    return run_program(program, Assignment(None, Auto())).tape(dependencies)
+
+
+def tape_in_pyro(model, guide, dependencies="graph"):
+    return run_pyro(Assignment(None, Auto()), float("inf"), dependencies, model, guide, (), {}).tape()
+
+
+def ancestors(tape):
+    return {term.name: set(term.ancestors) for term in tape.terms}
+
+
+@pytest.mark.parametrize("way", NUMPYRO_WAYS)
+def test_ways_in_numpyro(way):
+    found = ancestors(tape_in_numpyro(*numpyro_program(NUMPYRO_WAYS[way])))
+    assert (found["of a"], found["of b"]) == ({"a"}, {"b"})
+
+
+@pytest.mark.parametrize("way", PYRO_WAYS)
+def test_ways_in_pyro(way):
+    found = ancestors(tape_in_pyro(*pyro_program(PYRO_WAYS[way])))
+    assert (found["of a"], found["of b"]) == ({"a"}, {"b"})
+
+
+def test_what_runs_after_a_branch_depends_on_it():
+    """Pyro's own provenance does not see this; the statement after the branch depends on the draw although its numbers do not."""
+
+    def way(k):
+        if k > 0.5:
+            pyro.factor("inside", torch.tensor(1.0))
+        return torch.tensor(0.0)
+
+    model, guide = pyro_program(way)
+    for _ in range(10):
+        found = ancestors(tape_in_pyro(model, guide))
+        assert (found["of a"], found.get("inside", {"a"})) == ({"a"}, {"a"})
+
+
+def test_validation_is_no_branch():
+    """The hosts look at numbers to check them; with validation on, a cost of b still does not depend on a."""
+
+    def way(k):
+        pyro.sample("y", pyro_dist.Normal(k, 1.0), obs=torch.tensor(0.3))
+        return torch.tensor(0.0)
+
+    with pyro.validation_enabled():
+        found = ancestors(tape_in_pyro(*pyro_program(way)))
+    assert (found["y"], found["of a"]) == ({"a"}, set())
+
+
+def test_parents_lead_through_parameters(host):
+    """b's parameters read a, and its proposal does not: the weight and the score of b's cost still carry those of a."""
+    sample, dist = host.sample, host.dist
+
+    def guide():
+        a = sample("a", dist.Normal(host.array(0.1), host.array(1.0)))
+        sample("b", dist.Normal(0.5 * a, host.array(1.0)))
+
+    def model():
+        sample("a", dist.Normal(host.array(0.0), host.array(1.0)))
+        b = sample("b", dist.Normal(host.array(0.0), host.array(1.0)))
+        host.factor("of b", b)
+
+    estimator = LR(q=lambda p: dist.Normal(host.array(0.0), host.array(2.0)))
+    assignment = Assignment({"a": estimator, "b": estimator}, Auto())
+    if host.name == "numpyro":
+        tape = run_program(Program(jax.random.key(0), {}, model, guide, (), {}), assignment).tape("graph")
+    else:
+        tape = run_pyro(assignment, float("inf"), "graph", model, guide, (), {}).tape()
+    assert ancestors(tape)["of b"] == {"a", "b"}
+    assert {site.name: set(site.ancestors) for site in tape.sites} == {"a": {"a"}, "b": {"a", "b"}}
+
+
+def test_scan_and_cond_of_the_host():
+    """A draw inside scan cannot be followed there: what comes after it counts as dependent on it, what came before does not."""
+
+    def guide():
+        numpyro.sample("a", numpyro_dist.Bernoulli(0.4), infer={"estimator": LR()})
+
+        def body(carry, _):
+            wrapped = flowvi.numpyro.Estimated(numpyro_dist.Normal(carry, 1.0), LR())
+            return numpyro.sample("x", wrapped), None
+
+        scan(body, 0.0, None, length=3)
+
+    def model():
+        a = numpyro.sample("a", numpyro_dist.Bernoulli(0.4))
+        numpyro.factor("before", 1.0 * a)
+
+        def body(carry, _):
+            return numpyro.sample("x", numpyro_dist.Normal(carry, 1.0)), None
+
+        last, _ = scan(body, 0.0, None, length=3)
+        numpyro.factor("after", last)
+        cond(a > 0, lambda _: numpyro.factor("then", 1.0), lambda _: numpyro.factor("then", 2.0), None)
+
+    found = ancestors(tape_in_numpyro(model, guide))
+    assert (found["before"], found["after"]) == ({"a"}, {"x"})
+    assert found["then"] >= {"a"}
+
+
+def test_runs_of_the_program():
+    """A program of RP sites is traced once, as by Trace_ELBO; the graph takes one run more where a site has a score."""
+    runs = []
+
+    def program():
+        runs.append(1)
+        numpyro.sample("x", numpyro_dist.Normal(0.0, 1.0))
+
+    for options, expected in (
+        ({}, 2),
+        ({"default": LR()}, 4),
+        ({"default": LR(), "dependencies": "plates"}, 2),
+        ({"default": RP()}, 2),
+    ):
+        runs.clear()
+        elbo = flowvi.numpyro.TraceFlow_ELBO(**options)
+        step = jax.jit(lambda key, elbo=elbo: elbo.loss(key, {}, program, program))
+        step(jax.random.key(0))
+        step(jax.random.key(1))
+        assert len(runs) == expected
+
+
+def test_both_modes_have_the_same_mean(host):
+    """At a program where the graph knows more than the order does, with a discrete index in between; the exact gradient by a sum."""
+    table, logits = np.array(TABLE), np.array([0.2, -0.1])
+
+    def guide(h, t):
+        for i, name in enumerate("ab"):
+            h.sample(name, h.dist.Bernoulli(logits=t[i]).mask(False))
+
+    def model(h, t):
+        a, b = (h.sample(name, h.dist.Bernoulli(h.array(0.5)).mask(False)) for name in "ab")
+        index = (lambda k: k.long()) if h.name == "pyro" else (lambda k: k)
+        h.factor("of a", h.array(TABLE)[index(a)])
+        h.factor("of both", h.array(TABLE)[index(a + b)])
+
+    p = 1 / (1 + np.exp(-logits))
+    values = np.array([[table[a] + table[a + b] for b in (0, 1)] for a in (0, 1)])
+    weights = [np.array([1 - q, q]) for q in p]
+    slope = [q * (1 - q) * np.array([-1, 1]) for q in p]
+    exact = np.array([slope[0] @ values @ weights[1], weights[0] @ values @ slope[1]])
+    for dependencies in ("graph", "plates"):
+        samples = host.gradients(HostProgram(guide, model, tuple(logits)), 40_000, default=LR(), dependencies=dependencies)
+        assert np.all(np.abs(samples.mean(0) - exact) < 5 * samples.std(0) / np.sqrt(len(samples)))
