@@ -18,7 +18,7 @@ from flowvi.tape import Frame, Site, Tape
 from flowvi.target import broadcasts
 
 LeaveOneOut = Literal["loo"] | None
-Entropy = Literal["full", "stl"]
+Entropy = Literal["full", "stl", "analytic"]
 Dependencies = Literal["graph", "plates"]
 
 
@@ -145,10 +145,25 @@ def require_plate_shape(name: str, baseline: Array, shape: tuple[int, ...]) -> N
         )
 
 
+def require_one_order(guide: list[str], model: list[str]) -> None:
+    """Refuse closed-form divergences where the latent sites of guide and model come in different orders.
+
+    The divergence at a site is the expectation over the site given its parents; a parent in the model must not come after it in the
+    guide.
+    """
+    in_guide, in_model = ([name for name in one if name in other] for one, other in ((guide, model), (model, guide)))
+    for first, second in zip(in_guide, in_model, strict=True):
+        if first != second:
+            raise ValueError(
+                f"site '{first}': entropy='analytic' needs the latent sites in one order in guide and model, expected {in_model} as in "
+                f"the model, found {in_guide}; reorder the guide, or use entropy='full'."
+            )
+
+
 def require_options(entropy: Entropy, baseline: LeaveOneOut, dependencies: Dependencies) -> None:
     """Refuse options of an objective that do not exist."""
     for name, found, known in (
-        ("entropy", entropy, ("full", "stl")),
+        ("entropy", entropy, ("full", "stl", "analytic")),
         ("baseline", baseline, ("loo", None)),
         ("dependencies", dependencies, ("graph", "plates")),
     ):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions
+import numpyro.handlers
 import pyro
 import pyro.distributions
 import torch
@@ -61,6 +62,7 @@ class NumPyroHost:
     flow = flowvi.numpyro
     sample = staticmethod(numpyro.sample)
     factor = staticmethod(numpyro.factor)
+    scale = staticmethod(lambda factor: numpyro.handlers.scale(scale=factor))
     param = staticmethod(numpyro.param)
     polygamma = staticmethod(jax.scipy.special.polygamma)
     random_gamma_grad = staticmethod(jax.lax.random_gamma_grad)
@@ -102,6 +104,7 @@ class PyroHost:
     flow = flowvi.pyro
     sample = staticmethod(pyro.sample)
     factor = staticmethod(pyro.factor)
+    scale = staticmethod(lambda factor: pyro.poutine.scale(scale=factor))
     param = staticmethod(pyro.param)
     polygamma = staticmethod(torch.polygamma)
     random_gamma_grad = staticmethod(torch._standard_gamma_grad)

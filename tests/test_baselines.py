@@ -114,8 +114,8 @@ def test_a_network_trained_in_numpyro():
 
     def model():
         with numpyro.plate("i", 3):
-            numpyro.sample("k", numpyro_dist.Bernoulli(0.5))
-            numpyro.factor("cost", 3 * data - 1)
+            k = numpyro.sample("k", numpyro_dist.Bernoulli(0.5))
+            numpyro.factor("cost", 3 * data - 1 + 0 * k)
 
     svi = SVI(model, guide, numpyro.optim.Adam(0.05), flowvi.numpyro.TraceFlow_ELBO())
     network = svi.run(jax.random.key(1), 600, progress_bar=False).params["net$params"]

@@ -263,9 +263,9 @@ def two_sites(guide_infer=None, model_infer=None, observed_infer=None):
         ({"estimators": 3}, {}, TypeError, "estimators: expected a mapping .* found 3"),
         ({"estimators": lambda site: "LR"}, {}, TypeError, r"site 'x': estimators\(site\): expected an estimator"),
         ({"default": "LR"}, {}, TypeError, "default: expected an estimator"),
-        ({"entropy": "analytic"}, {}, ValueError, "entropy: expected 'full' or 'stl', found 'analytic'"),
+        ({"entropy": "kl"}, {}, ValueError, "entropy: expected 'full' or 'stl' or 'analytic', found 'kl'"),
         ({"baseline": "mean"}, {}, ValueError, "baseline: expected 'loo' or None"),
-        ({"dependencies": "none"}, {}, ValueError, "dependencies: expected 'plates'"),
+        ({"dependencies": "none"}, {}, ValueError, "dependencies: expected 'graph' or 'plates', found 'none'"),
         ({}, {"guide_infer": {"estimator": "LR"}}, TypeError, r"site 'x': infer\['estimator'\]: expected an estimator"),
         ({}, {"model_infer": {"estimator": "LR"}}, TypeError, r"site 'x': infer\['estimator'\]: expected an estimator"),
         (

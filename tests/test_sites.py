@@ -142,7 +142,7 @@ def test_exact_elementwise_formula(host, kind):
     else:
 
         def estimate(theta):
-            elbo = host.flow.TraceFlow_ELBO(estimators={"x": estimator})
+            elbo = host.flow.TraceFlow_ELBO(estimators={"x": estimator}, dependencies="plates")
             t = list(theta)
             loss = elbo.loss(jax.random.key(3), {}, lambda: program.model(host, t), lambda: program.guide(host, t))
             return -loss, seen[0]

@@ -105,6 +105,16 @@ def unwrap(fn: dist.Distribution) -> dist.Distribution:
     return fn
 
 
+def masks(fn: dist.Distribution) -> list[Any]:
+    """The masks around the site's family, outermost first."""
+    found = []
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution | Estimated):
+        if isinstance(fn, dist.MaskedDistribution):
+            found.append(fn._mask)
+        fn = fn.base_dist
+    return found
+
+
 def find_estimated(fn: dist.Distribution) -> Estimator | None:
     """The estimator of the outermost :class:`Estimated` wrapper around the site's family."""
     while isinstance(

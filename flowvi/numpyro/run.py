@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import random
 from jax.lax import stop_gradient
+from numpyro.distributions import kl_divergence
+from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import replay, seed, substitute
 from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
@@ -17,9 +19,9 @@ from numpyro.util import _validate_model, check_model_guide_match
 
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment
-from flowvi.numpyro.distributions import NumPyroTarget
+from flowvi.numpyro.distributions import NumPyroTarget, masks
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, read_annotations
-from flowvi.objectives import ALL, Dependencies
+from flowvi.objectives import ALL, Dependencies, require_one_order
 from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order, weighty
 
 Ancestors = dict[str, frozenset[str]] | None
@@ -57,6 +59,7 @@ class Run:
 
     def __init__(self, program: Program, assignment: Assignment | None, multi_sample: bool):
         self.program, self._multi_sample = program, multi_sample
+        self._closed_forms: list[str] = []
         self._model_seed, self._guide_seed = random.split(program.rng_key)
         _, param_map, model, guide, args, kwargs = program
         seeded = seed(guide, self._guide_seed)
@@ -72,6 +75,25 @@ class Run:
             _validate_model(self.model_trace, plate_warning="loose")
             self.mutable_state |= _values(self.model_trace, "mutable")
         self.annotations = reader.annotations
+
+    def use_closed_forms(self):
+        """Replace, at each site for which NumPyro knows it, the two log densities by minus their divergence in closed form.
+
+        Raises:
+            ValueError: Where model and guide have latent sites in different orders, so that the divergence may depend on what is drawn
+                from the site.
+        """
+        require_one_order(_latent(self.guide_trace), _latent(self.model_trace))
+        for name in self.attached.random:
+            guide_site, model_site = self.guide_trace[name], self.model_trace.get(name)
+            if model_site is None or guide_site.get("_control_flow_done") or not _same_weights(guide_site, model_site):
+                continue
+            try:
+                self.model_log_probs[name] = _closed_form(guide_site, model_site)
+            except NotImplementedError:
+                continue
+            del self.guide_log_probs[name]
+            self._closed_forms.append(name)
 
     def require_still_supports(self, what: str):
         """Refuse ``what``, which drops the guide's scores, where the support of a random site moves."""
@@ -99,7 +121,7 @@ class Run:
         return compute_log_probs(substitute(seed(guide, self._guide_seed), data=values), args, kwargs, param_map, sum_log_prob=False)
 
     def _replay_model(self, model, guide_trace):
-        params = {**self.program.param_map, **self.mutable_state}
+        params = {**self.program.param_map, **_values(guide_trace, "mutable")}
         replayed = replay(seed(model, self._model_seed), guide_trace)
         return compute_log_probs(replayed, self.program.args, self.program.kwargs, params, sum_log_prob=False)
 
@@ -140,6 +162,8 @@ class Run:
         draws = weighty(self.attached.draws)
         of_guide, of_model = program_order(_statements(self.guide_trace), _statements(self.model_trace), frozenset(draws))
         of_site = {name: of_guide[name] for name in draws}
+        for name in self._closed_forms:  # its expectation over the site itself is taken
+            of_model = {**of_model, name: of_model[name] | of_guide[name] - {name}}
         if dependencies == "graph" and draws and not self._multi_sample:
             of_guide, of_model, of_site = self._graph(draws, of_guide, of_model)
         sites = [Site(name, _frames(self.guide_trace[name]), draw, of_site[name]) for name, draw in draws.items()]
@@ -155,7 +179,8 @@ class Run:
         def log_probs(**marks):
             marked = mark_draws(seed(guide, self._guide_seed), marks)
             of_guide, trace = compute_log_probs(marked, args, kwargs, param_map, sum_log_prob=False)
-            of_model, _ = self._replay_model(model, trace)
+            of_model, model_trace = self._replay_model(model, trace)
+            of_model |= {name: _closed_form(trace[name], model_trace[name]) for name in self._closed_forms}
             return of_guide, of_model, {name: trace[name]["value"] for name in marks}
 
         of_guide, of_model, of_site = eval_provenance(log_probs, **dict.fromkeys(draws, jnp.zeros(())))
@@ -181,6 +206,21 @@ class Run:
 def _terms(sign: int, log_probs: dict[str, jax.Array], trace, ancestors: Ancestors = None) -> list[Term]:
     of = ancestors or {}
     return [Term(name, _frames(trace[name]), sign * log_prob, of.get(name, frozenset())) for name, log_prob in log_probs.items()]
+
+
+def _latent(trace) -> list[str]:
+    return [name for name, site in trace.items() if site["type"] == "sample" and not site["is_observed"]]
+
+
+def _same_weights(guide_site, model_site) -> bool:
+    """Whether the two log densities are known to count alike; a divergence in closed form has one scale and one mask."""
+    one, other = (1.0 if site["scale"] is None else site["scale"] for site in (guide_site, model_site))
+    same = one is other or (isinstance(one, int | float) and isinstance(other, int | float) and one == other)
+    return same and list(map(id, masks(guide_site["fn"]))) == list(map(id, masks(model_site["fn"])))
+
+
+def _closed_form(guide_site, model_site) -> jax.Array:
+    return -scale_and_mask(kl_divergence(guide_site["fn"], model_site["fn"]), scale=guide_site["scale"])
 
 
 def _values(trace, kind: str) -> dict:

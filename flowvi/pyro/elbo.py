@@ -38,7 +38,8 @@ class TraceFlow_ELBO(Trace_ELBO):
             of the site's message that returns an estimator or None. It is stronger than every annotation.
         default: The estimator of a site for which none is said.
         entropy: ``"full"`` differentiates the guide's -log density totally; ``"stl"`` (sticking the landing) through the values
-            only, by one more run of the guide at the same values. It is refused where the support moves with a parameter.
+            only, by one more run of the guide at the same values, refused where the support moves with a parameter;
+            ``"analytic"`` takes the divergence of guide and model at a site in closed form where the host knows one.
         baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
             estimator's own ``baseline`` replaces it at its site.
         dependencies: ``"plates"``: a score or a weight multiplies the costs that share its plate element and come after it in
@@ -203,6 +204,8 @@ class TraceFlow_ELBO(Trace_ELBO):
         if self.entropy == "stl":
             result.require_still_supports("entropy='stl'")
             result.stick_the_landing()
+        elif self.entropy == "analytic":
+            result.use_closed_forms()
         return result
 
 

@@ -7,17 +7,19 @@ from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
+from torch.distributions.kl import kl_divergence
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment
-from flowvi.objectives import Dependencies
-from flowvi.pyro.distributions import PyroTarget
+from flowvi.objectives import Dependencies, require_one_order
+from flowvi.pyro.distributions import PyroTarget, is_masked
 from flowvi.pyro.handlers import attach_estimators, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
 from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order, weighty
@@ -74,6 +76,7 @@ class Run:
     def __init__(self, model_trace, guide_trace, attached: attach_estimators, max_plate_nesting: Any, program: tuple):
         self.attached, self._program, self._unpruned = attached, program, guide_trace
         self._provenance: tuple | None = None
+        self._closed_forms: set[str] = set()
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
             check_if_enumerated(guide_trace)
@@ -91,6 +94,33 @@ class Run:
     @property
     def draws(self) -> dict[str, Any]:
         return self.attached.draws
+
+    def use_closed_forms(self):
+        """Replace, at each site for which Pyro knows it, the two log densities by minus their divergence in closed form.
+
+        Raises:
+            ValueError: Where model and guide have latent sites in different orders, so that the divergence may depend on what is drawn
+                from the site.
+        """
+        require_one_order(_latent(self.guide_trace), _latent(self.model_trace))
+        for name in self.attached.random:
+            guide_site: Any = self.guide_trace.nodes[name]
+            model_site: Any = self.model_trace.nodes.get(name)
+            if model_site is None or not _same_weights(guide_site, model_site):
+                continue
+            try:
+                divergence = kl_divergence(guide_site["fn"], model_site["fn"])
+            except NotImplementedError:
+                continue
+            self._closed_forms.add(name)
+            divergence = torch.as_tensor(divergence).expand(guide_site["fn"].batch_shape)
+            model_site["log_prob"] = -scale_and_mask(divergence, guide_site["scale"], guide_site["mask"])
+            model_site["log_prob_sum"] = model_site["log_prob"].sum()
+            guide_site["log_prob"] = guide_site["log_prob_sum"] = torch.zeros(())
+            if self._provenance is not None:
+                of_guide, of_model, _ = self._provenance
+                parents = provenance(guide_site["fn"]) | provenance(model_site["fn"])
+                of_model[name], of_guide[name] = parents | guide_site["branched"] | model_site["branched"], frozenset()
 
     def require_still_supports(self, what: str):
         """Refuse ``what``, which drops the guide's scores, where the support of a random site moves, or the guide cannot run again."""
@@ -140,6 +170,8 @@ class Run:
         model, guide = (tuple(map(Statement, _sample_sites(trace))) for trace in (self.model_trace, self.guide_trace))
         of_guide, of_model = program_order(guide, model, frozenset(draws))
         of_site = of_guide
+        for name in self._closed_forms:  # its expectation over the site itself is taken
+            of_model = {**of_model, name: of_model[name] | of_guide[name] - {name}}
         if self._provenance is not None:
             of_guide, of_model, of_site = ({name: names & frozenset(draws) for name, names in of.items()} for of in self._provenance)
         nodes = self.guide_trace.nodes
@@ -190,6 +222,18 @@ def _terms(sign: int, trace, ancestors: Ancestors = None) -> list[Term]:
 
 def _sample_sites(trace) -> dict:
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+
+
+def _latent(trace) -> list[str]:
+    return [name for name, site in _sample_sites(trace).items() if not site["is_observed"]]
+
+
+def _same_weights(guide_site, model_site) -> bool:
+    """Whether the two log densities are known to count alike; a divergence in closed form has one scale and one mask."""
+    one, other = guide_site["scale"], model_site["scale"]
+    same = one is other or (isinstance(one, int | float) and isinstance(other, int | float) and one == other)
+    unmasked = not is_masked(guide_site["fn"]) and not is_masked(model_site["fn"])
+    return same and unmasked and guide_site["mask"] is model_site["mask"]
 
 
 def _frames(site) -> frozenset[Frame]:
