@@ -10,7 +10,7 @@ plate elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from flowvi.ops import Array, Ops
@@ -63,19 +63,45 @@ def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
         key = (term.name if by_statement else ALL, term.frames, term.ancestors, cost.shape)
         groups[key] = groups[key] + cost if key in groups else cost
     costs: dict[str, Array] = {}
-    downstream: dict[str, Array] = {}
+    shares: list[_Share] = []
     for (name, frames, ancestors, _), cost in groups.items():
         weight = _weight(ops, sites, ancestors, frames)
         if weight is not None:
             cost = ops.where(weight > 0, weight * cost, weight)
-        detached = ops.stop_gradient(cost)
-        for site in ancestors:
-            if sites[site].draw.score is not None:
-                share = sum_to(detached, frames & sites[site].frames)
-                downstream[site] = downstream[site] + share if site in downstream else share
+        if ancestors:
+            shares.append(_Share(ops.stop_gradient(cost), frames, ancestors))
         cost = cost.sum() if cost.ndim else cost
         costs[name] = costs[name] + cost if name in costs else cost
-    return Particle(costs, {name: _credit(ops, sites, sites[name], cost) for name, cost in downstream.items()})
+    scored = [site for site in tape.sites if site.draw.score is not None]
+    return Particle(costs, {site.name: _credit(ops, sites, site, cost) for site, cost in _downstream(scored, shares)})
+
+
+class _Share(NamedTuple):
+    """A detached cost, its plates, and the sites that lead to it."""
+
+    cost: Array
+    frames: frozenset[Frame]
+    ancestors: frozenset[str]
+
+
+def _downstream(scored: list[Site], shares: list[_Share]) -> Iterator[tuple[Site, Array]]:
+    """For each site with a score, the sum of the costs to which it leads, over its own plates.
+
+    Along a chain each site leads to the costs of the next one and a few more, so that sums are begun where the last one ended.
+    """
+    led_to = {site.name: frozenset(i for i, share in enumerate(shares) if site.name in share.ancestors) for site in scored}
+    last: dict[frozenset[Frame], tuple[frozenset[int], Array]] = {}
+    for site in sorted(scored, key=lambda site: len(led_to[site.name])):
+        wanted = led_to[site.name]
+        summed, total = last.get(site.frames, (frozenset(), None))
+        if not summed <= wanted:
+            summed, total = frozenset(), None
+        for i in sorted(wanted - summed):
+            share = sum_to(shares[i].cost, shares[i].frames & site.frames)
+            total = share if total is None else total + share
+        if total is not None:
+            last[site.frames] = wanted, total
+            yield site, total
 
 
 def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: LeaveOneOut) -> dict[str, Array]:
