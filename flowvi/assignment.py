@@ -112,7 +112,7 @@ def require_estimator(estimator: Any, where: str) -> Estimator:
 
 
 def _require_upstream_baseline(estimator: Estimator, name: str) -> Estimator:
-    if estimator.baseline is not None and estimator.baseline.inputs:
+    if isinstance(estimator.baseline, Baseline) and estimator.baseline.inputs:
         raise ValueError(
             f"site '{name}': a baseline with inputs cannot be said in the model, where they may lie downstream of the site; "
             "say it at the site's statement in the guide."

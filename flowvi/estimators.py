@@ -16,7 +16,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from flowvi.ops import Array, Ops
 from flowvi.target import Tangents, Target, broadcasts, unknown_parameter
@@ -31,14 +31,14 @@ class Draw:
         score: Batch shape of the site, value 0 and tangent psi; None where psi is identically 0.
         log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
         log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the score needed it anyway.
-        baseline: The estimator's own baseline, with the derivatives of its parameters; None where it has none.
+        baseline: The estimator's own baseline, with the derivatives of its parameters, or how to find it; None where it has none.
     """
 
     value: Array
     score: Array | None = None
     log_weight: Array | None = None
     log_prob: Array | None = None
-    baseline: Array | None = None
+    baseline: Array | Literal["plate"] | None = None
 
 
 class Baseline:
@@ -78,6 +78,9 @@ class Baseline:
         return self.fn(*_detached(ops, self.inputs))
 
 
+SiteBaseline = Baseline | Literal["plate"] | None
+
+
 class Estimator(ABC):
     """One gradient estimator for one site: the protocol of :class:`LR`, :class:`RP`, :class:`ImplicitRP`, :class:`Flow`.
 
@@ -89,7 +92,7 @@ class Estimator(ABC):
     """
 
     q: Callable[[Any], Any] | None
-    baseline: Baseline | None = None
+    baseline: SiteBaseline = None
     enters: bool = True
 
     @property
@@ -151,6 +154,8 @@ def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
 def _with_baseline(ops: Ops, estimator: Estimator, draw: Draw) -> Draw:
     if estimator.baseline is None or draw.score is None:
         return draw
+    if isinstance(estimator.baseline, str):
+        return replace(draw, baseline=estimator.baseline)
     return replace(draw, baseline=ops.asarray(estimator.baseline(ops), draw.score))
 
 
@@ -164,7 +169,8 @@ class LR(Estimator):
     anything, discontinuous or a black box, as long as its jumps do not move with the parameters either.
 
     Args:
-        baseline: Subtracted from the costs instead of the objective's leave-one-out mean.
+        baseline: Subtracted from the costs instead of the objective's leave-one-out mean over particles; ``"plate"`` is the mean
+            over the other elements of the site's plates of the costs that are theirs alone, which needs no second particle.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
 
     Raises:
@@ -180,7 +186,7 @@ class LR(Estimator):
         Williams 1992; Ranganath, Gerrish and Blei 2014. Parmas and Sugiyama 2021, eq. 19 with u = 0.
     """
 
-    baseline: Baseline | None = None
+    baseline: SiteBaseline = None
     q: Callable[[Any], Any] | None = None
     enters = False
 
@@ -328,7 +334,7 @@ class Flow(Estimator):
         divergence: With the general form: ``divergence(x, p, dtheta)`` in closed form, of batch shape and linear in dtheta;
             ``"pathwise"`` declares psi = 0 (a field that solves the transport equation); the default is exact, by
             automatic derivatives over the event.
-        baseline: Subtracted from the costs that multiply psi, instead of the objective's leave-one-out mean.
+        baseline: Subtracted from the costs that multiply psi, instead of the objective's leave-one-out mean; see :class:`LR`.
         **per_parameter: The form per parameter.
 
     Raises:
@@ -352,7 +358,7 @@ class Flow(Estimator):
     q: Callable[[Any], Any] | None
     divergence: Callable[[Array, Any, Any], Array] | str | None
     per_parameter: tuple[tuple[str, Callable[[Array, Any], Array]], ...]
-    baseline: Baseline | None = None
+    baseline: SiteBaseline = None
 
     def __init__(
         self,
@@ -360,7 +366,7 @@ class Flow(Estimator):
         *,
         q: Callable[[Any], Any] | None = None,
         divergence: Callable[[Array, Any, Any], Array] | str | None = None,
-        baseline: Baseline | None = None,
+        baseline: SiteBaseline = None,
         **per_parameter: Callable[[Array, Any], Array],
     ):
         if (velocity is None) == (not per_parameter):
@@ -482,9 +488,9 @@ class Auto(Estimator):
         raise TypeError("Auto is resolved to RP or LR before it is attached.")
 
 
-def _require_baseline(baseline: Any, what: str) -> Baseline | None:
-    if not isinstance(baseline, Baseline | None):
-        raise TypeError(f"{what}: expected baseline=flowvi.Baseline(fn, *inputs) or None, found {baseline!r}.")
+def _require_baseline(baseline: Any, what: str) -> SiteBaseline:
+    if not isinstance(baseline, Baseline | None) and baseline != "plate":
+        raise TypeError(f"{what}: expected baseline=flowvi.Baseline(fn, *inputs), 'plate' or None, found {baseline!r}.")
     return baseline
 
 

@@ -10,6 +10,7 @@ plate elements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
@@ -73,7 +74,7 @@ def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
         cost = cost.sum() if cost.ndim else cost
         costs[name] = costs[name] + cost if name in costs else cost
     scored = [site for site in tape.sites if site.draw.score is not None]
-    return Particle(costs, {site.name: _credit(ops, sites, site, cost) for site, cost in _downstream(scored, shares)})
+    return Particle(costs, {site.name: _credit(ops, sites, site, cost, shares) for site, cost in _downstream(scored, shares)})
 
 
 class _Share(NamedTuple):
@@ -153,13 +154,26 @@ def _weight(ops: Ops, sites: dict[str, Site], ancestors: frozenset[str], frames:
     return ops.exp(sum(sum_to(site.draw.log_weight, site.frames & frames) for site in weighted))
 
 
-def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array) -> Credit:
+def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array, shares: list[_Share]) -> Credit:
     score = sum_to(site.draw.score, site.frames)
     weight = _weight(ops, sites, site.ancestors, site.frames)
     shape = ops.broadcast_shapes(score.shape, cost.shape, *(() if weight is None else (weight.shape,)))
-    if (baseline := site.draw.baseline) is not None:
+    baseline = site.draw.baseline
+    if isinstance(baseline, str):
+        baseline = _mean_of_other_elements(site, shares)
+    if baseline is not None:
         require_plate_shape(site.name, baseline, shape)
     return Credit(*(None if a is None else ops.broadcast_to(a, shape) for a in (score, cost, weight, baseline)))
+
+
+def _mean_of_other_elements(site: Site, shares: list[_Share]) -> Array:
+    """For each element of the site's plates, the mean of the costs of the other elements, as far as they are theirs alone."""
+    own = [sum_to(s.cost, site.frames) for s in shares if site.name in s.ancestors and s.frames >= site.frames]
+    size = math.prod(frame.size for frame in site.frames)
+    if size == 1:
+        raise ValueError(f"site '{site.name}': baseline='plate' needs a plate of several elements, found none; use the default.")
+    total = sum(own) if own else 0.0 * sum_to(site.draw.score, site.frames)
+    return (total.sum() - total) / (size - 1)
 
 
 def require_plate_shape(name: str, baseline: Array, shape: tuple[int, ...]) -> None:

@@ -98,6 +98,36 @@ def test_a_baseline_for_each_plate_element(host):
         host.gradients(program(lambda h: Baseline(lambda: h.array([1.0, 2.0, 3.0, 4.0]))), 3)
 
 
+def local(baseline, shared=0.0):
+    """Four local Normals under LR with a cost of their own, and a cost that reads all of them."""
+
+    def guide(h, t):
+        with h.plate("i", 4):
+            h.sample("x", h.dist.Normal(t[0], h.array(1.0)).mask(False), infer={"estimator": LR(baseline=baseline)})
+
+    def model(h, t):
+        with h.plate("i", 4):
+            x = h.sample("x", h.dist.Normal(t[0], h.array(1.0)).mask(False))
+            h.factor("own", 10.0 + x**2)
+        h.factor("shared", shared * (x.sum(-1, keepdims=True) if h.name == "pyro" else x.sum()) ** 2)
+
+    return Program(guide, model, (0.5,), plates=1)
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("shared", [0.0, 0.3])
+def test_the_mean_over_a_plate(host, shared, particles):
+    """The other elements' own costs are a baseline; the shared cost, which every element moves, stays out of it."""
+    exact = 4 * (2 * 0.5) + shared * 2 * (4 * 0.5) * 4
+    plain, plate = (host.gradients(local(b, shared), 40_000, particles=particles, baseline=None) for b in (None, "plate"))
+    for samples in (plain, plate):
+        assert np.all(np.abs(samples.mean(0) - exact) < 5 * samples.std(0) / np.sqrt(len(samples)))
+    assert plate.var() < 0.5 * plain.var()
+    if host.name == "pyro":
+        looped = host.gradients(local("plate", shared), 40_000, particles=particles, baseline=None, vectorize=False)
+        assert np.all(np.abs(looped.mean(0) - exact) < 5 * looped.std(0) / np.sqrt(len(looped)))
+
+
 # ---- trained by the user's own optimizer, networks through the hosts' own modules
 
 TARGET = np.array([-1.0, 0.5, 2.0])
@@ -148,6 +178,13 @@ def test_a_network_trained_in_pyro():
 def test_refused_baselines(host):
     with pytest.raises(TypeError, match="LR: expected baseline=flowvi.Baseline.* found 2.0"):
         LR(baseline=2.0)
+    alone = Program(
+        lambda h, t: h.sample("k", h.dist.Bernoulli(t[0]), infer={"estimator": LR(baseline="plate")}),
+        lambda h, t: h.sample("k", h.dist.Bernoulli(h.array(0.5))),
+        (0.4,),
+    )
+    with pytest.raises(ValueError, match="site 'k': baseline='plate' needs a plate of several elements"):
+        host.gradients(alone, 1)
     with pytest.raises(TypeError, match="Baseline: expected a function of the inputs, found 2.0"):
         Baseline(2.0)
 
