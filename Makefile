@@ -21,6 +21,8 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/vae.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["examples/demo.py", "examples/numpyro_sites.py", "examples/pyro_sites.py", "benchmarks/step_time.py"]
+SCRIPTS = [
+    *("examples/demo.py", "examples/numpyro_sites.py", "examples/pyro_sites.py"),
+    *("benchmarks/step_time.py", "benchmarks/compile_time.py", "benchmarks/vae.py"),
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
