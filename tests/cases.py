@@ -536,6 +536,9 @@ CASES: dict[str, Case] = {
         {"LR": LR_ROW},
     ),
     "elbo-normal-normal-off": Case(normal_normal(EXACT["elbo-normal-normal-off"]["theta"]["value"]), ELBO_ROWS, ELBO_Q),
+    "elbo-normal-normal-off, graph": Case(
+        normal_normal(EXACT["elbo-normal-normal-off"]["theta"]["value"]), ELBO_ROWS, ELBO_Q, dependencies="graph"
+    ),
     "elbo-normal-normal-opt": Case(
         normal_normal(EXACT["elbo-normal-normal-opt"]["theta"]["value"]), {**ELBO_ROWS, **OPTIMUM_ROWS}, ELBO_Q
     ),

@@ -9,5 +9,6 @@ except ImportError as error:
 from flowvi.numpyro.distributions import Estimated
 from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.renyi import TraceFlow_RenyiELBO
+from flowvi.numpyro.report import gradient_report
 
-__all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO"]
+__all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "gradient_report"]

@@ -102,19 +102,19 @@ class Run:
 
     def stick_the_landing(self):
         """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
-        log_probs, _ = self._still_guide
+        log_probs, _ = self.still_guide
         for name in self.attached.random:
             self.guide_log_probs[name] = self.guide_log_probs[name] - ops.tether(log_probs[name])
 
     def still_terms(self) -> list[Term]:
         """The costs at values that stay where they are, less the densities of the random sites: what parameters do by themselves."""
-        guide_log_probs, guide_trace = self._still_guide
+        guide_log_probs, guide_trace = self.still_guide
         model_log_probs, model_trace = self._replay_model(self.program.model, guide_trace)
         fixed = {name: log_prob for name, log_prob in guide_log_probs.items() if name not in self.attached.random}
         return _terms(1, model_log_probs, model_trace) + _terms(-1, fixed, guide_trace)
 
     @cached_property
-    def _still_guide(self):
+    def still_guide(self):
         """Log densities and trace of one more run of the guide, at the detached values of its random sites."""
         values = {name: stop_gradient(self.guide_trace[name]["value"]) for name in self.attached.random}
         _, param_map, _, guide, args, kwargs = self.program

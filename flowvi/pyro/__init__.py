@@ -9,5 +9,6 @@ except ImportError as error:
 from flowvi.pyro.distributions import Estimated
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.renyi import TraceFlow_RenyiELBO
+from flowvi.pyro.report import gradient_report
 
-__all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO"]
+__all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "gradient_report"]

@@ -132,7 +132,7 @@ class Run:
     def stick_the_landing(self):
         """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
         random = self.attached.random
-        again = self._still_guide
+        again = self.still_guide
         again.compute_log_prob(lambda name, site: name in random)
         for name in random:
             site = self.guide_trace.nodes[name]
@@ -142,7 +142,7 @@ class Run:
     def still_terms(self) -> list[Term]:
         """The costs at values that stay where they are, less the densities of the random sites: what parameters do by themselves."""
         model, _, args, kwargs = self._program
-        guide_trace = self._still_guide
+        guide_trace = self.still_guide
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         model_trace, guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
         fixed = guide_trace.copy()
@@ -153,7 +153,7 @@ class Run:
         return _terms(1, model_trace) + _terms(-1, fixed)
 
     @cached_property
-    def _still_guide(self):
+    def still_guide(self):
         """The trace of one more run of the guide, at the detached values of its random sites."""
         _, guide, args, kwargs = self._program
         still = poutine.Trace()
@@ -182,9 +182,10 @@ class Run:
         """Keep what a run under :class:`track_provenance` says: ancestors of the guide's costs, the model's, and the draws."""
         model, guide = _sample_sites(self.model_trace), _sample_sites(self.guide_trace)
         of_model, of_guide = (
-            {name: provenance(site["log_prob"]) | site["branched"] for name, site in sites.items()} for sites in (model, guide)
+            {name: provenance((site["log_prob"], site["value"])) | site["branched"] for name, site in sites.items()}
+            for sites in (model, guide)
         )
-        self._provenance = of_guide, of_model, {name: provenance(guide[name]["value"]) | {name} for name in self.draws}
+        self._provenance = of_guide, of_model, {name: of_guide[name] | {name} for name in self.draws}
 
     def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
         """The costs, with the ancestors of each."""

@@ -1,0 +1,132 @@
+"""``gradient_report`` for NumPyro."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpyro
+from jax import random
+from jax.flatten_util import ravel_pytree
+from numpyro.handlers import seed, substitute, trace
+from numpyro.infer import SVI
+from numpyro.ops.provenance import eval_provenance
+from tqdm import tqdm
+
+from flowvi.estimators import Auto, Estimator
+from flowvi.numpyro.elbo import TraceFlow_ELBO
+from flowvi.numpyro.run import Program
+from flowvi.report import Candidates, GradientReport, Measured, ParameterGradient, by_label
+
+BATCH = 100
+
+
+def gradient_report(
+    model,
+    guide,
+    *args,
+    estimators: Candidates = None,
+    default: Estimator = Auto(),  # noqa: B008
+    num_samples: int = 1000,
+    params: dict[str, Any] | None = None,
+    rng_key: jax.Array | None = None,
+    progress_bar: bool = False,
+    options: dict[str, Any] | None = None,
+    **kwargs,
+) -> GradientReport:
+    r"""Measure the noise of the gradient: its mean and variance in each parameter, over samples of one particle or more.
+
+    The loss is :class:`TraceFlow_ELBO`; gradients are those that its optimizer would see, in the unconstrained parameters. u and psi
+    are those of each site's estimator.
+
+    **Requirements**: those of the estimators. Parameters of the program only: no mutable state.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        *args: Passed to both.
+        estimators: As for :class:`TraceFlow_ELBO`; or a mapping from labels to such, to compare candidates side by side.
+        default: The estimator of a site for which none is said.
+        num_samples: How many samples of the gradient.
+        params: Values of the (constrained) parameters, for instance ``svi_result.params``; their initial values by default.
+        rng_key: The random key; every candidate gets the same one.
+        progress_bar: Whether to show a progress bar.
+        options: Further options of :class:`TraceFlow_ELBO`, for instance ``{"num_particles": 4}``.
+        **kwargs: Passed to model and guide.
+
+    Returns:
+        A :class:`flowvi.report.GradientReport`, which prints as a table.
+
+    Raises:
+        ValueError: Naming the site; see the estimators.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> from flowvi import LR, RP
+        >>> from flowvi.numpyro import gradient_report
+        >>> def model():
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.8), obs=1.1)
+        >>> def guide():
+        ...     numpyro.sample("x", dist.Normal(numpyro.param("m", 0.2), 0.7))
+        >>> report = gradient_report(model, guide, estimators={"LR": {"x": LR()}, "RP": {"x": RP()}}, num_samples=500)
+        >>> lr, rp = report.parameters
+        >>> lr.sites, lr.std > rp.std
+        (('x',), True)
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19.
+    """
+    key = random.key(0) if rng_key is None else rng_key
+    records: list[ParameterGradient] = []
+    effective_samples: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+    for label, choice in by_label(estimators).items():
+        elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
+        svi = SVI(model, guide, numpyro.optim.SGD(1.0), elbo)
+        unconstrained = svi.optim.get_params(svi.init(key, *args, init_params=params, **kwargs).optim_state)
+
+        def gradient(key, svi=svi, unconstrained=unconstrained):
+            def loss(unconstrained):
+                return svi.loss.loss(key, svi.constrain_fn(unconstrained), model, guide, *args, **kwargs)
+
+            return {name: ravel_pytree(g)[0] for name, g in jax.grad(loss)(unconstrained).items()}
+
+        def log_weights(key, elbo=elbo, svi=svi, unconstrained=unconstrained):
+            run = elbo._run(Program(key, svi.constrain_fn(unconstrained), model, guide, args, kwargs))
+            return {name: draw.log_weight for name, draw in run.attached.draws.items() if draw.log_weight is not None}
+
+        measured = _measure(jax.jit(jax.vmap(gradient)), jax.jit(jax.vmap(log_weights)), key, num_samples, progress_bar)
+        served = {d.name: d.estimator for d in elbo.describe(model, guide, *args, **kwargs)}
+        readers = _readers(guide, svi.constrain_fn(unconstrained), served, args, kwargs)
+        records.extend(measured.records(label, readers, served))
+        effective_samples[label], seconds[label] = measured.effective_samples(served), measured.seconds / num_samples
+    return GradientReport(tuple(records), effective_samples, seconds, num_samples)
+
+
+def _measure(gradient, log_weights, key, num_samples: int, progress_bar: bool) -> Measured:
+    measured = Measured()
+    size = min(BATCH, num_samples)
+    batches = tqdm(range(0, num_samples, size), disable=not progress_bar, desc="gradients")
+    jax.block_until_ready(gradient(random.split(key, size)))  # compiled before it is timed
+    for begin in batches:
+        keys = random.split(random.fold_in(key, begin), size)[: num_samples - begin]
+        start = perf_counter()
+        gradients = jax.block_until_ready(gradient(keys))
+        measured.seconds += perf_counter() - start
+        measured.add(gradients, log_weights(keys))
+    return measured
+
+
+def _readers(guide, params, served, args, kwargs) -> dict[str, tuple[str, ...]]:
+    """For each parameter, the sites whose distribution reads it at values that stay where they are."""
+    values = {name: site["value"] for name, site in trace(seed(substitute(guide, data=params), 0)).get_trace(*args, **kwargs).items()}
+    still = {name: values[name] for name in served}
+
+    def parameters_of_sites(**params):
+        run = trace(substitute(seed(guide, 0), data={**still, **params})).get_trace(*args, **kwargs)
+        return {name: jax.tree.leaves(run[name]["fn"]) for name in served}
+
+    read = {name: frozenset().union(*names) for name, names in eval_provenance(parameters_of_sites, **params).items()}
+    return {parameter: tuple(name for name, names in read.items() if parameter in names) for parameter in params}

@@ -1,0 +1,177 @@
+"""Where the gradient noise is: the records that ``gradient_report`` of either host returns, and how they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+
+from flowvi.assignment import Estimators
+from flowvi.estimators import Estimator
+
+Candidates = Estimators | Mapping[str, Estimators]
+
+
+@dataclass(frozen=True)
+class ParameterGradient:
+    """The gradient of the loss in one parameter of the program, over many samples.
+
+    Attributes:
+        candidate: The label of the estimators that were in force.
+        parameter: The parameter's name.
+        sites: The random sites whose distribution reads it.
+        estimators: The estimator of each of these sites.
+        mean: The mean over samples, of the parameter's (unconstrained) shape.
+        variance: The variance of one sample, of the same shape.
+        share: This parameter's part of the variance of the whole gradient, between 0 and 1.
+        num_samples: How many samples there are.
+    """
+
+    candidate: str
+    parameter: str
+    sites: tuple[str, ...]
+    estimators: tuple[Estimator, ...]
+    mean: np.ndarray
+    variance: np.ndarray
+    share: float
+    num_samples: int
+
+    @property
+    def std(self) -> float:
+        """The standard deviation of one sample: the root of the summed variance of the parameter's elements."""
+        return float(np.sqrt(self.variance.sum()))
+
+    @property
+    def snr(self) -> float:
+        """The signal-to-noise ratio of one sample: the norm of the mean, less what noise adds to it, over the standard deviation."""
+        signal = max(float((self.mean**2).sum()) - float(self.variance.sum()) / self.num_samples, 0.0)
+        return float(np.sqrt(signal)) / self.std if self.std > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """What ``gradient_report`` found; prints as a table.
+
+    Attributes:
+        parameters: One record for each candidate and parameter.
+        effective_samples: For each candidate, the effective sample size of each site's importance weights, as a fraction of the
+            number of samples (1 where q = p).
+        seconds: For each candidate, the time of one sample of the gradient.
+        num_samples: How many samples there are.
+
+    References:
+        The effective sample size is Kish's, (sum w)^2 / sum w^2; see Owen 2013, chapter 9.
+    """
+
+    parameters: tuple[ParameterGradient, ...]
+    effective_samples: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    num_samples: int
+    _columns: tuple[str, ...] = field(
+        default=("candidate", "parameter", "site", "estimator", "|mean|", "std", "snr", "share", "ess", "us"), repr=False
+    )
+
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        """The table: candidate, parameter, sites, estimators, norm of the mean, std, snr, share of the variance, ess, us per sample."""
+        for p in self.parameters:
+            weights = self.effective_samples[p.candidate]
+            ess = min((weights[site] for site in p.sites), default=1.0)
+            yield (
+                *(p.candidate, p.parameter, ", ".join(p.sites), ", ".join(map(repr, p.estimators))),
+                *(float(np.linalg.norm(p.mean)), p.std, p.snr, p.share, ess, 1e6 * self.seconds[p.candidate]),
+            )
+
+    def to_pandas(self):
+        """The table as a ``pandas.DataFrame``."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rows()), columns=list(self._columns))
+
+    def to_rich(self):
+        """The table as a ``rich.table.Table``, for ``rich.print``."""
+        from rich.table import Table
+
+        table = Table(title=f"gradient of the loss, {self.num_samples} samples")
+        for i, column in enumerate(self._columns):
+            table.add_column(column, justify="left" if i < 4 else "right")
+        for row in self._cells():
+            table.add_row(*row)
+        return table
+
+    def plot(self, ax=None):
+        """Bars of the variance of each parameter's gradient, candidates side by side, as a ``matplotlib`` figure.
+
+        Args:
+            ax: The axes to draw into; new ones by default.
+
+        Returns:
+            The figure.
+        """
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots(layout="constrained")[1] if ax is None else ax
+        names = list(dict.fromkeys(p.parameter for p in self.parameters))
+        labels = list(self.seconds)
+        for i, label in enumerate(labels):
+            variances = {p.parameter: p.std**2 for p in self.parameters if p.candidate == label}
+            ax.barh(np.arange(len(names)) + i * 0.8 / len(labels), [variances[n] for n in names], 0.8 / len(labels), label=label)
+        ax.set_yticks(np.arange(len(names)) + 0.4 - 0.4 / len(labels), names)
+        ax.set_xscale("log")
+        ax.set_xlabel("variance of one sample of the gradient")
+        ax.invert_yaxis()
+        if len(labels) > 1:
+            ax.legend()
+        return ax.figure
+
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        for *names, mean, std, snr, share, ess, microseconds in self.rows():
+            yield (*names, f"{mean:.4g}", f"{std:.4g}", f"{snr:.3g}", f"{share:.1%}", f"{ess:.2f}", f"{microseconds:.1f}")
+
+    def __str__(self) -> str:
+        """The table as plain text."""
+        cells = [self._columns, *self._cells()]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self._columns))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def by_label(estimators: Candidates) -> dict[str, Estimators]:
+    """The candidates by label: one of no name, or those of a mapping whose values are not estimators themselves."""
+    if isinstance(estimators, Mapping) and not any(isinstance(value, Estimator) for value in estimators.values()):
+        return dict(cast(Mapping[str, Estimators], estimators)) or {"": None}
+    return {"": cast(Estimators, estimators)}
+
+
+class Measured:
+    """Running moments of the gradients and weights of one candidate."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, list[np.ndarray]] = {}
+        self.log_weights: dict[str, list[np.ndarray]] = {}
+        self.seconds = 0.0
+
+    def add(self, gradients: Mapping[str, Any], log_weights: Mapping[str, Any]) -> None:
+        """Take in a batch: arrays with the samples along their first axis."""
+        for mine, new in ((self.gradients, gradients), (self.log_weights, log_weights)):
+            for name, array in new.items():
+                mine.setdefault(name, []).append(np.asarray(array, dtype=float))
+
+    def records(
+        self, candidate: str, sites: Mapping[str, tuple[str, ...]], served: Mapping[str, Estimator]
+    ) -> Iterator[ParameterGradient]:
+        stacked = {name: np.concatenate(batches) for name, batches in self.gradients.items()}
+        variances = {name: g.var(0, ddof=1) for name, g in stacked.items()}
+        total = sum(float(v.sum()) for v in variances.values()) or 1.0
+        for name, g in stacked.items():
+            estimators = tuple(served[site] for site in sites[name])
+            share = float(variances[name].sum()) / total
+            yield ParameterGradient(candidate, name, sites[name], estimators, g.mean(0), variances[name], share, len(g))
+
+    def effective_samples(self, served: Mapping[str, Estimator]) -> dict[str, float]:
+        """By site; over the elements of a plate it is their mean."""
+        fractions = dict.fromkeys(served, 1.0)
+        for name, batches in self.log_weights.items():
+            w = np.exp(np.concatenate(batches))
+            fractions[name] = float((w.sum(0) ** 2 / (w**2).sum(0)).mean() / len(w))
+        return fractions

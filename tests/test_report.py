@@ -1,0 +1,97 @@
+"""``gradient_report``: its figures against the exact ones, in both hosts."""
+
+import math
+
+import matplotlib
+import numpy as np
+import pyro
+import pytest
+from cases import EXACT
+
+from flowvi import LR, RP, Flow
+from flowvi.report import Measured, by_label
+
+matplotlib.use("agg")
+CASE = EXACT["elbo-normal-normal-off"]
+N = 800
+
+
+@pytest.fixture
+def program(host):
+    """Guide N(m, exp(ls)), prior N(0, 1), observation N(x, 0.8) = 1.1, and a second site that nothing depends on."""
+    m, log_scale = CASE["theta"]["value"]
+    pyro.clear_param_store()
+
+    def model():
+        x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        host.sample("k", host.dist.Bernoulli(host.array(0.5)))
+        host.sample("y", host.dist.Normal(x, host.array(0.8)), obs=host.array(1.1))
+
+    def guide():
+        scale = host.param("scale", host.array(math.exp(log_scale)), constraint=host.dist.constraints.positive)
+        host.sample("x", host.dist.Normal(host.param("m", host.array(m)), scale))
+        host.sample("k", host.dist.Bernoulli(logits=host.param("logits", host.array(0.0))))
+
+    return model, guide
+
+
+def report(host, program, **options):
+    return host.flow.gradient_report(*program, **options)
+
+
+def test_against_the_exact_variances(host, program):
+    wide = lambda p: host.dist.Normal(p.loc, 1.3 * p.scale)
+    candidates = {
+        "LR total": {"x": LR()},
+        "RP total": {"x": RP()},
+        "LR wide": {"x": LR(q=wide)},
+    }
+    found = report(host, program, estimators=candidates, num_samples=N, options={"dependencies": "graph"})
+    records = {(r.candidate, r.parameter): r for r in found.parameters}
+    for label, row in (("LR total", 0), ("LR wide", 1), ("RP total", 8)):
+        exact = CASE["estimators"][row]
+        assert exact["estimator"].split()[0] == label.split()[0]
+        for i, name in enumerate(("m", "scale")):  # the unconstrained scale is its log in both hosts
+            r = records[label, name]
+            assert r.sites == ("x",)
+            assert abs(-r.mean[0] - CASE["gradient"][i]) < 5 * math.sqrt(exact["variance"][i] / N)
+            assert abs(r.variance[0] / exact["variance"][i] - 1) < 0.5
+        assert records[label, "logits"].sites == ("k",)
+        assert math.isclose(sum(r.share for r in found.parameters if r.candidate == label), 1)
+    w = {label: weights["x"] for label, weights in found.effective_samples.items()}
+    assert w["LR total"] == w["RP total"] == 1
+    np.testing.assert_allclose(w["LR wide"], 1 / (1.3**2 / math.sqrt(2 * 1.3**2 - 1)), rtol=0.05)  # 1 / E_q[w^2]
+    assert all(s > 0 for s in found.seconds.values())
+
+
+def test_one_candidate(host, program):
+    (plain,) = {r.candidate for r in report(host, program, num_samples=20).parameters}
+    assert plain == ""
+    found = report(host, program, estimators={"x": Flow(loc=lambda x, p: 0.5)}, num_samples=20)
+    assert "Flow(loc=<lambda>)" in str(found)
+    assert {r.candidate for r in found.parameters} == {""}
+
+
+def test_ways_to_show_it(host, program):
+    found = report(host, program, estimators={"a": {"x": LR()}, "b": {"x": RP()}}, num_samples=50, progress_bar=False)
+    frame = found.to_pandas()
+    assert list(frame.columns[:4]) == ["candidate", "parameter", "site", "estimator"]
+    assert len(frame) == 6
+    assert found.to_rich().row_count == 6
+    assert len(str(found).splitlines()) == 7
+    figure = found.plot()
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
+    matplotlib.pyplot.close(figure)
+
+
+def test_labels():
+    assert by_label(None) == {"": None}
+    assert by_label({"x": LR()}) == {"": {"x": LR()}}
+    assert by_label({"one": {"x": LR()}, "two": None}) == {"one": {"x": LR()}, "two": None}
+
+
+def test_effective_samples():
+    """Kish's (sum w)^2 / sum w^2 as a fraction: equal weights give 1, one weight among n gives 1 / n."""
+    measured = Measured()
+    measured.add({}, {"equal": np.zeros((4, 2)), "one": np.array([0.0, -np.inf, -np.inf, -np.inf])})
+    assert measured.effective_samples({"equal": LR(), "one": LR(), "plain": LR()}) == {"equal": 1.0, "one": 0.25, "plain": 1.0}
