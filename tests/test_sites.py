@@ -9,12 +9,12 @@ import pyro
 import pyro.distributions as pyro_dist
 import pytest
 import torch
-from hosts import HOSTS, Program, chain
+from hosts import HOSTS, Program, chain, expected_under
 from numpyro.contrib.control_flow import cond, scan
 
 import flowvi.numpyro
 import flowvi.pyro
-from flowvi import LR, RP, Auto, Flow, ImplicitRP
+from flowvi import LR, RP, Flow, ImplicitRP
 
 HALF = Flow(loc=lambda x, p: 0.5, scale=lambda x, p: 0.5 * (x - p.loc) / p.scale)
 
@@ -158,97 +158,7 @@ def test_exact_elementwise_formula(host, kind):
     np.testing.assert_allclose(gradient, expected, rtol=1e-10)
 
 
-# ---- plates, scales and masks: closed-form gradients where the hosts' own TraceGraph_ELBO is wrong
-
-
-def expected_under(program, host, exact, n=40_000, **options):
-    samples = host.gradients(program, n, **options)
-    error = samples.std(0) / np.sqrt(len(samples)) + 1e-12
-    assert np.all(np.abs(samples.mean(0) - exact) < 5 * error), (samples.mean(0), exact, error)
-    return samples
-
-
-def scaled(h, factor):
-    return numpyro.handlers.scale(scale=factor) if h.name == "numpyro" else pyro.poutine.scale(scale=factor)
-
-
-@pytest.mark.parametrize("particles", [1, 4])
-@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
-def test_scale_acts_on_costs_only(host, kind, particles):
-    """Scale 2 around both programs doubles the gradient, no more: d/dm of -KL(N(m, 1) || N(0, 1)) is -m."""
-
-    def part(h, t, loc):
-        with scaled(h, 2.0):
-            h.sample("x", h.dist.Normal(loc, h.array(1.0)))
-
-    program = Program(lambda h, t: part(h, t, t[0]), lambda h, t: part(h, t, 0 * t[0]), (0.7,))
-    expected_under(program, host, -1.4, estimators={"x": KINDS[kind]}, particles=particles, n=40_000 // particles)
-
-
-@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
-def test_a_masked_site_drives_unmasked_costs(host, kind):
-    """The guide's density is masked, the model's is not: d/dm E[-x^2/2] = -m."""
-
-    def guide(h, t):
-        h.sample("x", h.dist.Normal(t[0], h.array(1.0)).mask(False))
-
-    def model(h, t):
-        h.sample("x", h.dist.Normal(0 * t[0], h.array(1.0)))
-
-    expected_under(Program(guide, model, (0.7,)), host, -0.7, estimators={"x": KINDS[kind]})
-
-
-@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
-def test_subsampled_plate(host, kind):
-    """Half of four elements: scaled by 2, each score meets its own cost once."""
-    data = [0.5, -1.0, 2.0, 0.3]
-
-    def part(h, t, loc, observe):
-        # Pyro's replicates share one subsample, so that it is fixed there
-        plate = numpyro.plate("n", 4, 2, -1) if h.name == "numpyro" else pyro.plate("n", 4, subsample=torch.tensor([0, 2]), dim=-1)
-        with plate as index:
-            z = h.sample("z", h.dist.Normal(loc + 0 * h.array(data)[index], h.array(1.0)))
-            if observe:
-                h.sample("y", h.dist.Normal(z, h.array(1.0)), obs=h.array(data)[index])
-
-    program = Program(lambda h, t: part(h, t, t[0], False), lambda h, t: part(h, t, 0 * t[0], True), (0.7,), plates=1)
-    exact = [2 * (-0.7 + (y - 0.7)) for y in data]  # d/dm of -KL - E[(y - z)^2] / 2 of an element, scaled
-    exact = sum(exact) / 2 if host.name == "numpyro" else exact[0] + exact[2]
-    expected_under(program, host, exact, estimators={"z": KINDS[kind]})
-
-
-@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
-def test_observations_without_a_plate(kind):
-    """NumPyro's commonest style: a vector observation outside every plate is one cost, counted once."""
-    host, data = HOSTS["numpyro"], np.array([0.5, -1.0, 2.0])
-
-    def guide(h, t):
-        h.sample("z", h.dist.Normal(t[0], h.array(1.0)))
-
-    def model(h, t):
-        z = h.sample("z", h.dist.Normal(0.0, 1.0))
-        h.sample("y", h.dist.Normal(z, 1.0), obs=h.array(data))
-
-    program = Program(guide, model, (0.7,))
-    expected_under(program, host, -0.7 + (data - 0.7).sum(), estimators={"z": KINDS[kind]})
-
-
-@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
-def test_auxiliary_site_and_factor_in_the_guide(host, kind):
-    """E[-log q] of an auxiliary site is a cost (d/d log-scale of the entropy is 1), and so is a factor of the guide (pathwise)."""
-
-    def guide(h, t):
-        x = h.sample("aux", h.dist.Normal(h.array(0.0), h.math.exp(t[0])), infer={"is_auxiliary": True})
-        if h.name == "pyro":
-            pyro.factor("f", 0.5 * t[0], has_rsample=True)
-        else:
-            numpyro.factor("f", 0.5 * t[0])
-        h.sample("z", h.dist.Delta(x))
-
-    def model(h, t):
-        h.sample("z", h.dist.Normal(0 * t[0], h.array(1.0)).mask(False))
-
-    expected_under(Program(guide, model, (0.4,)), host, 1.0 - 0.5, estimators={"aux": KINDS[kind]})
+# ---- plates and control flow; more of scales, masks and plates in test_host_bugs.py
 
 
 def test_a_cost_outside_the_plate_carries_every_weight(host):
@@ -631,19 +541,3 @@ def test_the_wrapper_under_pyros_own_elbos(elbo, kind):
         objective.differentiable_loss(model, guide).backward()
     samples = -leaf.grad.numpy()
     assert abs(samples.mean() - truth) < 5 * samples.std() / np.sqrt(n)
-
-
-def test_rejection_sampled_sites_have_a_path_and_a_score():
-    """Pyro's rejection Gamma: d/da of E[x] = a / b, where TraceGraph_ELBO drops the score."""
-    from pyro.distributions.testing.rejection_gamma import RejectionGamma
-
-    host = HOSTS["pyro"]
-
-    def site(h, t):
-        return h.sample("x", RejectionGamma(t[0], h.array(1.0).expand(t[0].shape)).mask(False))
-
-    def model(h, t):
-        h.factor("f", h.sample("x", h.dist.Gamma(t[0], h.array(1.0)).mask(False)) ** 2)
-
-    for estimator in (Auto(), RP(), LR()):
-        expected_under(Program(site, model, (1.4,)), host, 2 * 1.4 + 1, estimators={"x": estimator})
