@@ -1,7 +1,7 @@
 """Programs whose gradient has a closed form, at which one of the hosts' own objectives is wrong and flowvi is right.
 
-Each docstring says what the host gets wrong. Where the half of the host fails, the host has mended it: tell so in docs/traps.md and
-drop that half.
+Each docstring says what the host gets wrong. Where the half of the host fails, the host has mended it:
+drop that half, and say from which version on.
 """
 
 import jax

@@ -14,7 +14,7 @@ from numpyro.contrib.control_flow import cond, scan
 
 import flowvi.numpyro
 import flowvi.pyro
-from flowvi import LR, RP, Flow, ImplicitRP
+from flowvi import LR, RP, Auto, Flow, ImplicitRP
 
 HALF = Flow(loc=lambda x, p: 0.5, scale=lambda x, p: 0.5 * (x - p.loc) / p.scale)
 
@@ -350,6 +350,59 @@ def test_a_foreign_distribution():
     expected_under(program, host, -p * (1 - p) * 0.7)
     with pytest.raises(ValueError, match="site 'b': Flow needs a continuous distribution, but Foreign is discrete"):
         host.gradients(program, 3, default=HALF)
+
+
+def test_a_flag_that_denies_a_path():
+    """NumPyro's Levy is the transform of a Normal but says it has no path: RP(force=True) is right, Auto takes the score.
+
+    1 / x is scale times a chi-square variable with one degree of freedom: E[1 / x] = 1 / scale for Levy(0, scale).
+    """
+    host = HOSTS["numpyro"]
+    program = chain(1.3, {"x": lambda h, t, v: h.dist.Levy(0.0, t[0])}, {"x": lambda h, t, v: 1 / v["x"]})
+    with pytest.raises(ValueError, match="site 'x': RP needs a reparameterized sampler, but Levy has none"):
+        host.gradients(program, 3, default=RP())
+    forced, auto, lr = (expected_under(program, host, -1 / 1.3**2, default=e) for e in (RP(force=True), Auto(), LR()))
+    np.testing.assert_array_equal(auto, lr)
+    assert not np.allclose(forced, lr)
+
+
+def test_samplers_without_a_derivative(host):
+    """VonMises is drawn by a loop without a reverse mode: a draw from detached parameters is all that LR needs.
+
+    E[cos x] = I1(k) / I0(k) cos m, whose derivative in m is -I1(k) / I0(k) sin m.
+    """
+    program = chain(0.5, {"x": lambda h, t, v: h.dist.VonMises(t[0], h.array(1.8))}, {"x": lambda h, t, v: h.math.cos(v["x"])})
+    ratio = float(torch.special.i1(torch.tensor(1.8)) / torch.special.i0(torch.tensor(1.8)))
+    expected_under(program, host, -ratio * np.sin(0.5), estimators={"x": LR()})
+
+
+@pytest.mark.parametrize("family", ["Categorical", "Poisson"])
+def test_integers_under_every_mode(family):
+    """Integer draws between paths, in reverse and in forward mode: d/dt of E[k] m with k ~ p(t) and x ~ N(m k, 1)."""
+    host = HOSTS["numpyro"]
+
+    def discrete(h, t):
+        if family == "Poisson":
+            return h.dist.Poisson(jnp.exp(t[0]))
+        return h.dist.Categorical(logits=jnp.stack([0 * t[0], t[0], 0 * t[0]]))
+
+    program = chain(
+        (0.3, 0.7),
+        {"k": lambda h, t, v: discrete(h, t), "x": lambda h, t, v: h.dist.Normal(t[1] * v["k"], 1.0)},
+        {"x": lambda h, t, v: v["x"]},
+    )
+
+    def mean(t):
+        k = jnp.exp(t[0]) if family == "Poisson" else jax.nn.softmax(jnp.stack([0 * t[0], t[0], 0 * t[0]])) @ jnp.arange(3.0)
+        return k * t[1]
+
+    expected_under(program, host, np.array(jax.grad(mean)(jnp.array([0.3, 0.7]))))
+    elbo = host.flow.TraceFlow_ELBO(3)
+
+    def loss(t):
+        return elbo.loss(jax.random.key(0), {}, lambda: program.model(host, list(t)), lambda: program.guide(host, list(t)))
+
+    np.testing.assert_allclose(*(jax.jit(mode(loss))(jnp.array([0.3, 0.7])) for mode in (jax.jacfwd, jax.grad)), rtol=1e-12)
 
 
 def test_pyro_a_support_that_is_left_open():
