@@ -42,6 +42,8 @@ class Support(NamedTuple):
 
     @classmethod
     def of(cls, constraint: Any) -> Support:
+        if constraint is None:  # NumPyro's discrete distributions of TensorFlow Probability
+            return cls("unknown", True)
         while hasattr(constraint, "base_constraint"):
             constraint = constraint.base_constraint
         kind = type(constraint).__name__
@@ -134,7 +136,10 @@ class Target(ABC):
 
     @cached_property
     def support(self) -> Support:
-        return Support.of(self.p.support)
+        try:
+            return Support.of(self.p.support)
+        except NotImplementedError:  # constraints.dependent on an instance
+            self.refuse(f"expected a support, but that of {self.family} is left open; give its class a property support.")
 
     def moving_bounds(self) -> list[str]:
         """The bounds of p's support that move with a live parameter (or cannot be told not to)."""

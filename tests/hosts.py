@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpyro.handlers
 import pyro
 import pyro.distributions
 import torch
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
 
 import flowvi.numpyro
 import flowvi.pyro
@@ -55,8 +56,15 @@ def chain(theta, sites: Mapping[str, Callable], costs: Mapping[str, Callable]) -
     return Program(guide, model, tuple(np.atleast_1d(theta)))
 
 
+class ScoreNormal(numpyro.distributions.Normal):
+    """A Normal that NumPyro does not take to be reparameterized."""
+
+    reparametrized_params: ClassVar = []
+
+
 class NumPyroHost:
     name = "numpyro"
+    score_normal = ScoreNormal
     dist = numpyro.distributions
     math = jnp
     flow = flowvi.numpyro
@@ -77,14 +85,15 @@ class NumPyroHost:
 
     def gradients(self, program, n, seed=0, particles=1, vectorize=True, value=False, **options):
         """``n`` estimates of the gradient of the ELBO, of shape (n, len(theta)); with ``value`` those of the ELBO, (n,)."""
-        return self._gradients(self.flow.TraceFlow_ELBO(particles, vectorize, **options), program, n, seed, value)
+        return self.gradients_of(self.flow.TraceFlow_ELBO(particles, vectorize, **options), program, n, seed, value)
 
     def bound_gradients(self, program, n, seed=0, alpha=0.0, particles=2, vectorize=True, value=False, **options):
         """As ``gradients``, of the Rényi bound."""
         bound = self.flow.TraceFlow_RenyiELBO(alpha, particles, vectorize_particles=vectorize, **options)
-        return self._gradients(bound, program, n, seed, value)
+        return self.gradients_of(bound, program, n, seed, value)
 
-    def _gradients(self, elbo, program, n, seed, value):
+    def gradients_of(self, elbo, program, n, seed=0, value=False):
+        """As ``gradients``, by any objective, also one of the host's own."""
 
         def estimate(key, theta):
             def objective(theta):
@@ -99,6 +108,7 @@ class NumPyroHost:
 
 class PyroHost:
     name = "pyro"
+    score_normal = NonreparameterizedNormal
     dist = pyro.distributions
     math = torch
     flow = flowvi.pyro
@@ -121,15 +131,15 @@ class PyroHost:
         """As in NumPyro, each estimate an element of an outermost plate with its own copy of theta."""
         nesting = 1 + program.plates
         elbo = self.flow.TraceFlow_ELBO(particles, max_plate_nesting=nesting, vectorize_particles=vectorize, **options)
-        return self._gradients(elbo, program, n, seed, value)
+        return self.gradients_of(elbo, program, n, seed, value)
 
     def bound_gradients(self, program, n, seed=0, alpha=0.0, particles=2, vectorize=True, value=False, **options):
         """As ``gradients``, of the Rényi bound; the replicates are a plate that every statement shares."""
         nesting = 1 + program.plates
         bound = self.flow.TraceFlow_RenyiELBO(alpha, particles, nesting, vectorize_particles=vectorize, **options)
-        return self._gradients(bound, program, n, seed, value)
+        return self.gradients_of(bound, program, n, seed, value)
 
-    def _gradients(self, elbo, program, n, seed, value):
+    def gradients_of(self, elbo, program, n, seed=0, value=False):
         leaf = self.array(program.theta).expand(n, -1).clone().requires_grad_()
 
         def run(part):
@@ -138,11 +148,25 @@ class PyroHost:
                 part(self, t)
 
         pyro.set_rng_seed(seed)
-        loss = elbo.differentiable_loss(lambda: run(program.model), lambda: run(program.guide))
+        evaluate = getattr(elbo, "differentiable_loss", elbo.loss_and_grads)  # Pyro's TraceGraph_ELBO has only the latter
+        loss = evaluate(lambda: run(program.model), lambda: run(program.guide))
         if value:
-            return np.full(n, -float(loss.detach()) / n)
-        loss.backward()
+            return np.full(n, -float(torch.as_tensor(loss).detach()) / n)
+        if isinstance(loss, torch.Tensor):
+            loss.backward()
         return -leaf.grad.numpy()
 
 
 HOSTS = {"numpyro": NumPyroHost(), "pyro": PyroHost()}
+
+
+def z_scores(samples, exact):
+    """Of the mean of ``samples`` (n, dim), with the standard error that they show."""
+    return (samples.mean(0) - exact) / (samples.std(0) / np.sqrt(len(samples)) + 1e-12)
+
+
+def expected_under(program, host, exact, n=40_000, **options):
+    """The mean of ``n`` estimates is the exact gradient."""
+    samples = host.gradients(program, n, **options)
+    assert np.all(np.abs(z_scores(samples, exact)) < 5), (samples.mean(0), exact)
+    return samples

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as pyro_dist
 import pytest
 import torch
-from hosts import HOSTS, Program, chain
+from hosts import HOSTS, Program, chain, expected_under
 from numpyro.contrib.control_flow import cond, scan
 
 import flowvi.numpyro
@@ -158,97 +158,7 @@ def test_exact_elementwise_formula(host, kind):
     np.testing.assert_allclose(gradient, expected, rtol=1e-10)
 
 
-# ---- plates, scales and masks: closed-form gradients where the hosts' own TraceGraph_ELBO is wrong
-
-
-def expected_under(program, host, exact, n=40_000, **options):
-    samples = host.gradients(program, n, **options)
-    error = samples.std(0) / np.sqrt(len(samples)) + 1e-12
-    assert np.all(np.abs(samples.mean(0) - exact) < 5 * error), (samples.mean(0), exact, error)
-    return samples
-
-
-def scaled(h, factor):
-    return numpyro.handlers.scale(scale=factor) if h.name == "numpyro" else pyro.poutine.scale(scale=factor)
-
-
-@pytest.mark.parametrize("particles", [1, 4])
-@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
-def test_scale_acts_on_costs_only(host, kind, particles):
-    """Scale 2 around both programs doubles the gradient, no more: d/dm of -KL(N(m, 1) || N(0, 1)) is -m."""
-
-    def part(h, t, loc):
-        with scaled(h, 2.0):
-            h.sample("x", h.dist.Normal(loc, h.array(1.0)))
-
-    program = Program(lambda h, t: part(h, t, t[0]), lambda h, t: part(h, t, 0 * t[0]), (0.7,))
-    expected_under(program, host, -1.4, estimators={"x": KINDS[kind]}, particles=particles, n=40_000 // particles)
-
-
-@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
-def test_a_masked_site_drives_unmasked_costs(host, kind):
-    """The guide's density is masked, the model's is not: d/dm E[-x^2/2] = -m."""
-
-    def guide(h, t):
-        h.sample("x", h.dist.Normal(t[0], h.array(1.0)).mask(False))
-
-    def model(h, t):
-        h.sample("x", h.dist.Normal(0 * t[0], h.array(1.0)))
-
-    expected_under(Program(guide, model, (0.7,)), host, -0.7, estimators={"x": KINDS[kind]})
-
-
-@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
-def test_subsampled_plate(host, kind):
-    """Half of four elements: scaled by 2, each score meets its own cost once."""
-    data = [0.5, -1.0, 2.0, 0.3]
-
-    def part(h, t, loc, observe):
-        # Pyro's replicates share one subsample, so that it is fixed there
-        plate = numpyro.plate("n", 4, 2, -1) if h.name == "numpyro" else pyro.plate("n", 4, subsample=torch.tensor([0, 2]), dim=-1)
-        with plate as index:
-            z = h.sample("z", h.dist.Normal(loc + 0 * h.array(data)[index], h.array(1.0)))
-            if observe:
-                h.sample("y", h.dist.Normal(z, h.array(1.0)), obs=h.array(data)[index])
-
-    program = Program(lambda h, t: part(h, t, t[0], False), lambda h, t: part(h, t, 0 * t[0], True), (0.7,), plates=1)
-    exact = [2 * (-0.7 + (y - 0.7)) for y in data]  # d/dm of -KL - E[(y - z)^2] / 2 of an element, scaled
-    exact = sum(exact) / 2 if host.name == "numpyro" else exact[0] + exact[2]
-    expected_under(program, host, exact, estimators={"z": KINDS[kind]})
-
-
-@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
-def test_observations_without_a_plate(kind):
-    """NumPyro's commonest style: a vector observation outside every plate is one cost, counted once."""
-    host, data = HOSTS["numpyro"], np.array([0.5, -1.0, 2.0])
-
-    def guide(h, t):
-        h.sample("z", h.dist.Normal(t[0], h.array(1.0)))
-
-    def model(h, t):
-        z = h.sample("z", h.dist.Normal(0.0, 1.0))
-        h.sample("y", h.dist.Normal(z, 1.0), obs=h.array(data))
-
-    program = Program(guide, model, (0.7,))
-    expected_under(program, host, -0.7 + (data - 0.7).sum(), estimators={"z": KINDS[kind]})
-
-
-@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
-def test_auxiliary_site_and_factor_in_the_guide(host, kind):
-    """E[-log q] of an auxiliary site is a cost (d/d log-scale of the entropy is 1), and so is a factor of the guide (pathwise)."""
-
-    def guide(h, t):
-        x = h.sample("aux", h.dist.Normal(h.array(0.0), h.math.exp(t[0])), infer={"is_auxiliary": True})
-        if h.name == "pyro":
-            pyro.factor("f", 0.5 * t[0], has_rsample=True)
-        else:
-            numpyro.factor("f", 0.5 * t[0])
-        h.sample("z", h.dist.Delta(x))
-
-    def model(h, t):
-        h.sample("z", h.dist.Normal(0 * t[0], h.array(1.0)).mask(False))
-
-    expected_under(Program(guide, model, (0.4,)), host, 1.0 - 0.5, estimators={"aux": KINDS[kind]})
+# ---- plates and control flow; more of scales, masks and plates in test_host_bugs.py
 
 
 def test_a_cost_outside_the_plate_carries_every_weight(host):
@@ -293,6 +203,215 @@ def test_python_control_flow_in_pyro(particles):
         elbo.differentiable_loss(model, guide).backward()
         sample[:] = -logit.grad, -loc.grad
     assert np.all(np.abs(samples.mean(0) - exact) < 5 * samples.std(0) / np.sqrt(len(samples)))
+
+
+@pytest.mark.parametrize("kind", ["LR", "RP", "half", "LR, q"])
+def test_a_scale_for_each_element(host, kind):
+    """d/dm of -sum_i c_i KL(N(m, 1) || N(0, 1)) is -m sum_i c_i."""
+
+    def part(h, loc):
+        with h.plate("n", 3), h.scale(h.array([1.0, 2.0, 4.0])):
+            h.sample("x", h.dist.Normal(loc + h.array([0.0, 0.0, 0.0]), h.array(1.0)))
+
+    program = Program(lambda h, t: part(h, t[0]), lambda h, t: part(h, 0 * t[0]), (0.7,), plates=1)
+    expected_under(program, host, -0.7 * 7, estimators={"x": KINDS[kind]})
+
+
+def masked_by_a_handler(h, d, mask):
+    with numpyro.handlers.mask(mask=mask) if h.name == "numpyro" else pyro.poutine.mask(mask=mask):
+        return h.sample("x", d)
+
+
+MASKS = {
+    "distribution, False": lambda h, d: h.sample("x", d.mask(False)),
+    "distribution, tensor": lambda h, d: h.sample("x", d.mask(h.math.zeros(()) > 0)),
+    "distribution, elements": lambda h, d: h.sample("x", d.mask(h.array([1.0, 0.0]) > 0)),
+    "handler, False": lambda h, d: masked_by_a_handler(h, d, False),
+    "handler, tensor": lambda h, d: masked_by_a_handler(h, d, h.math.zeros(()) > 0),
+    "handler, elements": lambda h, d: masked_by_a_handler(h, d, h.array([1.0, 0.0]) > 0),
+}
+
+
+@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
+@pytest.mark.parametrize("way", MASKS)
+def test_every_mask_leaves_the_score(host, way, kind):
+    """Two elements; d/dm E[-x^2 / 2] is -m for each, and the entropy of N(m, 1), masked or not, adds nothing."""
+
+    def part(h, sample, loc):
+        with h.plate("n", 2):
+            sample(h, h.dist.Normal(loc + h.array([0.0, 0.0]), h.array(1.0)))
+
+    program = Program(
+        lambda h, t: part(h, MASKS[way], t[0]), lambda h, t: part(h, lambda h, d: h.sample("x", d), 0 * t[0]), (0.7,), plates=1
+    )
+    expected_under(program, host, -1.4, estimators={"x": KINDS[kind]})
+
+
+def test_pyro_observations_without_a_plate():
+    """A vector is one cost, counted once, inside a plate further out; where there is none, Pyro's validation refuses it."""
+    host, data = HOSTS["pyro"], np.array([0.5, -1.0, 2.0])
+
+    def guide(h, t):
+        h.sample("z", h.dist.Normal(t[0], h.array(1.0)))
+
+    def model(h, t):
+        z = h.sample("z", h.dist.Normal(0 * t[0], h.array(1.0)))
+        h.sample("y", h.dist.Normal(z, h.array(1.0)), obs=h.array(data).expand(*t[0].shape[:-1], 3))
+
+    expected_under(Program(guide, model, (0.7,), plates=1), host, -0.7 + (data - 0.7).sum(), estimators={"z": LR()})
+    with pytest.raises(ValueError, match='at site "y", invalid log_prob shape'):
+        host.flow.TraceFlow_ELBO(default=LR()).loss(*(lambda part=part: part(host, [torch.tensor(0.7)]) for part in (model, guide)))
+
+
+def test_pyro_a_factor_that_is_a_score():
+    """``pyro.factor(..., has_rsample=False)``: x ~ N(0.7, 1) and the factor log N(x; m, 1) / N(x; 0.7, 1) are LR at m = 0.7, by hand.
+
+    d/dm of -KL(N(m, 1) || N(0, 1)) is -m.
+    """
+
+    def guide(h, t):
+        fixed, moving = h.dist.Normal(0 * t[0] + 0.7, h.array(1.0)), h.dist.Normal(t[0], h.array(1.0))
+        x = h.sample("x", fixed)
+        pyro.factor("f", moving.log_prob(x) - fixed.log_prob(x), has_rsample=False)
+
+    model = lambda h, t: h.sample("x", h.dist.Normal(0 * t[0], h.array(1.0)))
+    expected_under(Program(guide, model, (0.7,)), HOSTS["pyro"], -0.7)
+
+
+@pytest.mark.parametrize("kind", ["LR", "RP", "half", "RP, q"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_cache_of_a_transform(host, kind, cached):
+    """y = a + b x with x ~ N(0.2, 0.5^2), the preimage kept by the transform or as an intermediate.
+
+    d/da, d/db of -KL(q || N(0, 1)), q = N(a + 0.2 b, (0.5 b)^2).
+    """
+    options = {"cache_size": 1} if cached and host.name == "pyro" else {}
+
+    def guide(h, t):
+        affine = h.dist.transforms.AffineTransform(t[0], t[1], **options)
+        h.sample("y", h.dist.TransformedDistribution(h.dist.Normal(h.array(0.2), h.array(0.5)), [affine]))
+
+    program = Program(guide, lambda h, t: h.sample("y", h.dist.Normal(0 * t[0], h.array(1.0))), (0.3, 0.8))
+    loc = 0.3 + 0.2 * 0.8
+    exact = [-loc, -0.2 * loc - 0.25 * 0.8 + 1 / 0.8]
+    expected_under(program, host, exact, estimators={"y": KINDS[kind]})
+
+
+class UnsampledNumPyro(numpyro_dist.Normal):
+    def sample(self, key, sample_shape=()):
+        raise NotImplementedError
+
+
+class UnsampledPyro(pyro_dist.Normal):
+    def sample(self, sample_shape=()):
+        raise NotImplementedError
+
+    rsample = sample
+
+
+@pytest.mark.parametrize("dependencies", ["graph", "plates"])
+@pytest.mark.parametrize("kind", ["LR", "RP", "half"])
+def test_a_density_without_a_sampler(host, kind, dependencies):
+    """Its proposal is all that draws: -KL(N(m, 1) || N(0, 1)) again."""
+    family = UnsampledNumPyro if host.name == "numpyro" else UnsampledPyro
+    q = lambda p: host.dist.Normal(p.loc, 1.4 * p.scale)
+    estimator = {"LR": LR(q=q), "RP": RP(q), "half": Flow(half_velocity, q=q)}[kind]
+    program = Program(
+        lambda h, t: h.sample("x", family(t[0], h.array(1.0))),
+        lambda h, t: h.sample("x", h.dist.Normal(0 * t[0], h.array(1.0))),
+        (0.7,),
+    )
+    expected_under(program, host, -0.7, estimators={"x": estimator}, dependencies=dependencies)
+    with pytest.raises(NotImplementedError):
+        host.gradients(program, 3)
+
+
+class Foreign(numpyro_dist.Distribution):
+    """What NumPyro makes of a discrete distribution of TensorFlow Probability: no support, no ``intermediates`` in log_prob."""
+
+    support, has_rsample, is_discrete = None, False, True
+    pytree_data_fields = ("logits",)
+
+    def __init__(self, logits):
+        self.logits = logits
+        super().__init__(jnp.shape(logits))
+
+    def sample(self, key, sample_shape=()):
+        return numpyro_dist.Bernoulli(logits=self.logits).sample(key, sample_shape).astype(float)
+
+    def log_prob(self, value):
+        return numpyro_dist.Bernoulli(logits=self.logits).log_prob(value)
+
+
+def test_a_foreign_distribution():
+    """d/dt of -KL(Bernoulli(logit t) || Bernoulli(1/2)) is -p (1 - p) t."""
+    host, p = HOSTS["numpyro"], 1 / (1 + np.exp(-0.7))
+    program = Program(lambda h, t: h.sample("b", Foreign(t[0])), lambda h, t: h.sample("b", h.dist.Bernoulli(0.5)), (0.7,))
+    expected_under(program, host, -p * (1 - p) * 0.7)
+    with pytest.raises(ValueError, match="site 'b': Flow needs a continuous distribution, but Foreign is discrete"):
+        host.gradients(program, 3, default=HALF)
+
+
+def test_a_flag_that_denies_a_path():
+    """NumPyro's Levy is the transform of a Normal but says it has no path: RP(force=True) is right, Auto takes the score.
+
+    1 / x is scale times a chi-square variable with one degree of freedom: E[1 / x] = 1 / scale for Levy(0, scale).
+    """
+    host = HOSTS["numpyro"]
+    program = chain(1.3, {"x": lambda h, t, v: h.dist.Levy(0.0, t[0])}, {"x": lambda h, t, v: 1 / v["x"]})
+    with pytest.raises(ValueError, match="site 'x': RP needs a reparameterized sampler, but Levy has none"):
+        host.gradients(program, 3, default=RP())
+    forced, auto, lr = (expected_under(program, host, -1 / 1.3**2, default=e) for e in (RP(force=True), Auto(), LR()))
+    np.testing.assert_array_equal(auto, lr)
+    assert not np.allclose(forced, lr)
+
+
+def test_samplers_without_a_derivative(host):
+    """VonMises is drawn by a loop without a reverse mode: a draw from detached parameters is all that LR needs.
+
+    E[cos x] = I1(k) / I0(k) cos m, whose derivative in m is -I1(k) / I0(k) sin m.
+    """
+    program = chain(0.5, {"x": lambda h, t, v: h.dist.VonMises(t[0], h.array(1.8))}, {"x": lambda h, t, v: h.math.cos(v["x"])})
+    ratio = float(torch.special.i1(torch.tensor(1.8)) / torch.special.i0(torch.tensor(1.8)))
+    expected_under(program, host, -ratio * np.sin(0.5), estimators={"x": LR()})
+
+
+@pytest.mark.parametrize("family", ["Categorical", "Poisson"])
+def test_integers_under_every_mode(family):
+    """Integer draws between paths, in reverse and in forward mode: d/dt of E[k] m with k ~ p(t) and x ~ N(m k, 1)."""
+    host = HOSTS["numpyro"]
+
+    def discrete(h, t):
+        if family == "Poisson":
+            return h.dist.Poisson(jnp.exp(t[0]))
+        return h.dist.Categorical(logits=jnp.stack([0 * t[0], t[0], 0 * t[0]]))
+
+    program = chain(
+        (0.3, 0.7),
+        {"k": lambda h, t, v: discrete(h, t), "x": lambda h, t, v: h.dist.Normal(t[1] * v["k"], 1.0)},
+        {"x": lambda h, t, v: v["x"]},
+    )
+
+    def mean(t):
+        k = jnp.exp(t[0]) if family == "Poisson" else jax.nn.softmax(jnp.stack([0 * t[0], t[0], 0 * t[0]])) @ jnp.arange(3.0)
+        return k * t[1]
+
+    expected_under(program, host, np.array(jax.grad(mean)(jnp.array([0.3, 0.7]))))
+    elbo = host.flow.TraceFlow_ELBO(3)
+
+    def loss(t):
+        return elbo.loss(jax.random.key(0), {}, lambda: program.model(host, list(t)), lambda: program.guide(host, list(t)))
+
+    np.testing.assert_allclose(*(jax.jit(mode(loss))(jnp.array([0.3, 0.7])) for mode in (jax.jacfwd, jax.grad)), rtol=1e-12)
+
+
+def test_pyro_a_support_that_is_left_open():
+    class Open(pyro_dist.Normal):
+        support = torch.distributions.constraints.dependent
+
+    site = lambda h, t: h.sample("x", Open(t[0], h.array(1.0)))
+    with pytest.raises(ValueError, match="site 'x': expected a support, but that of Open is left open"):
+        HOSTS["pyro"].gradients(Program(site, site, (0.7,)), 3, default=LR())
 
 
 # ---- sticking the landing
@@ -538,6 +657,29 @@ def test_the_wrapper_inside_scan(kind, particles):
     expected_under(program, host, scanned_truth(), particles=particles, n=40_000 // particles)
 
 
+@pytest.mark.parametrize("kind", ["LR", "RP", "half, general", "LR, q"])
+def test_the_wrapper_inside_scan_in_a_plate(kind):
+    """Two chains x_t ~ N(x_{t-1} + m, 1), t = 1..3, from -1 and 1, with cost sum_t x_t^2: d/dm is the sum of 2 t (x_0 + t m)."""
+    host = HOSTS["numpyro"]
+
+    def chains(family, loc):
+        def step(x, _):
+            with numpyro.plate("n", 2):
+                x = numpyro.sample("x", family(x + loc))
+            return x, x
+
+        return scan(step, jnp.array([-1.0, 1.0]), None, length=3)[1]
+
+    def guide(h, t):
+        chains(lambda loc: flowvi.numpyro.Estimated(numpyro_dist.Normal(loc, 1.0).mask(False), KINDS[kind]), t[0])
+
+    def model(h, t):
+        h.factor("f", (chains(lambda loc: numpyro_dist.Normal(loc, 1.0).mask(False), 0.0) ** 2).sum())
+
+    exact = sum(2 * i * (start + i * 0.4) for i in (1, 2, 3) for start in (-1, 1))
+    expected_under(Program(guide, model, (0.4,)), host, exact)
+
+
 def test_a_plain_annotation_inside_scan_is_refused():
     for estimator in (LR(), HALF):
         host, program = scanned(None, annotate=estimator)
@@ -599,6 +741,24 @@ def test_the_wrapper_inside_cond(kind):
     expected_under(Program(guide, model, (0.4,)), host, exact)
 
 
+def test_the_wrapper_in_one_branch_only():
+    """JAX has branches of one kind; the estimators of the two may be equal, and need not be the same object."""
+    host = HOSTS["numpyro"]
+
+    def branch(estimator):
+        d = numpyro_dist.Normal(0.3, 1.0)
+        return lambda _: numpyro.sample("x", flowvi.numpyro.Estimated(d, estimator) if estimator else d)
+
+    def guide(*branches):
+        return lambda h, t: cond(t[0] > 0, *map(branch, branches), None)
+
+    model = lambda h, t: numpyro.sample("x", numpyro_dist.Normal(0.0, 1.0))
+    host.gradients(Program(guide(LR(q=wide), LR(q=wide)), model, (0.4,)), 2)
+    for other in (None, LR()):
+        with pytest.raises(TypeError, match="same"):
+            host.gradients(Program(guide(LR(q=wide), other), model, (0.4,)), 2)
+
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "cdf"])
 @pytest.mark.parametrize("elbo", ["Trace_ELBO", "TraceGraph_ELBO", "TraceEnum_ELBO"])
 def test_the_wrapper_under_pyros_own_elbos(elbo, kind):
@@ -631,19 +791,3 @@ def test_the_wrapper_under_pyros_own_elbos(elbo, kind):
         objective.differentiable_loss(model, guide).backward()
     samples = -leaf.grad.numpy()
     assert abs(samples.mean() - truth) < 5 * samples.std() / np.sqrt(n)
-
-
-def test_rejection_sampled_sites_have_a_path_and_a_score():
-    """Pyro's rejection Gamma: d/da of E[x] = a / b, where TraceGraph_ELBO drops the score."""
-    from pyro.distributions.testing.rejection_gamma import RejectionGamma
-
-    host = HOSTS["pyro"]
-
-    def site(h, t):
-        return h.sample("x", RejectionGamma(t[0], h.array(1.0).expand(t[0].shape)).mask(False))
-
-    def model(h, t):
-        h.factor("f", h.sample("x", h.dist.Gamma(t[0], h.array(1.0)).mask(False)) ** 2)
-
-    for estimator in (Auto(), RP(), LR()):
-        expected_under(Program(site, model, (1.4,)), host, 2 * 1.4 + 1, estimators={"x": estimator})

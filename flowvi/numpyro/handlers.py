@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 from jax.lax import stop_gradient
 from numpyro.distributions import Delta
 from numpyro.distributions.distribution import Unit
@@ -122,5 +124,13 @@ class mark_draws(Messenger):
     def process_message(self, msg):
         if msg["type"] == "sample" and (mark := self.marks.get(msg["name"])) is not None:
             if msg["value"] is None:
-                msg["value"] = msg["fn"](rng_key=msg["kwargs"]["rng_key"], sample_shape=msg["kwargs"]["sample_shape"])
+                msg["value"] = _any_value(msg["fn"], **msg["kwargs"])
             msg["value"] = msg["value"] + mark.astype(msg["value"].dtype)
+
+
+def _any_value(fn, rng_key, sample_shape, **kwargs):
+    """A value to which all parameters lead."""
+    try:
+        return fn(rng_key=rng_key, sample_shape=sample_shape)
+    except NotImplementedError:  # no sampler, so that a proposal draws
+        return jnp.zeros(fn.shape(sample_shape)) + sum(0 * jnp.sum(leaf) for leaf in jax.tree.leaves(fn))

@@ -106,6 +106,11 @@ def is_masked(fn: Any) -> bool:
     return isinstance(fn, dist.MaskedDistribution) or (hasattr(fn, "base_dist") and is_masked(fn.base_dist))
 
 
+def is_partly_reparameterized(p: Any) -> bool:
+    """Whether the family says itself what of its sampler is a path and what a score, such as a rejection sampler."""
+    return getattr(type(p), "score_parts", dist.Distribution.score_parts) is not dist.Distribution.score_parts
+
+
 def find_estimated(fn: Any) -> Estimator | None:
     """The estimator of the outermost :class:`Estimated` wrapper around the site's family."""
     while hasattr(fn, "base_dist") and isinstance(fn, WRAPPERS):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyro.distributions as dist
 from pyro.distributions import Delta, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
@@ -14,7 +13,7 @@ import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, SiteDescription, require_estimator, require_random
 from flowvi.estimators import Draw, Estimator
 from flowvi.pyro.baselines import require_baseline_options
-from flowvi.pyro.distributions import PyroTarget, draw, find_estimated, is_masked, unwrap
+from flowvi.pyro.distributions import PyroTarget, draw, find_estimated, is_masked, is_partly_reparameterized, unwrap
 
 
 def _fixed(msg) -> str | None:
@@ -84,9 +83,10 @@ class attach_estimators(Messenger):
             msg["value"], msg["done"] = drawn.value, True
             if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
                 msg["unscaled_log_prob"] = drawn.log_prob  # which Pyro would compute again
-        elif isinstance(target.p, dist.Rejector):  # a path and a score
-            x = target.p()
-            score = target.to_batch(ops.tether(target.p.score_parts(x).score_function))
+        elif is_partly_reparameterized(target.p):  # a path and a score
+            p = target.p.expand(target.batch_shape)
+            x = p.rsample()
+            score = target.to_batch(ops.tether(p.score_parts(x).score_function))
             self.draws[name] = Draw(target.push(x), score)
             msg["value"], msg["done"] = self.draws[name].value, True
         elif wrapped is not None or estimator.force:
