@@ -131,7 +131,12 @@ def of_pyro(elbo, make, model, *args):
 
 @pytest.mark.parametrize("particles", [1, 3])
 @pytest.mark.parametrize(
-    ("h", "name"), [pytest.param(HOSTS[host], name, id=f"{host}-{name}") for host, names in AUTOGUIDES.items() for name in names]
+    ("h", "name"),
+    [
+        pytest.param(HOSTS[host], name, id=f"{host}-{getattr(name, '__name__', name)}")
+        for host, names in AUTOGUIDES.items()
+        for name in names
+    ],
 )
 def test_autoguides(h, name, particles):
     model = hierarchical(h)
