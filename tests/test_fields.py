@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hosts import HOSTS
+from scipy import special
 from test_parity import TARGETS
 
 from flowvi import LR, Flow, fields
@@ -463,6 +464,31 @@ def test_hosts_agree_on_vectors(name):
 def test_the_dirichlet_field_is_tangent(host):
     u = at(host, dirichlet, 0.1, fields.dirichlet(), np.array([[0.2, 0.5, 0.3], [1e-8, 1e-8, 1 - 2e-8]]))[0]
     np.testing.assert_allclose(u.sum(-1), 0.0, atol=1e-15)
+
+
+# ---- the quadrature over a wide range of shapes
+
+
+@pytest.mark.parametrize("a", [0.01, 0.1, 0.7, 2.0, 30.0, 1000.0])
+def test_implicit_gamma_over_shapes(host, a):
+    """Against JAX's derivative, right to 1e-13, from quantile 1e-6 to 1 - 1e-6."""
+    y = np.maximum(special.gammaincinv(a, np.array([1e-6, 0.05, 0.3, 0.5, 0.7, 0.95, 1 - 1e-6])), 1e-250)
+    expected = jax.lax.random_gamma_grad(jnp.full(y.shape, a), jnp.asarray(y))
+    u = fields._gamma_implicit(TARGETS[host.name][0], host.array(a), host.array(y))
+    np.testing.assert_allclose(np.asarray(u), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("a", [0.05, 0.5, 3.0, 100.0])
+@pytest.mark.parametrize("b", [0.05, 0.5, 3.0, 300.0])
+def test_implicit_beta_over_shapes(host, a, b):
+    """The flux p u is minus the derivative of the cdf, by differences of SciPy's."""
+    x = special.betaincinv(a, b, np.array([0.01, 0.2, 0.5, 0.8, 0.99]))
+    x = x[(x > 1e-200) & (x < 1 - 1e-9)]
+    step = 0.02 * min(a, a**0.5)
+    slope = sum(c * (special.betainc(a + k * step, b, x) - special.betainc(a - k * step, b, x)) for k, c in STENCIL.items()) / step
+    u = np.asarray(fields._beta_implicit(TARGETS[host.name][0], *(host.array(v) for v in (a, b, x, 1 - x))))
+    log_flux = a * np.log(x) + b * np.log1p(-x) - special.betaln(a, b)
+    np.testing.assert_allclose(-u * np.exp(log_flux), slope, rtol=1e-8, atol=1e-10)
 
 
 # ---- what is refused, and what is told from the truth
