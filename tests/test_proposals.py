@@ -201,7 +201,7 @@ def test_tempered_discrete(host, name):
         (proposals.optimal("concentration"), "Gamma", "optimal.'concentration'. is for Normal.loc, .*Gamma.rate; found Gamma"),
         (proposals.optimal("loc"), "LogNormal", "optimal.'loc'. is for .*; found LogNormal"),
     ],
-    ids=str,
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_refused(host, q, family, message):
     with pytest.raises(ValueError, match=message):
