@@ -3,7 +3,8 @@
 The names here import neither jax nor torch; ``flowvi.numpyro`` and ``flowvi.pyro`` hold the objectives.
 """
 
+from flowvi import fields, proposals
 from flowvi.estimators import LR, RP, Auto, Baseline, Flow, ImplicitRP
 
-__all__ = ["LR", "RP", "Auto", "Baseline", "Flow", "ImplicitRP"]
+__all__ = ["LR", "RP", "Auto", "Baseline", "Flow", "ImplicitRP", "fields", "proposals"]
 __version__ = "0.1.0"

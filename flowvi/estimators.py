@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal
 
+from flowvi.fields import Field
 from flowvi.ops import Array, Ops
 from flowvi.target import Tangents, Target, broadcasts, unknown_parameter
 
@@ -295,7 +296,7 @@ class ImplicitRP(Estimator):
                 f"found {tuple(eps.shape)}; return one number for each coordinate of x."
             )
         if target.event_ndim == 0:
-            _check_elementwise(ops, target, s, x, "the standardization function")
+            target.check_elementwise(ops, s, x, "the standardization function")
         slope = _slope(ops, target, lambda x: s(x, target.p0), x, live=False)
         if target.validate:
             ok = ops.all_finite(ops.log_abs(slope) if target.event_ndim == 0 else ops.log_abs_det(slope))
@@ -329,7 +330,7 @@ class Flow(Estimator):
     that does not cross the boundary of the support, and that is 0 on (or tangent to) jumps of the cost.
 
     Args:
-        velocity: The general form.
+        velocity: The general form: a function, or a :class:`~flowvi.fields.Field` of :mod:`flowvi.fields`.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
         divergence: With the general form: ``divergence(x, p, dtheta)`` in closed form, of batch shape and linear in dtheta;
             ``"pathwise"`` declares psi = 0 (a field that solves the transport equation); the default is exact, by
@@ -354,7 +355,7 @@ class Flow(Estimator):
         Parmas and Sugiyama 2021, eq. 19.
     """
 
-    velocity: Callable[[Array, Any, Any], Array] | None
+    velocity: Callable[[Array, Any, Any], Array] | Field | None
     q: Callable[[Any], Any] | None
     divergence: Callable[[Array, Any, Any], Array] | str | None
     per_parameter: tuple[tuple[str, Callable[[Array, Any], Array]], ...]
@@ -362,7 +363,7 @@ class Flow(Estimator):
 
     def __init__(
         self,
-        velocity: Callable[[Array, Any, Any], Array] | None = None,
+        velocity: Callable[[Array, Any, Any], Array] | Field | None = None,
         *,
         q: Callable[[Any], Any] | None = None,
         divergence: Callable[[Array, Any, Any], Array] | str | None = None,
@@ -373,6 +374,8 @@ class Flow(Estimator):
             raise TypeError("Flow takes either velocity(x, p, dtheta) or one function u(x, p) for each parameter by name.")
         if divergence is not None and velocity is None:
             raise TypeError("Flow takes a divergence with the general form only; per parameter it is exact and cheap.")
+        if isinstance(velocity, Field) and divergence is not None:
+            raise TypeError("Flow takes no divergence beside a Field, which has its own.")
         if isinstance(divergence, str) and divergence != "pathwise":
             raise TypeError(f"Flow's divergence is a function, 'pathwise' or None; found {divergence!r}.")
         object.__setattr__(self, "velocity", velocity)
@@ -381,18 +384,27 @@ class Flow(Estimator):
         object.__setattr__(self, "baseline", _require_baseline(baseline, "Flow"))
         object.__setattr__(self, "per_parameter", tuple(per_parameter.items()))
 
+    @property
+    def _field(self) -> Field:
+        """The general form as a field."""
+        if isinstance(self.velocity, Field):
+            return self.velocity
+        assert self.velocity is not None
+        return Field(self.velocity, self.divergence)
+
     def psi_is_zero(self, target: Target) -> bool:
-        return self.divergence == "pathwise"
+        return self.velocity is not None and self._field.divergence == "pathwise"
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         _refuse_discrete(target, "Flow")
-        _refuse_moving_support(target, "a Flow field that is not known to ride the moving bound")
+        if self.velocity is None or not self._field.rides:
+            _refuse_moving_support(target, "a Flow field that is not known to ride the moving bound")
         velocity, divergence = self._elementwise(ops, target, x) if self.velocity is None else self._general(ops, target, x)
         if target.validate:
             ok = ops.all_finite(velocity) if divergence is None else ops.all_finite(velocity.sum() + divergence.sum())
             target.check(ops, ok, "the velocity field or its divergence is NaN or infinite at a sample.")
         value = x + ops.tether(velocity)
-        if self.divergence == "pathwise":
+        if self.psi_is_zero(target):
             return Draw(target.push(value))
         log_prob = target.to_batch(target.p.log_prob(value))
         score = ops.tether(log_prob if divergence is None else log_prob + target.to_batch(divergence))
@@ -408,7 +420,7 @@ class Flow(Estimator):
         velocity = divergence = None
         for name, u in self.per_parameter:
             if name not in target.parameters:
-                target.refuse(unknown_parameter(target, name))
+                target.refuse(unknown_parameter(target.p, name))
             theta = ops.asarray(getattr(target.p, name), x)
             if not broadcasts(theta.shape, x.shape):
                 target.refuse(
@@ -417,9 +429,9 @@ class Flow(Estimator):
                 )
 
             def u_at(x: Array, p: Any, u=u, name=name) -> Array:
-                return _in_shape(ops, target, u(x, p), x, f"the velocity of '{name}'")
+                return target.in_shape(ops, u(x, p), x, f"the velocity of '{name}'")
 
-            _check_elementwise(ops, target, u_at, x, f"the velocity of '{name}'")
+            target.check_elementwise(ops, u_at, x, f"the velocity of '{name}'")
             at_x, slope = ops.derivative(partial(u_at, p=target.p0), x, live=False)
             velocity = at_x * theta if velocity is None else velocity + at_x * theta
             if slope is not None:
@@ -428,30 +440,19 @@ class Flow(Estimator):
 
     def _general(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array | None]:
         """The velocity and its divergence, of value 0 and linear in dtheta."""
-        dtheta = Tangents(ops, target)
-        assert self.velocity is not None
-        velocity_of = self.velocity
+        field, dtheta = self._field, Tangents(ops, target)
+        if field.families and target.family not in field.families:
+            target.refuse(f"the field {field} is for {', '.join(field.families)}; found {target.family}.")
 
         def dx(x: Array) -> Array:
-            return _in_shape(ops, target, velocity_of(x, target.p0, dtheta), x, "the velocity")
+            return target.in_shape(ops, field.velocity(x, target.p0, dtheta), x, "the velocity")
 
-        if callable(self.divergence):
-            velocity, divergence = dx(x), self.divergence(x, target.p0, dtheta)
-        elif self.divergence == "pathwise":
+        if callable(field.divergence):
+            velocity, divergence = dx(x), field.divergence(x, target.p0, dtheta)
+        elif field.divergence == "pathwise":
             velocity, divergence = dx(x), None
-        elif target.event_ndim == 0:
-            velocity, divergence = ops.derivative(dx, x, live=True)
         else:
-            chart = target.chart()
-            if chart not in (None, "simplex"):
-                target.refuse(
-                    f"the divergence on a support of lower dimension ({chart}) is not the sum over coordinates; "
-                    "give divergence(x, p, dtheta) in closed form."
-                )
-            velocity, jacobian = ops.jacobian(dx, x, target.event_ndim, live=True)
-            divergence = ops.trace(jacobian)
-            if chart == "simplex":  # in the chart that drops the last coordinate: the last moves against each of the others
-                divergence = divergence - jacobian[..., -1].sum(-1)
+            velocity, divergence = target.divergence(ops, dx, x)
         if target.validate:
             ok = ops.is_close(velocity, 0 * x)
             target.check(ops, ok, "velocity(x, p, dtheta) must be linear in dtheta, but is not 0 at dtheta = 0.")
@@ -514,22 +515,6 @@ def _refuse_moving_support(target: Target, what: str) -> None:
 def _refuse_discrete(target: Target, what: str) -> None:
     if target.is_discrete():
         target.refuse(f"{what} needs a continuous distribution, but {target.family} is discrete; use LR().")
-
-
-def _in_shape(ops: Ops, target: Target, u: Array, x: Array, what: str) -> Array:
-    u = ops.asarray(u, x)
-    if not broadcasts(u.shape, x.shape):
-        target.refuse(
-            f"{what} must have the shape of x or one that broadcasts to it, expected {tuple(x.shape)}, found {tuple(u.shape)}."
-        )
-    return ops.broadcast_to(u, x.shape)
-
-
-def _check_elementwise(ops: Ops, target: Target, f: Callable[[Array, Any], Array], x: Array, what: str) -> None:
-    if target.validate and target.first_use and x.ndim:
-        with target.probe(x) as (x, p):
-            ok = ops.is_elementwise(lambda x: f(x, p), x)
-        target.check(ops, ok, f"{what} must be elementwise, but at one coordinate it reads x at another; use Flow(velocity).")
 
 
 def _slope(ops: Ops, target: Target, f: Callable[[Array], Array], x: Array, live: bool) -> Array:

@@ -233,6 +233,38 @@ class Target(ABC):
         """Sum an array of the shape of x over the event dims of ``p``."""
         return a.sum(axis=tuple(range(-self.event_ndim, 0))) if self.event_ndim else a
 
+    def in_shape(self, ops: Ops, u: Any, x: Array, what: str) -> Array:
+        """``u`` in the shape of x."""
+        u = ops.asarray(u, x)
+        if not broadcasts(u.shape, x.shape):
+            self.refuse(
+                f"{what} must have the shape of x or one that broadcasts to it, expected {tuple(x.shape)}, found {tuple(u.shape)}."
+            )
+        return ops.broadcast_to(u, x.shape)
+
+    def check_elementwise(self, ops: Ops, f: Callable[[Array, Any], Array], x: Array, what: str) -> None:
+        """Refuse an ``f(x, p)`` that reads x at another coordinate, where the host's validation is on."""
+        if self.validate and self.first_use and x.ndim:
+            with self.probe(x) as (x, p):
+                ok = ops.is_elementwise(lambda x: f(x, p), x)
+            self.check(ops, ok, f"{what} must be elementwise, but at one coordinate it reads x at another; use Flow(velocity).")
+
+    def divergence(self, ops: Ops, dx: Callable[[Array], Array], x: Array) -> tuple[Array, Array | None]:
+        """``dx(x)`` and its divergence, exact by automatic derivatives over the event, both with their derivatives."""
+        if self.event_ndim == 0:
+            return ops.derivative(dx, x, live=True)
+        chart = self.chart()
+        if chart not in (None, "simplex"):
+            self.refuse(
+                f"the divergence on a support of lower dimension ({chart}) is not the sum over coordinates; "
+                "give divergence(x, p, dtheta) in closed form."
+            )
+        velocity, jacobian = ops.jacobian(dx, x, self.event_ndim, live=True)
+        divergence = ops.trace(jacobian)
+        if chart == "simplex":  # in the chart that drops the last coordinate: the last moves against each of the others
+            divergence = divergence - jacobian[..., -1].sum(-1)
+        return velocity, divergence
+
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The batch shape of x."""
@@ -260,17 +292,34 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 class Tangents:
-    """Parameter tangents by name: ``dtheta.loc`` has value 0 and the derivative of the live parameter ``loc``."""
+    """Parameter tangents: ``dtheta.loc`` has value 0 and the derivative of the live parameter ``loc``.
 
-    def __init__(self, ops: Ops, target: Target):
-        self._ops, self._target = ops, target
+    Attributes:
+        ops: The operations of the backend, for velocity fields that serve both hosts.
+        target: The site's distribution.
+        p: The distribution (or the part of it, see :meth:`within`) with live parameters.
+        p0: The same with detached parameters.
+    """
+
+    def __init__(self, ops: Ops, target: Target, part: Callable[[Any], Any] = lambda p: p):
+        self.ops, self.target, self._part = ops, target, part
+        self.p, self.p0 = part(target.p), part(target.p0)
 
     def __getattr__(self, name: str) -> Array:
-        if name not in self._target.parameters:
-            self._target.refuse(unknown_parameter(self._target, name))
-        return self._ops.tether(getattr(self._target.p, name))
+        if name not in self.p.arg_constraints:
+            self.target.refuse(unknown_parameter(self.p, name))
+        return self.ops.tether(getattr(self.p, name))
+
+    def of(self, f: Callable[[Any], Array]) -> Array | None:
+        """The tangent of ``f(p)``, linear in dtheta for every x that f closes over; None where it does not move."""
+        live = f(self.p)
+        return self.ops.tether(live - f(self.p0)) if self.target.is_live(live) else None
+
+    def within(self, part: Callable[[Any], Any]) -> Tangents:
+        """The tangents of the parameters of a part of p, such as the components of a mixture."""
+        return Tangents(self.ops, self.target, lambda p: part(self._part(p)))
 
 
-def unknown_parameter(target: Target, name: str) -> str:
-    names = ", ".join(target.parameters) or "none"
-    return f"{target.family} has no parameter '{name}'; its parameters are: {names}."
+def unknown_parameter(p: Any, name: str) -> str:
+    names = ", ".join(p.arg_constraints) or "none"
+    return f"{type(p).__name__} has no parameter '{name}'; its parameters are: {names}."

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hosts import Program, chain
-from slices import slice_proposal
 
-from flowvi import LR, RP, Baseline, Flow, ImplicitRP
+from flowvi import LR, RP, Baseline, Flow, ImplicitRP, fields, proposals
 
 EXACT = {case["id"]: case for case in json.loads((Path(__file__).parent / "exact.json").read_text())["cases"]}
 
@@ -51,8 +50,8 @@ LR_ROW = at_x(lambda h, q: LR(q=q))
 RP_ROW = at_x(lambda h, q: RP(q))
 
 
-def flow(**fields):
-    return at_x(lambda h, q: Flow(q=q, **fields))
+def flow(*velocity, **per_parameter):
+    return at_x(lambda h, q: Flow(*velocity, q=q, **per_parameter))
 
 
 def one(theta, distribution, cost) -> Program:
@@ -67,10 +66,10 @@ def q_normal(shift, widen):
 NORMAL_Q = {"p": None, "N(loc,(1.4 scale)^2)": q_normal(0.0, 1.4), "N(loc+0.5,(1.5 scale)^2)": q_normal(0.5, 1.5)}
 SLICE_Q = {
     "p": None,
-    "Maxwell: z^2 p": lambda h: slice_proposal(h, "maxwell"),
-    "Rayleigh: |z| p sqrt(pi/2)": lambda h: slice_proposal(h, "rayleigh"),
-    "overdispersed tau=2: N(loc, 2 scale^2)": q_normal(0.0, math.sqrt(2.0)),
-    "defensive 0.8 Rayleigh + 0.2 p": lambda h: slice_proposal(h, "defensive"),
+    "Maxwell: z^2 p": lambda h: proposals.slice_by_mass(epsilon=0),
+    "Rayleigh: |z| p sqrt(pi/2)": lambda h: proposals.slice_by_height(epsilon=0),
+    "overdispersed tau=2: N(loc, 2 scale^2)": lambda h: proposals.tempered(2.0),
+    "defensive 0.8 Rayleigh + 0.2 p": lambda h: proposals.slice_by_height(epsilon=0.2),
 }
 HALF_NORMAL = {"loc": lambda x, p: 0.5, "scale": lambda x, p: 0.5 * (x - p.loc) / p.scale}
 
@@ -224,6 +223,23 @@ def optimal_transport(h):
         return (m @ (x - p.loc)[..., None])[..., 0]
 
     return velocity
+
+
+def best_null(h):
+    """The antisymmetric A with which u . grad cos(omega . x) is a function of omega . x: of least variance."""
+    omega = h.array([0.5, 0.75, 0.4])
+
+    def null(p, dtheta):
+        l_t = h.math.swapaxes(p.scale_tril, -1, -2)
+        g = h.math.linalg.solve(l_t, (h.math.swapaxes(dtheta.of(lambda p: p.scale_tril), -1, -2) @ omega)[..., None])
+        sigma = p.scale_tril @ l_t
+        sigma_g, sigma_omega = (sigma @ g)[..., 0], sigma @ omega
+        c = (sigma_g * omega).sum(-1) / (sigma_omega * omega).sum(-1)
+        a = c[..., None] * sigma_omega - sigma_g
+        half = omega[:, None] * a[..., None, :] / (omega**2).sum()
+        return half - h.math.swapaxes(half, -1, -2)
+
+    return null
 
 
 def nonlinear_chain(costs_last=False) -> Program:
@@ -402,9 +418,7 @@ CASES: dict[str, Case] = {
         {
             "p": None,
             "Gamma(2.0,0.9)": lambda h: lambda p: h.dist.Gamma(h.array(2.0), h.array(0.9)),
-            "overdispersed tau=1.5: Gamma((a-1)/tau+1, b/tau)": lambda h: (
-                lambda p: h.dist.Gamma((p.concentration - 1) / 1.5 + 1, p.rate / 1.5)
-            ),
+            "overdispersed tau=1.5: Gamma((a-1)/tau+1, b/tau)": lambda h: proposals.tempered(1.5),
         },
     ),
     "studentt-loc": Case(
@@ -425,7 +439,7 @@ CASES: dict[str, Case] = {
     ),
     "truncnormal-loc": Case(
         one(0.4, lambda h, t: h.dist.TruncatedNormal(t, h.array(1.1), low=-0.8, high=1.5), lambda h, x: x),
-        {"LR": LR_ROW, "RP": RP_ROW},
+        {"LR": LR_ROW, "RP": RP_ROW, "half": flow(fields.scaled(0.5, fields.truncated_normal()))},
     ),
     "pareto-scale": Case(
         one(1.2, lambda h, t: h.dist.Pareto(t, h.array(2.5)), lambda h, x: 1 / x),
@@ -433,7 +447,8 @@ CASES: dict[str, Case] = {
         refused={"LR": "support moves", "half": "support moves"},
     ),
     "mixture1d-logit0": Case(
-        one(0.3, mixture, lambda h, x: h.math.sin(0.9 * x)), {"LR": LR_ROW, "RP": at_x(lambda h, q: ImplicitRP())}
+        one(0.3, mixture, lambda h, x: h.math.sin(0.9 * x)),
+        {"LR": LR_ROW, "RP": at_x(lambda h, q: ImplicitRP()), "half": flow(fields.scaled(0.5, fields.mixture()))},
     ),
     "mixture2d-logits": Case(
         one(
@@ -441,7 +456,12 @@ CASES: dict[str, Case] = {
             mixture_2d,
             lambda h, x: h.math.sin(0.5 * x[..., 0] + 0.3 * x[..., 1]) + 0.1 * x[..., 0] ** 2,
         ),
-        {"LR": LR_ROW},
+        {
+            "LR": LR_ROW,
+            "telescoping field, coordinates (0,1)": flow(fields.mixture([(0, 1)])),
+            "telescoping field, coordinates (1,0)": flow(fields.mixture([(1, 0)])),
+            "telescoping field, average of both orders": flow(fields.mixture()),
+        },
     ),
     **{
         f"bernoulli-logit-t{c}": discrete(
@@ -525,7 +545,12 @@ CASES: dict[str, Case] = {
     ),
     "mvn-cholesky-L10": Case(
         one(0.4, mvn, lambda h, x: h.math.cos(0.5 * x[..., 0] + 0.75 * x[..., 1] + 0.4 * x[..., 2])),
-        {"LR": LR_ROW, "Cholesky RP": RP_ROW, "OMT": at_x(lambda h, q: Flow(optimal_transport(h)))},
+        {
+            "LR": LR_ROW,
+            "Cholesky RP": RP_ROW,
+            "OMT": at_x(lambda h, q: Flow(optimal_transport(h))),
+            "best linear null field (A Sigma^-1 y)": at_x(lambda h, q: Flow(fields.multivariate_normal(best_null(h)))),
+        },
     ),
     "dirichlet-concentration0": Case(
         one(
@@ -533,7 +558,11 @@ CASES: dict[str, Case] = {
             lambda h, t: h.dist.Dirichlet(h.array([0.0, 2.1, 0.8]) + t[..., None] * h.array([1.0, 0, 0])),
             lambda h, x: x[..., 0] * x[..., 1],
         ),
-        {"LR": LR_ROW},
+        {
+            "LR": LR_ROW,
+            "tangent flow (J&O)": flow(fields.dirichlet()),
+            "half": flow(fields.scaled(0.5, fields.dirichlet())),
+        },
     ),
     "elbo-normal-normal-off": Case(normal_normal(EXACT["elbo-normal-normal-off"]["theta"]["value"]), ELBO_ROWS, ELBO_Q),
     "elbo-normal-normal-off, graph": Case(
@@ -582,7 +611,6 @@ CASES: dict[str, Case] = {
 }
 
 DOCUMENTED = "biased by a jump or a seam that an estimator cannot see; 'Requirements' in the docstrings of RP and Flow say so"
-FIELDS = "needs a velocity field from a library of fields, which is not there yet"
 ELSEWHERE: dict[tuple[str, str], str] = {
     ("normal-loc-step", "RP"): DOCUMENTED,
     ("normal-loc-step", "half"): DOCUMENTED,
@@ -592,15 +620,7 @@ ELSEWHERE: dict[tuple[str, str], str] = {
     ("vonmises-loc-nonperiodic", "half"): DOCUMENTED,
     ("branch-on-continuous", "TRAP x:half y:RP"): DOCUMENTED,
     ("branch-on-continuous", "TRAP x:RP y:RP"): DOCUMENTED,
-    ("truncnormal-loc", "half"): FIELDS,
     ("truncnormal-loc", "u=1"): DOCUMENTED,
-    ("mixture1d-logit0", "half"): FIELDS,
-    ("mvn-cholesky-L10", "best linear null field (A Sigma^-1 y)"): FIELDS,
-    ("dirichlet-concentration0", "tangent flow (J&O)"): FIELDS,
-    ("dirichlet-concentration0", "half"): FIELDS,
-    ("mixture2d-logits", "telescoping field, coordinates (0,1)"): FIELDS,
-    ("mixture2d-logits", "telescoping field, coordinates (1,0)"): FIELDS,
-    ("mixture2d-logits", "telescoping field, average of both orders"): FIELDS,
     ("leave-one-out-baseline", ""): "in test_exact.py::test_leave_one_out",
     ("self-normalised-K2", ""): "in test_exact.py::test_plain_weights; flowvi has no self-normalised weights",
     ("iwae-K2", ""): "in test_bounds.py::test_the_exact_row",

@@ -6,9 +6,11 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.lax import stop_gradient
+from jax.nn import log_softmax  # noqa: F401
+from jax.numpy import broadcast_to, cos, exp, expm1, log, log1p, logaddexp, sin, sqrt, stack, tanh, where  # noqa: F401
+from jax.numpy.linalg import eigh  # noqa: F401
 from jax.scipy.linalg import solve_triangular
-
-broadcast_to, where, exp, log = jnp.broadcast_to, jnp.where, jnp.exp, jnp.log
+from jax.scipy.special import digamma, i0e, i1e, ndtr, polygamma  # noqa: F401
 
 
 def broadcast_shapes(*shapes):
@@ -65,6 +67,10 @@ def solve_lower(a, b):
 
 def log_abs_det(a):
     return jnp.linalg.slogdet(a)[1]
+
+
+def iterate(step, n, state):
+    return lax.fori_loop(0, n, lambda _, state: step(state), state)
 
 
 def ramp(x):

@@ -3,9 +3,9 @@
 import math
 
 import torch
-
-broadcast_to = torch.broadcast_to
-where, exp, log = torch.where, torch.exp, torch.log
+from torch import broadcast_to, cos, exp, expm1, log, log1p, logaddexp, sin, sqrt, stack, tanh, where  # noqa: F401
+from torch.linalg import eigh  # noqa: F401
+from torch.special import digamma, i0e, i1e, log_softmax, ndtr  # noqa: F401
 
 
 def broadcast_shapes(*shapes):
@@ -64,6 +64,10 @@ def _pullback(y, x, cotangent, live):
     return torch.zeros_like(x) if gradient is None else gradient
 
 
+def polygamma(n, x):
+    return (-1) ** (n + 1) * math.factorial(n) * torch.special.zeta(n + 1.0, x)  # torch's own has ten digits
+
+
 def log_abs(x):
     return x.abs().log()
 
@@ -90,6 +94,12 @@ def solve_lower(a, b):
 
 def log_abs_det(a):
     return torch.linalg.slogdet(a)[1]
+
+
+def iterate(step, n, state):
+    for _ in range(n):
+        state = step(state)
+    return state
 
 
 def ramp(x):

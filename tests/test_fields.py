@@ -1,0 +1,616 @@
+"""The library of velocity fields: transport equation, flux, unbiasedness and parity, without sampling."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hosts import HOSTS
+from scipy import special
+from test_parity import TARGETS
+
+from flowvi import LR, Flow, fields
+from flowvi.estimators import attach
+
+BOTH = ("numpyro", "pyro")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of one family.
+
+    Attributes:
+        distribution: ``(h, t) -> p``, of the batch shape of t.
+        theta: Where the derivative is taken.
+        field: The field.
+        support: ``t -> (low, high)``.
+        x: Where the field is looked at; interior points.
+        hosts: The hosts that have the family.
+        digits: To how many digits the transport equation holds: less than 8 where the host's own log_prob has fewer.
+        kink: ``t -> x``, where the density has a kink.
+        cost: A smooth cost, periodic where it has to be.
+    """
+
+    distribution: Callable[[Any, Any], Any]
+    theta: float
+    field: Callable[[], fields.Field]
+    support: Callable[[float], tuple[float, float]]
+    x: tuple[float, ...]
+    hosts: tuple[str, ...] = BOTH
+    digits: int = 8
+    kink: Callable[[float], float] = lambda t: 0.5
+    cost: Callable[[Any, Any], Any] = lambda m, x: m.tanh(0.8 * x - 0.3) + 0.3 / (1 + x**2)
+
+
+def real(t):
+    return -np.inf, np.inf
+
+
+def positive(t):
+    return 0.0, np.inf
+
+
+def unit(t):
+    return 0.0, 1.0
+
+
+def circle(t):
+    return -np.pi, np.pi
+
+
+def periodic(m, x):
+    return m.cos(x - 1) + 0.3 * m.sin(2 * x)
+
+
+def not_periodic(m, x):
+    return 0.5 * x + m.sin(x)
+
+
+REALS, POSITIVES, UNITS = (-2.1, -0.4, 0.3, 1.7), (0.11, 0.6, 1.3, 3.9), (0.08, 0.31, 0.62, 0.93)
+
+
+def family(name, field, support, x, theta, hosts=BOTH, **more):
+    """A row for each parameter of a family, with the others held."""
+
+    def row(parameter, value):
+        def distribution(h, t):
+            return getattr(h.dist, name)(**{k: t if k == parameter else v + 0 * t for k, v in theta.items()})
+
+        def bounds(t):
+            return (
+                support(**{**theta, parameter: t})
+                if callable(support) and support not in (real, positive, unit, circle)
+                else support(t)
+            )
+
+        return Row(distribution, value, field, bounds, x, hosts, **more)
+
+    return {f"{name} {parameter} {field()}": row(parameter, value) for parameter, value in theta.items()}
+
+
+def normal_mixture(h, logit, loc):
+    logits = h.array([0.0, -0.2, 0.1]) + logit[..., None] * h.array([1.0, 0.0, 0.0])
+    locs = h.array([-1.5, 0.4, 2.0]) + loc[..., None] * h.array([0.0, 1.0, 0.5])
+    components = h.dist.Normal(locs, h.array([0.6, 0.9, 0.5]))
+    return h.dist.MixtureSameFamily(h.dist.Categorical(logits=logits), components)
+
+
+def general_mixture(h, t):
+    components = [h.dist.Normal(-1.0, 0.7), h.dist.Laplace(t, 0.4), h.dist.Logistic(1.5, 0.6)]
+    logits = h.array([0.3, 0.0, -0.2]) + t[..., None] * h.array([1.0, -1.0, 0.0])
+    return h.dist.MixtureGeneral(h.dist.Categorical(logits=logits), components)
+
+
+def beta_mixture(h, t):
+    shape = t[..., None] * h.array([1.0, 2.0])
+    components = h.dist.Gamma(shape, h.array([1.0, 2.0]) + 0 * shape)
+    return h.dist.MixtureSameFamily(h.dist.Categorical(logits=h.array([0.3, -0.1]) + 0 * shape), components)
+
+
+SMOOTH = tuple(f for f in fields.LOCATION_SCALE if f != "Laplace")
+LOCATION_SCALE = {"loc": 0.3, "scale": 1.2}
+BETA = {"concentration1": 1.6, "concentration0": 0.7}
+TRUNCATED = {"loc": 0.4, "scale": 1.1, "low": -0.8, "high": 1.5}
+ROWS = {
+    **{k: v for f in SMOOTH for k, v in family(f, fields.location_scale, real, REALS, LOCATION_SCALE).items()},
+    "Laplace loc": Row(lambda h, t: h.dist.Laplace(t, h.array(1.2)), 0.3, fields.location_scale, real, REALS, kink=lambda t: t),
+    "Laplace scale": Row(lambda h, t: h.dist.Laplace(h.array(0.3), t), 1.2, fields.location_scale, real, REALS, kink=lambda t: 0.3),
+    **{k: v for f in ("HalfNormal", "HalfCauchy") for k, v in family(f, fields.scale, positive, POSITIVES, {"scale": 1.2}).items()},
+    **family("LogNormal", fields.log_normal, positive, POSITIVES, LOCATION_SCALE),
+    **family("Exponential", fields.exponential, positive, POSITIVES, {"rate": 1.4}),
+    **family("Gamma", fields.gamma_implicit, positive, POSITIVES, {"concentration": 1.7, "rate": 1.2}),
+    **family("Gamma", fields.gamma_g_rep, positive, POSITIVES, {"concentration": 1.7, "rate": 1.2}),
+    **family("Gamma", fields.gamma_one_moment, positive, POSITIVES, {"concentration": 1.7, "rate": 1.2}),
+    **family("Weibull", fields.weibull, positive, POSITIVES, {"scale": 1.3, "concentration": 1.8}),
+    **family("Kumaraswamy", fields.kumaraswamy, unit, UNITS, BETA),
+    **family("Beta", fields.beta_implicit, unit, UNITS, BETA),
+    **family("Beta", fields.beta_g_rep, unit, UNITS, BETA),
+    **family("StudentT", fields.student_t, real, REALS, {"df": 3.5, **LOCATION_SCALE}),
+    **family("VonMises", fields.von_mises, circle, REALS, {"loc": 0.5, "concentration": 1.8}, digits=6, cost=periodic),
+    **family(
+        "VonMises",
+        lambda: fields.von_mises(cut=np.pi),
+        circle,
+        REALS,
+        {"loc": 0.5, "concentration": 1.8},
+        digits=6,
+        cost=not_periodic,
+    ),
+    **family("Uniform", fields.uniform, lambda low, high: (low, high), (-0.3, 0.1, 1.1), {"low": -0.4, "high": 1.3}),
+    **family("Pareto", fields.pareto, lambda scale, alpha: (scale, np.inf), (1.4, 2.1, 5.0), {"scale": 1.2, "alpha": 2.5}),
+    **family(
+        "TruncatedNormal",
+        fields.truncated_normal,
+        lambda loc, scale, low, high: (low, high),
+        (-0.7, 0.2, 1.3),
+        TRUNCATED,
+        hosts=("numpyro",),
+    ),
+    "TruncatedNormal low, one side": Row(
+        lambda h, t: h.dist.TruncatedNormal(0.4, 1.1, low=t),
+        -0.8,
+        fields.truncated_normal,
+        lambda t: (t, np.inf),
+        (-0.5, 2.0),
+        ("numpyro",),
+    ),
+    "TruncatedNormal scale, one side": Row(
+        lambda h, t: h.dist.TruncatedNormal(0.4, t, high=0.9),
+        1.1,
+        fields.truncated_normal,
+        lambda t: (-np.inf, 0.9),
+        (-2.5, 0.5),
+        ("numpyro",),
+    ),
+    "TruncatedCauchy low implicit()": Row(
+        lambda h, t: h.dist.TruncatedCauchy(0.4, 1.1, low=t), -0.8, fields.implicit, lambda t: (t, np.inf), (-0.5, 2.0), ("numpyro",)
+    ),
+    "Gumbel scale implicit()": Row(lambda h, t: h.dist.Gumbel(h.array(0.3), t), 1.2, fields.implicit, real, REALS),
+    "Normal loc scaled": Row(
+        lambda h, t: h.dist.Normal(t, h.array(1.2)), 0.3, lambda: fields.scaled(0.3, fields.location_scale()), real, REALS
+    ),
+    "Normal scale masked": Row(
+        lambda h, t: h.dist.Normal(h.array(0.3), t),
+        1.2,
+        lambda: fields.masked(lambda x, p: x**2 / (1 + x**2), fields.location_scale()),
+        real,
+        REALS,
+    ),
+    "Normal scale summed": Row(
+        lambda h, t: h.dist.Normal(h.array(0.3), t),
+        1.2,
+        lambda: fields.summed(
+            fields.scaled(0.6, fields.location_scale()), fields.per_element(scale=lambda x, p: 0.2 * x**3 / (1 + x**2))
+        ),
+        real,
+        REALS,
+    ),
+    "Gamma concentration scaled G-Rep": Row(
+        lambda h, t: h.dist.Gamma(t, h.array(1.2)), 1.7, lambda: fields.scaled(1.5, fields.gamma_g_rep()), positive, POSITIVES
+    ),
+    "mixture logit": Row(lambda h, t: normal_mixture(h, t, 0 * t), 0.3, fields.mixture, real, REALS),
+    "mixture loc": Row(lambda h, t: normal_mixture(h, 0 * t, t), 0.3, fields.mixture, real, REALS),
+    "mixture logit and loc": Row(lambda h, t: normal_mixture(h, t, t), 0.3, fields.mixture, real, REALS),
+    "mixture logit and loc implicit()": Row(lambda h, t: normal_mixture(h, t, t), 0.3, fields.implicit, real, REALS),
+    "mixture loc, field of the components": Row(
+        lambda h, t: normal_mixture(h, t, t), 0.3, lambda: fields.mixture(components=fields.location_scale()), real, REALS
+    ),
+    "mixture of Gammas, field of the components": Row(
+        beta_mixture, 1.4, lambda: fields.mixture(components=fields.gamma_implicit()), positive, POSITIVES
+    ),
+    "general mixture": Row(general_mixture, 0.2, fields.mixture, real, REALS, ("numpyro",), kink=lambda t: t),
+    "general mixture implicit()": Row(general_mixture, 0.2, fields.implicit, real, REALS, ("numpyro",), kink=lambda t: t),
+}
+
+
+def at(host, distribution, theta, field, x):
+    """u, psi, the score and grad log p at each x (n, *event), for n copies of a scalar theta."""
+    ops, target_of = TARGETS[host.name]
+    estimator = Flow(field) if field is not None else LR()
+
+    def draw(t):
+        drawn = attach(ops, target_of("x", distribution(host, t), enters=True), estimator, host.array(x))
+        return drawn.value, 0 * t if drawn.score is None else drawn.score
+
+    def log_prob(t, x):
+        return distribution(host, t).log_prob(x)
+
+    x = np.asarray(x, float)
+    if host.name == "numpyro":
+        n = len(x)
+        x = np.resize(x, (40 if n <= 40 else 450, *x.shape[1:]))  # one shape for all, which JAX compiles once
+        t = np.full(len(x), theta)
+        tangent = jnp.ones(t.shape)
+        u, psi = jax.jvp(draw, (jnp.asarray(t),), (tangent,))[1]
+        score, slope = jax.grad(lambda t, x: log_prob(t, x).sum(), (0, 1))(jnp.asarray(t), jnp.asarray(x))
+        return tuple(np.asarray(a)[:n] for a in (u, psi, score, slope))
+    t, at_x = torch.tensor(np.full(len(x), theta), requires_grad=True), torch.tensor(x, requires_grad=True)
+
+    def derivative(y):
+        if not y.requires_grad:
+            return np.zeros(t.shape)
+        (g,) = torch.autograd.grad(y.sum(), t, retain_graph=True, allow_unused=True)
+        return np.zeros(t.shape) if g is None else g.numpy()
+
+    value, score_term = draw(t)
+    columns = [derivative(c) for c in value.reshape(x.shape[0], -1).unbind(-1)]
+    score, slope = torch.autograd.grad((log_prob(t, at_x) + 0 * at_x.sum()).sum(), (t, at_x))
+    return np.stack(columns, -1).reshape(x.shape), derivative(score_term), score.numpy(), slope.numpy()
+
+
+STENCIL = {1: 4 / 5, 2: -1 / 5, 3: 4 / 105, 4: -1 / 280}  # first derivative to order 8
+
+
+def divergence(host, distribution, theta, field, x, directions, step):
+    """The divergence of u by differences, along directions in which coordinate i of u moves."""
+    x = np.asarray(x, float)
+    total = 0.0
+    for i, e in enumerate(directions):
+        points = np.concatenate([x + s * k * step * e for k in STENCIL for s in (1, -1)])
+        u = at(host, distribution, theta, field, points)[0].reshape(len(STENCIL), 2, *x.shape)
+        u = u[..., i] if x.ndim > 1 else u
+        total = total + sum(c * (u[n, 0] - u[n, 1]) for n, c in enumerate(STENCIL.values())) / step
+    return total
+
+
+def psi_by_definition(host, distribution, theta, field, x, directions=(1.0,), step=4e-3):
+    u, psi, score, slope = at(host, distribution, theta, field, x)
+    flow = (u * slope).reshape(len(u), -1).sum(-1)
+    return psi, divergence(host, distribution, theta, field, x, directions, step) + flow + score
+
+
+def rows():
+    return [pytest.param(HOSTS[host], row, id=f"{host}-{name}") for name, row in ROWS.items() for host in row.hosts]
+
+
+@pytest.mark.parametrize(("host", "row"), rows())
+def test_transport_equation(host, row):
+    """Psi is div u + u . grad log p + d_theta log p: 0 for a pathwise field."""
+    tolerance = 10.0**-row.digits
+    psi, expected = psi_by_definition(host, row.distribution, row.theta, row.field(), row.x)
+    np.testing.assert_allclose(psi, expected, rtol=0, atol=tolerance)
+    if row.field().divergence == "pathwise":
+        np.testing.assert_allclose(expected, 0.0, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("host", "row"), rows())
+def test_divergence_against_automatic(host, row):
+    """The same field without its closed form has the same psi."""
+    x = np.add(row.x, 0.01)
+    psi = at(host, row.distribution, row.theta, row.field(), x)[1]
+    automatic = replace(row.field(), divergence=None)
+    np.testing.assert_allclose(at(host, row.distribution, row.theta, automatic, x)[1], psi, rtol=0, atol=10.0**-row.digits)
+
+
+@pytest.mark.parametrize(("host", "row"), rows())
+def test_flux(host, row):
+    """The flux p (u - v) through each end of the support is 0, v the speed of the end."""
+    flux_free = row.field()
+    if "VonMises" in str(row.field()) or "von_mises()" in str(flux_free):
+        pytest.skip("a circle has no ends")
+    h = 1e-6
+    for side in (0, 1):
+        end = row.support(row.theta)[side]
+        speed = (row.support(row.theta + h)[side] - row.support(row.theta - h)[side]) / (2 * h) if np.isfinite(end) else 0.0
+        sign = 1 if side == 0 else -1
+        x = end + sign * 1e-12 if np.isfinite(end) else -sign * 1e7
+        p = np.exp(log_density(host, row, row.theta, [x]))
+        if p == 0:
+            continue
+        u = at(host, row.distribution, row.theta, row.field(), [x])[0]
+        assert abs(p * (u - speed)) < 1e-6
+
+
+def log_density(host, row, theta, x):
+    n, x = len(x), np.resize(x, 450)
+    return np.asarray(row.distribution(host, host.array(np.full(450, theta))).log_prob(host.array(x)))[:n]
+
+
+def nodes(low, high, n=201):
+    """A double-exponential rule for an interval with one finite end at least."""
+    s = np.linspace(-3.6, 3.6, n)
+    inner, slope = np.pi / 2 * np.sinh(s), np.pi / 2 * np.cosh(s) * (s[1] - s[0])
+    if np.isinf(high):
+        return low + np.exp(inner), slope * np.exp(inner)
+    if np.isinf(low):
+        return high - np.exp(inner), slope * np.exp(inner)
+    width = (high - low) / 2
+    return low + width * 2 / (1 + np.exp(-2 * inner)), slope * width / np.cosh(inner) ** 2
+
+
+def grid(row, theta):
+    """Points and weights over the support, in two parts that meet at the kink."""
+    low, high = row.support(theta)
+    kink = row.kink(theta) if low < row.kink(theta) < high else (low + high) / 2
+    parts = [nodes(low, kink), nodes(kink, high)]
+    x, w = (np.concatenate(a) for a in zip(*parts, strict=True))
+    inside = (x > low) & (x < high) & (x != kink)
+    return x[inside], w[inside]
+
+
+def mean_cost(host, row, theta):
+    x, w = grid(row, theta)
+    return (w * np.nan_to_num(np.exp(log_density(host, row, theta, x))) * row.cost(np, x)).sum()
+
+
+@pytest.mark.parametrize(("host", "row"), rows())
+def test_unbiased(host, row):
+    """The integral of p (u phi' + psi phi) is the derivative of E[phi]."""
+    step = 1e-3
+    truth = sum(
+        c * (mean_cost(host, row, row.theta + k * step) - mean_cost(host, row, row.theta - k * step)) for k, c in STENCIL.items()
+    )
+    x, w = grid(row, row.theta)
+    p = np.nan_to_num(np.exp(log_density(host, row, row.theta, x)))
+    seen = w * p * (1 + abs(x)) > 1e-14
+    x, w, p = x[seen], w[seen], p[seen]
+    u, psi, _, _ = at(host, row.distribution, row.theta, row.field(), x)
+    slope = np.asarray(jax.vmap(jax.grad(lambda x: row.cost(jnp, x)))(jnp.asarray(x)))
+    estimate = (w * p * (u * slope + psi * row.cost(np, x))).sum()
+    np.testing.assert_allclose(estimate, truth / step, rtol=0, atol=10.0 ** (2 - row.digits))
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.hosts == BOTH])
+def test_hosts_agree(name):
+    row = ROWS[name]
+    (u, psi, *_), (u2, psi2, *_) = (at(host, row.distribution, row.theta, row.field(), row.x) for host in HOSTS.values())
+    np.testing.assert_allclose(u, u2, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(psi, psi2, rtol=1e-10, atol=1e-10 if row.digits == 8 else 10.0**-row.digits)
+
+
+# ---- vectors
+
+TRIL = [[0.6, 0.0, 0.0], [0.4, 0.8, 0.0], [-0.3, 0.5, 0.9]]
+MVN_X = np.array([[0.3, -0.2, 0.5], [1.1, 0.4, -1.2]])
+
+
+def along_tril(h, t):
+    """Cholesky factors that all move."""
+    return h.array(TRIL) + t[..., None, None] * h.array([[0.3, 0.0, 0.0], [1.0, 0.2, 0.0], [-0.5, 0.7, 0.4]])
+
+
+def mvn(said):
+    def distribution(h, t):
+        loc, tril = t[..., None] * h.array([1.0, -0.5, 0.2]), along_tril(h, t)
+        if said == "scale_tril":
+            return h.dist.MultivariateNormal(loc, scale_tril=tril)
+        covariance = tril @ tril.mT
+        return h.dist.MultivariateNormal(loc, **{said: covariance if said == "covariance_matrix" else h.math.linalg.inv(covariance)})
+
+    return distribution
+
+
+def turn(p, dtheta):
+    """An antisymmetric part that reads the parameters and is linear in dtheta."""
+    d = dtheta.of(lambda p: p.scale_tril)
+    return d @ p.scale_tril.mT + 2 * d
+
+
+def dirichlet(h, t):
+    return h.dist.Dirichlet(h.array([1.4, 2.1, 0.8]) + t[..., None] * h.array([1.0, -0.5, 0.3]))
+
+
+def product_mixture(h, t):
+    logits = h.array([0.3, -0.2, 0.1]) + t[..., None] * h.array([1.0, -0.4, 0.2])
+    logits = logits - h.math.log(h.math.exp(logits).sum(-1))[..., None]  # as Pyro normalises them
+    locs = h.array([[-1.0, 0.4, 0.2], [0.8, -0.6, 0.0], [0.1, 1.2, -0.5]]) + t[..., None, None] * h.array([[1.0], [0.5], [-0.5]])
+    scales = h.array([[1.3, 1.1, 0.8], [0.9, 1.5, 1.0], [0.7, 0.6, 1.2]]) + 0 * locs
+    return h.dist.MixtureSameFamily(h.dist.Categorical(logits=logits), h.dist.Normal(locs, scales).to_event(1))
+
+
+VECTORS = {
+    **{
+        f"MVN {said}": (mvn(said), fields.multivariate_normal, MVN_X)
+        for said in ("scale_tril", "covariance_matrix", "precision_matrix")
+    },
+    "MVN transport": (mvn("scale_tril"), fields.multivariate_normal_transport, MVN_X),
+    "MVN transport covariance": (mvn("covariance_matrix"), fields.multivariate_normal_transport, MVN_X),
+    "MVN null": (mvn("scale_tril"), lambda: fields.multivariate_normal(turn), MVN_X),
+    "MVN transport null": (mvn("precision_matrix"), lambda: fields.multivariate_normal_transport(turn), MVN_X),
+    "MVN scaled": (mvn("scale_tril"), lambda: fields.scaled(0.4, fields.multivariate_normal()), MVN_X),
+    "MVN masked": (
+        mvn("scale_tril"),
+        lambda: fields.masked(lambda x, p: 1 / (1 + (x**2).sum(-1)), fields.multivariate_normal()),
+        MVN_X,
+    ),
+    "MVN summed with automatic": (
+        mvn("scale_tril"),
+        lambda: fields.summed(fields.multivariate_normal(), lambda x, p, dtheta: x**2 * dtheta.loc),
+        MVN_X,
+    ),
+    "Dirichlet": (dirichlet, fields.dirichlet, np.array([[0.2, 0.5, 0.3], [0.05, 0.05, 0.9]])),
+    "Dirichlet scaled": (dirichlet, lambda: fields.scaled(0.5, fields.dirichlet()), np.array([[0.2, 0.5, 0.3]])),
+    "product mixture": (product_mixture, fields.mixture, MVN_X),
+    "product mixture, averaged": (product_mixture, lambda: fields.mixture([(0, 1, 2), (2, 0, 1), (1, 0, 2)]), MVN_X),
+    "product mixture, field of the components": (
+        product_mixture,
+        lambda: fields.mixture(components=fields.location_scale()),
+        MVN_X,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_transport_equation_of_vectors(host, name):
+    distribution, field, x = VECTORS[name]
+    directions = np.eye(x.shape[-1])
+    if name.startswith("Dirichlet"):  # in the chart without the last coordinate
+        directions = (directions - directions[-1])[:-1]
+    psi, expected = psi_by_definition(host, distribution, 0.1, field(), x, directions, step=1e-3 if "Dirichlet" in name else 1e-2)
+    np.testing.assert_allclose(psi, expected, rtol=0, atol=1e-8)
+    if field().divergence == "pathwise":
+        np.testing.assert_allclose(expected, 0.0, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name in VECTORS if "summed" not in name])
+def test_divergence_of_vectors_against_automatic(host, name):
+    distribution, field, x = VECTORS[name]
+    psi = at(host, distribution, 0.1, field(), x)[1]
+    np.testing.assert_allclose(at(host, distribution, 0.1, replace(field(), divergence=None), x)[1], psi, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_hosts_agree_on_vectors(name):
+    distribution, field, x = VECTORS[name]
+    (u, psi, *_), (u2, psi2, *_) = (at(host, distribution, 0.1, field(), x) for host in HOSTS.values())
+    np.testing.assert_allclose(u, u2, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(psi, psi2, rtol=1e-10, atol=1e-10)
+
+
+def test_the_dirichlet_field_is_tangent(host):
+    u = at(host, dirichlet, 0.1, fields.dirichlet(), np.array([[0.2, 0.5, 0.3], [1e-8, 1e-8, 1 - 2e-8]]))[0]
+    np.testing.assert_allclose(u.sum(-1), 0.0, atol=1e-15)
+
+
+# ---- the quadrature over a wide range of shapes
+
+
+@pytest.mark.parametrize("a", [0.01, 0.1, 0.7, 2.0, 30.0, 1000.0])
+def test_implicit_gamma_over_shapes(host, a):
+    """Against JAX's derivative, right to 1e-13, from quantile 1e-6 to 1 - 1e-6."""
+    y = np.maximum(special.gammaincinv(a, np.array([1e-6, 0.05, 0.3, 0.5, 0.7, 0.95, 1 - 1e-6])), 1e-250)
+    expected = jax.lax.random_gamma_grad(jnp.full(y.shape, a), jnp.asarray(y))
+    u = fields._gamma_implicit(TARGETS[host.name][0], host.array(a), host.array(y))
+    np.testing.assert_allclose(np.asarray(u), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("a", [0.05, 0.5, 3.0, 100.0])
+@pytest.mark.parametrize("b", [0.05, 0.5, 3.0, 300.0])
+def test_implicit_beta_over_shapes(host, a, b):
+    """The flux p u is minus the derivative of the cdf, by differences of SciPy's."""
+    x = special.betaincinv(a, b, np.array([0.01, 0.2, 0.5, 0.8, 0.99]))
+    x = x[(x > 1e-200) & (x < 1 - 1e-9)]
+    step = 0.02 * min(a, a**0.5)
+    slope = sum(c * (special.betainc(a + k * step, b, x) - special.betainc(a - k * step, b, x)) for k, c in STENCIL.items()) / step
+    u = np.asarray(fields._beta_implicit(TARGETS[host.name][0], *(host.array(v) for v in (a, b, x, 1 - x))))
+    log_flux = a * np.log(x) + b * np.log1p(-x) - special.betaln(a, b)
+    np.testing.assert_allclose(-u * np.exp(log_flux), slope, rtol=1e-8, atol=1e-10)
+
+
+# ---- what is refused, and what is told from the truth
+
+
+REFUSED = {
+    "another family": (
+        lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)),
+        fields.location_scale,
+        r"site 'x': the field location_scale\(\) is for Normal, .*; found Gamma",
+    ),
+    "another family in a combination": (
+        lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)),
+        lambda: fields.scaled(0.5, fields.beta_implicit()),
+        r"site 'x': the field scaled\(0.5, beta_implicit\(\)\) is for Beta; found Gamma",
+    ),
+    "half of a field at a moving bound": (
+        lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t),
+        lambda: fields.scaled(0.5, fields.uniform()),
+        "site 'x': a Flow field that is not known to ride the moving bound is biased",
+    ),
+    "components that are no products": (
+        lambda h, t: h.dist.MixtureSameFamily(
+            h.dist.Categorical(logits=t[..., None] * h.array([1.0, 0.0])),
+            h.dist.MultivariateNormal(t[..., None, None] + h.array([[0.0, 0.0], [1.0, 1.0]]), scale_tril=h.array(np.eye(2))),
+        ),
+        fields.mixture,
+        "site 'x': .*mixture.. needs scalar components .* found MultivariateNormal",
+    ),
+    "another family of components": (
+        lambda h, t: normal_mixture(h, t, t),
+        lambda: fields.mixture(components=fields.gamma_implicit()),
+        "site 'x': the field gamma_implicit.. is for Gamma; found Normal",
+    ),
+    "no cdf": (dirichlet, fields.implicit, "site 'x': .*needs a cdf, but Dirichlet has none"),
+    "a mask that mixes coordinates": (
+        lambda h, t: h.dist.Normal(t, h.array(1.0)),
+        lambda: fields.masked(lambda x, p: x - x.mean(), fields.location_scale()),
+        "site 'x': the mask must be elementwise",
+    ),
+    "an unknown parameter": (
+        lambda h, t: h.dist.Normal(t, h.array(1.0)),
+        lambda: fields.per_element(mean=lambda x, p: 1.0),
+        "site 'x': Normal has no parameter 'mean'; its parameters are: loc, scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(host, what):
+    distribution, field, message = REFUSED[what]
+    x = np.array([[0.2, 0.3, 0.5]] if what == "no cdf" else [[0.2, 0.3]] if "products" in what else [0.2, 0.5])
+    with pytest.raises(ValueError, match=message):
+        at(host, distribution, 0.3, field(), x)
+
+
+def test_a_truncated_cauchy_is_no_truncated_normal():
+    with pytest.raises(ValueError, match="site 'x': the field truncated_normal.. is for a truncated Normal; found one of Cauchy"):
+        at(HOSTS["numpyro"], ROWS["TruncatedCauchy low implicit()"].distribution, -0.8, fields.truncated_normal(), [0.1])
+
+
+def test_arguments():
+    with pytest.raises(TypeError, match="no divergence beside a Field"):
+        Flow(fields.location_scale(), divergence="pathwise")
+    with pytest.raises(TypeError, match=r"mixture takes a pathwise field for its components; found gamma_g_rep\(\)"):
+        fields.mixture(components=fields.gamma_g_rep())
+
+
+def test_a_wrong_field_is_rejected(host):
+    """A mask without its gradient term, and u_loc = 1 for a truncated support, do not solve their equation."""
+    row = ROWS["Normal scale masked"]
+    naive = fields.masked(lambda x, p: x**2 / (1 + x**2), fields.location_scale())
+    naive = replace(naive, divergence=lambda x, p, dtheta: x**2 / (1 + x**2) * dtheta.scale / p.scale)
+    psi, expected = psi_by_definition(host, row.distribution, row.theta, naive, np.add(row.x, 0.2))
+    assert np.all(np.abs(psi - expected) > 1e-3)
+    wrong = replace(fields.gamma_one_moment(), divergence="pathwise")
+    row = ROWS["Gamma concentration gamma_one_moment()"]
+    psi, expected = psi_by_definition(host, row.distribution, row.theta, wrong, row.x)
+    assert np.all(psi == 0)
+    assert np.all(np.abs(expected) > 1e-3)
+
+
+def test_constant_parameters_cost_nothing():
+    """Only the parameters that carry a derivative are asked for their field."""
+    host, asked = HOSTS["pyro"], []
+
+    def u(ops, x, p):
+        asked.append(p)
+        return x
+
+    field = fields._pathwise("asked", ("Normal",), loc=u, scale=lambda ops, x, p: (x - p.loc) / p.scale)
+    at(host, lambda h, t: h.dist.Normal(h.array(0.3), t), 1.2, field, [0.1])
+    assert not asked
+
+
+# ---- mixtures in Pyro: exact expectations under MixtureOfDiagNormals of two components at (-1, 0) and (1, 0.5) with unit scales
+
+
+@pytest.mark.parametrize(("coordinate", "exact", "of_pyro"), [(0, 0.0, -0.055), (1, -0.0588, -0.0038)])
+def test_where_the_mixtures_of_pyro_are_wrong(coordinate, exact, of_pyro):
+    """The derivative of E[x_i^2] in the first mixing logit: right with the field, wrong with Pyro's own sampler."""
+    host, n = HOSTS["pyro"], 200_000
+    locs = host.array([[-1.0, 0.0], [1.0, 0.5]])
+    logits = host.array([0.2, -0.3])
+    pi = torch.softmax(logits, -1)
+    truth = float(pi[0] * (locs[0] ** 2 - (pi[:, None] * locs**2).sum(0))[coordinate])
+    assert abs(truth - exact) < 3e-3
+
+    def gradient(x, leaf):
+        (x[..., coordinate] ** 2).sum().backward()
+        return leaf.grad[:, 0].numpy()
+
+    torch.manual_seed(0)
+    leaf = logits.expand(n, 2).clone().requires_grad_()
+    p = host.dist.MixtureSameFamily(host.dist.Categorical(logits=leaf), host.dist.Normal(locs.expand(n, 2, 2), 1.0).to_event(1))
+    ops, target_of = TARGETS["pyro"]
+    draw = attach(ops, target_of("x", p, enters=True), Flow(fields.mixture()), p.sample())
+    assert draw.score is None
+    ours = gradient(draw.value, leaf)
+    assert abs(ours.mean() - truth) < 5 * ours.std() / np.sqrt(n)
+
+    leaf = logits.expand(n, 2).clone().requires_grad_()
+    pyros = gradient(host.dist.MixtureOfDiagNormals(locs.expand(n, 2, 2), torch.ones(n, 2, 2), leaf).rsample(), leaf)
+    assert abs(pyros.mean() - truth) > 10 * pyros.std() / np.sqrt(n)
+    assert abs(pyros.mean() - of_pyro) < 5e-3

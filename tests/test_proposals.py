@@ -1,0 +1,243 @@
+"""The library of sampling densities: each integrates to 1, is what its sampler draws from, and weighs right."""
+
+import math
+from itertools import pairwise
+
+import jax
+import numpy as np
+import pytest
+import torch
+from cases import CASES, EXACT
+from hosts import HOSTS, chain
+from test_exact import z_scores
+from test_fields import nodes
+from test_parity import attached
+
+from flowvi import LR, Flow, fields, proposals
+
+N = 20_000
+LOC = {"loc": 0.3, "scale": 1.2}
+THETA = {
+    **dict.fromkeys(("Normal", "Laplace", "Logistic", "Cauchy", "LogNormal"), LOC),
+    "StudentT": {"df": 3.5, **LOC},
+    "HalfNormal": {"scale": 1.2},
+    "Exponential": {"rate": 1.4},
+    "Gamma": {"concentration": 1.7, "rate": 1.2},
+    "Weibull": {"scale": 1.3, "concentration": 1.8},
+    "Beta": {"concentration1": 1.6, "concentration0": 1.4},
+    "VonMises": {"loc": 0.5, "concentration": 1.8},
+}
+SYMMETRIC = ("Normal", "Laplace", "Logistic", "Cauchy", "StudentT")
+ROWS = {
+    **{(f, f"tempered {t}"): proposals.tempered(t) for f in proposals.TEMPERED if f in THETA for t in (0.7, 2.0)},
+    **{(f, "student_t"): proposals.student_t(4.0) for f in SYMMETRIC},
+    **{
+        (f, f"slice_by_{by} {e}"): getattr(proposals, f"slice_by_{by}")(e)
+        for f in SYMMETRIC
+        for by in ("mass", "height")
+        for e in (0, 0.2)
+    },
+    **{(f, "optimal loc"): proposals.optimal("loc", epsilon=0) for f in SYMMETRIC},
+    **{
+        (f, f"optimal stretch {e}"): proposals.optimal(s.parameter, epsilon=e) for f, s in proposals.STRETCHED.items() for e in (0, 0.1)
+    },
+    ("Normal", "defensive"): proposals.defensive(lambda p: type(p)(p.loc + 1.0, 0.5 * p.scale), epsilon=0.3),
+}
+SUPPORT = {
+    "Beta": (0, 1),
+    "VonMises": (-math.pi, math.pi),
+    **dict.fromkeys(("HalfNormal", "Exponential", "Gamma", "Weibull", "LogNormal"), (0, math.inf)),
+}
+LOGISTIC = 1.2 * 1.5434046384182085
+BREAKS = (0.3 - LOGISTIC, -0.9, 0.3, 0.71428571428571, 1.2, 1.3, 1.41666666666667, 1.5, 0.3 + LOGISTIC, 4.0)
+
+
+def distribution(host, family, shape=()):
+    theta = {k: host.array(np.full(shape, v)) for k, v in THETA[family].items()}
+    return getattr(host.dist, family)(**theta)
+
+
+def density(host, q):
+    def f(x):
+        return np.exp(np.asarray(q.log_prob(host.array(x))))
+
+    return f
+
+
+def cdf(host, family, q, at):
+    """The cdf of q at some points, and its total, by quadrature between points at which a density may have a kink."""
+    low, high = SUPPORT.get(family, (-math.inf, math.inf))
+    ends = sorted({low, high, *at, *(b for b in BREAKS if low < b < high)})
+    rules = [nodes(a, b) for a, b in pairwise(ends)]
+    x, w = (np.concatenate(part) for part in zip(*rules, strict=True))
+    mass = np.where((x > low) & (x < high), w * np.nan_to_num(density(host, q)(np.clip(x, low + 1e-300, high))), 0.0)
+    below = np.concatenate([[0.0], np.cumsum(mass.reshape(len(rules), -1).sum(-1))])
+    return below[np.searchsorted(ends, at)], below[-1]
+
+
+def draw(host, q, n, seed=0):
+    if host.name == "numpyro":
+        return np.asarray(q.expand((n,)).sample(jax.random.key(seed)))
+    torch.manual_seed(seed)
+    return q.expand((n,)).sample().numpy()
+
+
+@pytest.mark.parametrize(("family", "name"), ROWS, ids=str)
+def test_density_and_sampler(host, family, name):
+    """The density integrates to 1; the share of samples below each of some points is its cdf there."""
+    q = ROWS[family, name](distribution(host, family))
+    x = draw(host, q, N)
+    points = np.quantile(x, [0.02, 0.2, 0.4, 0.5, 0.7, 0.97])
+    expected, total = cdf(host, family, q, points)
+    assert abs(total - 1) < (1e-6 if family in ("VonMises", "Cauchy", "StudentT") else 1e-8)
+    z = ((x[:, None] < points).mean(0) - expected) / np.sqrt(expected * (1 - expected) / N)
+    assert np.all(np.abs(z) < 5)
+
+
+@pytest.mark.parametrize(("family", "name"), ROWS, ids=str)
+def test_weight(host, family, name):
+    """The log weight is log p - log q, and its mean under q is 1; in batches as at one point."""
+    q, p = ROWS[family, name](distribution(host, family, (3,))), distribution(host, family, (3,))
+    x = np.array([0.31, 0.62, 0.91])
+    theta = {k: np.full(3, v) for k, v in THETA[family].items()}
+    _, log_weight, _ = attached(host, family, theta, lambda h: LR(q=ROWS[family, name]), x)
+    expected = np.asarray(p.log_prob(host.array(x))) - np.asarray(q.log_prob(host.array(x)))
+    np.testing.assert_allclose(log_weight, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("family", "name"), [key for key in ROWS if key[0] != "VonMises"], ids=str)
+def test_hosts_agree(family, name):
+    x = [0.31, 0.62, 0.91]
+    densities = [np.asarray(ROWS[family, name](distribution(h, family)).log_prob(h.array(x))) for h in HOSTS.values()]
+    np.testing.assert_allclose(*densities, rtol=1e-10, atol=1e-10)
+
+
+FORMULAS = {
+    "slice_by_mass": (proposals.slice_by_mass(0), lambda z, p: z**2 * p),
+    "slice_by_height": (proposals.slice_by_height(0), lambda z, p: abs(z) * p * math.sqrt(math.pi / 2)),
+    "optimal scale": (proposals.optimal("scale", 0), lambda z, p: abs(z**2 - 1) * p / (4 * math.exp(-0.5) / math.sqrt(2 * math.pi))),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_densities_of_a_normal(host, name):
+    q, formula = FORMULAS[name]
+    p, x = distribution(host, "Normal"), np.array([-1.7, 0.4, 2.9])
+    expected = formula((x - 0.3) / 1.2, density(host, p)(x))
+    np.testing.assert_allclose(density(host, q(p))(x), expected, rtol=1e-12)
+
+
+SECOND_MOMENTS = {  # of LR at the constant cost 1, over that at q = p
+    ("Normal", "loc"): 2 / math.pi,
+    ("Normal", "scale"): 8 / (math.e * 2 * math.pi),
+    ("Exponential", "rate"): 4 / math.e**2,
+    ("Laplace", "loc"): 1.0,
+}
+
+
+@pytest.mark.parametrize(("family", "parameter"), SECOND_MOMENTS, ids=str)
+def test_optimal_is_as_good_as_it_says(host, family, parameter):
+    """Under the optimal density |w psi| is constant; its square is the ratio of second moments times the Fisher information."""
+    x = np.array([0.31, 0.62, 2.91])
+    theta = {k: np.full(3, v) for k, v in THETA[family].items()}
+    q = proposals.optimal(parameter, epsilon=0)
+
+    def weighted_score(e):
+        _, log_weight, gradient = attached(host, family, theta, lambda h: LR(q=q), x)
+        ramp = np.linspace(-1.0, 2.0, 3)  # by which attached weighs the scores
+        return np.exp(log_weight) * gradient[parameter] / ramp
+
+    fisher = {("Normal", "loc"): 1, ("Normal", "scale"): 2, ("Exponential", "rate"): 1, ("Laplace", "loc"): 1}[family, parameter]
+    unit = THETA[family]["rate" if family == "Exponential" else "scale"]
+    expected = math.sqrt(SECOND_MOMENTS[family, parameter] * fisher) / unit
+    np.testing.assert_allclose(np.abs(weighted_score(0)[[0, 2]]), expected, rtol=1e-10)
+
+
+def wide(h, p):
+    return h.dist.Normal(p.loc, 1.3 * p.scale)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_vectors(host, shape):
+    """Events keep their dims: a defensive mixture picks whole vectors, and tempered and student_t serve a MultivariateNormal."""
+    tril = host.array([[0.6, 0.0], [0.4, 0.8]]) + host.array(np.zeros((*shape, 1, 1)))
+    p = host.dist.MultivariateNormal(host.array(np.zeros((*shape, 2))), scale_tril=tril)
+    for q in (proposals.tempered(2.0), proposals.student_t(5.0), proposals.defensive(proposals.tempered(2.0), 0.5)):
+        d = q(p)
+        assert tuple(d.batch_shape) == shape
+        assert tuple(d.event_shape) == (2,)
+        x = draw(host, d, 4) if not shape else np.zeros((3, 2))
+        assert np.asarray(d.log_prob(host.array(x))).shape == (x.shape[0],)
+    np.testing.assert_allclose(
+        np.asarray(proposals.tempered(2.0)(p).log_prob(host.array(np.ones(2)))),
+        np.asarray(host.dist.MultivariateNormal(p.loc, scale_tril=math.sqrt(2) * tril).log_prob(host.array(np.ones(2)))),
+        rtol=1e-12,
+    )
+
+
+DISCRETE = {
+    "Poisson": (lambda h: h.dist.Poisson(h.array(2.0)), lambda h: h.dist.Poisson(h.array(math.sqrt(2.0)))),
+    "Bernoulli": (lambda h: h.dist.Bernoulli(logits=h.array(0.8)), lambda h: h.dist.Bernoulli(logits=h.array(0.4))),
+    "Categorical": (
+        lambda h: h.dist.Categorical(logits=h.array([0.8, -0.4])),
+        lambda h: h.dist.Categorical(logits=h.array([0.4, -0.2])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_tempered_discrete(host, name):
+    p, expected = (make(host) for make in DISCRETE[name])
+    x = host.array([0.0, 1.0, 1.0]) if name != "Categorical" else (np.array([0, 1]) if host.name == "numpyro" else torch.tensor([0, 1]))
+    np.testing.assert_allclose(np.asarray(proposals.tempered(2.0)(p).log_prob(x)), np.asarray(expected.log_prob(x)), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("q", "family", "message"),
+    [
+        (proposals.tempered(2.0), "Cauchy", "tempered is for Normal, .*; found Cauchy"),
+        (proposals.student_t(4.0), "Gamma", "student_t is for .*MultivariateNormal; found Gamma"),
+        (proposals.slice_by_mass(), "Gamma", "slice_by_mass is for Normal, .*; found Gamma"),
+        (proposals.optimal("concentration"), "Gamma", "optimal.'concentration'. is for Normal.loc, .*Gamma.rate; found Gamma"),
+        (proposals.optimal("loc"), "LogNormal", "optimal.'loc'. is for .*; found LogNormal"),
+    ],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_refused(host, q, family, message):
+    with pytest.raises(ValueError, match=message):
+        q(distribution(host, family))
+
+
+def test_defensive_needs_a_share():
+    with pytest.raises(ValueError, match="epsilon between 0 and 1, found 1.5"):
+        proposals.defensive(lambda p: p, 1.5)
+
+
+def test_a_wrong_density_is_rejected(host):
+    """A density that is not that of its sampler puts the estimate where the z-score sees it."""
+    case, exact = CASES["normal-scale-square"], EXACT["normal-scale-square"]
+
+    class Wrong(proposals._Slice):
+        def log_prob(self, ops, parts, x):
+            return super().log_prob(ops, parts, x) + 0.1
+
+    q = proposals.defensive(lambda p: proposals._host(p).Proposal(Wrong("height"), p))
+    for wrong, estimator in (
+        (True, LR(q=q)),
+        (False, LR(q=proposals.slice_by_height())),
+        (False, Flow(fields.location_scale(), q=proposals.slice_by_height())),
+    ):
+        samples = host.gradients(case.program, 100_000, estimators={"x": estimator})
+        assert (np.abs(z_scores(samples, exact["gradient"], samples.var(0))) > 5).all() == wrong
+
+
+def test_in_a_plate_inside_an_event(host):
+    """A proposal expands with the site."""
+    program = chain(
+        0.3,
+        {"x": lambda h, t, v: h.dist.Normal(t[0][..., None] + h.array([0.0, 1.0, 2.0]), h.array(1.2)).to_event(1)},
+        {"x": lambda h, t, v: (v["x"] ** 2).sum(-1)},
+    )
+    for q in (proposals.slice_by_height(), proposals.student_t(6.0), proposals.optimal("scale")):
+        samples = host.gradients(program, 40_000, estimators={"x": LR(q=q)})
+        assert abs(z_scores(samples, 2 * (3 * 0.3 + 3), samples.var(0))) < 5
