@@ -400,10 +400,7 @@ class Flow(Estimator):
         if self.velocity is None or not self._field.rides:
             _refuse_moving_support(target, "a Flow field that is not known to ride the moving bound")
         velocity, divergence = self._elementwise(ops, target, x) if self.velocity is None else self._general(ops, target, x)
-        if target.validate:
-            ok = ops.all_finite(velocity) if divergence is None else ops.all_finite(velocity.sum() + divergence.sum())
-            target.check(ops, ok, "the velocity field or its divergence is NaN or infinite at a sample.")
-        value = x + ops.tether(velocity)
+        value = x + velocity
         if self.psi_is_zero(target):
             return Draw(target.push(value))
         log_prob = target.to_batch(target.p.log_prob(value))
@@ -411,7 +408,10 @@ class Flow(Estimator):
         return Draw(target.push(value), score, log_prob=log_prob)
 
     def _elementwise(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array | None]:
-        """The velocity and its divergence (None for constant fields) as far as their derivatives go: u_i theta_i for u_i dtheta_i."""
+        """The velocity and its divergence (None for constant fields), of value 0 and linear in dtheta.
+
+        The divergence of an elementwise u_i is u_i'(x) dtheta_i: the derivative of u_i along dtheta_i.
+        """
         if chart := target.chart():
             target.refuse(
                 f"a field per parameter cannot stay on a support of lower dimension ({chart}); "
@@ -428,14 +428,18 @@ class Flow(Estimator):
                     f"{tuple(x.shape)}; use the general form Flow(velocity)."
                 )
 
-            def u_at(x: Array, p: Any, u=u, name=name) -> Array:
-                return target.in_shape(ops, u(x, p), x, f"the velocity of '{name}'")
-
-            target.check_elementwise(ops, u_at, x, f"the velocity of '{name}'")
-            at_x, slope = ops.derivative(partial(u_at, p=target.p0), x, live=False)
-            velocity = at_x * theta if velocity is None else velocity + at_x * theta
-            if slope is not None:
-                divergence = slope * theta if divergence is None else divergence + slope * theta
+            dtheta = ops.tether(theta)
+            at_x = u(x, target.p0)
+            if not isinstance(at_x, int | float):  # a number is a constant field
+                what = f"the velocity of '{name}'"
+                at_x = target.in_shape(ops, at_x, x, what)
+                target.check_elementwise(ops, u, x, what)
+                if target.validate and target.first_use:
+                    _check_finite(ops, target, ops.derivative(partial(_field_at, ops, target, u), x, live=False)[1])
+                along = ops.asarray(u(x + dtheta, target.p0), x) - at_x
+                divergence = along if divergence is None else divergence + along
+            velocity = at_x * dtheta if velocity is None else velocity + at_x * dtheta
+        _check_finite(ops, target, velocity)
         return velocity, None if divergence is None else target.sum_event(divergence)
 
     def _general(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array | None]:
@@ -453,10 +457,12 @@ class Flow(Estimator):
             velocity, divergence = dx(x), None
         else:
             velocity, divergence = target.divergence(ops, dx, x)
+        _check_finite(ops, target, velocity)
+        _check_finite(ops, target, divergence)
         if target.validate:
             ok = ops.is_close(velocity, 0 * x)
             target.check(ops, ok, "velocity(x, p, dtheta) must be linear in dtheta, but is not 0 at dtheta = 0.")
-        return velocity, divergence
+        return ops.tether(velocity), divergence
 
 
 @dataclass(frozen=True, repr=False)
@@ -493,6 +499,16 @@ def _require_baseline(baseline: Any, what: str) -> SiteBaseline:
     if not isinstance(baseline, Baseline | None) and baseline != "plate":
         raise TypeError(f"{what}: expected baseline=flowvi.Baseline(fn, *inputs), 'plate' or None, found {baseline!r}.")
     return baseline
+
+
+def _field_at(ops: Ops, target: Target, u: Callable[[Array, Any], Array], x: Array) -> Array:
+    return ops.asarray(u(x, target.p0), x)
+
+
+def _check_finite(ops: Ops, target: Target, a: Array | None) -> None:
+    """Of a velocity, of its divergence or its slope; None is 0."""
+    if target.validate and a is not None:
+        target.check(ops, ops.all_finite(a), "the velocity field or its divergence is NaN or infinite at a sample.")
 
 
 def _detached(ops: Ops, value: Any) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from flowvi.ops import Array, Ops
@@ -117,11 +118,11 @@ def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: LeaveO
     Returns:
         Scalars, by statement or under ``ALL``; their sum has the value of the objective and the derivative of the estimator.
     """
-    terms = {name: cost.sum() / num_particles if num_particles > 1 else cost for name, cost in particles.costs.items()}
+    terms = {name: cost.sum() if num_particles > 1 else cost for name, cost in particles.costs.items()}
     for name, credit in particles.credits.items():
         key = ALL if ALL in terms else name
-        terms[key] = terms[key] + _score_term(ops, credit, baseline if num_particles > 1 else None) / num_particles
-    return terms
+        terms[key] = terms[key] + _score_term(ops, credit, baseline if num_particles > 1 else None)
+    return {name: term / num_particles for name, term in terms.items()} if num_particles > 1 else terms
 
 
 def _score_term(ops: Ops, credit: Credit, baseline: LeaveOneOut) -> Array:
@@ -133,17 +134,26 @@ def _score_term(ops: Ops, credit: Credit, baseline: LeaveOneOut) -> Array:
     if baseline == "loo" and cost.shape[0] > 1:
         others = (cost.sum(axis=0, keepdims=True) - cost) / (cost.shape[0] - 1)
         cost = cost - (others if weight is None else weight * others)
-    return (score * cost).sum()
+    term = score * cost
+    return term.sum() if term.ndim else term
 
 
 def sum_to(x: Array, frames: Iterable[Frame]) -> Array:
     """Sum over every batch dim that is not the dim of one of ``frames``, and drop leading dims of size 1."""
-    kept = {frame.dim for frame in frames}
-    axes = tuple(dim for dim in range(-x.ndim, 0) if dim not in kept and x.shape[dim] != 1)
+    axes, shape = _summed(x.shape, frozenset(frames))
     if axes:
-        x = x.sum(axis=axes, keepdims=True)
-    ones = next((i for i, size in enumerate(x.shape) if size != 1), x.ndim)
-    return x.reshape(x.shape[ones:]) if ones else x
+        x = x.sum(axis=axes, keepdims=True) if shape else x.sum()
+    return x if x.shape == shape else x.reshape(shape)
+
+
+@lru_cache(maxsize=256)  # the same at every step of most programs
+def _summed(shape: tuple[int, ...], frames: frozenset[Frame]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes over which an array of ``shape`` is summed, and the shape that is left."""
+    kept = {frame.dim for frame in frames}
+    axes = tuple(dim for dim in range(-len(shape), 0) if dim not in kept and shape[dim] != 1)
+    left = tuple(shape[dim] if dim in kept else 1 for dim in range(-len(shape), 0))
+    ones = next((i for i, size in enumerate(left) if size != 1), len(left))
+    return axes, left[ones:]
 
 
 def _weight(ops: Ops, sites: dict[str, Site], ancestors: frozenset[str], frames: frozenset[Frame]) -> Array | None:
@@ -157,6 +167,8 @@ def _weight(ops: Ops, sites: dict[str, Site], ancestors: frozenset[str], frames:
 def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array, shares: list[_Share]) -> Credit:
     score = sum_to(site.draw.score, site.frames)
     weight = _weight(ops, sites, site.ancestors, site.frames)
+    if weight is None and site.draw.baseline is None and score.shape == cost.shape:
+        return Credit(score, cost, None, None)
     shape = ops.broadcast_shapes(score.shape, cost.shape, *(() if weight is None else (weight.shape,)))
     baseline = site.draw.baseline
     if isinstance(baseline, str):

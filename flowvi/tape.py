@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,8 +18,7 @@ class Frame(NamedTuple):
     size: int
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """One cost: the log density of a sample or factor statement, signed, scaled and masked, not yet summed.
 
     Attributes:
@@ -36,8 +34,7 @@ class Term:
     ancestors: frozenset[str]
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """One random choice of the guide whose draw has a score or a weight.
 
     Attributes:

@@ -240,13 +240,13 @@ class Target(ABC):
             self.refuse(
                 f"{what} must have the shape of x or one that broadcasts to it, expected {tuple(x.shape)}, found {tuple(u.shape)}."
             )
-        return ops.broadcast_to(u, x.shape)
+        return u if u.shape == x.shape else ops.broadcast_to(u, x.shape)
 
     def check_elementwise(self, ops: Ops, f: Callable[[Array, Any], Array], x: Array, what: str) -> None:
         """Refuse an ``f(x, p)`` that reads x at another coordinate, where the host's validation is on."""
         if self.validate and self.first_use and x.ndim:
             with self.probe(x) as (x, p):
-                ok = ops.is_elementwise(lambda x: f(x, p), x)
+                ok = ops.is_elementwise(lambda x: self.in_shape(ops, f(x, p), x, what), x)
             self.check(ops, ok, f"{what} must be elementwise, but at one coordinate it reads x at another; use Flow(velocity).")
 
     def divergence(self, ops: Ops, dx: Callable[[Array], Array], x: Array) -> tuple[Array, Array | None]:
@@ -288,7 +288,7 @@ class Target(ABC):
 
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Whether an array of ``shape`` broadcasts to the shape ``to`` without making it larger."""
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
+    return shape == to or (len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False)))
 
 
 class Tangents:

@@ -217,11 +217,13 @@ def eager(host, distribution, estimator, theta=0.3):
     ("estimator", "message"),
     [
         (lambda h: Flow(loc=lambda x, p: x * float("nan")), "velocity field or its divergence is NaN or infinite"),
+        (lambda h: Flow(loc=lambda x, p: float("nan")), "velocity field or its divergence is NaN or infinite"),
+        (lambda h: Flow(loc=lambda x, p: (0 * x) ** 0.5), "velocity field or its divergence is NaN or infinite"),
         (lambda h: Flow(lambda x, p, dtheta: 1.0 + dtheta.loc), "must be linear in dtheta, but is not 0 at dtheta = 0"),
         (lambda h: ImplicitRP(lambda x, p: 0 * x + p.loc), "dS/dx of the standardization function is 0"),
         (lambda h: LR(q=lambda p: h.dist.Normal(float("nan") * p.loc, p.scale, validate_args=False)), "the weight p/q is not finite"),
     ],
-    ids=["NaN field", "non-linear velocity", "S without x", "infinite weight"],
+    ids=["NaN field", "NaN number", "NaN slope", "non-linear velocity", "S without x", "infinite weight"],
 )
 def test_refused_by_validation(host, estimator, message):
     with pytest.raises(ValueError, match=f"site 'x': .*{message}"):
@@ -241,6 +243,25 @@ def test_a_proposal_that_reads_live_parameters_is_detached(host):
     detached = gradients(lambda p: host.dist.Normal(p.loc, 2 * p.scale))
     of_live = run(host, distribution, LR(q=lambda p: host.dist.Normal(live[0], 2 * p.scale)))
     np.testing.assert_allclose(of_live, detached, rtol=1e-12)
+
+
+@pytest.mark.parametrize("general", [False, True], ids=["per parameter", "general"])
+def test_a_field_that_reads_live_parameters_is_linear_in_dtheta(host, general):
+    """What a field closes over is no part of the flow: its derivative must not reach the gradient."""
+
+    def flow(loc):
+        if general:
+            return Flow(lambda x, p, dtheta: 0.5 * (x - loc(p)) * dtheta.loc)
+        return Flow(loc=lambda x, p: 0.5 * (x - loc(p)))
+
+    live = []
+
+    def distribution(h, t):
+        live[:] = [t]
+        return normal(h, t)
+
+    detached = run(host, normal, flow(lambda p: p.loc))
+    np.testing.assert_allclose(run(host, distribution, flow(lambda p: live[0])), detached, rtol=1e-12)
 
 
 def two_sites(guide_infer=None, model_infer=None, observed_infer=None):

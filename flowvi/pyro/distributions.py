@@ -88,10 +88,10 @@ class PyroTarget(Target):
 
 def draw(target: PyroTarget, estimator: Estimator) -> Draw:
     """Draw at a site from the estimator's proposal and attach derivatives and weight."""
-    with torch.no_grad():
-        q = target.p if estimator.q is None else estimator.proposal(ops, target)[0]
-        x = q.expand(target.batch_shape).sample()
-    return attach(ops, target, estimator, x)
+    q = target.p if estimator.q is None else estimator.proposal(ops, target)[0]
+    if q.batch_shape != target.batch_shape:
+        q = q.expand(target.batch_shape)
+    return attach(ops, target, estimator, q.sample())
 
 
 def unwrap(fn: Any) -> Any:
