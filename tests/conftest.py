@@ -23,3 +23,14 @@ def _fresh_state():
 @pytest.fixture(params=HOSTS)
 def host(request):
     return HOSTS[request.param]
+
+
+# In NumPyro most of the time of a test is compilation. What these say of it is said in Pyro and by the parity of the hosts at the same x.
+SLOW_IN_NUMPYRO = ("test_divergence_against_automatic", "test_divergence_of_vectors_against_automatic", "test_unbiased[")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "numpyro-" in item.name and (item.name.startswith(SLOW_IN_NUMPYRO) or ",_graph-" in item.name):
+            item.add_marker(pytest.mark.slow)

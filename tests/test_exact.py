@@ -80,7 +80,7 @@ def looped_rows():
     quick = ("normal-scale-square", "normal-to-bernoulli", "plate4", "elbo-normal-normal-off", "mvn")
     for parameters in rows():
         name, row = parameters.values
-        marks = [] if name.startswith(quick) and row["q"] != "N(loc,(1.4 scale)^2)" else [pytest.mark.slow]
+        marks = [] if name.startswith(quick) and "graph" not in name and row["q"] != "N(loc,(1.4 scale)^2)" else [pytest.mark.slow]
         yield pytest.param(name, row, id=parameters.id, marks=marks)
 
 

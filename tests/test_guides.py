@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -129,15 +130,16 @@ def of_pyro(elbo, make, model, *args):
     return loss, {name: p.grad.numpy() for name, p in pyro.get_param_store().named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("particles", [1, 3])
-@pytest.mark.parametrize(
-    ("h", "name"),
-    [
-        pytest.param(HOSTS[host], name, id=f"{host}-{getattr(name, '__name__', name)}")
-        for host, names in AUTOGUIDES.items()
-        for name in names
-    ],
-)
+def guides_and_particles():
+    """In NumPyro each is a compilation, so that several particles are left to the slow tests but for one guide."""
+    for host, names in AUTOGUIDES.items():
+        for name, particles in product(names, (1, 3)):
+            slow = host == "numpyro" and particles == 3 and name != "AutoNormal"
+            marks = [pytest.mark.slow] if slow else []
+            yield pytest.param(HOSTS[host], name, particles, id=f"{host}-{getattr(name, '__name__', name)}-{particles}", marks=marks)
+
+
+@pytest.mark.parametrize(("h", "name", "particles"), guides_and_particles())
 def test_autoguides(h, name, particles):
     model = hierarchical(h)
     theirs, ours = library(h).infer.Trace_ELBO(particles), h.flow.TraceFlow_ELBO(particles)
