@@ -25,7 +25,7 @@ def host(request):
     return HOSTS[request.param]
 
 
-# In NumPyro most of the time of a test is compilation. What these say of it is said in Pyro and by the parity of the hosts at the same x.
+# In NumPyro most of the time of a test is compilation. What these say of it is said in Pyro, and the hosts agree at the same x.
 SLOW_IN_NUMPYRO = ("test_divergence_against_automatic", "test_divergence_of_vectors_against_automatic", "test_unbiased[")
 
 

@@ -139,7 +139,7 @@ def guides_and_particles():
             yield pytest.param(HOSTS[host], name, particles, id=f"{host}-{getattr(name, '__name__', name)}-{particles}", marks=marks)
 
 
-@pytest.mark.parametrize(("h", "name", "particles"), guides_and_particles())
+@pytest.mark.parametrize(("h", "name", "particles"), list(guides_and_particles()))
 def test_autoguides(h, name, particles):
     model = hierarchical(h)
     theirs, ours = library(h).infer.Trace_ELBO(particles), h.flow.TraceFlow_ELBO(particles)
