@@ -70,6 +70,8 @@ def bound_particle(
     for name, draw in draws.items():
         if draw.log_weight is not None:
             _refuse(name, "a proposal q would weigh the bound by the joint weight of all particles; use q = p.")
+        if draw.control is not None:
+            _refuse(name, "a control variate has mean 0 under an ELBO only; use TraceFlow_ELBO, or an estimator that does not learn.")
         if draw.baseline is not None:
             _refuse(name, "the bound has a baseline of its own, the leave-one-out bound; remove the baseline of the estimator.")
         if still is not None and draw.score is not None:

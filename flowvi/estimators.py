@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal
 
+from flowvi.control_variates import QuadraticModel
 from flowvi.fields import Field
 from flowvi.ops import Array, Ops
-from flowvi.target import Tangents, Target, broadcasts, unknown_parameter
+from flowvi.target import Learned, Tangents, Target, broadcasts, unknown_parameter
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Draw:
         log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
         log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the score needed it anyway.
         baseline: The estimator's own baseline, with the derivatives of its parameters, or how to find it; None where it has none.
+        control: Batch shape of the site, value 0 and a tangent of mean 0, which the objective adds to its costs; None where absent.
     """
 
     value: Array
@@ -40,6 +42,7 @@ class Draw:
     log_weight: Array | None = None
     log_prob: Array | None = None
     baseline: Array | Literal["plate"] | None = None
+    control: Array | None = None
 
 
 class Baseline:
@@ -123,6 +126,10 @@ class Estimator(ABC):
         object.__setattr__(estimator, "q", None)
         return estimator
 
+    def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
+        """The parameters that it learns at ``target``, by name; the host keeps them and hands them in as ``target.learned``."""
+        return {}
+
     def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:
         """The sampling density (detached, of the shape of x) and whether it may leave the support of p."""
         return (target.p0, False) if self.q is None else target.cover(ops, self.q(target.p0))
@@ -149,6 +156,8 @@ def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
         ok = ops.all_finite(ops.exp(log_weight))
         target.check(ops, ok, "the weight p/q is not finite; the density of q must be positive wherever that of p is.")
     draw = estimator.attach(ops, target, x)
+    if draw.control is not None:
+        draw = replace(draw, control=ops.exp(log_weight) * draw.control)
     return _with_baseline(ops, estimator, replace(draw, log_weight=log_weight))
 
 
@@ -207,15 +216,25 @@ class RP(Estimator):
     u is the velocity of the host's own sampler and psi = 0. With a proposal, the sampler is inverted at the sample of q: through a
     known standardization of the family (location-scale, LogNormal, MultivariateNormal, ...) or through the cdf of a scalar.
 
+    With a control variate, :math:`\nabla_\theta (E_p[f] - f(T(\epsilon;\theta)))` is added, where f is a quadratic model of the
+    cost, whose mean under a Normal is known. Its coefficients are learned while SVI runs, by the user's own optimizer and from the
+    same backward pass: they descend the second moment of the gradient in the site's parameters. They are parameters of the program,
+    so that in NumPyro the guide is passed to ``SVI`` as ``flowvi.numpyro.adaptive(guide, elbo)``.
+
     **Requirements**: a reparameterized sampler with an unbiased derivative, and a cost without jumps in x (on a circle: a periodic
-    one). With ``q``, a known standardization or a differentiable cdf.
+    one). With ``q``, a known standardization or a differentiable cdf. With ``control_variate``, a Normal or MultivariateNormal and
+    reverse-mode differentiation.
 
     Args:
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
         force: Trust the derivative of the host's sampler where its flag denies that there is one.
+        control_variate: ``"quadratic"``: the model couples all coordinates of the site's event, and has their number squared of
+            coefficients; ``"diagonal"``: each by itself. None: no control variate.
 
     Raises:
-        ValueError: At the first run, naming the site, where the sampler has no right derivative or cannot be inverted.
+        TypeError: A control variate that does not exist, or one beside ``q``.
+        ValueError: At the first run, naming the site, where the sampler has no right derivative or cannot be inverted, or where there
+            is no control variate for the family.
 
     Example:
         >>> import flowvi
@@ -223,15 +242,23 @@ class RP(Estimator):
         RP(force=True)
 
     References:
-        Kingma and Welling 2014; Rezende, Mohamed and Wierstra 2014. Parmas and Sugiyama 2021, eq. 19 with psi = 0.
+        Kingma and Welling 2014; Rezende, Mohamed and Wierstra 2014. Parmas and Sugiyama 2021, eq. 19 with psi = 0. Miller, Foti,
+        D'Amour and Adams 2017; Geffner and Domke 2020 (quadratic control variates).
     """
 
     q: Callable[[Any], Any] | None = None
     force: bool = field(default=False, kw_only=True)
+    control_variate: Literal["quadratic", "diagonal"] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        if self.control_variate not in ("quadratic", "diagonal", None):
+            raise TypeError(f"RP: expected control_variate='quadratic', 'diagonal' or None, found {self.control_variate!r}.")
+        if self.control_variate is not None and self.q is not None:
+            raise TypeError("RP takes a control variate or q, found both; the mean of the control variate is known under p only.")
 
     @property
     def uses_sampler(self) -> bool:
-        return self.q is None
+        return self.q is None and self.control_variate is None
 
     def resolve(self, target: Target) -> Estimator:
         if self.q is None and not self.force and (why := target.lacks_rsample()):
@@ -241,8 +268,14 @@ class RP(Estimator):
     def psi_is_zero(self, target: Target) -> bool:
         return True
 
+    def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
+        return {} if self.control_variate is None else QuadraticModel(ops, target, self.control_variate == "diagonal").learns()
+
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
-        return ImplicitRP(target.standardization(ops)).attach(ops, target, x)
+        if self.control_variate is None:
+            return ImplicitRP(target.standardization(ops)).attach(ops, target, x)
+        value, control = QuadraticModel(ops, target, self.control_variate == "diagonal").attach(x)
+        return Draw(target.push(value), control=control)
 
 
 @dataclass(frozen=True, repr=False)

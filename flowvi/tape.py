@@ -62,6 +62,11 @@ def weighty(draws: Mapping[str, Draw]) -> dict[str, Draw]:
     return {name: draw for name, draw in draws.items() if draw.score is not None or draw.log_weight is not None}
 
 
+def control_terms(draws: Mapping[str, Draw]) -> list[Term]:
+    """The draws' control variates as costs. Their means are 0 whatever happened before: no score or weight meets them."""
+    return [Term(name, frozenset(), draw.control, frozenset()) for name, draw in draws.items() if draw.control is not None]
+
+
 class Statement(NamedTuple):
     """A sample statement in program order; statements of one ``block`` (the body of a scan) may depend on each other."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from flowvi.ops import Array, Ops
@@ -70,6 +71,18 @@ class Support(NamedTuple):
         return f"{'integers' if self.discrete else 'numbers'} from {self.lower} to {self.upper}"
 
 
+class Learned(NamedTuple):
+    """A parameter that an estimator learns while SVI runs.
+
+    Attributes:
+        initial: Its initial value. The dims on the left are those of the site's batch shape, at the full sizes of its plates.
+        event_ndim: The number of dims on the right that are no batch dims of the site.
+    """
+
+    initial: Array
+    event_ndim: int
+
+
 class Target(ABC):
     """The distribution of one site as the estimators see it; each host subclasses it once.
 
@@ -87,6 +100,11 @@ class Target(ABC):
         transforms: The transforms entered, in the order in which they act on x.
         validate: Whether the host's validation is on; costly checks run only then.
         first_use: Whether the objective meets this site for the first time; the costliest checks run only then.
+        plate_sizes: The full size of each plate around the site, by (negative) dim of the site's batch shape; the plate of vectorized
+            particles counts as of size 1.
+        learned: The values of the parameters that the estimator learns; None out of an objective's reach.
+        own_density: By how much the objective differentiates the site's own log density in its parameters at a fixed x: the
+            scale and mask of the cost under ``entropy="full"``, else 0.
     """
 
     name: str
@@ -97,6 +115,9 @@ class Target(ABC):
     transforms: list[Any]
     validate: bool
     first_use: bool = True
+    plate_sizes: Mapping[int, int] = MappingProxyType({})
+    learned: dict[str, Array] | None = None
+    own_density: Any = 0.0
 
     @cached_property
     def p0(self) -> Any:
@@ -274,6 +295,40 @@ class Target(ABC):
     def event_shape(self) -> tuple[int, ...]:
         return self.shape[len(self.shape) - self.event_ndim :]
 
+    @property
+    def extra_ndim(self) -> int:
+        """The number of batch dims of x that are event dims of the site."""
+        return len(self.batch_shape) - self.batch_ndim
+
+    @property
+    def site_shape(self) -> tuple[int, ...]:
+        """The batch shape of the site for what is learned: full plates, no particles, without 1s on the left."""
+        return self._at_full_size(self.batch_shape[: self.batch_ndim])
+
+    @property
+    def element_shape(self) -> tuple[int, ...]:
+        """As :attr:`site_shape`, with the batch dims of x that are event dims of the site."""
+        extra = self.batch_shape[self.batch_ndim :]
+        return (*self.site_shape, *extra) if self.site_shape else _without_ones(extra)
+
+    def _at_full_size(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return _without_ones(tuple(self.plate_sizes.get(i - len(shape), size) for i, size in enumerate(shape)))
+
+    def own_density_at(self, ops: Ops, x: Array) -> Array:
+        """:attr:`own_density` in the shape of x."""
+        weight = ops.asarray(self.own_density, x)
+        of_event = self.extra_ndim if weight.ndim <= self.batch_ndim else 0
+        return ops.broadcast_to(weight.reshape((*weight.shape, *(1,) * (of_event + self.event_ndim))), x.shape)
+
+    def read(self, name: str) -> Array:
+        """The value of a parameter that the estimator learns."""
+        if self.learned is None:
+            self.refuse(
+                "an estimator that learns needs its parameters, which are out of reach inside scan or cond and outside of flowvi's "
+                "objectives; use an estimator that does not learn there."
+            )
+        return self.learned[name]
+
     @contextmanager
     def probe(self, x: Array) -> Iterator[tuple[Array, Any]]:
         """A sample and detached parameters with known values, at which user functions can be checked."""
@@ -284,6 +339,12 @@ class Target(ABC):
 
     def refuse(self, message: str) -> NoReturn:
         raise ValueError(f"site '{self.name}': {message}")
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``shape`` without the 1s on its left."""
+    ones = next((i for i, size in enumerate(shape) if size != 1), len(shape))
+    return shape[ones:]
 
 
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

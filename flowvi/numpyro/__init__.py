@@ -8,7 +8,8 @@ except ImportError as error:
 
 from flowvi.numpyro.distributions import Estimated
 from flowvi.numpyro.elbo import TraceFlow_ELBO
+from flowvi.numpyro.handlers import adaptive
 from flowvi.numpyro.renyi import TraceFlow_RenyiELBO
 from flowvi.numpyro.report import gradient_report
 
-__all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "gradient_report"]
+__all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "adaptive", "gradient_report"]

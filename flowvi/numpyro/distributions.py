@@ -212,6 +212,10 @@ class Estimated(dist.Distribution):
 _ATTACHING: ContextVar[bool] = ContextVar("attaching", default=False)
 
 
+def is_attaching() -> bool:
+    return _ATTACHING.get()
+
+
 @contextmanager
 def attaching(on: bool):
     """Whether :class:`Estimated` attaches derivatives when it is sampled: only while one of flowvi's objectives runs."""

@@ -13,7 +13,7 @@ from numpyro.infer import Trace_ELBO
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
-from flowvi.numpyro.run import Program, Run, run_program
+from flowvi.numpyro.run import Program, Run, require_known, run_program
 from flowvi.objectives import Dependencies, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
 
 
@@ -86,7 +86,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         self.entropy: Entropy = entropy
         self.baseline: LeaveOneOut = baseline
         self.dependencies: Dependencies = dependencies
-        self._assignment = Assignment(estimators, default)
+        self.assignment = Assignment(estimators, default)
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         def particle(key):
@@ -130,7 +130,8 @@ class TraceFlow_ELBO(Trace_ELBO):
         return particle, None
 
     def _run(self, program: Program) -> Run:
-        result = run_program(program, self._assignment, self.multi_sample_guide)
+        result = run_program(program, self.assignment, self.multi_sample_guide, self.entropy)
+        require_known(result.attached, program.param_map)
         if self.entropy == "stl":
             result.require_still_supports("entropy='stl'")
             result.stick_the_landing()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpyro
 from jax.lax import stop_gradient
 from numpyro.distributions import Delta
 from numpyro.distributions.distribution import Unit
@@ -11,8 +12,9 @@ from numpyro.primitives import Messenger
 
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Choice, SiteDescription, require_estimator, require_random
-from flowvi.estimators import LR, Draw, attach
-from flowvi.numpyro.distributions import NumPyroTarget, attaching, draw, find_estimated, unwrap
+from flowvi.estimators import LR, Draw, Estimator, attach
+from flowvi.numpyro.distributions import NumPyroTarget, attaching, draw, find_estimated, is_attaching, masks, unwrap
+from flowvi.objectives import Entropy
 
 
 def _fixed(msg) -> str | None:
@@ -30,15 +32,18 @@ class attach_estimators(Messenger):
 
     Attributes:
         random: The random sites in program order, and what each was served by.
-        draws: The draws of the sites that have a score or a weight.
+        draws: The draws of the sites to which something is attached.
         fixed: Names of the statements that are no random choice.
+        learned: Names of the parameters that estimators learn, each with its site.
     """
 
-    def __init__(self, fn, assignment: Assignment):
-        self.assignment = assignment
+    def __init__(self, fn, assignment: Assignment, entropy: Entropy = "full"):
+        self.assignment, self.entropy = assignment, entropy
         self.random: dict[str, SiteDescription] = {}
         self.draws: dict[str, Draw] = {}
         self.fixed: list[str] = []
+        self.learned: dict[str, str] = {}
+        self.plate_sizes: dict[str, int] = {}
         super().__init__(fn)
 
     def __call__(self, *args, **kwargs):
@@ -46,6 +51,8 @@ class attach_estimators(Messenger):
             return super().__call__(*args, **kwargs)
 
     def process_message(self, msg):
+        if msg["type"] == "plate":
+            self.plate_sizes[msg["name"]] = msg["args"][0]
         if msg["type"] != "sample":
             return
         name, wrapped = msg["name"], find_estimated(msg["fn"])
@@ -74,10 +81,78 @@ class attach_estimators(Messenger):
                     p = target.p.expand(target.batch_shape)
                     msg["value"] = target.push(p(rng_key=msg["kwargs"]["rng_key"], sample_shape=()))
             else:
+                target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
+                self.learned |= dict.fromkeys(declare(msg, target, estimator, self.plate_sizes), name)
                 self.draws[name] = draw(target, estimator, msg["kwargs"]["rng_key"])
                 msg["value"] = self.draws[name].value
         plates = tuple(frame.name for frame in msg["cond_indep_stack"])
         self.random[name] = SiteDescription(name, estimator, choice.said, target.family, target.parameters, plates)
+
+
+def declare(msg, target: NumPyroTarget, estimator: Estimator, plate_sizes: dict[str, int]) -> list[str]:
+    """Make what the estimator learns parameters of the program, of which the target gets the values; their names."""
+    target.plate_sizes = {frame.dim: plate_sizes.get(frame.name, frame.size) for frame in msg["cond_indep_stack"]}
+    learns = estimator.learns(ops, target)
+    target.learned = {
+        name: numpyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=learned.event_ndim) for name, learned in learns.items()
+    }
+    return [f"{msg['name']}.{name}" for name in learns]
+
+
+def _own_density(msg):
+    """By how much the objective counts the site's log density: its scale, where it is not masked."""
+    weight = 1.0 if msg["scale"] is None else msg["scale"]
+    for mask in masks(msg["fn"]):
+        weight = weight * jnp.asarray(mask, float)
+    return weight
+
+
+class adaptive(Messenger):
+    """The guide, with the parameters that its estimators learn as parameters of its own: pass it to ``SVI`` in the guide's place.
+
+    NumPyro's ``SVI`` trains the parameters that it meets when it runs guide and model for the first time, without the objective. An
+    estimator that learns is met there if it is said in the objective, in the guide or by ``Estimated``.
+
+    **Requirements**: reverse-mode differentiation, since what is learned comes from the backward pass; so no
+    ``forward_mode_differentiation``.
+
+    Args:
+        guide: The guide: a function or an autoguide, which stays what it is and can be used for what autoguides do.
+        elbo: The :class:`TraceFlow_ELBO` that ``SVI`` gets.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from flowvi import RP
+        >>> from flowvi.numpyro import TraceFlow_ELBO, adaptive
+        >>> def model():
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.8), obs=1.1)
+        >>> def guide():
+        ...     scale = numpyro.param("s", 0.7, constraint=dist.constraints.positive)
+        ...     numpyro.sample("x", dist.Normal(numpyro.param("m", 0.2), scale))
+        >>> elbo = TraceFlow_ELBO(estimators={"x": RP(control_variate="quadratic")})
+        >>> svi = numpyro.infer.SVI(model, adaptive(guide, elbo), numpyro.optim.Adam(0.02), elbo)
+        >>> sorted(svi.run(jax.random.key(0), 100, progress_bar=False).params)
+        ['m', 's', 'x.curvature', 'x.slope']
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19; Geffner and Domke 2020.
+    """
+
+    def __init__(self, guide, elbo):
+        self.assignment: Assignment = elbo.assignment
+        self.plate_sizes: dict[str, int] = {}
+        super().__init__(guide)
+
+    def process_message(self, msg):
+        if msg["type"] == "plate":
+            self.plate_sizes[msg["name"]] = msg["args"][0]
+        if msg["type"] != "sample" or msg.get("_control_flow_done") or _fixed(msg) or is_attaching():
+            return
+        choice = self.assignment.choose(msg, msg["name"], find_estimated(msg["fn"]))
+        target = NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters=True)
+        estimator = choice.estimator.resolve(target)
+        declare(msg, target, estimator, self.plate_sizes)
 
 
 def _draw_in_control_flow(target: NumPyroTarget, choice: Choice, wrapped, value) -> Draw:
@@ -85,6 +160,8 @@ def _draw_in_control_flow(target: NumPyroTarget, choice: Choice, wrapped, value)
     discrete_lr = wrapped is None and isinstance(choice.estimator, LR) and choice.estimator.q is None and target.is_discrete()
     if not discrete_lr and (wrapped is None or choice.said != "Estimated"):
         _refuse_in_control_flow(target, choice)
+    if choice.estimator.learns(ops, target):
+        target.refuse("inside scan or cond the parameters of an estimator that learns are out of reach; use one that does not learn.")
     if choice.estimator.baseline is not None:
         target.refuse("inside scan or cond the inputs of a baseline are out of reach; use the leave-one-out baseline there.")
     if choice.estimator.proposal(ops, target)[1]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import NumPyroTarget, masks
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, read_annotations
-from flowvi.objectives import ALL, Dependencies, require_one_order
-from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order, weighty
+from flowvi.objectives import ALL, Dependencies, Entropy, require_one_order
+from flowvi.tape import Frame, Site, Statement, Tape, Term, control_terms, program_order, weighty
 
 Ancestors = dict[str, frozenset[str]] | None
 
@@ -38,32 +38,42 @@ class Program(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def run_program(program: Program, assignment: Assignment, multi_sample: bool = False) -> Run:
+def run_program(program: Program, assignment: Assignment, multi_sample: bool = False, entropy: Entropy = "full") -> Run:
     """Run guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
     assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # of a trace that is over
     try:
-        result = Run(program, assignment, multi_sample)
+        result = Run(program, assignment, multi_sample, entropy)
     except ValueError:  # perhaps for want of an annotation: read them in a run where every site is plain
-        plain = Run(program, None, multi_sample)
+        plain = Run(program, None, multi_sample, entropy)
         if not assignment.learn(plain.annotations):
             raise
-        result = Run(program, assignment, multi_sample)
+        result = Run(program, assignment, multi_sample, entropy)
     if assignment.learn(result.annotations):
-        result = Run(program, assignment, multi_sample)
+        result = Run(program, assignment, multi_sample, entropy)
     assignment.verify({name: name for name in result.attached.random}, result.attached.fixed)
     return result
+
+
+def require_known(attached: attach_estimators, param_map: Mapping[str, Any]) -> None:
+    """Refuse to go on where an optimizer has parameters, but not those that an estimator learns."""
+    if param_map and (unknown := [name for name in attached.learned if name not in param_map]):
+        site = attached.learned[unknown[0]]
+        raise ValueError(
+            f"site '{site}': {attached.random[site].estimator} learns the parameter '{unknown[0]}', but SVI does not know it; pass SVI "
+            "the guide flowvi.numpyro.adaptive(guide, elbo), and say the estimator in the objective or in the guide."
+        )
 
 
 class Run:
     """One run of guide and model: their traces, log densities and draws."""
 
-    def __init__(self, program: Program, assignment: Assignment | None, multi_sample: bool):
+    def __init__(self, program: Program, assignment: Assignment | None, multi_sample: bool, entropy: Entropy):
         self.program, self._multi_sample = program, multi_sample
         self._closed_forms: list[str] = []
         self._model_seed, self._guide_seed = random.split(program.rng_key)
         _, param_map, model, guide, args, kwargs = program
         seeded = seed(guide, self._guide_seed)
-        self.attached = attach_estimators(seeded, assignment) if assignment is not None else seeded
+        self.attached = attach_estimators(seeded, assignment, entropy) if assignment is not None else seeded
         self.guide_log_probs, self.guide_trace = compute_log_probs(self.attached, args, kwargs, param_map, sum_log_prob=False)
         self.mutable_state = _values(self.guide_trace, "mutable")
         reader = read_annotations(model)
@@ -193,9 +203,11 @@ class Run:
 
     def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
         """The costs, with the ancestors of each."""
-        return _terms(1, self.model_log_probs, self.model_trace, of_model) + _terms(
-            -1, self.guide_log_probs, self.guide_trace, of_guide
-        )
+        return [
+            *_terms(1, self.model_log_probs, self.model_trace, of_model),
+            *_terms(-1, self.guide_log_probs, self.guide_trace, of_guide),
+            *control_terms(self.attached.draws),
+        ]
 
     def subsampled(self) -> dict[str, float]:
         """The plates that are subsampled, each with its size over that of the subsample."""

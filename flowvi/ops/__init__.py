@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 Array = Any
+SecondMoment = Callable[[tuple[Array, ...], dict[str, Array], tuple[Array, ...]], Array]
 
 
 class Ops(Protocol):
@@ -66,11 +67,18 @@ class Ops(Protocol):
         ...
 
     def trace(self, a: Array, /) -> Array: ...
+    def tril(self, a: Array, /) -> Array: ...
     def solve(self, a: Array, b: Array, /) -> Array: ...
     def solve_lower(self, a: Array, b: Array, /) -> Array: ...
     def log_abs_det(self, a: Array, /) -> Array: ...
     def iterate(self, step: Callable[[Any], Any], n: int, state: Any, /) -> Any:
         """``step`` applied n times to a tuple of arrays."""
+        ...
+
+    def learn(
+        self, outputs: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...], second_moment: SecondMoment, /
+    ) -> tuple[Array, ...]:
+        """``outputs`` as they are. Going backward, ``learned`` gets the gradient of ``second_moment(cotangents, learned, fixed)``."""
         ...
 
     def ramp(self, x: Array, /) -> Array:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import broadcast_to, cos, exp, expm1, log, log1p, logaddexp, sin, sqrt, stack, tanh, where  # noqa: F401
+from torch import broadcast_to, cos, exp, expm1, log, log1p, logaddexp, sin, sqrt, stack, tanh, tril, where  # noqa: F401
 from torch.linalg import eigh  # noqa: F401
 from torch.special import digamma, i0e, i1e, log_softmax, ndtr  # noqa: F401
 
@@ -100,6 +100,27 @@ def iterate(step, n, state):
     for _ in range(n):
         state = step(state)
     return state
+
+
+def learn(outputs, learned, fixed, second_moment):
+    return _Learn.apply(second_moment, tuple(learned), tuple(f.detach() for f in fixed), *outputs, *learned.values())
+
+
+class _Learn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, second_moment, names, fixed, *tensors):
+        ctx.second_moment, ctx.names, ctx.fixed = second_moment, names, fixed
+        outputs = tensors[: len(tensors) - len(names)]
+        ctx.save_for_backward(*tensors[len(outputs) :])
+        return tuple(output.view_as(output) for output in outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *cotangents):
+        learned = {name: t.detach().requires_grad_() for name, t in zip(ctx.names, ctx.saved_tensors, strict=True)}
+        with torch.enable_grad():
+            moment = ctx.second_moment(cotangents, learned, ctx.fixed)
+        return None, None, None, *cotangents, *torch.autograd.grad(moment, list(learned.values()))
 
 
 def ramp(x):

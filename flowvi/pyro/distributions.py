@@ -101,9 +101,17 @@ def unwrap(fn: Any) -> Any:
     return fn
 
 
+def masks(fn: Any) -> Iterator[Any]:
+    """The masks around the site's family, outermost first."""
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            yield fn._mask
+        fn = fn.base_dist
+
+
 def is_masked(fn: Any) -> bool:
     """Whether the log_prob of ``fn`` is masked."""
-    return isinstance(fn, dist.MaskedDistribution) or (hasattr(fn, "base_dist") and is_masked(fn.base_dist))
+    return any(True for _ in masks(fn))
 
 
 def is_partly_reparameterized(p: Any) -> bool:

@@ -106,7 +106,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         self.entropy: Entropy = entropy
         self.baseline: LeaveOneOut = baseline
         self.dependencies: Dependencies = dependencies
-        self._assignment = Assignment(estimators, default)
+        self.assignment = Assignment(estimators, default)
 
     def loss(self, model, guide, *args, **kwargs) -> float:
         """The loss, a float, without a derivative.
@@ -200,7 +200,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         return result.model_trace, result.guide_trace
 
     def _run(self, model, guide, args, kwargs) -> Run:
-        result = run_program(self._assignment, self.max_plate_nesting, self.dependencies, model, guide, args, kwargs)
+        result = run_program(self.assignment, self.max_plate_nesting, self.dependencies, self.entropy, model, guide, args, kwargs)
         if self.entropy == "stl":
             result.require_still_supports("entropy='stl'")
             result.stick_the_landing()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyro
+import torch
 from pyro.distributions import Delta, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
@@ -12,8 +14,9 @@ from pyro.poutine.util import site_is_subsample
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, SiteDescription, require_estimator, require_random
 from flowvi.estimators import Draw, Estimator
+from flowvi.objectives import Entropy
 from flowvi.pyro.baselines import require_baseline_options
-from flowvi.pyro.distributions import PyroTarget, draw, find_estimated, is_masked, is_partly_reparameterized, unwrap
+from flowvi.pyro.distributions import PyroTarget, draw, find_estimated, is_masked, is_partly_reparameterized, masks, unwrap
 
 
 def _fixed(msg) -> str | None:
@@ -32,13 +35,15 @@ class attach_estimators(Messenger):
     Attributes:
         random: The random sites in program order, and what each was served by.
         aliases: For each random site, the model site for which it stands.
-        draws: The draws of the sites that have a score or a weight.
+        draws: The draws of the sites to which something is attached.
         fixed: Names of the statements that are no random choice.
+        learned: Names of the parameters that estimators learn.
     """
 
-    def __init__(self, assignment: Assignment):
+    def __init__(self, assignment: Assignment, entropy: Entropy = "full"):
         super().__init__()
-        self.assignment = assignment
+        self.assignment, self.entropy = assignment, entropy
+        self.learned: list[str] = []
         self.random: dict[str, SiteDescription] = {}
         self.aliases: dict[str, str] = {}
         self.draws: dict[str, Draw] = {}
@@ -78,6 +83,8 @@ class attach_estimators(Messenger):
         name = msg["name"]
         if not estimator.uses_sampler:
             target.first_use = name not in self.assignment.met
+            target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
+            self._declare(msg, target, estimator)
             self.draws[name] = drawn = draw(target, estimator)
             self.assignment.met.add(name)
             msg["value"], msg["done"] = drawn.value, True
@@ -91,6 +98,27 @@ class attach_estimators(Messenger):
             msg["value"], msg["done"] = self.draws[name].value, True
         elif wrapped is not None or estimator.force:
             msg["value"], msg["done"] = target.push(target.p.expand(target.batch_shape).rsample()), True
+
+    def _declare(self, msg, target, estimator):
+        """Make what the estimator learns parameters of the program, of which the target gets the values."""
+        target.learned = {}
+        frames = [f for f in msg["cond_indep_stack"] if f.vectorized]
+        target.plate_sizes = {f.dim: 1 if f.name == PARTICLES else f.full_size or f.size for f in frames}
+        for name, learned in estimator.learns(ops, target).items():
+            full_name = f"{msg['name']}.{name}"
+            target.learned[name] = pyro.param(full_name, learned.initial, event_dim=learned.event_ndim)
+            self.learned.append(full_name)
+
+
+PARTICLES = "num_particles_vectorized"
+
+
+def _own_density(msg) -> Any:
+    """By how much the objective counts the site's log density: its scale, where it is not masked."""
+    weight = msg["scale"]
+    for mask in (msg["mask"], *masks(msg["fn"])):
+        weight = weight if mask is None else weight * torch.as_tensor(mask)
+    return weight
 
 
 class replay_and_read(ReplayMessenger):

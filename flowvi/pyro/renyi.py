@@ -156,7 +156,7 @@ class TraceFlow_RenyiELBO(RenyiELBO):
             return Description(self._run(model, guide, args, kwargs).attached.random.values())
 
     def _run(self, model, guide, args, kwargs) -> Run:
-        return run_program(self._assignment, self.max_plate_nesting, "plates", model, guide, args, kwargs)
+        return run_program(self._assignment, self.max_plate_nesting, "plates", "full", model, guide, args, kwargs)
 
     def _get_trace(self, model, guide, args, kwargs):
         result = self._run(model, guide, args, kwargs)

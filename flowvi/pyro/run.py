@@ -18,11 +18,11 @@ from torch.distributions.kl import kl_divergence
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment
-from flowvi.objectives import Dependencies, require_one_order
+from flowvi.objectives import Dependencies, Entropy, require_one_order
 from flowvi.pyro.distributions import PyroTarget, is_masked
 from flowvi.pyro.handlers import attach_estimators, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
-from flowvi.tape import Frame, Site, Statement, Tape, Term, program_order, weighty
+from flowvi.tape import Frame, Site, Statement, Tape, Term, control_terms, program_order, weighty
 
 
 def runs(elbo: ELBO, run: Callable[..., Run], model, guide, args, kwargs) -> Iterator[Run]:
@@ -36,19 +36,21 @@ def runs(elbo: ELBO, run: Callable[..., Run], model, guide, args, kwargs) -> Ite
     yield run(elbo._vectorized_num_particles(model), elbo._vectorized_num_particles(guide), args, kwargs)
 
 
-def run_program(assignment: Assignment, max_plate_nesting: Any, dependencies: Dependencies, model, guide, args, kwargs) -> Run:
+def run_program(
+    assignment: Assignment, max_plate_nesting: Any, dependencies: Dependencies, entropy: Entropy, model, guide, args, kwargs
+) -> Run:
     """Run guide and model, again where the model turns out to annotate sites for which the guide did not know it."""
     if dependencies == "graph":
         with track_provenance() as tracker, mark_statements(tracker):
-            result = _run_program(assignment, max_plate_nesting, model, guide, args, kwargs)
+            result = _run_program(assignment, max_plate_nesting, entropy, model, guide, args, kwargs)
             result.read_provenance()
             return result
-    return _run_program(assignment, max_plate_nesting, model, guide, args, kwargs)
+    return _run_program(assignment, max_plate_nesting, entropy, model, guide, args, kwargs)
 
 
-def _run_program(assignment: Assignment, max_plate_nesting: Any, model, guide, args, kwargs) -> Run:
+def _run_program(assignment: Assignment, max_plate_nesting: Any, entropy: Entropy, model, guide, args, kwargs) -> Run:
     def attach_and_run():
-        attached = attach_estimators(assignment)
+        attached = attach_estimators(assignment, entropy)
         return (*_traces(model, guide, args, kwargs, attached), attached)
 
     try:
@@ -189,7 +191,7 @@ class Run:
 
     def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
         """The costs, with the ancestors of each."""
-        return _terms(1, self.model_trace, of_model) + _terms(-1, self.guide_trace, of_guide)
+        return _terms(1, self.model_trace, of_model) + _terms(-1, self.guide_trace, of_guide) + control_terms(self.draws)
 
     def subsampled(self) -> dict[str, float]:
         """The plates that are subsampled, each with its size over that of the subsample."""

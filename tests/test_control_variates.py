@@ -1,0 +1,263 @@
+"""Learned quadratic control variates: of mean 0 for every coefficient, without noise where the cost is quadratic, trained by E[g^2]."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as numpyro_dist
+import pyro
+import pyro.distributions as pyro_dist
+import pytest
+import torch
+from hosts import HOSTS, Program
+from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoNormal
+
+import flowvi.numpyro
+import flowvi.pyro
+from flowvi import LR, RP
+
+NUMPYRO, PYRO = HOSTS["numpyro"], HOSTS["pyro"]
+HESSIAN = np.array([[2.0, 0.6, -0.3], [0.6, 1.0, 0.2], [-0.3, 0.2, 0.7]])
+TILT = np.array([0.5, -1.0, 0.3])
+LOC, SCALE = np.array([0.3, -0.2, 0.1]), np.array([0.5, 0.8, 1.1])
+TRIL = np.array([[0.5, 0.0, 0.0], [0.3, 0.7, 0.0], [-0.2, 0.1, 0.9]])
+FACTORS = {"Normal": SCALE, "MultivariateNormal": TRIL}
+SCALES = {"Normal": SCALE, "MultivariateNormal": np.sqrt((TRIL**2).sum(-1))}
+
+
+def loss_and_gradients(host, params, model, guide, seed=0, **options):
+    """The loss and its gradients, by name; what is not among ``params`` has its initial value."""
+    elbo = host.flow.TraceFlow_ELBO(**options)
+    params = {name: host.array(value) for name, value in params.items()}
+    if host.name == "numpyro":
+        loss, gradients = jax.value_and_grad(lambda params: elbo.loss(jax.random.key(seed), params, model, guide))(params)
+        return float(loss), {name: np.asarray(g) for name, g in gradients.items()}
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    for name, value in params.items():
+        pyro.param(name, value)
+    loss = elbo.loss_and_grads(model, guide)
+    return loss, {name: pyro.param(name).grad.numpy() for name in params}
+
+
+def fn(host, family, loc, factor):
+    if family == "Normal":
+        return host.dist.Normal(loc, factor).to_event(1)
+    return host.dist.MultivariateNormal(loc, scale_tril=host.math.tril(factor))
+
+
+def program(host, family, cost, weight=1.0):
+    """A site with parameters loc and factor, whose density counts ``weight`` times, and a model that is a factor."""
+
+    def guide():
+        with host.scale(weight):
+            host.sample("x", fn(host, family, host.param("loc", host.array(LOC)), host.param("factor", host.array(FACTORS[family]))))
+
+    def model():
+        with host.scale(weight):
+            x = host.sample("x", fn(host, family, host.array(LOC + 0.1), host.array(1.5 * FACTORS[family])))
+        host.factor("cost", cost(host, x))
+
+    return model, guide
+
+
+def quadratic(host, x):
+    return host.array(TILT) @ x - 0.5 * x @ (host.array(HESSIAN) @ x)
+
+
+def quartic(host, x):
+    return quadratic(host, x) - 0.1 * (x**4).sum() + host.math.sin(x[0] * x[2])
+
+
+def coefficients(diagonal=False):
+    rng = np.random.default_rng(3)
+    return {"x.slope": rng.normal(size=3), "x.curvature": rng.normal(size=3 if diagonal else (3, 3))}
+
+
+@pytest.mark.parametrize("family", list(FACTORS))
+def test_no_noise_is_left_of_a_quadratic_cost(host, family):
+    """Every single sample has the gradient of the ELBO in closed form; with other coefficients none has."""
+    model, guide = program(host, family, quadratic)
+    matrix, s = (np.diag(SCALE) if family == "Normal" else TRIL), SCALES[family]
+    precision = np.linalg.inv(1.5**2 * matrix @ matrix.T)
+    hessian, of_loc = HESSIAN + precision, TILT - HESSIAN @ LOC + precision @ np.full(3, 0.1)
+    of_factor = np.tril(-hessian @ matrix + np.linalg.inv(matrix).T)
+    of_factor = np.diag(of_factor) if family == "Normal" else of_factor
+    best = {"x.slope": s * of_loc, "x.curvature": -s[:, None] * hessian * s}
+    params = {"loc": LOC, "factor": FACTORS[family]}
+    for seed, learned in ((0, best), (1, best), (0, coefficients())):
+        _, g = loss_and_gradients(host, params | learned, model, guide, seed, estimators={"x": RP(control_variate="quadratic")})
+        close = [np.abs(-g["loc"] - of_loc).max() < 1e-10, np.abs(-g["factor"] - of_factor).max() < 1e-10]
+        assert close == [learned is best] * 2
+
+
+@pytest.mark.parametrize("particles", [1, 4])
+@pytest.mark.parametrize("kind", ["quadratic", "diagonal"])
+def test_the_mean_is_zero_for_every_coefficient(host, kind, particles):
+    """Without a cost only the control variate is left, whose variance is known."""
+    b, curvature = coefficients(kind == "diagonal").values()
+    matrix = np.diag(curvature) if kind == "diagonal" else (curvature + curvature.T) / 2
+    substitute = numpyro.handlers.substitute if host.name == "numpyro" else pyro.poutine.substitute
+
+    def guide(h, t):
+        stack = h.math.stack([t[i] + 0.0 for i in range(6)], -1)
+        with substitute(data={"x.slope": h.array(b), "x.curvature": h.array(curvature)}):
+            h.sample("x", h.dist.Normal(stack[..., :3], stack[..., 3:]).to_event(1).mask(False))
+
+    def model(h, t):
+        h.sample("x", h.dist.Normal(h.array(np.zeros(3)), h.array(1.0)).to_event(1).mask(False))
+
+    n = 10_000
+    samples = host.gradients(Program(guide, model, (*LOC, *SCALE)), n, particles=particles, estimators={"x": RP(control_variate=kind)})
+    diagonal = np.diag(matrix)
+    variance = np.concatenate([(matrix**2).sum(1), b**2 + (matrix**2).sum(1) + diagonal**2]) / np.tile(SCALE, 2) ** 2 / particles
+    assert np.all(np.abs(samples.mean(0)) < 5 * np.sqrt(variance / n))
+    squares = samples**2
+    assert np.all(np.abs(squares.mean(0) - variance) < 5 * squares.std(0) / np.sqrt(n))
+    unmatched = samples - np.concatenate([np.zeros(3), diagonal / SCALE])  # the model's mean left out
+    assert np.any(np.abs(unmatched.mean(0)) > 5 * np.sqrt(variance / n))
+
+
+@pytest.mark.parametrize("entropy", ["full", "stl", "analytic"])
+@pytest.mark.parametrize("kind", ["quadratic", "diagonal"])
+@pytest.mark.parametrize("family", list(FACTORS))
+def test_coefficients_descend_the_second_moment(host, family, kind, entropy):
+    """The derivative of the squared gradient in loc and factor, in units of the standard deviation, by differences (it is quadratic).
+
+    A divergence in closed form is not random, so that it does not matter that its gradient is left out.
+    """
+    model, guide = program(host, family, quartic, weight=1.7)
+    options = {"estimators": {"x": RP(control_variate=kind)}, "entropy": entropy}
+    params = {"loc": LOC, "factor": FACTORS[family]}
+    units = {"loc": SCALES[family], "factor": SCALE if family == "Normal" else SCALES[family][:, None]}
+    fixed = dict.fromkeys(params, 0.0)
+    if entropy == "analytic":
+        fixed = loss_and_gradients(host, params, *program(host, family, lambda host, x: 0 * x.sum(), 1.7), entropy="analytic")[1]
+
+    def second_moment(learned):
+        _, g = loss_and_gradients(host, params | learned, model, guide, **options)
+        return sum(((units[name] * (g[name] - fixed[name])) ** 2).sum() for name in params)
+
+    at = coefficients(kind == "diagonal")
+    _, g = loss_and_gradients(host, params | at, model, guide, **options)
+    for name, i in (("x.slope", 2), ("x.curvature", 1 if kind == "diagonal" else 5)):
+        step = np.zeros(at[name].size)
+        step[i] = 1.0
+        above, below = (second_moment(at | {name: at[name] + sign * step.reshape(at[name].shape)}) for sign in (1, -1))
+        np.testing.assert_allclose(g[name].ravel()[i], (above - below) / 2, rtol=1e-8)
+
+
+def test_nothing_else_changes(host):
+    """At coefficients of 0 the loss, and every other gradient, are those of RP, whichever way the particles are run."""
+    model, guide = program(host, "Normal", quartic)
+    params = {"loc": LOC, "factor": SCALE}
+    for particles, vectorize in ((1, False), (3, False), (3, True)):
+        options = {"num_particles": particles, "vectorize_particles": vectorize}
+        if host.name == "pyro":
+            options["max_plate_nesting"] = 0
+            model, guide = program(host, "Normal", lambda h, x: (x.sum(-1) - 0.3) ** 2)
+        zero = {name: 0 * value for name, value in coefficients().items()}
+        loss, g = loss_and_gradients(host, params | zero, model, guide, estimators={"x": RP(control_variate="quadratic")}, **options)
+        other, plain = loss_and_gradients(host, params, model, guide, estimators={"x": RP()}, **options)
+        np.testing.assert_allclose(loss, other, rtol=1e-14)
+        for name in params:
+            np.testing.assert_allclose(g[name], plain[name], rtol=1e-12)
+
+
+def plate_program(host, size, subsample_size):
+    """Local Normals, of which only some are seen at a step, beside a discrete site under LR."""
+
+    def guide():
+        host.sample("k", host.dist.Bernoulli(logits=host.param("logit", host.array(0.3))))
+        loc = host.param("loc", host.array(np.linspace(-1, 1, size)), event_dim=0)
+        plate = numpyro.plate if host.name == "numpyro" else pyro.plate
+        with plate("data", size, subsample_size=subsample_size) as i:
+            host.sample("z", host.dist.Normal(loc[i], 0.5))
+
+    def model():
+        k = host.sample("k", host.dist.Bernoulli(0.5))
+        plate = numpyro.plate if host.name == "numpyro" else pyro.plate
+        with plate("data", size, subsample_size=subsample_size):
+            z = host.sample("z", host.dist.Normal(0.0, 1.0))
+            host.sample("y", host.dist.Normal(z**2 + k, 1.0), obs=host.array(1.0))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
+    model, guide = plate_program(host, 6, 2)
+    estimators = {"z": RP(control_variate="quadratic"), "k": LR()}
+    options = {"num_particles": 3, "vectorize_particles": vectorize, "estimators": estimators}
+    if host.name == "pyro":
+        options["max_plate_nesting"] = 1
+    params = {"loc": np.linspace(-1, 1, 6), "logit": 0.3, "z.slope": np.zeros((6, 1)), "z.curvature": np.zeros((6, 1, 1))}
+    _, g = loss_and_gradients(host, params, model, guide, **options)
+    seen = g["loc"] != 0
+    assert 2 <= seen.sum() <= 6
+    for name in ("z.slope", "z.curvature"):
+        assert np.all((np.abs(g[name]).reshape(6) > 0) == seen)
+
+
+def test_learned_in_numpyro():
+    """An autoguide, wrapped; the noise falls; without the wrapper the objective refuses to run."""
+
+    def model():
+        w = numpyro.sample("w", numpyro_dist.Normal(jnp.zeros(3), 2.0).to_event(1))
+        numpyro.factor("cost", quadratic(NUMPYRO, w))
+
+    guide = AutoNormal(model)
+    elbo = flowvi.numpyro.TraceFlow_ELBO(estimators={"w": RP(control_variate="quadratic")})
+    svi = SVI(model, flowvi.numpyro.adaptive(guide, elbo), numpyro.optim.Adam(0.02), elbo)
+    result = svi.run(jax.random.key(0), 1500, progress_bar=False)
+    assert result.params["w.curvature"].shape == (3, 3)
+
+    def gradients(params):
+        loss = lambda key, loc: elbo.loss(key, params | {"w_auto_loc": loc}, model, guide)
+        return jax.vmap(jax.grad(loss, 1), (0, None))(jax.random.split(jax.random.key(1), 500), params["w_auto_loc"])
+
+    start = result.params | {name: 0 * result.params[name] for name in ("w.slope", "w.curvature")}
+    assert np.all(gradients(result.params).var(0) < 0.02 * gradients(start).var(0))
+    with pytest.raises(ValueError, match=r"site 'w': RP\(control_variate='quadratic'\) learns the parameter 'w.slope', but SVI does"):
+        SVI(model, guide, numpyro.optim.Adam(0.02), elbo).run(jax.random.key(0), 1, progress_bar=False)
+    with pytest.raises(Exception, match="forward-mode"):
+        svi.run(jax.random.key(0), 1, progress_bar=False, forward_mode_differentiation=True)
+
+
+def test_learned_in_pyro():
+    """The parameters appear by themselves, and the noise falls."""
+
+    def model():
+        w = pyro.sample("w", pyro_dist.Normal(torch.zeros(3), 2.0).to_event(1))
+        pyro.factor("cost", quadratic(PYRO, w))
+
+    guide = pyro.infer.autoguide.AutoNormal(model)
+    elbo = flowvi.pyro.TraceFlow_ELBO(estimators={"w": RP(control_variate="quadratic")})
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
+    for _ in range(1500):
+        svi.step()
+    assert pyro.param("w_unconstrained.curvature").shape == (3, 3)
+
+    def gradients():
+        parameter = guide.locs.w_unconstrained if hasattr(guide.locs, "w_unconstrained") else guide.locs.w
+        return torch.stack([torch.autograd.grad(elbo.differentiable_loss(model, guide), parameter)[0] for _ in range(300)]).numpy()
+
+    learned = gradients()
+    for name in ("w_unconstrained.slope", "w_unconstrained.curvature"):
+        pyro.get_param_store()[name] = torch.zeros_like(pyro.param(name))
+    assert np.all(learned.var(0) < 0.02 * gradients().var(0))
+
+
+def test_refusals(host):
+    with pytest.raises(TypeError, match="RP: expected control_variate='quadratic', 'diagonal' or None, found 'cubic'"):
+        RP(control_variate="cubic")
+    with pytest.raises(TypeError, match="RP takes a control variate or q, found both"):
+        RP(lambda p: p, control_variate="quadratic")
+    guide = lambda: host.sample("x", host.dist.Gamma(host.array(2.0), host.array(1.0)))
+    with pytest.raises(ValueError, match=r"site 'x': RP's control variate .* expected Normal or MultivariateNormal, found Gamma"):
+        loss_and_gradients(host, {}, guide, guide, estimators={"x": RP(control_variate="quadratic")})
+    model, guide = program(host, "Normal", quadratic)
+    bound = host.flow.TraceFlow_RenyiELBO(estimators={"x": RP(control_variate="quadratic")})
+    with pytest.raises(ValueError, match="site 'x': a control variate has mean 0 under an ELBO only"):
+        bound.loss(*((jax.random.key(0), {}) if host.name == "numpyro" else ()), model, guide)
