@@ -34,6 +34,8 @@ class Draw:
         log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
         log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the score needed it anyway.
         baseline: The estimator's own baseline, with the derivatives of its parameters, or how to find it; None where it has none.
+        by_parameter: The score taken apart by arrays of parameters, where the baseline is ``"optimal"``: each with its psi^2, over the
+            batch shape of the site and, on the right, the batch dims of x that are event dims of the site.
         control: Batch shape of the site, value 0 and a tangent of mean 0, which the objective adds to its costs; None where absent.
     """
 
@@ -41,7 +43,8 @@ class Draw:
     score: Array | None = None
     log_weight: Array | None = None
     log_prob: Array | None = None
-    baseline: Array | Literal["plate"] | None = None
+    baseline: Array | Literal["plate", "optimal"] | None = None
+    by_parameter: tuple[tuple[Array, Array], ...] = ()
     control: Array | None = None
 
 
@@ -82,7 +85,7 @@ class Baseline:
         return self.fn(*_detached(ops, self.inputs))
 
 
-SiteBaseline = Baseline | Literal["plate"] | None
+SiteBaseline = Baseline | Literal["plate", "optimal"] | None
 
 
 class Estimator(ABC):
@@ -180,7 +183,9 @@ class LR(Estimator):
 
     Args:
         baseline: Subtracted from the costs instead of the objective's leave-one-out mean over particles; ``"plate"`` is the mean
-            over the other elements of the site's plates of the costs that are theirs alone, which needs no second particle.
+            over the other elements of the site's plates of the costs that are theirs alone, which needs no second particle;
+            ``"optimal"`` is for each parameter the one of least variance, E[psi^2 phi] / E[psi^2], estimated from the other
+            particles (a vector that belongs to one event, such as logits, counts as one parameter).
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
 
     Raises:
@@ -193,7 +198,8 @@ class LR(Estimator):
         LR()
 
     References:
-        Williams 1992; Ranganath, Gerrish and Blei 2014. Parmas and Sugiyama 2021, eq. 19 with u = 0.
+        Williams 1992; Ranganath, Gerrish and Blei 2014; Weaver and Tao 2001 (``"optimal"``). Parmas and Sugiyama 2021, eq. 19 with
+        u = 0.
     """
 
     baseline: SiteBaseline = None
@@ -206,7 +212,8 @@ class LR(Estimator):
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         _refuse_moving_support(target, "LR")
         log_prob = target.to_batch(target.p.log_prob(x))
-        return Draw(target.push(x), ops.tether(log_prob), log_prob=log_prob)
+        by_parameter = tuple(target.scores(x)) if self.baseline == "optimal" else ()
+        return Draw(target.push(x), ops.tether(log_prob), log_prob=log_prob, by_parameter=by_parameter)
 
 
 @dataclass(frozen=True, repr=False)
@@ -414,6 +421,8 @@ class Flow(Estimator):
         object.__setattr__(self, "velocity", velocity)
         object.__setattr__(self, "q", q)
         object.__setattr__(self, "divergence", divergence)
+        if baseline == "optimal":
+            raise TypeError("Flow has no baseline='optimal', which is for LR; use Baseline(fn, *inputs), 'plate' or None.")
         object.__setattr__(self, "baseline", _require_baseline(baseline, "Flow"))
         object.__setattr__(self, "per_parameter", tuple(per_parameter.items()))
 
@@ -529,8 +538,8 @@ class Auto(Estimator):
 
 
 def _require_baseline(baseline: Any, what: str) -> SiteBaseline:
-    if not isinstance(baseline, Baseline | None) and baseline != "plate":
-        raise TypeError(f"{what}: expected baseline=flowvi.Baseline(fn, *inputs), 'plate' or None, found {baseline!r}.")
+    if not isinstance(baseline, Baseline | None) and baseline not in ("plate", "optimal"):
+        raise TypeError(f"{what}: expected baseline=flowvi.Baseline(fn, *inputs), 'plate', 'optimal' or None, found {baseline!r}.")
     return baseline
 
 

@@ -32,16 +32,18 @@ class Credit(NamedTuple):
         cost: The weighted costs that depend on the site, detached.
         weight: The weights of the site and its ancestors, multiplied; None where all are 1. It multiplies a baseline.
         baseline: The site's own baseline, live; None where it is left to the objective.
+        square: psi^2, where the baseline is to be the best for this psi; the shape may then have more dims on the right.
     """
 
     score: Array
     cost: Array
     weight: Array | None
     baseline: Array | None
+    square: Array | None = None
 
 
 class Particle(NamedTuple):
-    """One run, reduced: its weighted costs (scalars, by statement or under ``ALL``), and the credit of each site with a score."""
+    """One run, reduced: its weighted costs (scalars, by statement or under ``ALL``), and the credits of sites with a score, by name."""
 
     costs: dict[str, Array]
     credits: dict[str, Credit]
@@ -75,7 +77,13 @@ def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
         cost = cost.sum() if cost.ndim else cost
         costs[name] = costs[name] + cost if name in costs else cost
     scored = [site for site in tape.sites if site.draw.score is not None]
-    return Particle(costs, {site.name: _credit(ops, sites, site, cost, shares) for site, cost in _downstream(scored, shares)})
+    credits: dict[str, Credit] = {}
+    for site, cost in _downstream(scored, shares):
+        if site.draw.baseline == "optimal":
+            credits |= _credits_by_parameter(ops, sites, site, cost)
+        else:
+            credits[site.name] = _credit(ops, sites, site, cost, shares)
+    return Particle(costs, credits)
 
 
 class _Share(NamedTuple):
@@ -120,22 +128,37 @@ def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: LeaveO
     """
     terms = {name: cost.sum() if num_particles > 1 else cost for name, cost in particles.costs.items()}
     for name, credit in particles.credits.items():
-        key = ALL if ALL in terms else name
-        terms[key] = terms[key] + _score_term(ops, credit, baseline if num_particles > 1 else None)
+        key = name if name in terms else next(iter(terms))  # of value 0, so that it does not matter to which statement it goes
+        terms[key] = terms[key] + _score_term(ops, name, credit, num_particles, baseline)
     return {name: term / num_particles for name, term in terms.items()} if num_particles > 1 else terms
 
 
-def _score_term(ops: Ops, credit: Credit, baseline: LeaveOneOut) -> Array:
-    score, cost, weight, own = credit
+def _score_term(ops: Ops, name: str, credit: Credit, num_particles: int, baseline: LeaveOneOut) -> Array:
+    score, cost, weight, own, square = credit
+    if square is not None:
+        if num_particles == 1:
+            raise ValueError(f"site '{name}': baseline='optimal' needs several particles, found 1; use 'plate', a Baseline or None.")
+        best = _best_of_others(ops, square, cost, weight)
+        return (score * (cost - (best if weight is None else weight * best))).sum()
     if own is not None:
         fitted = own if weight is None else weight * own
         error = ops.tether(0.5 * (fitted - cost) ** 2)
         return (score * (cost - ops.stop_gradient(fitted)) - error).sum()
-    if baseline == "loo" and cost.shape[0] > 1:
+    if baseline == "loo" and num_particles > 1 and cost.shape[0] > 1:
         others = (cost.sum(axis=0, keepdims=True) - cost) / (cost.shape[0] - 1)
         cost = cost - (others if weight is None else weight * others)
     term = score * cost
     return term.sum() if term.ndim else term
+
+
+def _best_of_others(ops: Ops, square: Array, cost: Array, weight: Array | None) -> Array:
+    """For each particle, the b of least mean psi^2 (cost - weight b)^2 over the other particles."""
+    num_particles = cost.shape[0]
+    weighted = square if weight is None else square * weight
+    norm = (weighted if weight is None else weighted * weight).reshape((num_particles, -1))
+    others = ops.where(ops.eye(num_particles, norm), 0 * norm[:, :1], 0 * norm[:, :1] + 1)
+    norm, product = others @ norm, others @ (weighted * cost).reshape((num_particles, -1))
+    return ops.where(norm > 0, product / ops.where(norm > 0, norm, 0 * norm + 1), 0 * norm).reshape(cost.shape)
 
 
 def sum_to(x: Array, frames: Iterable[Frame]) -> Array:
@@ -176,6 +199,17 @@ def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array, shares: l
     if baseline is not None:
         require_plate_shape(site.name, baseline, shape)
     return Credit(*(None if a is None else ops.broadcast_to(a, shape) for a in (score, cost, weight, baseline)))
+
+
+def _credits_by_parameter(ops: Ops, sites: dict[str, Site], site: Site, cost: Array) -> dict[str, Credit]:
+    """A credit for each array of the site's parameters, over the batch dims of x."""
+    weight = _weight(ops, sites, site.ancestors, site.frames)
+    credits = {}
+    for i, (score, square) in enumerate(site.draw.by_parameter):
+        extra = (1,) * (score.ndim - site.draw.score.ndim)  # type: ignore[union-attr]
+        over = [None if a is None else ops.broadcast_to(a.reshape((*a.shape, *extra)), score.shape) for a in (cost, weight)]
+        credits[f"{site.name}, parameter {i}"] = Credit(score, over[0], over[1], None, square)
+    return credits
 
 
 def _mean_of_other_elements(site: Site, shares: list[_Share]) -> Array:

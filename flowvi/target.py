@@ -30,6 +30,19 @@ THIN_SUPPORTS = {
 }
 
 
+SEPARATE_PARAMETERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("Normal", "LogNormal", "Laplace", "Logistic", "Cauchy", "Gumbel"), ("loc", "scale")),
+    "StudentT": ("df", "loc", "scale"),
+    **dict.fromkeys(("HalfNormal", "HalfCauchy"), ("scale",)),
+    "Gamma": ("concentration", "rate"),
+    "VonMises": ("loc", "concentration"),
+    **dict.fromkeys(("Exponential", "Poisson"), ("rate",)),
+    **dict.fromkeys(("Bernoulli", "BernoulliLogits", "BinomialLogits", "Binomial"), ("logits",)),
+    **dict.fromkeys(("Categorical", "CategoricalLogits", "OneHotCategorical"), ("logits",)),
+    **dict.fromkeys(("BernoulliProbs", "BinomialProbs", "CategoricalProbs"), ("probs",)),
+}
+
+
 class Support(NamedTuple):
     """A support as far as it can be compared: coordinates between bounds, or a kind by name.
 
@@ -190,6 +203,27 @@ class Target(ABC):
     def chart(self) -> str | None:
         """None for a support of full dimension, ``"simplex"``, or what a thin support without a known chart is called."""
         return THIN_SUPPORTS.get(self.support.kind)
+
+    def scores(self, x: Array) -> list[tuple[Array, Array]]:
+        """The score taken apart by arrays of parameters, over the batch of x: value 0 with tangent psi, and psi^2 (detached).
+
+        The mean of each psi is 0, so that each may have a baseline of its own.
+        """
+        if self.family not in SEPARATE_PARAMETERS:
+            self.refuse(
+                f"baseline='optimal' knows the parameters of {', '.join(SEPARATE_PARAMETERS)}; found {self.family}; use the default, "
+                "'plate' or a Baseline."
+            )
+        apart = []
+        for tangent, psi in self._scores(x, SEPARATE_PARAMETERS[self.family]):
+            own = tuple(range(len(self.batch_shape), psi.ndim))
+            score, square = psi * tangent, psi**2
+            apart.append((score.sum(own), square.sum(own)) if own else (score, square))
+        return apart
+
+    @abstractmethod
+    def _scores(self, x: Array, names: tuple[str, ...]) -> list[tuple[Array, Array]]:
+        """For each named array of p, its tangent and d log p(x) / d theta (detached), over the batch of x and the array's own dims."""
 
     @abstractmethod
     def lacks_rsample(self) -> str | None:

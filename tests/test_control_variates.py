@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.contrib.control_flow
 import numpyro.distributions as numpyro_dist
 import pyro
 import pyro.distributions as pyro_dist
@@ -261,3 +262,12 @@ def test_refusals(host):
     bound = host.flow.TraceFlow_RenyiELBO(estimators={"x": RP(control_variate="quadratic")})
     with pytest.raises(ValueError, match="site 'x': a control variate has mean 0 under an ELBO only"):
         bound.loss(*((jax.random.key(0), {}) if host.name == "numpyro" else ()), model, guide)
+    wrapped = host.flow.Estimated(host.dist.Normal(host.array(0.0), host.array(1.0)), RP(control_variate="quadratic"))
+
+    def in_scan():
+        step = lambda carry, _: (carry + numpyro.sample("z", wrapped), None)
+        numpyro.contrib.control_flow.scan(step, 0.0, None, length=3)
+
+    out_of_reach = wrapped if host.name == "pyro" else lambda: loss_and_gradients(host, {}, in_scan, in_scan)
+    with pytest.raises(ValueError, match="an estimator that learns needs its parameters, which are out of reach"):
+        out_of_reach()

@@ -64,6 +64,11 @@ def test_against_the_exact_variances(host, program):
     assert all(s > 0 for s in found.seconds.values())
 
 
+def test_what_is_learned_is_no_parameter_of_the_report(host, program):
+    found = report(host, program, estimators={"x": RP(control_variate="diagonal")}, num_samples=20)
+    assert {r.parameter for r in found.parameters} == {"m", "scale", "logits"}
+
+
 def test_one_candidate(host, program):
     (plain,) = {r.candidate for r in report(host, program, num_samples=20).parameters}
     assert plain == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -50,6 +51,19 @@ class NumPyroTarget(Target):
             return None
         transforms = [(type(t).__name__, any(map(self.is_live, jax.tree.leaves(t)))) for t in self.p.transforms]
         return unwrap(self.p.base_dist), transforms
+
+    def _scores(self, x, names):
+        batch_ndim = len(self.p.batch_shape)
+        live = [getattr(self.p, name) for name in names]
+        live = [jnp.broadcast_to(theta, self.batch_shape + jnp.shape(theta)[batch_ndim:]) for theta in live]
+
+        def log_prob(arrays):
+            p = copy.copy(self.p0)
+            for name, theta in zip(names, arrays, strict=True):
+                setattr(p, name, theta)
+            return p.log_prob(x).sum()
+
+        return list(zip(map(ops.tether, live), jax.grad(log_prob)(stop_gradient(live)), strict=True))
 
     def lacks_rsample(self):
         p = self.p.base_dist if type(self.p) is dist.TransformedDistribution else self.p

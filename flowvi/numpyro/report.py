@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.elbo import TraceFlow_ELBO
+from flowvi.numpyro.handlers import adaptive
 from flowvi.numpyro.run import Program
 from flowvi.report import Candidates, GradientReport, Measured, ParameterGradient, by_label
 
@@ -49,7 +50,8 @@ def gradient_report(
         estimators: As for :class:`TraceFlow_ELBO`; or a mapping from labels to such, to compare candidates side by side.
         default: The estimator of a site for which none is said.
         num_samples: How many samples of the gradient.
-        params: Values of the (constrained) parameters, for instance ``svi_result.params``; their initial values by default.
+        params: Values of the (constrained) parameters, for instance ``svi_result.params``; their initial values by default. What
+            estimators learn is among them, and held fixed.
         rng_key: The random key; every candidate gets the same one.
         progress_bar: Whether to show a progress bar.
         options: Further options of :class:`TraceFlow_ELBO`, for instance ``{"num_particles": 4}``.
@@ -84,22 +86,25 @@ def gradient_report(
     seconds: dict[str, float] = {}
     for label, choice in by_label(estimators).items():
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
-        svi = SVI(model, guide, numpyro.optim.SGD(1.0), elbo)
+        svi = SVI(model, adaptive(guide, elbo), numpyro.optim.SGD(1.0), elbo)
         unconstrained = svi.optim.get_params(svi.init(key, *args, init_params=params, **kwargs).optim_state)
+        constrained = svi.constrain_fn(unconstrained)
+        learned = elbo._run(Program(key, constrained, model, guide, args, kwargs)).attached.learned
+        of_program = {name: value for name, value in unconstrained.items() if name not in learned}
 
-        def gradient(key, svi=svi, unconstrained=unconstrained):
-            def loss(unconstrained):
-                return svi.loss.loss(key, svi.constrain_fn(unconstrained), model, guide, *args, **kwargs)
+        def gradient(key, svi=svi, of_program=of_program, unconstrained=unconstrained):
+            def loss(of_program):
+                return svi.loss.loss(key, svi.constrain_fn(unconstrained | of_program), model, guide, *args, **kwargs)
 
-            return {name: ravel_pytree(g)[0] for name, g in jax.grad(loss)(unconstrained).items()}
+            return {name: ravel_pytree(g)[0] for name, g in jax.grad(loss)(of_program).items()}
 
-        def log_weights(key, elbo=elbo, svi=svi, unconstrained=unconstrained):
-            run = elbo._run(Program(key, svi.constrain_fn(unconstrained), model, guide, args, kwargs))
+        def log_weights(key, elbo=elbo, constrained=constrained):
+            run = elbo._run(Program(key, constrained, model, guide, args, kwargs))
             return {name: draw.log_weight for name, draw in run.attached.draws.items() if draw.log_weight is not None}
 
         measured = _measure(jax.jit(jax.vmap(gradient)), jax.jit(jax.vmap(log_weights)), key, num_samples, progress_bar)
         served = {d.name: d.estimator for d in elbo.describe(model, guide, *args, **kwargs)}
-        readers = _readers(guide, svi.constrain_fn(unconstrained), served, args, kwargs)
+        readers = _readers(guide, {name: constrained[name] for name in of_program}, served, args, kwargs)
         records.extend(measured.records(label, readers, served))
         effective_samples[label], seconds[label] = measured.effective_samples(served), measured.seconds / num_samples
     return GradientReport(tuple(records), effective_samples, seconds, num_samples)

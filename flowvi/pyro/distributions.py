@@ -55,6 +55,12 @@ class PyroTarget(Target):
         transforms = [(type(t).__name__, any(map(self.is_live, _tensors(t)))) for t in self.p.transforms]
         return unwrap(self.p.base_dist), transforms
 
+    def _scores(self, x, names):
+        p = self.p.expand(self.batch_shape)
+        live = [theta for name in names if (theta := getattr(p, name)).requires_grad]
+        psi = torch.autograd.grad(p.log_prob(x).sum(), live, retain_graph=True) if live else ()
+        return list(zip(map(ops.tether, live), psi, strict=True))
+
     def lacks_rsample(self):
         p = self.p
         while type(p) in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):

@@ -217,7 +217,7 @@ def _with_annotated_baselines(particle: Particle, guide_trace) -> Particle:
     """The particle with the baselines that the guide says in Pyro's own way."""
     credits = dict(particle.credits)
     for name, credit in particle.credits.items():
-        if options := guide_trace.nodes[name]["infer"].get("baseline"):
+        if name in guide_trace.nodes and (options := guide_trace.nodes[name]["infer"].get("baseline")):
             credits[name] = credit._replace(baseline=annotated_baseline(name, options, credit.cost))
     return particle._replace(credits=credits)
 

@@ -32,7 +32,7 @@ def gradient_report(
     The loss is :class:`TraceFlow_ELBO`; gradients are those that its optimizer would see, in the unconstrained parameters. u and psi
     are those of each site's estimator.
 
-    **Requirements**: those of the estimators. Parameters are taken as the parameter store holds them.
+    **Requirements**: those of the estimators. Parameters are taken as the parameter store holds them, what estimators learn among them.
 
     Args:
         model: The model.
@@ -80,7 +80,8 @@ def gradient_report(
         with torch.random.fork_rng(devices=[]), poutine.trace(param_only=True) as used:
             torch.manual_seed(seed)
             run = elbo._run(model, guide, args, kwargs)
-            parameters: dict[str, Any] = {name: site["value"] for name, site in used.trace.nodes.items()}
+            nodes = used.trace.nodes
+            parameters: dict[str, Any] = {name: nodes[name]["value"] for name in nodes if name not in run.attached.learned}
             leaves = {name: parameter.unconstrained() for name, parameter in parameters.items()}
             weighted = any(draw.log_weight is not None for draw in run.draws.values())
             measured = Measured()
