@@ -16,8 +16,9 @@ class QuadraticModel:
 
         grad (E[f] - f(x)) = <B M, dM> - (b + B z) . dM eps - B z . dloc.
 
-    At a mean-field site M is the unit matrix and dM diagonal. b and B are learned by descent on the second moment of the gradient in
-    dloc and dM, which is quadratic in them.
+    At a mean-field site M is the unit matrix and dM diagonal. The mean is 0 for every matrix B (b + B z then models the gradient of the
+    cost), so that none is made symmetric. b and B are learned by descent on the second moment of the gradient in dloc and dM, which is
+    quadratic in them.
 
     Args:
         ops: The operations of the backend.
@@ -97,12 +98,10 @@ class QuadraticModel:
         if self.diagonal:
             bend = curvature * z
             return learned["slope"] + bend, bend, curvature[..., None] * m if self.full_rank else curvature * m
-        symmetric = (curvature + curvature.swapaxes(-2, -1)) / 2
-        bend = (symmetric @ z[..., None])[..., 0]
+        bend = (curvature @ z[..., None])[..., 0]
         if self.full_rank:
-            return learned["slope"] + bend, bend, symmetric @ m
-        unit = self.ops.eye(z.shape[-1], z)
-        return learned["slope"] + bend, bend, self.ops.where(unit, symmetric, 0 * symmetric).sum(-1) * m
+            return learned["slope"] + bend, bend, curvature @ m
+        return learned["slope"] + bend, bend, self.ops.where(self.ops.eye(z.shape[-1], z), curvature, 0 * curvature).sum(-1) * m
 
     def _outer(self, a: Array, eps: Array) -> Array:
         return a[..., None] * eps[..., None, :] if self.full_rank else a * eps
