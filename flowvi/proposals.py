@@ -63,6 +63,8 @@ TEMPERED: dict[str, Callable[[Any, float], dict[str, Any]]] = {
     "VonMises": lambda p, t: {"loc": p.loc, "concentration": p.concentration / t},
     "Poisson": lambda p, t: {"rate": p.rate ** (1 / t)},
     **dict.fromkeys(("Bernoulli", "BernoulliLogits", "Categorical", "CategoricalLogits"), lambda p, t: {"logits": p.logits / t}),
+    "BernoulliProbs": lambda p, t: {"probs": p.probs ** (1 / t) / (p.probs ** (1 / t) + (1 - p.probs) ** (1 / t))},
+    "CategoricalProbs": lambda p, t: {"probs": p.probs ** (1 / t) / (p.probs ** (1 / t)).sum(-1, keepdims=True)},
 }
 
 
@@ -72,7 +74,7 @@ def tempered(tau: float) -> Proposal:
     For a Normal the variance is tau times that of p; a Gamma gets concentration (a - 1) / tau + 1 and rate b / tau.
 
     **Requirements**: an exponential family (Normal, LogNormal, HalfNormal, MultivariateNormal, Laplace with its loc held, Exponential,
-    Gamma, Beta, Dirichlet, VonMises, Poisson, and Bernoulli and Categorical by logits). For tau >= 1 the variance is finite for every
+    Gamma, Beta, Dirichlet, VonMises, Poisson, Bernoulli and Categorical). For tau >= 1 the variance is finite for every
     parameter and every cost for which it is at q = p; in a Normal from tau > 1/2. A weight over D independent Normal sites multiplies
     the second moment by (tau / sqrt(2 tau - 1))^D.
 

@@ -182,13 +182,22 @@ DISCRETE = {
         lambda h: h.dist.Categorical(logits=h.array([0.8, -0.4])),
         lambda h: h.dist.Categorical(logits=h.array([0.4, -0.2])),
     ),
+    "Bernoulli, probs": (lambda h: h.dist.Bernoulli(h.array(0.8)), lambda h: h.dist.Bernoulli(h.array(2 / 3))),
+    "Categorical, probs": (
+        lambda h: h.dist.Categorical(h.array([0.64, 0.36])),
+        lambda h: h.dist.Categorical(h.array([0.8, 0.6]) / 1.4),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", DISCRETE)
 def test_tempered_discrete(host, name):
     p, expected = (make(host) for make in DISCRETE[name])
-    x = host.array([0.0, 1.0, 1.0]) if name != "Categorical" else (np.array([0, 1]) if host.name == "numpyro" else torch.tensor([0, 1]))
+    x = (
+        host.array([0.0, 1.0, 1.0])
+        if not name.startswith("Categorical")
+        else (np.array([0, 1]) if host.name == "numpyro" else torch.tensor([0, 1]))
+    )
     np.testing.assert_allclose(np.asarray(proposals.tempered(2.0)(p).log_prob(x)), np.asarray(expected.log_prob(x)), rtol=1e-12)
 
 
