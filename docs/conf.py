@@ -33,6 +33,7 @@ nitpicky = True
 # Types of the hosts, and of the signatures; what docstrings refer to within flowvi has to be there.
 nitpick_ignore_regex = [
     (r"py:.*", r"(jax|numpyro|torch|pyro|numpy|np|pandas|matplotlib|rich|collections|typing|abc)\..*"),
+    (r"py:data", r"flowvi\..*"),  # constants are not in the reference
     (r"py:(class|data)", r"[\w.]*(Array|ArrayLike|Any|Callable|Literal|Mapping|Sequence|Tensor|ndarray|ScoreParts)"),
 ]
 
@@ -56,6 +57,7 @@ autosummary_ignore_module_all = False
 autosummary_imported_members = False
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # attributes are described with their class, not twice
 
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"
@@ -67,6 +69,8 @@ copybutton_prompt_is_regexp = True
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
+    "backreferences_dir": "gallery/backreferences",
+    "doc_module": ("flowvi",),
     "filename_pattern": r"plot_\w+\.py$",
     "ignore_pattern": r"(^|/)(?!plot_)\w+\.py$",
     "download_all_examples": False,
