@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The tests run one process per core; each keeps to one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench docs clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -24,10 +24,13 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/vae.py
 
+docs: .venv/ready
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[numpyro,pyro,test,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[numpyro,pyro,test,bench,docs]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist docs/_build docs/api docs/gallery .pytest_cache .mypy_cache .ruff_cache

@@ -40,12 +40,12 @@ class ParameterGradient:
 
     @property
     def std(self) -> float:
-        """The standard deviation of one sample: the root of the summed variance of the parameter's elements."""
+        """The standard deviation of one sample, the root of the summed variance of the parameter's elements."""
         return float(np.sqrt(self.variance.sum()))
 
     @property
     def snr(self) -> float:
-        """The signal-to-noise ratio of one sample: the norm of the mean, less what noise adds to it, over the standard deviation."""
+        """The signal-to-noise ratio of one sample, the norm of the mean, less what noise adds to it, over the standard deviation."""
         signal = max(float((self.mean**2).sum()) - float(self.variance.sum()) / self.num_samples, 0.0)
         return float(np.sqrt(signal)) / self.std if self.std > 0 else float("inf")
 
