@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,6 +52,7 @@ class At(NamedTuple):
     """What an estimator does at samples x, along axis 0, as its parameter moves.
 
     Attributes:
+        drawn: Whether x are draws of the host's sampler, rather than those that were given.
         x: The values of the site.
         phi: f(x).
         slope: The derivative of f along the flow: u where f is the identity, u . grad f otherwise.
@@ -58,11 +60,16 @@ class At(NamedTuple):
         weight: p / q.
     """
 
+    drawn: bool
     x: np.ndarray
     phi: np.ndarray
     slope: np.ndarray
     psi: np.ndarray
     weight: np.ndarray
+
+    def at(self, i: np.ndarray) -> At:
+        """Some of the samples, by index or mask."""
+        return At(self.drawn, *(a[i] for a in self[1:]))
 
 
 class _Path(NamedTuple):
@@ -164,7 +171,8 @@ def velocity(distribution: Any, estimators: Estimators, parameter: Parameter | S
         figure, axes = plt.subplots(2, len(paths), sharex=True, sharey="row", squeeze=False, figsize=(1 + 3 * len(paths), 4.2))
         for j, path in enumerate(paths):
             for label, estimator in named.items():
-                at = _sorted(host.at(path.move, estimator, points, 0.0, _identity, 0))
+                at = host.at(path.move, estimator, points, 0.0, _identity, 0)
+                at = at.at(np.argsort(at.x))
                 for ax, y in zip(axes[:, j], (at.slope, at.psi), strict=True):
                     ax.plot(at.x, y, marker="o" if discrete else "", label=label)
             for ax in axes[:, j]:
@@ -174,7 +182,7 @@ def velocity(distribution: Any, estimators: Estimators, parameter: Parameter | S
         axes[0, 0].set_ylabel("velocity u = dx/dθ")
         axes[1, 0].set_ylabel("score term ψ")
         if len(named) > 1:
-            axes[0, 0].legend()
+            figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
         return figure
 
 
@@ -418,10 +426,6 @@ def _mesh(axes: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([a.ravel() for a in np.meshgrid(*axes)], -1)
 
 
-def _sorted(at: At) -> At:
-    return At(*(a[np.argsort(at.x)] for a in at))
-
-
 def _weight(host: Any, p: Any, estimator: Estimator, points: np.ndarray) -> np.ndarray:
     if estimator.q is None:
         return np.ones(len(points))
@@ -467,9 +471,10 @@ def _carry(host: Any, move: Callable, estimator: Estimator, x: np.ndarray, by: f
 
     def rates(t, state):
         at = host.at(move, estimator, state[0], t, _identity, 0)
-        if np.array_equal(at.x, state[0]):
+        if not at.drawn:
             return np.stack([at.slope, at.psi])
-        at = _sorted(host.at(move, estimator, np.zeros(NUM), t, _identity, 0))  # a sampler, asked for its own draws
+        at = host.at(move, estimator, np.zeros(NUM), t, _identity, 0)
+        at = at.at(np.argsort(at.x))
         return np.stack([np.interp(state[0], at.x, at.slope), np.interp(state[0], at.x, at.psi)])
 
     states, h = [np.stack([x, 0 * x])], by / steps
@@ -521,7 +526,7 @@ def _flow_lines(plt, host, named, path, by, lines, x):
     bar = figure.colorbar(segments, ax=axes[1, :], pad=0.01)
     factors = [f for f in (0.25, 0.5, 1, 2, 4) if abs(np.log(f)) <= limit + 1e-9]
     bar.set_ticks(np.log(factors), labels=[f"{f:g}" for f in factors])
-    bar.set_label("mass along a line, over its start")
+    bar.set_label("mass, relative to the start")
     return figure
 
 
@@ -543,8 +548,7 @@ def _arrows(plt, host, p, named, path, lines, x):
     found = {}
     for label, estimator in named.items():
         at = host.at(path.move, estimator, coarse, 0.0, _identity, 0)
-        seen = host.density(p, at.x) > 0.01 * density.max()
-        found[label] = At(*(a[seen] for a in at))
+        found[label] = at.at(host.density(p, at.x) > 0.01 * density.max())
     limit = max(max(np.abs(at.psi).max() for at in found.values()), 1e-3)
     fastest = max(np.hypot(*at.slope.T).max() for at in found.values()) or 1.0
     spacing = max(a[-1] - a[0] for a in axes_of_x) / lines
@@ -571,10 +575,8 @@ def _velocity_maps(plt, host, p, named, paths, x):
         for ax, values, name in zip(row, (*at.slope.T, at.psi), ("$u_1$", "$u_2$", "ψ"), strict=True):
             limit = np.abs(values).max() or 1.0
             colors = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
-            if np.array_equal(at.x, points):
-                drawn = _color_map(ax, axes_of_x, values, **colors)
-            else:
-                drawn = ax.scatter(*at.x.T, c=values, s=2, rasterized=True, **colors)
+            scatter = partial(ax.scatter, *at.x.T, s=2, rasterized=True)
+            drawn = scatter(c=values, **colors) if at.drawn else _color_map(ax, axes_of_x, values, **colors)
             figure.colorbar(drawn, ax=ax)
             ax.set_title(", ".join(word for word in (name, path.label, label) if word))
     _name_coordinates(axes)

@@ -2,7 +2,9 @@
 
 import matplotlib
 import numpy as np
+import pyro
 import pytest
+import torch
 from matplotlib import pyplot as plt
 from scipy import stats
 from test_imports import run
@@ -122,6 +124,15 @@ def test_flow_lines(host, normal, label, a):
     x, density = before.lines[0].get_data()
     close(density, p.pdf(x))
     close(after.lines[0].get_ydata(), moved.pdf(x))
+
+
+def test_single_precision():
+    """What is given in double precision is not taken for the draws of a sampler."""
+    torch.set_default_dtype(torch.float32)
+    p = pyro.distributions.Normal(LOC, SCALE)
+    places, mass = plot._carry(plot._host(p), plot._paths(p, "loc")[0].move, HALF, X, 0.5)
+    close(places[-1], X + 0.25, 1e-6)
+    close(mass[-1], stats.norm(LOC + 0.5, SCALE).logpdf(X + 0.25) - stats.norm(LOC, SCALE).logpdf(X), 1e-5)
 
 
 def test_flow_lines_of_a_sampler(host):

@@ -18,9 +18,10 @@ from flowvi.plot import At
 
 def at(move: Callable[[Any], Any], estimator: Estimator, x: np.ndarray, t: float, f: Callable[[Any], Any], seed: int) -> At:
     """See :class:`flowvi.plot.At`. Where the estimator is the host's own sampler, x are that many of its draws."""
+    served = _served(move(t), estimator)
 
     def run(t):
-        p, target, served = _site(move(t), estimator, len(x))
+        p, target = _site(move(t), served, len(x))
         if served.uses_sampler:
             value, score, log_weight = p(rng_key=jax.random.key(seed)), None, None
         else:
@@ -31,12 +32,13 @@ def at(move: Callable[[Any], Any], estimator: Estimator, x: np.ndarray, t: float
         return (f(value), score), (value, jnp.exp(log_weight))
 
     (phi, _), (slope, psi), (value, weight) = jax.jvp(run, (jnp.asarray(t, float),), (jnp.ones(()),), has_aux=True)
-    return At(*map(np.asarray, (value, phi, slope, psi, weight)))
+    return At(served.uses_sampler, *map(np.asarray, (value, phi, slope, psi, weight)))
 
 
 def sample(p: dist.Distribution, estimator: Estimator, num: int, seed: int) -> np.ndarray:
     """Draws from the estimator's proposal."""
-    _, target, served = _site(p, estimator, num)
+    served = _served(p, estimator)
+    _, target = _site(p, served, num)
     q, _ = served.proposal(ops, target)
     return np.asarray(target.push(target.sample(q, jax.random.key(seed))))
 
@@ -45,8 +47,11 @@ def density(p: dist.Distribution, x: np.ndarray) -> np.ndarray:
     return np.exp(np.asarray(p.log_prob(jnp.asarray(x, float))))
 
 
-def _site(p: dist.Distribution, estimator: Estimator, num: int) -> tuple[dist.Distribution, NumPyroTarget, Estimator]:
-    """A site of ``num`` independent elements, and the estimator that serves it."""
+def _served(p: dist.Distribution, estimator: Estimator) -> Estimator:
+    return estimator.resolve(NumPyroTarget("x", p, enters=True))
+
+
+def _site(p: dist.Distribution, served: Estimator, num: int) -> tuple[dist.Distribution, NumPyroTarget]:
+    """A site of ``num`` independent elements."""
     p = p.expand((num,))
-    served = estimator.resolve(NumPyroTarget("x", p, enters=True))
-    return p, NumPyroTarget("x", p, served.enters), served
+    return p, NumPyroTarget("x", p, served.enters)

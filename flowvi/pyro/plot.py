@@ -16,10 +16,11 @@ from flowvi.pyro.distributions import PyroTarget
 
 def at(move: Callable[[Any], Any], estimator: Estimator, x: np.ndarray, t: float, f: Callable[[Any], Any], seed: int) -> At:
     """See :class:`flowvi.plot.At`. Where the estimator is the host's own sampler, x are that many of its draws."""
+    served = _served(move(_tensor(t)), estimator)
     detached: list[torch.Tensor] = []
 
     def run(t):
-        p, target, served = _site(move(t), estimator, len(x))
+        p, target = _site(move(t), served, len(x))
         if served.uses_sampler:
             value, score, log_weight = p.rsample(), None, None
         else:
@@ -34,12 +35,13 @@ def at(move: Callable[[Any], Any], estimator: Estimator, x: np.ndarray, t: float
         torch.manual_seed(seed)
         (phi, _), (slope, psi) = torch.autograd.functional.jvp(run, _tensor(t), torch.ones(()))
     value, weight = detached
-    return At(*(a.numpy() for a in (value, phi, slope, psi, weight)))
+    return At(served.uses_sampler, *(a.numpy() for a in (value, phi, slope, psi, weight)))
 
 
 def sample(p: Any, estimator: Estimator, num: int, seed: int) -> np.ndarray:
     """Draws from the estimator's proposal."""
-    _, target, served = _site(p, estimator, num)
+    served = _served(p, estimator)
+    _, target = _site(p, served, num)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return target.push(served.proposal(ops, target)[0].sample()).detach().numpy()
@@ -53,8 +55,11 @@ def _tensor(x: Any) -> torch.Tensor:
     return torch.as_tensor(x, dtype=torch.get_default_dtype())
 
 
-def _site(p: Any, estimator: Estimator, num: int) -> tuple[Any, PyroTarget, Estimator]:
-    """A site of ``num`` independent elements, and the estimator that serves it."""
+def _served(p: Any, estimator: Estimator) -> Estimator:
+    return estimator.resolve(PyroTarget("x", p, enters=True))
+
+
+def _site(p: Any, served: Estimator, num: int) -> tuple[Any, PyroTarget]:
+    """A site of ``num`` independent elements."""
     p = p.expand((num,))
-    served = estimator.resolve(PyroTarget("x", p, enters=True))
-    return p, PyroTarget("x", p, served.enters), served
+    return p, PyroTarget("x", p, served.enters)
