@@ -112,7 +112,7 @@ def flow(
         ValueError: A shape or a parameter that cannot be drawn, a discrete distribution; or as the estimator at a site 'x'.
 
     Example:
-        >>> import numpyro.distributions as dist
+        >>> import pyro.distributions as dist
         >>> from flowvi import LR, RP, plot
         >>> figure = plot.flow(dist.Normal(0.0, 1.0), {"LR": LR(), "RP": RP()}, "loc")
         >>> len(figure.axes)
@@ -151,7 +151,7 @@ def velocity(distribution: Any, estimators: Estimators, parameter: Parameter | S
         ValueError: A shape or a parameter that cannot be drawn; or as the estimator at a site 'x'.
 
     Example:
-        >>> import numpyro.distributions as dist
+        >>> import pyro.distributions as dist
         >>> from flowvi import LR, Flow, plot
         >>> half = Flow(loc=lambda x, p: 0.5)
         >>> figure = plot.velocity(dist.Normal(0.0, 1.0), {"LR": LR(), "half": half}, "loc", x=[-1.0, 0.0, 1.0])
@@ -203,7 +203,7 @@ def proposal(distribution: Any, estimators: Estimators, *, x: Any = None) -> Fig
         ValueError: A shape that cannot be drawn; or as the estimator at a site 'x'.
 
     Example:
-        >>> import numpyro.distributions as dist
+        >>> import pyro.distributions as dist
         >>> from flowvi import LR, plot, proposals
         >>> figure = plot.proposal(dist.Normal(0.0, 1.0), LR(q=proposals.tempered(2.0)), x=[0.0])
         >>> round(float(figure.axes[1].lines[0].get_ydata()[0]) ** 2, 5)
@@ -272,7 +272,7 @@ def gradients(
         ValueError: A parameter that cannot be drawn; or as the estimator at a site 'x'.
 
     Example:
-        >>> import numpyro.distributions as dist
+        >>> import pyro.distributions as dist
         >>> from flowvi import LR, RP, plot
         >>> figure = plot.gradients(dist.Normal(0.0, 1.0), {"LR": LR(), "RP": RP()}, "loc", lambda x: x**2)
         >>> len(figure.axes)
@@ -329,7 +329,7 @@ def gradient_samples(
         ValueError: A parameter that cannot be drawn; or as the estimator at a site 'x'.
 
     Example:
-        >>> import numpyro.distributions as dist
+        >>> import pyro.distributions as dist
         >>> from flowvi import RP, plot
         >>> float(plot.gradient_samples(dist.Normal(0.0, 1.0), RP(), "loc", lambda x: 3 * x).mean())
         3.0

@@ -58,7 +58,7 @@ def test_velocity_of_a_normal(host, normal):
 
 def test_velocity_by_name_and_by_function(host):
     """Named parameters of families with alternatives, derived attributes and bounds; Auto is resolved; a move of a mixture."""
-    d, a, x = host.dist, host.array, np.array([0.2, 0.6])
+    d, a, x = host.dist, host.array, np.linspace(0.1, 0.9, 7)  # of one length, so that JAX compiles less
     cases = [
         (d.Beta(a(2.0), a(3.0)), "concentration1", LR(), np.log(x) - (stats.beta(2, 3).expect(np.log))),
         (d.LogNormal(a(0.1), a(0.5)), "loc", LR(), (np.log(x) - 0.1) / 0.25),
@@ -72,8 +72,8 @@ def test_velocity_by_name_and_by_function(host):
         close(figure.axes[0].lines[0].get_ydata(), velocities.get(name, 0 * x))
         close(figure.axes[1].lines[0].get_ydata(), psi, 1e-8)  # the expectation is by quadrature
     counts = d.Poisson(a(3.0))
-    figure = plot.velocity(counts, LR(), "rate", x=[0.0, 1.0, 5.0])
-    close(figure.axes[1].lines[0].get_ydata(), np.array([0.0, 1.0, 5.0]) / 3 - 1)
+    figure = plot.velocity(counts, LR(), "rate", x=np.arange(7))
+    close(figure.axes[1].lines[0].get_ydata(), np.arange(7) / 3 - 1)
     assert [ax.get_title() for ax in plot.velocity(counts, LR()).axes[:1]] == ["rate"]
 
     def mixture(t):
@@ -102,7 +102,7 @@ def test_velocity_in_two_dimensions(host):
     psi = points @ np.linalg.inv(tril @ tril.T) @ e
     for found, expected in zip(drawn, (0, 0, psi, *e, 0, *e, 0), strict=True):
         close(found, expected + 0 * found)
-    figure = plot.flow(shifted(host.array(0.0)), estimators, shifted, lines=5)
+    figure = plot.flow(shifted(host.array(0.0)), estimators, shifted, lines=5, x=x)
     arrows = figure.axes[1].collections[-1]
     close(np.stack([arrows.U, arrows.V], -1), np.broadcast_to(e, (len(arrows.U), 2)))
     assert len(plot.proposal(shifted(host.array(0.0)), LR(q=proposals.student_t(4.0)), x=x).axes) == 6
@@ -111,13 +111,13 @@ def test_velocity_in_two_dimensions(host):
 @pytest.mark.parametrize(("label", "a"), [("LR", 0.0), ("half", 0.5), ("RP", 1.0)])
 def test_flow_lines(host, normal, label, a):
     """A line ends at x + a t, with the mass p(x + a t; loc + t) / p(x; loc)."""
-    figure = plot.flow(normal, {"LR": LR(), "half": HALF, "RP": RP()}[label], "loc", by=0.5, lines=6)
+    figure = plot.flow(normal, {"LR": LR(), "half": HALF, "RP": RP()}[label], "loc", by=0.5, lines=8)
     after, middle, before = figure.axes[:3]
     edges = np.array([collection.get_segments()[0][0] for collection in middle.collections])
     ends = np.array([collection.get_segments()[-1][1] for collection in middle.collections])
-    close(edges[:, 0], stats.norm(LOC, SCALE).ppf(np.arange(1, 6) / 6), 0.01)  # quantiles, from the density on a grid
+    close(edges[:, 0], stats.norm(LOC, SCALE).ppf(np.arange(1, 8) / 8), 0.01)  # quantiles, from the density on a grid
     close(edges[:, 1], LOC)
-    close(ends, np.stack([edges[:, 0] + a * 0.5, np.full(5, LOC + 0.5)], -1))
+    close(ends, np.stack([edges[:, 0] + a * 0.5, np.full(7, LOC + 0.5)], -1))
     _, mass = plot._carry(plot._host(normal), plot._paths(normal, "loc")[0].move, HALF, X, 0.5)
     p, moved = stats.norm(LOC, SCALE), stats.norm(LOC + 0.5, SCALE)
     close(mass[-1], moved.logpdf(X + 0.25) - p.logpdf(X), 1e-6)
@@ -139,9 +139,10 @@ def test_flow_lines_of_a_sampler(host):
     """The sampler of a Gamma moves mass as its exact field does; its field is interpolated between draws."""
     p = host.dist.Gamma(host.array(2.0), host.array(1.0))
     (path,) = plot._paths(p, "concentration")
-    x = stats.gamma(2.0).ppf([0.1, 0.5, 0.9])
+    levels = np.linspace(0.1, 0.9, 7)
+    x = stats.gamma(2.0).ppf(levels)
     places, mass = plot._carry(plot._host(p), path.move, RP(), x, 0.5, steps=2)
-    close(places[-1], stats.gamma(2.5).ppf([0.1, 0.5, 0.9]), 2e-3)
+    close(places[-1], stats.gamma(2.5).ppf(levels), 2e-3)
     close(mass, 0)
 
 
