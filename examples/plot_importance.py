@@ -77,10 +77,10 @@ for host, style in zip(HOSTS, ("-", ":"), strict=True):
         running = np.cumsum(gradients**2) / counts
         right.plot(counts[100:], running[100:], style, color=color, label=f"{label}" if host == "NumPyro" else None)
 right.plot([], [], ":", color="0.4", label="the same in Pyro")
-right.set(xlabel="samples", ylabel="running mean of the squared gradient", xscale="log", yscale="log")
+right.set(xlabel="samples", ylabel="running mean of the squared gradient", xscale="log", yscale="log", ylim=(1.0, 5e3))
 right.legend()
 plt.show()
 
 # %%
-# At tau = 0.55 the samples miss most of the second moment, and under the Normal q it only looks finite between two
+# At tau = 0.55 the samples miss about half of the second moment, and under the Normal q it only looks finite between two
 # jumps: let q have tails at least as heavy as those of p.
