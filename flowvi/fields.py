@@ -1004,7 +1004,7 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
         else:
             dcdf = dtheta.of(lambda p: at_x(cdf, p))
             if dcdf is not None:
-                terms.append((ops.exp(joint - log_p)[..., None] * -dcdf / ops.exp(density)).sum(-2))
+                terms.append((ops.exp((joint - log_p)[..., None] - density) * -dcdf).sum(-2))  # far out, density itself is 0
         if not terms:
             return ops.asarray(0.0, x)
         return _total(terms)[..., 0] if scalar else _total(terms)

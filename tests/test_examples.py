@@ -1,11 +1,16 @@
-"""The examples and benchmarks run: a short form of each, in a process of its own."""
+"""The examples and benchmarks run: a short form of each, in a process of its own; those of the gallery in this one."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import matplotlib
 import pytest
+import torch
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
@@ -21,3 +26,23 @@ def test_smoke(script):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+
+
+GALLERY = sorted((ROOT / "examples").glob("plot_*.py"))
+matplotlib.use("agg")
+
+
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+@pytest.mark.parametrize("script", [path.name for path in GALLERY])
+def test_gallery(script, monkeypatch):
+    """In single precision, as a user runs it; it ends with a figure and a sentence on it."""
+    monkeypatch.setattr(sys, "argv", [script, "--smoke"])
+    torch.set_default_dtype(torch.float32)
+    jax.config.update("jax_enable_x64", False)
+    with plt.rc_context():
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    assert plt.get_fignums()
+    assert all(ax.has_data() for number in plt.get_fignums() for ax in plt.figure(number).axes)
+    plt.close("all")
+    *_, last = (ROOT / "examples" / script).read_text().split("# %%\n")
+    assert all(line.startswith("# ") for line in last.splitlines())

@@ -6,15 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from hosts import HOSTS
+from matplotlib import pyplot as plt
 from scipy import special
 from test_parity import TARGETS
 
-from flowvi import LR, Flow, fields
+from flowvi import LR, Flow, fields, plot
 from flowvi.estimators import attach
+
+matplotlib.use("agg")
 
 BOTH = ("numpyro", "pyro")
 
@@ -614,3 +618,16 @@ def test_where_the_mixtures_of_pyro_are_wrong(coordinate, exact, of_pyro):
     pyros = gradient(host.dist.MixtureOfDiagNormals(locs.expand(n, 2, 2), torch.ones(n, 2, 2), leaf).rsample(), leaf)
     assert abs(pyros.mean() - truth) > 10 * pyros.std() / np.sqrt(n)
     assert abs(pyros.mean() - of_pyro) < 5e-3
+
+
+def test_mixture_of_components_far_apart(host):
+    """Where the density of a component underflows, its parameters move nothing, and the others what they should."""
+    d, a = host.dist, host.array
+
+    def moved(t):
+        return d.MixtureSameFamily(d.Categorical(logits=a([0.0, 0.5])), d.Normal(a([-3.0, 3.0]) + t * a([1.0, 0.0]), a(0.1)))
+
+    for estimator in (Flow(fields.mixture()), Flow(fields.mixture(components=fields.location_scale()))):
+        figure = plot.velocity(moved(a(0.0)), estimator, moved, x=[-3.1, -2.9, 2.9, 3.1])
+        np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [1, 1, 0, 0], atol=1e-12)
+        plt.close(figure)

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from sphinx.util import logging
 
-MODULES = ("flowvi", "flowvi.fields", "flowvi.proposals", "flowvi.numpyro", "flowvi.pyro", "flowvi.report")
+MODULES = ("flowvi", "flowvi.fields", "flowvi.proposals", "flowvi.numpyro", "flowvi.pyro", "flowvi.report", "flowvi.plot")
 logger = logging.getLogger(__name__)
 
 
