@@ -1,4 +1,4 @@
-"""The examples and benchmarks run: a short form of each, in a process of its own."""
+"""The examples run: a short form of each, in a process of its own."""
 
 import os
 import subprocess
@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     *("examples/demo.py", "examples/numpyro_sites.py", "examples/pyro_sites.py"),
-    *("benchmarks/step_time.py", "benchmarks/compile_time.py", "benchmarks/vae.py"),
 ]
 
 
