@@ -19,9 +19,12 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Each command writes its tables to docs/tables, every table as soon as it is whole.
 bench: .venv/ready
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/variance.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/vae.py
 
 docs: .venv/ready

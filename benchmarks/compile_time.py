@@ -1,77 +1,89 @@
-"""Compile time of a program of 50 discrete sites: flowvi's graph of dependencies against NumPyro's TraceGraph_ELBO.
+"""What a program costs before its first step: flowvi against the hosts' own ELBOs.
 
-The guide draws 50 Bernoulli sites, each from logits of its own; in the model each site leads to the next one and to an observation.
-Both sides trace the program twice, once to find out what depends on what. A row holds the median over rounds, in turn, of the
-seconds for tracing `SVI.update` and compiling it, and of the microseconds of one step, with the ratio flowvi / host (at most 1.10
-and 1.05 are aimed at):
+For NumPyro: the seconds of tracing `SVI.update` and of compiling what was traced. With sites that have a score, both sides trace the
+program twice, once to find out what depends on what. For Pyro, which compiles nothing: the seconds of the first `SVI.step`.
+
+A row holds the median over rounds of time / time with the lowest and the highest of them, the target, and the medians of the times.
+The two sides are measured in turn, each round with new objects. About three minutes:
 
     python benchmarks/compile_time.py
     python benchmarks/compile_time.py --smoke
+    python benchmarks/compile_time.py --only NumPyro "eight schools"
 """
 
 from __future__ import annotations
 
-import argparse
 from time import perf_counter
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
-from numpyro.infer import SVI, TraceGraph_ELBO
+from programs import HOSTS, PROGRAMS, NumPyro, Program, Pyro, names
+from step_time import comparisons
+from tables import options, table
+from timing import STEPS, particles, use_one_thread, verdict
 
-from flowvi.numpyro import TraceFlow_ELBO
+TARGET = 1.10
+# For each program, the comparisons and the number of rounds.
+PLAN = {
+    "noisy cone": (("RP", "LR"), 5),
+    "eight schools": (("RP", "LR", "IWAE"), 5),
+    "logistic regression": (("RP", "LR"), 5),
+    "autoencoder": (("RP", "LR", "IWAE"), 5),
+    "mixture guide": (("LR",), 5),
+    "chain of 50": (("LR",), 3),
+    "plate of 1,000": (("RP", "LR"), 5),
+    "scan of 100": (("RP", "LR"), 5),
+}
+COLUMNS = (
+    "Host",
+    "Program",
+    "Ratio of times",
+    "Median",
+    "Lowest to highest",
+    "Target",
+    "Verdict",
+    "Tracing, s / s",
+    "Compiling, s / s",
+)
+ABOUT = "For Pyro, which compiles nothing, the first step. IWAE with 10 particles, all else with one."
 
 
-def program(sites: int):
-    observed = jnp.linspace(-1.0, 1.0, sites)
-
-    def model():
-        z = 0.0
-        for i in range(sites):
-            z = numpyro.sample(f"z{i}", dist.Bernoulli(logits=0.5 * z))
-            numpyro.sample(f"y{i}", dist.Normal(1.0 * z, 1.0), obs=observed[i])
-
-    def guide():
-        for i in range(sites):
-            numpyro.sample(f"z{i}", dist.Bernoulli(logits=numpyro.param(f"logits{i}", 0.0)))
-
-    return model, guide
-
-
-def measure(elbo, model, guide) -> tuple[float, float, float]:
-    """Seconds of tracing, seconds of compiling, microseconds of a step."""
-    svi = SVI(model, guide, numpyro.optim.Adam(1e-3), elbo)
-    state = svi.init(jax.random.key(0))
+def measure(h: Any, program: Program, elbo: Any) -> tuple[float, float]:
+    """Seconds of tracing a step and of compiling it; in Pyro, of the first step and none."""
+    side = STEPS[h](program, elbo)
     start = perf_counter()
-    lowered = jax.jit(lambda state: svi.update(state)[0]).lower(state)
+    if h is Pyro:
+        side.run(1)
+        return perf_counter() - start, 0.0
+    lowered = side.lower()
     traced = perf_counter()
-    update = lowered.compile()
-    compiled = perf_counter()
-    times = []
-    for _ in range(200):
-        begun = perf_counter()
-        state = jax.block_until_ready(update(state))
-        times.append(perf_counter() - begun)
-    return traced - start, compiled - traced, 1e6 * float(np.median(times))
+    lowered.compile()
+    return traced - start, perf_counter() - traced
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="one round with 5 sites, to see that it runs")
-    sites, rounds = (5, 1) if parser.parse_args().smoke else (50, 5)
-    model, guide = program(sites)
-    sides = {"flowvi": TraceFlow_ELBO, "host": TraceGraph_ELBO}
-    found = {name: [] for name in sides}
-    for i in range(rounds):
-        for name in list(sides)[:: 1 if i % 2 else -1]:
-            found[name].append(measure(sides[name](), model, guide))
-    ours, theirs = (np.median(found[name], axis=0) for name in sides)
-    for i, what in enumerate(("seconds of tracing", "seconds of compiling", "microseconds of a step")):
-        print(f"{what:<26}{ours[i]:>10.3f}{theirs[i]:>10.3f}   ratio {ours[i] / theirs[i]:.3f}")
-    ours, theirs = (side[0] + side[1] for side in (ours, theirs))
-    print(f"{'seconds of both':<26}{ours:>10.3f}{theirs:>10.3f}   ratio {ours / theirs:.3f}")
+def main(argv: list[str] | None = None) -> None:
+    said = options(__file__, __doc__, argv)
+    use_one_thread()
+    with table("compile_time", said, COLUMNS, ABOUT) as row:
+        for h in HOSTS:
+            for name in names(h)[: 1 if said.smoke else None]:
+                whats, rounds = PLAN[name]
+                for what in whats:
+                    comparison = comparisons(h)[what]
+                    if not said.wants(h.name, name, what):
+                        continue
+                    program = PROGRAMS[name](h, comparison.normal)
+                    mode = particles(h, 10 if what == "IWAE" else 1)
+                    times = np.empty((1 if said.smoke else rounds if h is NumPyro else 3 * rounds, 2, 2))
+                    measure(h, program, comparison.theirs(**mode))  # what both share is warm
+                    for i in range(len(times)):
+                        for j in (0, 1) if i % 2 else (1, 0):
+                            times[i, j] = measure(h, program, (comparison.ours, comparison.theirs)[j](**mode))
+                    ratios = times.sum(2)[:, 0] / times.sum(2)[:, 1]
+                    median, low, high = np.median(ratios), ratios.min(), ratios.max()
+                    parts = [" / ".join(f"{t:.3f}" for t in part) for part in np.median(times, 0).T]
+                    cells = (f"{median:.3f}", f"{low:.3f} to {high:.3f}", f"{TARGET:.2f}", verdict(TARGET, float(median), float(low)))
+                    row(h.name, name, comparison.what, *cells, parts[0], parts[1] if h is NumPyro else "")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The examples and benchmarks run: a short form of each, in a process of its own; those of the gallery in this one."""
+"""The examples run: a short form of each, in a process of its own; those of the gallery in this one."""
 
 import os
 import runpy
@@ -15,7 +15,6 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     *("examples/demo.py", "examples/numpyro_sites.py", "examples/pyro_sites.py"),
-    *("benchmarks/step_time.py", "benchmarks/compile_time.py", "benchmarks/vae.py"),
 ]
 
 

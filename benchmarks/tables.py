@@ -1,0 +1,63 @@
+"""The tables that the commands print and write: Markdown, for the documentation."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+TABLES = Path(__file__).parent.parent / "docs" / "tables"
+
+
+class Options(NamedTuple):
+    """What the command was asked for; a table is written only where that is all of it."""
+
+    command: str
+    smoke: bool
+    only: list[str]
+
+    def wants(self, *words: object) -> bool:
+        """Whether a row that is known by these words is asked for."""
+        return set(self.only) <= set(map(str, words))
+
+
+def options(file: str, doc: str | None, argv: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a few short rows, printed and not written, to see that it runs")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="the rows of this host, program, ...; not written")
+    return Options(f"python benchmarks/{Path(file).name}", **vars(parser.parse_args(argv)))
+
+
+def figure(x: float, form: str = ".3g") -> str:
+    return format(x, form).replace("-", "\N{MINUS SIGN}")
+
+
+@contextmanager
+def table(name: str, said: Options, columns: Sequence[str], about: str) -> Iterator[Callable[..., None]]:
+    """Print a table row by row; once it is whole, write it to docs/tables, in place of one that is there.
+
+    Yields:
+        A function that takes the cells of a row.
+    """
+    versions = ", ".join(f"{package} {version(package)}" for package in ("numpyro", "jax", "pyro-ppl", "torch"))
+    where = f"Python {platform.python_version()}, {versions}; {os.cpu_count()} cores ({platform.machine()})."
+    lines = [f"    {said.command}", "", f"{about} {where}", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    rows: list[str] = []
+
+    def row(*cells: object) -> None:
+        if len(cells) != len(columns):
+            raise ValueError(f"table {name}: expected {len(columns)} cells, found {len(cells)}.")
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+        print(*([] if rows[1:] else ["", *lines]), rows[-1], sep="\n", flush=True)
+
+    yield row
+    if not said.smoke and not said.only:
+        TABLES.mkdir(parents=True, exist_ok=True)
+        unfinished = TABLES / f".{name}.md"
+        unfinished.write_text("\n".join([*lines, *rows, ""]))
+        unfinished.replace(TABLES / f"{name}.md")
