@@ -10,7 +10,7 @@ import numpyro
 import pyro
 import pytest
 import torch
-from hosts import HOSTS
+from hosts import HOSTS, Program
 from pyro.nn import PyroModule, PyroParam
 
 import flowvi.numpyro
@@ -306,6 +306,19 @@ def test_lr_alone_trains(host):
     losses, params = fit(host, MIXED, host.flow.TraceFlow_ELBO(num_particles=8, default=LR()), 100)
     assert losses[-20:].mean() < losses[:10].mean() - 1
     assert params["logit"] > 0.5
+
+
+def test_a_site_that_is_said_not_to_be_enumerated(host):
+    def gradients(infer):
+        def guide(h, t):
+            h.sample("k", h.dist.Bernoulli(logits=t[0]), infer=infer)
+
+        def model(h, t):
+            observe(h, h.sample("k", h.dist.Bernoulli(h.array(0.5))))
+
+        return host.gradients(Program(guide, model, (0.3,)), 3)
+
+    assert_same(gradients({}), gradients({"enumerate": None}), rtol=0)  # as Pyro's config_enumerate(default=None) writes it
 
 
 # NumPyro
