@@ -29,6 +29,9 @@ THIN_SUPPORTS = {
     "_SoftplusLowerCholesky": "triangular matrices",
 }
 
+# Their tails are so light that their density vanishes at every boundary to which exp, a sigmoid and the like carry it.
+VANISHING = {"Normal", "MultivariateNormal", "LowRankMultivariateNormal"}
+
 
 SEPARATE_PARAMETERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("Normal", "LogNormal", "Laplace", "Logistic", "Cauchy", "Gumbel"), ("loc", "scale")),
@@ -73,10 +76,10 @@ class Support(NamedTuple):
         """Whether the bounds are plain numbers."""
         return all(isinstance(bound, int | float) for bound in (self.lower, self.upper))
 
-    @property
-    def bounded(self) -> bool:
-        """Whether it has a boundary, or is of a kind that may have one."""
-        return self.kind != "coordinates" or not (self.fixed and self.lower == -math.inf and self.upper == math.inf)
+    def fills(self, domain: Support) -> bool:
+        """Whether it is known to be the whole of a transform's ``domain``, so that its image is the whole codomain."""
+        known = self.kind == "coordinates" or self.kind in THIN_SUPPORTS
+        return known and self.fixed and domain.fixed and self == domain
 
     def __str__(self) -> str:
         if self.kind != "coordinates":
@@ -162,11 +165,11 @@ class Target(ABC):
 
     @abstractmethod
     def is_live(self, value: Any) -> bool:
-        """Whether ``value`` may carry a derivative; a traced value that might counts as one that does."""
+        """Whether ``value``, a number or a transform, may carry a derivative; a traced value that might counts as one that does."""
 
     @abstractmethod
-    def transformed_base(self) -> tuple[Any, list[tuple[str, bool]]] | None:
-        """Where ``p`` is itself a plain transformed distribution: its base, and its transforms by name, live or not."""
+    def transformed_base(self) -> tuple[Any, list[Any]] | None:
+        """Where ``p`` is itself a plain transformed distribution: its base, and its transforms."""
 
     @cached_property
     def support(self) -> Support:
@@ -182,7 +185,22 @@ class Target(ABC):
             base, transforms = transformed
             support = Support.of(base.support)
             moving += self._live_bounds("its base's", support)
-            moving += [name for name, live in transforms if live and support.bounded]
+            if type(base).__name__ not in VANISHING:
+                moving += self._moved_by(transforms, support)
+        return moving
+
+    def _moved_by(self, transforms: list[Any], support: Support) -> list[str]:
+        """The names of the live transforms that move the image of a ``support`` that stays."""
+        moving = []
+        for transform in [part for t in transforms for part in _parts(t)]:
+            name = type(transform).__name__
+            if support.fills(Support.of(transform.domain)):
+                support = Support.of(transform.codomain)
+                moving += self._live_bounds(f"{name}'s", support)
+            elif self.is_live(transform):
+                moving.append(name)
+            else:
+                support = Support("unknown", support.discrete)
         return moving
 
     def _live_bounds(self, whose: str, support: Support) -> list[str]:
@@ -384,6 +402,12 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Whether an array of ``shape`` broadcasts to the shape ``to`` without making it larger."""
     return shape == to or (len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False)))
+
+
+def _parts(transform: Any) -> list[Any]:
+    """The transforms of which one is composed; the codomain of a composition is only that of its last part."""
+    transform = getattr(transform, "base_transform", transform)  # of an IndependentTransform
+    return [part for t in transform.parts for part in _parts(t)] if hasattr(transform, "parts") else [transform]
 
 
 class Tangents:

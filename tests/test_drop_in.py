@@ -10,7 +10,7 @@ import numpyro
 import pyro
 import pytest
 import torch
-from hosts import HOSTS
+from hosts import HOSTS, Program
 from pyro.nn import PyroModule, PyroParam
 
 import flowvi.numpyro
@@ -306,6 +306,19 @@ def test_lr_alone_trains(host):
     losses, params = fit(host, MIXED, host.flow.TraceFlow_ELBO(num_particles=8, default=LR()), 100)
     assert losses[-20:].mean() < losses[:10].mean() - 1
     assert params["logit"] > 0.5
+
+
+def test_a_site_that_is_said_not_to_be_enumerated(host):
+    def gradients(infer):
+        def guide(h, t):
+            h.sample("k", h.dist.Bernoulli(logits=t[0]), infer=infer)
+
+        def model(h, t):
+            observe(h, h.sample("k", h.dist.Bernoulli(h.array(0.5))))
+
+        return host.gradients(Program(guide, model, (0.3,)), 3)
+
+    assert_same(gradients({}), gradients({"enumerate": None}), rtol=0)  # as Pyro's config_enumerate(default=None) writes it
 
 
 # NumPyro
@@ -713,6 +726,31 @@ def test_pyro_an_annotation_of_the_model_belongs_to_its_run():
         assert seen[-1] == present
         present = pyro.param("c").item()
     assert present != 1.5
+
+
+@pytest.mark.parametrize("objective", ["ELBO", "ELBO, graph", "RenyiELBO"])
+def test_pyro_a_factor_of_the_model_under_a_messenger_guide(objective):
+    """A GuideMessenger runs the model itself, so that the factor is met while the guide draws; it is the model's all the same."""
+
+    def model():
+        w = pyro.sample("w", pyro.distributions.Normal(0.0, 1.0))
+        pyro.factor("f", -((w - 0.7) ** 2))
+        observe(PYRO, w)
+
+    def loss_and_grads(elbo):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = pyro.infer.autoguide.AutoNormalMessenger(model)
+        guide()
+        loss = elbo.loss_and_grads(model, guide)
+        return loss, {name: p.grad.numpy() for name, p in pyro.get_param_store().named_parameters()}
+
+    theirs, ours = {
+        "ELBO": (pyro.infer.Trace_ELBO(3), flowvi.pyro.TraceFlow_ELBO(3)),
+        "ELBO, graph": (pyro.infer.Trace_ELBO(3), flowvi.pyro.TraceFlow_ELBO(3, dependencies="graph")),
+        "RenyiELBO": (pyro.infer.RenyiELBO(num_particles=3), flowvi.pyro.TraceFlow_RenyiELBO(num_particles=3)),
+    }[objective]
+    assert_same(loss_and_grads(theirs), loss_and_grads(ours))
 
 
 def test_pyro_a_program_without_sites():

@@ -29,6 +29,10 @@ def dirichlet(h, t):
     return h.dist.Dirichlet(1.0 + t[..., None] * h.array([1.0, 2.0, 3.0]))
 
 
+def exp_and_shift(h, t):
+    return [h.dist.transforms.ExpTransform(), h.dist.transforms.AffineTransform(t, 1.0)]
+
+
 REFUSED = {
     "RP without a reparameterized sampler": (
         lambda h, t: h.dist.VonMises(t, h.array(2.0)),
@@ -136,6 +140,26 @@ REFUSED = {
     ),
     "LR on a base with a boundary that a transform moves": (
         lambda h, t: h.dist.TransformedDistribution(h.dist.Exponential(h.array(1.0)), [h.dist.transforms.AffineTransform(t, 1.0)]),
+        lambda h: LR(),
+        "site 'x': LR is biased .* moves with AffineTransform",
+    ),
+    "LR on a boundary that exp makes and a transform moves": (
+        lambda h, t: h.dist.TransformedDistribution(h.dist.Laplace(h.array(0.0), h.array(1.0)), exp_and_shift(h, t)),
+        lambda h: LR(),
+        "site 'x': LR is biased .* moves with AffineTransform",
+    ),
+    "LR on a boundary that moves inside a composition": (
+        lambda h, t: h.dist.TransformedDistribution(
+            h.dist.Laplace(h.array(0.0), h.array(1.0)), [h.dist.transforms.ComposeTransform(exp_and_shift(h, t))]
+        ),
+        lambda h: LR(),
+        "site 'x': LR is biased .* moves with AffineTransform",
+    ),
+    "LR on a transformed base that is itself transformed": (
+        lambda h, t: h.dist.TransformedDistribution(
+            h.dist.TransformedDistribution(h.dist.Exponential(h.array(1.0)), [h.dist.transforms.AffineTransform(t, 1.0)]),
+            [h.dist.transforms.AffineTransform(1.0, 2.0)],
+        ),
         lambda h: LR(),
         "site 'x': LR is biased .* moves with AffineTransform",
     ),

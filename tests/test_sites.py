@@ -120,6 +120,17 @@ def test_a_live_transform_moves_the_value(host):
         assert np.all(np.abs(samples.mean(0) - exact) < 5 * samples.std(0) / np.sqrt(len(samples)))
 
 
+def test_a_boundary_that_stays_where_a_transform_moves_what_is_inside(host):
+    """x = exp(t + log e) with e from an Exponential: the transform in the middle is live, and the support is that of x at every t."""
+    exp, shift = host.dist.transforms.ExpTransform, host.dist.transforms.AffineTransform
+
+    def distribution(h, t, v):
+        return h.dist.TransformedDistribution(h.dist.Exponential(h.array(1.0)), [exp().inv, shift(t[0], h.array(1.0)), exp()])
+
+    program = chain([0.3], {"x": distribution}, {"x": lambda h, t, v: v["x"]})
+    expected_under(program, host, np.exp(0.3), default=LR())
+
+
 @pytest.mark.parametrize("kind", ["LR", "RP", "half"])
 def test_exact_elementwise_formula(host, kind):
     """E = w (u . grad phi + psi phi), written out, for one sample of a vector of Normals with a proposal."""

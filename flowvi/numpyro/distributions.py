@@ -44,13 +44,14 @@ class NumPyroTarget(Target):
         return p
 
     def is_live(self, value):
-        return isinstance(value, Tracer)
+        return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
     def transformed_base(self):
-        if type(self.p) not in (dist.TransformedDistribution, dist.FoldedDistribution):
-            return None
-        transforms = [(type(t).__name__, any(map(self.is_live, jax.tree.leaves(t)))) for t in self.p.transforms]
-        return unwrap(self.p.base_dist), transforms
+        base: Any = self.p
+        transforms: list[Any] = []
+        while type(base) in (dist.TransformedDistribution, dist.FoldedDistribution):
+            base, transforms = unwrap(base.base_dist), base.transforms + transforms
+        return None if base is self.p else (base, transforms)
 
     def _scores(self, x, names):
         batch_ndim = len(self.p.batch_shape)

@@ -60,7 +60,7 @@ class attach_estimators(Messenger):
             require_random(msg, wrapped, what)
             self.fixed.append(name)
             return
-        if "enumerate" in msg["infer"]:
+        if msg["infer"].get("enumerate"):
             raise ValueError(
                 f"site '{name}': expected a site that is sampled, found infer['enumerate']; enumerate with TraceEnum_ELBO."
             )

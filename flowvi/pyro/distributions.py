@@ -24,6 +24,7 @@ BIASED_SAMPLERS = (
     dist.MixtureOfDiagNormals,
     dist.MixtureOfDiagNormalsSharedCovariance,
 )
+PLAIN_TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
 
 
 class PyroTarget(Target):
@@ -35,7 +36,7 @@ class PyroTarget(Target):
         self.transforms = []
         self.shape = fn.shape()
         self.p = unwrap(fn)
-        while enters and type(self.p) in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
+        while enters and type(self.p) in PLAIN_TRANSFORMED:
             for transform in reversed(self.p.transforms):
                 self.shape = transform.inverse_shape(self.shape)
             self.transforms = self.p.transforms + self.transforms
@@ -47,13 +48,14 @@ class PyroTarget(Target):
         return _detach(p)
 
     def is_live(self, value):
-        return isinstance(value, torch.Tensor) and value.requires_grad
+        return any(tensor.requires_grad for tensor in _tensors(value))
 
     def transformed_base(self):
-        if type(self.p) not in (dist.TransformedDistribution, dist.FoldedDistribution, torch.distributions.TransformedDistribution):
-            return None
-        transforms = [(type(t).__name__, any(map(self.is_live, _tensors(t)))) for t in self.p.transforms]
-        return unwrap(self.p.base_dist), transforms
+        base: Any = self.p
+        transforms: list[Any] = []
+        while type(base) in (*PLAIN_TRANSFORMED, dist.FoldedDistribution):
+            base, transforms = unwrap(base.base_dist), base.transforms + transforms
+        return None if base is self.p else (base, transforms)
 
     def _scores(self, x, names):
         p = self.p.expand(self.batch_shape)
@@ -63,7 +65,7 @@ class PyroTarget(Target):
 
     def lacks_rsample(self):
         p = self.p
-        while type(p) in (dist.TransformedDistribution, torch.distributions.TransformedDistribution):
+        while type(p) in PLAIN_TRANSFORMED:
             p = unwrap(p.base_dist)
         if isinstance(p, BIASED_SAMPLERS):
             return f"the derivative of {type(p).__name__}'s is biased"
@@ -161,7 +163,7 @@ def _detach(value: Any) -> Any:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a transform."""
+    """Every tensor in a transform, or in a tensor itself."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, torch.distributions.transforms._InverseTransform):

@@ -59,7 +59,7 @@ class attach_estimators(Messenger):
             if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
                 self.draws[name] = Draw(msg["value"], score=ops.tether(msg["fn"].log_prob(msg["value"])))
             return
-        if "enumerate" in msg["infer"]:
+        if msg["infer"].get("enumerate"):
             raise ValueError(
                 f"site '{name}': expected a site that is sampled, found infer['enumerate']; enumerate with TraceEnum_ELBO."
             )

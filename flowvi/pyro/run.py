@@ -73,6 +73,7 @@ class Run:
         model_trace: The model's trace.
         guide_trace: The guide's trace.
         attached: What each random site was served by.
+        draws: The draws of the guide's sites that have a score or a weight.
     """
 
     def __init__(self, model_trace, guide_trace, attached: attach_estimators, max_plate_nesting: Any, program: tuple):
@@ -83,6 +84,8 @@ class Run:
             check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
             check_if_enumerated(guide_trace)
         self.model_trace, self.guide_trace = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        # a GuideMessenger runs the model too, whose factors are none of the guide's
+        self.draws = {name: draw for name, draw in attached.draws.items() if name in self.guide_trace.nodes}
         for site in self.guide_trace.nodes.values():
             if "unscaled_log_prob" in site:
                 site["log_prob"] = scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"])
@@ -92,10 +95,6 @@ class Run:
             if is_validation_enabled():
                 for site in _sample_sites(trace).values():
                     check_site_shape(site, max_plate_nesting)
-
-    @property
-    def draws(self) -> dict[str, Any]:
-        return self.attached.draws
 
     def use_closed_forms(self):
         """Replace, at each site for which Pyro knows it, the two log densities by minus their divergence in closed form.
