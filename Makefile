@@ -25,6 +25,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/variance.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/control_variate.py
 	$(BIN)/python benchmarks/vae.py
 
 docs: .venv/ready

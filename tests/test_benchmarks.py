@@ -22,7 +22,7 @@ def benchmark(monkeypatch, tmp_path):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("command", ["step_time", "compile_time", "variance", "growth", "vae"])
+@pytest.mark.parametrize("command", ["step_time", "compile_time", "variance", "growth", "control_variate", "vae"])
 def test_smoke(benchmark, command, capsys, tmp_path):
     module = benchmark(command)
     module.main(["--smoke"])

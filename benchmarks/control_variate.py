@@ -1,0 +1,143 @@
+"""Variance and cost of RP with its learned control variates, at the optimum of a mean-field guide.
+
+Logistic regression on breast cancer, 31 weights. The optimum of the guide is found by quadrature (scipy); there the coefficients of the
+control variate are learned, with the guide held fixed, and the variance of the gradient is measured, summed over the locations and over
+the logarithms of the scales. Beside it stands the least variance that any such model can reach: its best coefficients by least squares, on
+samples of the exact gradient. The ratio of step times is of training everything, the two sides in turn. About a minute:
+
+    python benchmarks/control_variate.py
+    python benchmarks/control_variate.py --smoke
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+from programs import HOSTS, NumPyro, Program, logistic_regression
+from scipy.optimize import minimize
+from sklearn.datasets import load_breast_cancer
+from tables import figure, options, table
+from timing import STEPS, alternate, median_interval, use_one_thread, verdict
+
+from flowvi import RP
+from flowvi.numpyro import adaptive
+
+SIZE = 31
+ESTIMATORS = {"RP": RP(), "diagonal": RP(control_variate="diagonal"), "quadratic": RP(control_variate="quadratic")}
+TIME_TARGET = 1.3
+
+
+def data() -> tuple[np.ndarray, np.ndarray]:
+    x, y = load_breast_cancer(return_X_y=True)
+    return np.column_stack([np.ones(len(x)), (x - x.mean(0)) / x.std(0)]), y
+
+
+def optimum() -> tuple[np.ndarray, np.ndarray]:
+    """The loc and scale of the mean-field guide of largest ELBO, by quadrature over each case's logit."""
+    x, y = data()
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    weights = weights / weights.sum()
+
+    def loss(parameters):
+        loc, scale = parameters[:SIZE], np.exp(parameters[SIZE:])
+        logit = (x @ loc)[:, None] + np.sqrt(x**2 @ scale**2)[:, None] * nodes
+        p = 1 / (1 + np.exp(-logit))
+        elbo = (
+            ((y[:, None] * logit - np.logaddexp(0, logit)) @ weights).sum()
+            + parameters[SIZE:].sum()
+            - 0.5 * (loc @ loc + scale @ scale)
+        )
+        of_loc = x.T @ ((y[:, None] - p) @ weights) - loc
+        of_scale = 1 - scale**2 * (1 + (x**2).T @ ((p * (1 - p)) @ weights))
+        return -elbo, -np.concatenate([of_loc, of_scale])
+
+    found = minimize(loss, np.repeat([0.0, -2.0], SIZE), jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-13}).x
+    return found[:SIZE], np.exp(found[SIZE:])
+
+
+def largest_ratio(loc: np.ndarray, scale: np.ndarray, diagonal: bool, samples: int) -> float:
+    """RP's variance over that with the best b and B: by least squares on half of the samples, measured on the others."""
+    x, y = data()
+    eps = np.random.default_rng(0).normal(size=(2 * samples, SIZE))
+    through = scale * ((y - 1 / (1 + np.exp(-(loc + scale * eps) @ x.T))) @ x - (loc + scale * eps))
+    gradient = np.concatenate([through / scale, through * eps + 1], 1)
+    left = []
+    for i in range(SIZE):  # row i of B and b_i meet only the gradients of loc_i and of scale_i
+        columns = [i] if diagonal else range(SIZE)
+        of_loc = np.column_stack([np.zeros(2 * samples), *(eps[:, j] / scale[i] for j in columns)])
+        of_scale = np.column_stack([eps[:, i], *(eps[:, j] * eps[:, i] - (i == j) for j in columns)])
+        half = slice(samples), slice(samples, None)
+        pair = gradient[:, [i, SIZE + i]]
+        design = [np.concatenate([of_loc[part], of_scale[part]]) for part in half]
+        goal = [(pair[part] - pair.mean(0)).T.ravel() for part in half]
+        coefficients = np.linalg.lstsq(design[0], goal[0], rcond=None)[0]
+        residual = (goal[1] - design[1] @ coefficients).reshape(2, -1)
+        left.append(residual.var(1).sum())
+    return float(gradient[samples:].var(0).sum() / sum(left))
+
+
+def learn(h: Any, estimator: RP, model: Any, loc: np.ndarray, scale: np.ndarray, steps: int) -> dict[str, Any]:
+    """The guide's parameters, and the coefficients that were learned with the guide held fixed."""
+    params = {"w_loc": h.array(loc), "w_scale": h.array(scale)}
+
+    def fixed():
+        h.ppl.sample("w", h.dist.Normal(params["w_loc"], params["w_scale"]).to_event(1))
+
+    elbo = h.flow.TraceFlow_ELBO(estimators={"w": estimator})
+    if estimator.control_variate is None:
+        learned = {}
+    elif h is NumPyro:
+        side = STEPS[h](Program(model, adaptive(fixed, elbo)), elbo, rate=0.003)
+        side.run(steps)
+        learned = side.svi.get_params(side.state)
+    else:
+        side = STEPS[h](Program(model, fixed), elbo, rate=0.003)
+        side.run(steps)
+        learned = {name: pyro.param(name).detach() for name in ("w.slope", "w.curvature")}
+    if h is not NumPyro:
+        pyro.clear_param_store()
+        for name, value in {**params, **learned}.items():
+            pyro.param(name, value, constraint=h.dist.constraints.positive if name == "w_scale" else h.dist.constraints.real)
+    return {**params, **learned}
+
+
+def variance(h: Any, estimator: RP, loc: np.ndarray, scale: np.ndarray, steps: int, samples: int) -> float:
+    model, guide, _ = logistic_regression(h, h.dist.Normal)
+    params = learn(h, estimator, model, loc, scale, steps)
+    report = partial(h.flow.gradient_report, model, guide, estimators={"w": estimator}, num_samples=samples)
+    found = report(params=params) if h is NumPyro else report()
+    return float(sum(record.variance.sum() for record in found.parameters))
+
+
+def side(h: Any, estimator: RP) -> Any:
+    model, guide, _ = logistic_regression(h, h.dist.Normal)
+    elbo = h.flow.TraceFlow_ELBO(estimators={"w": estimator})
+    return STEPS[h](Program(model, adaptive(guide, elbo) if h is NumPyro else guide), elbo)
+
+
+def main(argv: list[str] | None = None) -> None:
+    said = options(__file__, __doc__, argv)
+    use_one_thread()
+    steps, samples, rounds, duration = (20, 40, 2, 0.002) if said.smoke else (5000, 2000, 30, 0.05)
+    loc, scale = optimum()
+    about = "Summed variance of the gradient at the optimum; the times are those of a step, in turn with RP's; target 1.3."
+    columns = ("host", "control variate", "variance", "RP's / variance", "at the best coefficients", "time / RP's", "95% interval", "")
+    with table("control_variate", said, columns, about) as row:
+        for h in HOSTS:
+            of_rp = variance(h, RP(), loc, scale, steps, samples)
+            row(h.name, "none", figure(of_rp), "1", "", "1", "", "")
+            for kind in ("diagonal", "quadratic"):
+                estimator = ESTIMATORS[kind]
+                found = variance(h, estimator, loc, scale, steps, samples)
+                limit = largest_ratio(loc, scale, kind == "diagonal", 10 * samples)
+                times = alternate(side(h, estimator), side(h, RP()), rounds, duration)
+                median, low, high = median_interval(times[:, 0] / times[:, 1])
+                met = verdict(TIME_TARGET, median, low)
+                row(h.name, kind, figure(found), figure(of_rp / found), figure(limit), f"{median:.2f}", f"{low:.2f} .. {high:.2f}", met)
+
+
+if __name__ == "__main__":
+    main()
