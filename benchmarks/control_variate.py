@@ -1,9 +1,10 @@
 """Variance and cost of RP with its learned control variates, at the optimum of a mean-field guide.
 
-Logistic regression on breast cancer, 31 weights. The optimum of the guide is found by quadrature (scipy); there the coefficients of the
-control variate are learned, with the guide held fixed, and the variance of the gradient is measured, summed over the locations and over
-the logarithms of the scales. Beside it stands the least variance that any such model can reach: its best coefficients by least squares, on
-samples of the exact gradient. The ratio of step times is of training everything, the two sides in turn. About a minute:
+Logistic regression on breast cancer, 31 weights. The optimum of the guide is found by quadrature (scipy); there the coefficients of
+the control variate are learned, with the guide held fixed, and the variance of the gradient is measured, summed over the locations
+and over the logarithms of the scales. Beside it stands the largest ratio that any such model can reach: with its best coefficients,
+by least squares on samples of the exact gradient. The ratio of step times is of training everything, the two sides in turn. About a
+minute:
 
     python benchmarks/control_variate.py
     python benchmarks/control_variate.py --smoke
