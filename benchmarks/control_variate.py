@@ -97,7 +97,7 @@ def learn(h: Any, estimator: RP, model: Any, loc: np.ndarray, scale: np.ndarray,
     else:
         side = STEPS[h](Program(model, fixed), elbo, rate=0.003)
         side.run(steps)
-        learned = {name: pyro.param(name).detach() for name in ("w.slope", "w.curvature")}
+        learned = {"w.control_variate": pyro.param("w.control_variate").detach()}
     if h is not NumPyro:
         pyro.clear_param_store()
         for name, value in {**params, **learned}.items():

@@ -38,20 +38,17 @@ class QuadraticModel:
         self.shape = (*target.shape[:batch_ndim], math.prod(target.shape[batch_ndim:]))
 
     def learns(self) -> dict[str, Learned]:
-        """The coefficients b and B, which are 0 at first."""
+        """The coefficients, which are 0 at first: a row for each coordinate, b before B."""
         target, size = self.target, self.shape[-1]
         batch, extra = (target.element_shape, target.extra_ndim) if self.full_rank else (target.site_shape, 0)
         zero = self.ops.stop_gradient(self.ops.tether(target.p.loc)).sum()
-        square = (size,) if self.diagonal else (size, size)
-        return {
-            name: Learned(self.ops.broadcast_to(zero, (*batch, *own)), extra + len(own))
-            for name, own in (("slope", (size,)), ("curvature", square))
-        }
+        coefficients = self.ops.broadcast_to(zero, (*batch, size, 2 if self.diagonal else 1 + size))
+        return {"control_variate": Learned(coefficients, extra + 2)}
 
     def attach(self, x: Array) -> tuple[Array, Array]:
         """The value, with the derivative of the host's sampler, and the control variate over the batch shape of the site."""
         ops, target = self.ops, self.target
-        learned = {name: target.read(name) for name in ("slope", "curvature")}
+        coefficients = target.read("control_variate")
         loc = self._flat(target.p.loc)
         residual = self._flat(x) - ops.stop_gradient(loc)
         if self.full_rank:
@@ -68,18 +65,18 @@ class QuadraticModel:
             m, dm = 0 * eps + 1, ops.tether(scale) / s
             stretched = dm * eps
         dloc, z = ops.tether(loc) / s, residual / s
-        slope, bend, bend_m = self._model({name: ops.stop_gradient(value) for name, value in learned.items()}, z, m)
+        slope, bend, bend_m = self._model(ops.stop_gradient(coefficients), z, m)
         of_m = (bend_m - self._outer(slope, eps)) * dm
         control = of_m.sum((-2, -1) if self.full_rank else -1) - (bend * dloc).sum(-1)
-        own_density = self._flat(target.own_density_at(ops, x))
-        step, control = ops.learn((dloc + stretched, control), learned, (z, eps, m, own_density), self._second_moment)
+        fixed = z, eps, m, self._flat(target.own_density_at(ops, x))
+        step, control = ops.learn((dloc + stretched, control), {"control_variate": coefficients}, fixed, self._second_moment)
         return x + (s * step).reshape(x.shape), target.to_batch(control) if self.full_rank else control
 
     def _second_moment(self, cotangents: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...]) -> Array:
         """The squared gradient in dloc and dM, added up: through the sample, by the model, and of the site's own log density."""
         (through, unit), (z, eps, m, own_density) = cotangents, fixed
         ops, unit = self.ops, unit[..., None]
-        slope, bend, bend_m = self._model(learned, z, m)
+        slope, bend, bend_m = self._model(learned["control_variate"], z, m)
         score = ops.solve(m.swapaxes(-2, -1), eps) if self.full_rank else eps
         of_loc = through - unit * (bend + own_density * score)
         of_m = self._outer(through - unit * (slope + own_density * score), eps)
@@ -92,16 +89,16 @@ class QuadraticModel:
             of_m = of_m + unit * (bend_m + own_density)
         return (of_loc**2).sum() + (of_m**2).sum()
 
-    def _model(self, learned: dict[str, Array], z: Array, m: Array) -> tuple[Array, Array, Array]:
+    def _model(self, coefficients: Array, z: Array, m: Array) -> tuple[Array, Array, Array]:
         """The vectors b + B z and B z, and B M (its diagonal at a mean-field site)."""
-        curvature = learned["curvature"]
+        b, curvature = coefficients[..., 0], coefficients[..., 1:]
         if self.diagonal:
-            bend = curvature * z
-            return learned["slope"] + bend, bend, curvature[..., None] * m if self.full_rank else curvature * m
-        bend = (curvature @ z[..., None])[..., 0]
-        if self.full_rank:
-            return learned["slope"] + bend, bend, curvature @ m
-        return learned["slope"] + bend, bend, self.ops.where(self.ops.eye(z.shape[-1], z), curvature, 0 * curvature).sum(-1) * m
+            bend, bend_m = curvature[..., 0] * z, curvature * m if self.full_rank else curvature[..., 0] * m
+        else:
+            bend = (curvature @ z[..., None])[..., 0]
+            unit = self.ops.eye(z.shape[-1], z)
+            bend_m = curvature @ m if self.full_rank else self.ops.where(unit, curvature, 0 * curvature).sum(-1) * m
+        return b + bend, bend, bend_m
 
     def _outer(self, a: Array, eps: Array) -> Array:
         return a[..., None] * eps[..., None, :] if self.full_rank else a * eps

@@ -73,7 +73,7 @@ def quartic(host, x):
 
 def coefficients(diagonal=False):
     rng = np.random.default_rng(3)
-    return {"x.slope": rng.normal(size=3), "x.curvature": rng.normal(size=3 if diagonal else (3, 3))}
+    return {"x.control_variate": rng.normal(size=(3, 2 if diagonal else 4))}
 
 
 @pytest.mark.parametrize("family", list(FACTORS))
@@ -85,7 +85,7 @@ def test_no_noise_is_left_of_a_quadratic_cost(host, family):
     hessian, of_loc = HESSIAN + precision, TILT - HESSIAN @ LOC + precision @ np.full(3, 0.1)
     of_factor = np.tril(-hessian @ matrix + np.linalg.inv(matrix).T)
     of_factor = np.diag(of_factor) if family == "Normal" else of_factor
-    best = {"x.slope": s * of_loc, "x.curvature": -s[:, None] * hessian * s}
+    best = {"x.control_variate": np.column_stack([s * of_loc, -s[:, None] * hessian * s])}
     params = {"loc": LOC, "factor": FACTORS[family]}
     for seed, learned in ((0, best), (1, best), (0, coefficients())):
         _, g = loss_and_gradients(host, params | learned, model, guide, seed, estimators={"x": RP(control_variate="quadratic")})
@@ -97,13 +97,13 @@ def test_no_noise_is_left_of_a_quadratic_cost(host, family):
 @pytest.mark.parametrize("kind", ["quadratic", "diagonal"])
 def test_the_mean_is_zero_for_every_coefficient(host, kind, particles):
     """Without a cost only the control variate is left, whose variance is known."""
-    b, curvature = coefficients(kind == "diagonal").values()
-    matrix = np.diag(curvature) if kind == "diagonal" else curvature
+    (learned,) = coefficients(kind == "diagonal").values()
+    b, matrix = learned[:, 0], np.diag(learned[:, 1]) if kind == "diagonal" else learned[:, 1:]
     substitute = numpyro.handlers.substitute if host.name == "numpyro" else pyro.poutine.substitute
 
     def guide(h, t):
         stack = h.math.stack([t[i] + 0.0 for i in range(6)], -1)
-        with substitute(data={"x.slope": h.array(b), "x.curvature": h.array(curvature)}):
+        with substitute(data={"x.control_variate": h.array(learned)}):
             h.sample("x", h.dist.Normal(stack[..., :3], stack[..., 3:]).to_event(1).mask(False))
 
     def model(h, t):
@@ -141,11 +141,12 @@ def test_coefficients_descend_the_second_moment(host, family, kind, entropy):
         return sum(((units[name] * (g[name] - fixed[name])) ** 2).sum() for name in params)
 
     at = coefficients(kind == "diagonal")
+    (name,) = at
     _, g = loss_and_gradients(host, params | at, model, guide, **options)
-    for name, i in (("x.slope", 2), ("x.curvature", 1 if kind == "diagonal" else 5)):
+    for i in (0, at[name].size - 1):
         step = np.zeros(at[name].size)
         step[i] = 1.0
-        above, below = (second_moment(at | {name: at[name] + sign * step.reshape(at[name].shape)}) for sign in (1, -1))
+        above, below = (second_moment({name: at[name] + sign * step.reshape(at[name].shape)}) for sign in (1, -1))
         np.testing.assert_allclose(g[name].ravel()[i], (above - below) / 2, rtol=1e-8)
 
 
@@ -193,12 +194,11 @@ def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
     options = {"num_particles": 3, "vectorize_particles": vectorize, "estimators": estimators}
     if host.name == "pyro":
         options["max_plate_nesting"] = 1
-    params = {"loc": np.linspace(-1, 1, 6), "logit": 0.3, "z.slope": np.zeros((6, 1)), "z.curvature": np.zeros((6, 1, 1))}
+    params = {"loc": np.linspace(-1, 1, 6), "logit": 0.3, "z.control_variate": np.zeros((6, 1, 2))}
     _, g = loss_and_gradients(host, params, model, guide, **options)
     seen = g["loc"] != 0
     assert 2 <= seen.sum() <= 6
-    for name in ("z.slope", "z.curvature"):
-        assert np.all((np.abs(g[name]).reshape(6) > 0) == seen)
+    assert np.all((np.abs(g["z.control_variate"]) > 0) == seen[:, None, None])
 
 
 def test_learned_in_numpyro():
@@ -212,15 +212,17 @@ def test_learned_in_numpyro():
     elbo = flowvi.numpyro.TraceFlow_ELBO(estimators={"w": RP(control_variate="quadratic")})
     svi = SVI(model, flowvi.numpyro.adaptive(guide, elbo), numpyro.optim.Adam(0.02), elbo)
     result = svi.run(jax.random.key(0), 1500, progress_bar=False)
-    assert result.params["w.curvature"].shape == (3, 3)
+    assert result.params["w.control_variate"].shape == (3, 4)
 
     def gradients(params):
         loss = lambda key, loc: elbo.loss(key, params | {"w_auto_loc": loc}, model, guide)
         return jax.vmap(jax.grad(loss, 1), (0, None))(jax.random.split(jax.random.key(1), 500), params["w_auto_loc"])
 
-    start = result.params | {name: 0 * result.params[name] for name in ("w.slope", "w.curvature")}
+    start = result.params | {"w.control_variate": jnp.zeros((3, 4))}
     assert np.all(gradients(result.params).var(0) < 0.02 * gradients(start).var(0))
-    with pytest.raises(ValueError, match=r"site 'w': RP\(control_variate='quadratic'\) learns the parameter 'w.slope', but SVI does"):
+    with pytest.raises(
+        ValueError, match=r"site 'w': RP\(control_variate='quadratic'\) learns the parameter 'w.control_variate', but SVI does"
+    ):
         SVI(model, guide, numpyro.optim.Adam(0.02), elbo).run(jax.random.key(0), 1, progress_bar=False)
     with pytest.raises(Exception, match="forward-mode"):
         svi.run(jax.random.key(0), 1, progress_bar=False, forward_mode_differentiation=True)
@@ -238,15 +240,14 @@ def test_learned_in_pyro():
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
     for _ in range(1500):
         svi.step()
-    assert pyro.param("w_unconstrained.curvature").shape == (3, 3)
+    assert pyro.param("w_unconstrained.control_variate").shape == (3, 4)
 
     def gradients():
         parameter = guide.locs.w_unconstrained if hasattr(guide.locs, "w_unconstrained") else guide.locs.w
         return torch.stack([torch.autograd.grad(elbo.differentiable_loss(model, guide), parameter)[0] for _ in range(300)]).numpy()
 
     learned = gradients()
-    for name in ("w_unconstrained.slope", "w_unconstrained.curvature"):
-        pyro.get_param_store()[name] = torch.zeros_like(pyro.param(name))
+    pyro.get_param_store()["w_unconstrained.control_variate"] = torch.zeros(3, 4)
     assert np.all(learned.var(0) < 0.02 * gradients().var(0))
 
 

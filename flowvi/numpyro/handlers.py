@@ -133,7 +133,7 @@ class adaptive(Messenger):
         >>> elbo = TraceFlow_ELBO(estimators={"x": RP(control_variate="quadratic")})
         >>> svi = numpyro.infer.SVI(model, adaptive(guide, elbo), numpyro.optim.Adam(0.02), elbo)
         >>> sorted(svi.run(jax.random.key(0), 100, progress_bar=False).params)
-        ['m', 's', 'x.curvature', 'x.slope']
+        ['m', 's', 'x.control_variate']
 
     References:
         Parmas and Sugiyama 2021, eq. 19; Geffner and Domke 2020.
