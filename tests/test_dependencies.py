@@ -118,7 +118,7 @@ def tape_in_numpyro(model, guide, dependencies="graph"):
 
 
 def tape_in_pyro(model, guide, dependencies="graph"):
-    return run_pyro(Assignment(None, Auto()), float("inf"), dependencies, model, guide, (), {}).tape()
+    return run_pyro(Assignment(None, Auto()), float("inf"), dependencies, "full", model, guide, (), {}).tape()
 
 
 def ancestors(tape):
@@ -181,7 +181,7 @@ def test_parents_lead_through_parameters(host):
     if host.name == "numpyro":
         tape = run_program(Program(jax.random.key(0), {}, model, guide, (), {}), assignment).tape("graph")
     else:
-        tape = run_pyro(assignment, float("inf"), "graph", model, guide, (), {}).tape()
+        tape = run_pyro(assignment, float("inf"), "graph", "full", model, guide, (), {}).tape()
     assert ancestors(tape)["of b"] == {"a", "b"}
     assert {site.name: set(site.ancestors) for site in tape.sites} == {"a": {"a"}, "b": {"a", "b"}}
 
