@@ -164,6 +164,20 @@ class Case:
         u = np.zeros((*x.shape, self.size)) if self.discrete else found.pop(0)
         return u, found[0] if found else np.zeros((*x.shape[:-1], self.size))
 
+    @cached_property
+    def _drawn(self) -> Callable[[Array], list[np.ndarray]]:
+        def f(eta: Array, x: Array) -> list[Array]:
+            value, score, log_weight = self.attached(eta, x)
+            zero = 0 * self.flat(x).sum(-1)
+            value = zero if self.discrete else zero + self.flat(value).sum(-1)
+            return [value, zero if score is None else score, zero if log_weight is None else log_weight]
+
+        return self.host.values(f, self.size)
+
+    def drawn(self, x: np.ndarray) -> list[np.ndarray]:
+        """The sum over the value of the estimator, its score and its log weight, each of batch shape."""
+        return [a[: len(x)] for a in self._drawn(self.shaped(self.padded(x)))]
+
     # ---- coordinates of the support
 
     def chart(self, target: Any) -> Chart | None:
@@ -324,7 +338,7 @@ class Case:
             log_q = np.asarray(number(target.to_batch(q.log_prob(self.shaped(x)))))
             chart = self.chart(self.still)
             slope = 0.0 if chart is None else chart.log_slope(y)
-            log_weight = np.asarray(number(self.attached(self.moved(), self.shaped(x))[2]))
+            log_weight = self.drawn(x)[2]
             c = np.exp(log_q + log_weight + slope + log_w)
         c, odd = self.host.array(np.where(keep, c, 0.0)), self._odd(y)
         halves = [] if odd is None else [self.host.array(half.reshape((-1, *[1] * len(self.batch))) * 1.0) for half in (odd, ~odd)]
@@ -391,7 +405,7 @@ class Case:
         target = self.target(self.moved(), self.num_samples)
         q, _ = self.estimator.proposal(self.ops, target)
         x = self.flat(number(self.host.sample(target, q, self.seed + 1)))
-        log_weight = np.asarray(number(self.attached(self.moved(), self.shaped(x))[2]))
+        log_weight = self.drawn(x)[2]
         x = np.where((log_weight > -np.inf)[..., None], x, self.middle)
         return x, np.exp(log_weight)
 

@@ -16,7 +16,7 @@ import flowvi.ops.jax as ops
 from flowvi.numpyro.distributions import NumPyroTarget as Target
 from flowvi.numpyro.distributions import unwrap
 
-__all__ = ["Distribution", "Target", "array", "jacobian", "lengths", "means", "ops", "path", "precise", "sample", "unwrap"]
+__all__ = ["Distribution", "Target", "array", "jacobian", "lengths", "means", "ops", "path", "precise", "sample", "unwrap", "values"]
 
 lengths = (64, 512)  # JAX compiles once for each
 Distribution = dist.Distribution
@@ -44,6 +44,12 @@ def jacobian(f: Callable[..., list[jax.Array]], size: int) -> Callable[..., list
         return jax.vmap(along, out_axes=-1)(jnp.eye(size))
 
     return lambda *arrays: [np.asarray(derivative) for derivative in run(*arrays)]
+
+
+def values(f: Callable[..., list[jax.Array]], size: int) -> Callable[..., list[np.ndarray]]:
+    """The arrays ``f(eta, *arrays)`` at 0, with an eta that is live."""
+    run = jax.jit(f)
+    return lambda *arrays: [np.asarray(a) for a in run(jnp.zeros(size), *arrays)]
 
 
 def means(f: Callable[[jax.Array, range], jax.Array], size: int, chunks: int) -> np.ndarray:

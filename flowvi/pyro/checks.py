@@ -14,7 +14,7 @@ import flowvi.ops.torch as ops
 from flowvi.pyro.distributions import PyroTarget as Target
 from flowvi.pyro.distributions import unwrap
 
-__all__ = ["Distribution", "Target", "array", "jacobian", "lengths", "means", "ops", "path", "precise", "sample", "unwrap"]
+__all__ = ["Distribution", "Target", "array", "jacobian", "lengths", "means", "ops", "path", "precise", "sample", "unwrap", "values"]
 
 lengths = ()
 Distribution = torch.distributions.Distribution
@@ -51,6 +51,11 @@ def _gradient(y: torch.Tensor, eta: torch.Tensor) -> np.ndarray:
         return np.zeros(eta.shape)
     (gradient,) = torch.autograd.grad(y, eta, retain_graph=True, allow_unused=True)
     return np.zeros(eta.shape) if gradient is None else gradient.numpy()
+
+
+def values(f: Callable[..., list[torch.Tensor]], size: int) -> Callable[..., list[np.ndarray]]:
+    """The arrays ``f(eta, *arrays)`` at 0, with an eta that is live."""
+    return lambda *arrays: [a.detach().numpy() for a in f(torch.zeros(size, requires_grad=True), *arrays)]
 
 
 def means(f: Callable[[torch.Tensor, range], torch.Tensor], size: int, chunks: int) -> np.ndarray:
