@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flowvi.checks import Build, Parameter
+from flowvi.checks import Build, Parameter, named
 from flowvi.estimators import Estimator, attach
 from flowvi.ops import Array
 from flowvi.quadrature import SIDE, Chart, Coordinates, integers, nodes
@@ -275,7 +275,7 @@ class Case:
 
     def _kinks(self, chart: Chart) -> np.ndarray:
         """Where the density may have kinks: at those of its parameters that lie inside the support."""
-        values = np.unique(np.concatenate([value.reshape(-1) for value in self.theta.values()]))
+        values = np.unique(np.concatenate([np.ravel(number(p.value)) for _, p in named("", self.still.p0)] or [np.zeros(0)]).astype(float))
         kinks = self._spread(values[:, None])
         return kinks[chart.inside(kinks).reshape(len(kinks), -1).all(1)]
 

@@ -182,7 +182,7 @@ def _parameters(distribution: Any, parameters: Sequence[str] | Mapping[str, Any]
             )
         theta = {name: Parameter(value) for name, value in parameters.items()}
         return lambda given: distribution(**{name: getattr(p, "value", p) for name, p in given.items()}), theta
-    found = dict(_named("", distribution))
+    found = dict(named("", distribution))
     names = list(found) if parameters is None else list(parameters)
     if unknown := [name for name in names if name not in found]:
         raise TypeError(f"check_estimator: {type(distribution).__name__} has no parameter {unknown}; its parameters are: {', '.join(found)}.")
@@ -215,15 +215,15 @@ def _inside(prefix: str, name: str) -> str:
     return prefix if name == "base_dist" else f"{prefix}{name}."
 
 
-def _named(prefix: str, p: Any):
+def named(prefix: str, p: Any):
     """Each parameter by its full name."""
     for name, part in _parts(p).items():
         if hasattr(part, "log_prob"):
-            yield from _named(_inside(prefix, name), part)
+            yield from named(_inside(prefix, name), part)
         elif isinstance(part, list | tuple):
             for i, item in enumerate(part):
                 if hasattr(item, "log_prob"):
-                    yield from _named(f"{prefix}{name}[{i}].", item)
+                    yield from named(f"{prefix}{name}[{i}].", item)
         elif name in p.arg_constraints and not getattr(p.arg_constraints[name], "is_discrete", False):
             yield prefix + name, Parameter(part, p.arg_constraints[name])
 

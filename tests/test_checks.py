@@ -14,7 +14,7 @@ import pyro.distributions
 import pytest
 import torch
 from hosts import HOSTS
-from test_fields import mvn, normal_mixture, product_mixture
+from test_fields import ROWS, VECTORS, mvn, normal_mixture
 
 import flowvi
 from flowvi import LR, RP, Auto, Flow, ImplicitRP, fields, proposals
@@ -334,3 +334,37 @@ def test_fault(host, name):
     assert fault.condition in found
     assert f"- {fault.condition}: {found[fault.condition]}" in str(error.value)
     assert re.search(fault.message, found[fault.condition]), found[fault.condition]
+
+
+# ---- what passes
+
+
+def accepts(host, distribution, estimator, parameters=None, **options):
+    report = check_estimator(distribution, estimator, parameters, **{**QUICK, **options})
+    assert report.conditions
+    return report
+
+
+def each(names, quick_in_numpyro, hosts=lambda name: BOTH):
+    """A test for each name and host; in NumPyro, where a test is mostly compilation, all but some are slow."""
+    return [
+        pytest.param(HOSTS[h], name, id=f"{h}-{name}", marks=[pytest.mark.slow] * (h == "numpyro" and name not in quick_in_numpyro))
+        for name in names
+        for h in hosts(name)
+    ]
+
+
+QUICK_FIELDS = ("Normal scale location_scale()", "Gamma concentration gamma_implicit()", "Uniform high uniform()", "Normal scale masked")
+
+
+@pytest.mark.parametrize(("host", "name"), each(ROWS, QUICK_FIELDS, lambda name: ROWS[name].hosts))
+def test_fields_pass(host, name):
+    row = ROWS[name]
+    report = accepts(host, lambda t: row.distribution(host, t), Flow(row.field()), {"t": host.array(row.theta)})
+    assert {"boundary flux", "mean of psi", "unbiased"} <= {c.name for c in report.conditions if c.holds}
+
+
+@pytest.mark.parametrize(("host", "name"), each(VECTORS, ("Dirichlet scaled",)))
+def test_vector_fields_pass(host, name):
+    distribution, field, _ = VECTORS[name]
+    accepts(host, lambda t: distribution(host, t), Flow(field()), {"t": host.array(0.1)})
