@@ -90,7 +90,9 @@ class Case:
         """The site's distribution at a (live) eta, n times."""
         theta = dict(self.theta)
         for i, (name, _, e) in enumerate(self.moves):
-            theta[name] = theta[name] + e * eta[i] if isinstance(eta, np.ndarray) else self.host.array(theta[name]) + self.host.array(e) * eta[i]
+            theta[name] = (
+                theta[name] + e * eta[i] if isinstance(eta, np.ndarray) else self.host.array(theta[name]) + self.host.array(e) * eta[i]
+            )
         fn = self.host.unwrap(self.build({name: self.host.array(value) for name, value in theta.items()}))
         return fn.expand((n, *fn.batch_shape))
 
@@ -246,7 +248,11 @@ class Case:
             if support.kind == "_OneHot":
                 k = np.eye(like.shape[-1])
             elif support.kind == "coordinates" and self.still.event_ndim == 0:
-                found = integers(number(support.lower), number(support.upper), lambda k: self.log_prob(self.moved(), self._spread(k[:, None].astype(like.dtype))))
+                found = integers(
+                    number(support.lower),
+                    number(support.upper),
+                    lambda k: self.log_prob(self.moved(), self._spread(k[:, None].astype(like.dtype))),
+                )
                 if found is None:
                     return None, None
                 k = found[:, None]
@@ -275,7 +281,9 @@ class Case:
 
     def _kinks(self, chart: Chart) -> np.ndarray:
         """Where the density may have kinks: at those of its parameters that lie inside the support."""
-        values = np.unique(np.concatenate([np.ravel(number(p.value)) for _, p in named("", self.still.p0)] or [np.zeros(0)]).astype(float))
+        values = np.unique(
+            np.concatenate([np.ravel(number(p.value)) for _, p in named("", self.still.p0)] or [np.zeros(0)]).astype(float)
+        )
         kinks = self._spread(values[:, None])
         return kinks[chart.inside(kinks).reshape(len(kinks), -1).all(1)]
 

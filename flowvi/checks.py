@@ -155,7 +155,9 @@ def _host(p: Any) -> Any:
     """The adapter's module for the host of a distribution, which has imported that host already."""
     bases = {c.__module__.split(".")[0] for c in type(p).__mro__}
     if not bases & {"torch", "numpyro"}:
-        raise TypeError(f"check_estimator: expected a distribution of Pyro or NumPyro, or a function that returns one; found {type(p).__name__}.")
+        raise TypeError(
+            f"check_estimator: expected a distribution of Pyro or NumPyro, or a function that returns one; found {type(p).__name__}."
+        )
     return import_module("flowvi.pyro.checks" if "torch" in bases else "flowvi.numpyro.checks")
 
 
@@ -185,7 +187,9 @@ def _parameters(distribution: Any, parameters: Sequence[str] | Mapping[str, Any]
     found = dict(named("", distribution))
     names = list(found) if parameters is None else list(parameters)
     if unknown := [name for name in names if name not in found]:
-        raise TypeError(f"check_estimator: {type(distribution).__name__} has no parameter {unknown}; its parameters are: {', '.join(found)}.")
+        raise TypeError(
+            f"check_estimator: {type(distribution).__name__} has no parameter {unknown}; its parameters are: {', '.join(found)}."
+        )
     if not names:
         raise TypeError(f"check_estimator: {type(distribution).__name__} has no parameter to check; give a function and its arguments.")
 
@@ -199,7 +203,9 @@ def _parts(p: Any) -> dict[str, Any]:
     """The arguments from which a distribution can be built again: its parameters and the distributions inside it."""
     if _is_wrapper(p):
         return {"base_dist": p.base_dist}
-    accepted = {name: a for name, a in signature(type(p).__init__).parameters.items() if name not in ("self", "validate_args", "support")}
+    accepted = {
+        name: a for name, a in signature(type(p).__init__).parameters.items() if name not in ("self", "validate_args", "support")
+    }
     ways = [name for name, a in accepted.items() if a.default is None]  # such as probs and logits, of which one is given
     given = next((name for name in (*vars(p), *ways) if name in ways), None)
     arguments = [name for name in accepted if name not in ways or name == given]
@@ -224,8 +230,15 @@ def named(prefix: str, p: Any):
             for i, item in enumerate(part):
                 if hasattr(item, "log_prob"):
                     yield from named(f"{prefix}{name}[{i}].", item)
-        elif name in p.arg_constraints and not getattr(p.arg_constraints[name], "is_discrete", False):
+        elif name in p.arg_constraints and not _is_discrete(p.arg_constraints[name]):
             yield prefix + name, Parameter(part, p.arg_constraints[name])
+
+
+def _is_discrete(constraint: Any) -> bool:
+    try:
+        return constraint.is_discrete
+    except NotImplementedError:  # of a constraint that depends on the other parameters
+        return False
 
 
 def _rebuilt(prefix: str, p: Any, values: Mapping[str, Any]) -> Any:
@@ -235,7 +248,9 @@ def _rebuilt(prefix: str, p: Any, values: Mapping[str, Any]) -> Any:
         if hasattr(part, "log_prob"):
             return _rebuilt(_inside(prefix, name), part, values)
         if isinstance(part, list | tuple):
-            return type(part)(_rebuilt(f"{prefix}{name}[{i}].", item, values) if hasattr(item, "log_prob") else item for i, item in enumerate(part))
+            return type(part)(
+                _rebuilt(f"{prefix}{name}[{i}].", item, values) if hasattr(item, "log_prob") else item for i, item in enumerate(part)
+            )
         return values.get(prefix + name, part)
 
     arguments = {name: rebuilt(name, part) for name, part in _parts(p).items()}

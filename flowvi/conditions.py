@@ -99,7 +99,9 @@ def _at(x: np.ndarray) -> str:
     return f"x = {x[0]:.4g}" if x.size == 1 else f"x = [{', '.join(f'{v:.4g}' for v in x[:6])}{', ...' if x.size > 6 else ''}]"
 
 
-def _compare(case: Case, name: str, x: np.ndarray, found: np.ndarray, expected: np.ndarray, scale: np.ndarray, what: str, do: str) -> Condition:
+def _compare(
+    case: Case, name: str, x: np.ndarray, found: np.ndarray, expected: np.ndarray, scale: np.ndarray, what: str, do: str
+) -> Condition:
     """``found`` and ``expected`` (n, *batch, D) at each x, relative to ``scale``."""
     with np.errstate(invalid="ignore"):
         error = abs(found - expected) / np.maximum(scale, 1e-12)
@@ -308,7 +310,10 @@ def _psi(case: Case, x: np.ndarray) -> Iterator[Condition]:
             "give the divergence or leave it to the default, or exact=False; or mend the field",
         ),
         "score": ("psi", "see log_prob"),
-        "divergence": ("psi = div u + u . grad log p + d_theta log p", "mend divergence(x, p, dtheta), or leave it out: the default is exact"),
+        "divergence": (
+            "psi = div u + u . grad log p + d_theta log p",
+            "mend divergence(x, p, dtheta), or leave it out: the default is exact",
+        ),
     }[name]
     yield _compare(case, name, x, psi, expected, scale, what, do)
 
@@ -338,7 +343,9 @@ def _standardization(case: Case, x: np.ndarray) -> Condition:
             return Condition(name, True, "monotone in x")
         wrong = slopes * np.sign(values[-1] - values[0] + 1e-300) < -1e-12
         at = np.unravel_index(wrong.argmax(), wrong.shape)
-        return Condition(name, False, f"S is not monotone in x: its slope changes its sign near {_at(np.sort(x, 0)[at])}; S must be invertible.")
+        return Condition(
+            name, False, f"S is not monotone in x: its slope changes its sign near {_at(np.sort(x, 0)[at])}; S must be invertible."
+        )
     jacobian = case.ops.jacobian(lambda v: s(v, target.p0), case.shaped(x), target.event_ndim, False)[1]
     signs, logs = np.linalg.slogdet(number(jacobian))
     if not np.isfinite(logs).all():
@@ -374,7 +381,9 @@ def _boundary(case: Case) -> Iterator[Condition]:
     log_p = case.log_prob(case.moved(), x)
     u = case.field(x)[0][..., 0, :]
     speeds = _speeds(case)
-    flux = np.exp(log_p)[..., None] * (u - np.repeat(np.stack(speeds), 3, axis=0)) * (case.steps / STEP)  # a share of the mass for one unit
+    flux = (
+        np.exp(log_p)[..., None] * (u - np.repeat(np.stack(speeds), 3, axis=0)) * (case.steps / STEP)
+    )  # a share of the mass for one unit
     if case.on_circle:
         yield _seam(case, flux)
         return
@@ -389,7 +398,8 @@ def _boundary(case: Case) -> Iterator[Condition]:
             do = (
                 f"at infinity u carries mass away: p u must vanish there"
                 if not np.isfinite(end)
-                else f"the {side} end of the support {bound}: u must " + ("ride it (be its speed there)" if bound == "moves" else "vanish there")
+                else f"the {side} end of the support {bound}: u must "
+                + ("ride it (be its speed there)" if bound == "moves" else "vanish there")
             )
             rate = f0[at] / (case.steps[at[-1]] / STEP)
             found = f"at the {side} end x = {end:.4g}, parameter {case.labels[at[-1]]}: p (u - v) is {rate:.4g}, expected 0; {do}."
@@ -428,7 +438,9 @@ def _seam(case: Case, flux: np.ndarray) -> Condition:
         )
         return Condition("boundary flux", False, found)
     case.periodic_only = bool(abs(flux[[0, 3]]).max() > case.tolerance)
-    return Condition("boundary flux", True, "mass crosses the seam: right for periodic costs only" if case.periodic_only else "0 at the seam")
+    return Condition(
+        "boundary flux", True, "mass crosses the seam: right for periodic costs only" if case.periodic_only else "0 at the seam"
+    )
 
 
 def _faces(case: Case) -> Condition:
@@ -506,7 +518,9 @@ def _second_moment(case: Case) -> Condition:
         last = np.where(ok, np.arange(71).reshape(1, -1, *[1] * len(case.batch)), 0).max(1, keepdims=True)
         index = [np.broadcast_to(np.maximum(last - k, 0), (len(t), 1, *case.batch)) for k in (0, 1)]
         x = x.reshape((*slope.shape, -1))
-        ends = [_with_field(case, np.take_along_axis(x, i[..., None], 1)[:, 0], np.take_along_axis(log_square, i, 1)[:, 0]) for i in index]
+        ends = [
+            _with_field(case, np.take_along_axis(x, i[..., None], 1)[:, 0], np.take_along_axis(log_square, i, 1)[:, 0]) for i in index
+        ]
         heavy = ~(ends[0] < ends[1])
         at = np.unravel_index(heavy.argmax(), heavy.shape)
         where = x[(at[0], int(last[(at[0], 0, *at[1:-1])]), *at[1:-1])]
@@ -525,10 +539,16 @@ def _second_moment(case: Case) -> Condition:
     y, log_w = case.points
     x, log_p = case.riding(case.moved(), y)
     log_weight = case.log_prob(case.moved(), x) - _log_q(case, x)
-    if not case.discrete and y.shape[-1] == 1 and (where_q := _zero_of_q(case, y, np.where(log_p + log_w > math.log(SEEN), log_weight, -np.inf))):
+    if (
+        not case.discrete
+        and y.shape[-1] == 1
+        and (where_q := _zero_of_q(case, y, np.where(log_p + log_w > math.log(SEEN), log_weight, -np.inf)))
+    ):
         return Condition(name, False, where_q)
     square = np.exp(np.where(log_p > -np.inf, log_weight + log_p + log_w, -np.inf)).sum(0).max()
-    return Condition(name, True, f"E_q[w^2] = {square:.3g}" if square < 1e6 else "finite for these parameters, though q vanishes somewhere")
+    return Condition(
+        name, True, f"E_q[w^2] = {square:.3g}" if square < 1e6 else "finite for these parameters, though q vanishes somewhere"
+    )
 
 
 def _with_field(case: Case, x: np.ndarray, log_square: np.ndarray) -> np.ndarray:
@@ -639,5 +659,3 @@ def _unbiased(case: Case) -> Iterator[Condition]:
                 f"of the mean cost {truth[which]:.6g} {by}{z}; mend the conditions above first."
             )
         yield Condition(name, False, found)
-
-

@@ -89,7 +89,10 @@ class Coordinates:
         near = np.clip(y, *np.quantile(y, [0.1, 0.9], axis=0)) - centre
         covariance = (near[..., :, None] * near[..., None, :]).mean(0)
         unit = np.eye(y.shape[-1])
-        return cls(centre, 1.5 * np.linalg.cholesky(covariance + 1e-12 * unit * (1 + np.trace(covariance, axis1=-2, axis2=-1)[..., None, None])))
+        return cls(
+            centre,
+            1.5 * np.linalg.cholesky(covariance + 1e-12 * unit * (1 + np.trace(covariance, axis1=-2, axis2=-1)[..., None, None])),
+        )
 
     def to_y(self, t: np.ndarray) -> np.ndarray:
         return self.centre + (self.spread @ np.sinh(t)[..., None])[..., 0]
@@ -139,7 +142,9 @@ def _reach(log_density: Density, shape: tuple[int, ...]) -> tuple[np.ndarray, np
     return np.where(seen, grid, np.inf).min(0) - step, np.where(seen, grid, -np.inf).max(0) + step
 
 
-def integers(lower: np.ndarray, upper: np.ndarray, log_mass: Callable[[np.ndarray], np.ndarray], limit: int = 4096) -> np.ndarray | None:
+def integers(
+    lower: np.ndarray, upper: np.ndarray, log_mass: Callable[[np.ndarray], np.ndarray], limit: int = 4096
+) -> np.ndarray | None:
     """The integers of a discrete support, as far as they have mass; None where they do not end."""
     low, high = int(np.min(lower)), np.max(upper)
     if np.isfinite(high):
