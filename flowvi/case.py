@@ -1,4 +1,4 @@
-"""One estimator at one distribution, as :func:`flowvi.check_estimator` sees it: fields, differences and means, over NumPy and a host."""
+"""One estimator at one distribution, as :func:`flowvi.check_estimator` sees it: its field, differences and means."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class Case:
         seed: int,
     ):
         self.host, self.ops, self.build, self.estimator = host, host.ops, build, estimator
-        self.tolerance, self.num_samples, self.seed = tolerance, num_samples, seed
+        self.tolerance, self.seed = tolerance, seed
+        self.num_samples = CHUNKS * math.ceil(num_samples / CHUNKS)
         self.theta = {name: np.asarray(number(p.value), float) for name, p in theta.items()}
         self.moves = [(name, label, e) for name, p in theta.items() for label, e in _directions(name, p)]
         self.labels = [label for _, label, _ in self.moves]
@@ -105,7 +106,7 @@ class Case:
         return x.reshape((*x.shape[: 1 + len(self.batch)], -1))
 
     def padded(self, x: np.ndarray) -> np.ndarray:
-        """x with its first row repeated, up to a length for which the host has compiled before."""
+        """An x with its first row repeated, up to a length for which the host has compiled before."""
         n = next((n for n in self.host.lengths if len(x) <= n), len(x))
         return np.concatenate([x, np.broadcast_to(x[:1], (n - len(x), *x.shape[1:]))])
 
@@ -120,7 +121,7 @@ class Case:
 
     def along(self, f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """The derivatives of f(eta) by differences."""
-        return np.stack([difference(lambda k, i=i: f(self.moved(i, k))) / self.steps[i] for i in range(self.size)], -1)
+        return np.stack([difference(lambda k, i=i: f(self.moved(i, k))) / self.steps[i] for i in range(self.size)], -1)  # type: ignore[misc]
 
     @cached_property
     def draws(self) -> np.ndarray:
@@ -128,7 +129,12 @@ class Case:
         target = self.target(self.moved(), self.num_samples)
         return self.flat(number(self.host.sample(target, target.p0, self.seed)))
 
-    def find_steps(self) -> np.ndarray:
+    @property
+    def unit(self) -> np.ndarray:
+        """The natural unit of each parameter."""
+        return self.steps / STEP
+
+    def find_steps(self) -> None:
         """The unit of each parameter: 1 over the root of its Fisher information; a step of differences is a small part of it."""
         size = [max(abs(e * self.theta[name]).max(), 1e-3) for name, _, e in self.moves]
         self.steps = 1e-6 * np.array(size)
@@ -139,7 +145,6 @@ class Case:
             square = np.mean(score**2, 0, where=np.isfinite(score))
             units.append(1 / np.sqrt(square.max()) if np.nanmax(square) > 1e-16 else size[i])
         self.steps = STEP * np.minimum(units, np.where(np.array(size) > 1e-3, 10 * np.array(size), np.inf))
-        return self.steps / STEP
 
     # ---- the estimator
 
@@ -237,6 +242,16 @@ class Case:
             trusted &= abs(mass[odd].sum(0) - 0.5) < self.tolerance
         return (y, log_w) if trusted.all() else None
 
+    @cached_property
+    def massive(self) -> tuple[np.ndarray, np.ndarray]:
+        """Points x and the mass of each: those of the rule, the others put in the middle; or the draws."""
+        if self.points is None:
+            return self.draws, np.full(self.draws.shape[:-1], 1 / len(self.draws))
+        y, log_w = self.points
+        x, log_p = self.riding(self.moved(), y)
+        mass = np.exp(log_p + log_w)
+        return np.where((mass > SEEN)[..., None], x, self.middle), mass
+
     def _odd(self, y: np.ndarray) -> np.ndarray | None:
         """In two dimensions every other point, as on a chessboard: a rule of its own."""
         return None if self.discrete or y.shape[-1] < 2 else np.indices((SIDE, SIDE)).sum(0).reshape(-1) % 2 == 1
@@ -251,14 +266,14 @@ class Case:
                 found = integers(
                     number(support.lower),
                     number(support.upper),
-                    lambda k: self.log_prob(self.moved(), self._spread(k[:, None].astype(like.dtype))),
+                    lambda k: self.log_prob(self.moved(), self.everywhere(k[:, None].astype(like.dtype))),
                 )
                 if found is None:
                     return None, None
                 k = found[:, None]
             else:
                 return None, None
-            y = self._spread(k.astype(like.dtype))
+            y = self.everywhere(k.astype(like.dtype))
             return y, np.zeros(y.shape[:-1])
         chart = self.chart(self.still)
         d = self.draws.shape[-1] - (chart is not None and chart.simplex)
@@ -275,7 +290,7 @@ class Case:
         with np.errstate(divide="ignore"):
             return self.coordinates.to_y(t), np.log(w) + self.coordinates.log_slope(t)
 
-    def _spread(self, k: np.ndarray) -> np.ndarray:
+    def everywhere(self, k: np.ndarray) -> np.ndarray:
         """Points (n, d) for every element of the batch."""
         return np.broadcast_to(k.reshape((len(k), *[1] * len(self.batch), -1)), (len(k), *self.batch, k.shape[-1])).copy()
 
@@ -284,7 +299,7 @@ class Case:
         values = np.unique(
             np.concatenate([np.ravel(number(p.value)) for _, p in named("", self.still.p0)] or [np.zeros(0)]).astype(float)
         )
-        kinks = self._spread(values[:, None])
+        kinks = self.everywhere(values[:, None])
         return kinks[chart.inside(kinks).reshape(len(kinks), -1).all(1)]
 
     # ---- means
@@ -326,20 +341,16 @@ class Case:
         return np.stack(self.costs(np.asarray(value, float)))
 
     def stacked(self, value: Array, score: Array | None, weights: Array) -> Array:
-        """w (phi(value) + score sg(phi)), costs first; its derivative is the estimate."""
-        terms = []
-        for cost in self.costs(value):
-            terms.append(weights * (cost if score is None else cost + score * self.ops.stop_gradient(cost)))
-        return self.ops.stack(terms, 0)
+        """The terms w (phi(value) + score sg(phi)), costs first, whose derivatives are the estimates."""
+        costs = self.ops.stack(self.costs(value), 0)
+        return weights * (costs if score is None else costs + score * self.ops.stop_gradient(costs))
 
     def estimate(self) -> tuple[np.ndarray, np.ndarray]:
         """The expectation of the estimator, (costs, *batch, D), by the rule, and how far its halves differ in two dimensions."""
         assert self.points is not None
         y, log_w = self.points
-        x, log_p = self.riding(self.moved(), y)
-        c = np.exp(log_p + log_w)
-        keep = c > SEEN * c.max(0)
-        x = np.where(keep[..., None], x, self.middle)
+        x, c = self.massive
+        keep = c > SEEN
         if self.estimator.q is not None:
             target = self.target(self.moved(), len(x))
             q, _ = self.estimator.proposal(self.ops, target)
@@ -416,6 +427,19 @@ class Case:
         log_weight = self.drawn(x)[2]
         x = np.where((log_weight > -np.inf)[..., None], x, self.middle)
         return x, np.exp(log_weight)
+
+
+def worst(error: np.ndarray, of_nan: float = np.inf) -> tuple[float, tuple[Any, ...]]:
+    """The largest error and its index."""
+    error = np.where(np.isnan(error), of_nan, error)
+    index = np.unravel_index(error.argmax(), error.shape)
+    return float(error[index]), tuple(int(i) for i in index)
+
+
+def at(x: np.ndarray) -> str:
+    """A point, as messages have it."""
+    x = np.asarray(x).reshape(-1)
+    return f"x = {x[0]:.4g}" if x.size == 1 else f"x = [{', '.join(f'{v:.4g}' for v in x[:6])}{', ...' if x.size > 6 else ''}]"
 
 
 def number(a: Any) -> Any:

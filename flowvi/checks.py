@@ -74,15 +74,15 @@ def check_estimator(
     seed: int = 0,
     raise_exception: bool = True,
 ) -> EstimatorReport:
-    r"""Check that :math:`E_q\{w\,[u\cdot\nabla\phi + \psi\,\phi]\} = \nabla_\theta E_p[\phi]`, and each condition on u, psi and q that it rests on.
+    r"""Check that :math:`E_q\{w\,[u\cdot\nabla\phi + \psi\,\phi]\} = \nabla_\theta E_p[\phi]`, and what it rests on in u, psi and q.
 
     u is the velocity of the estimator's own draw and psi the derivative of its own score, so that what is checked is what runs. Every
     derivative is compared with finite differences of the host's ``log_prob``, which see what automatic derivatives are
     told not to. The conditions, by the names under which they are reported:
 
     * ``requirements``: what the estimator refuses at its first run (shapes, families, a support that moves).
-    * ``support of q``: q is positive wherever p is, and proposes what can be drawn. ``second moment``: E_q[(w u)^2] and E_q[(w psi)^2] are
-      finite in the tails and where q is 0. ``sampler``: the draws follow the density.
+    * ``support of q``: q is positive wherever p is. ``second moment``: E_q[(w u)^2] and E_q[(w psi)^2] are finite, in the tails and
+      where q vanishes. ``sampler``: the draws follow the density.
     * ``linear in dtheta``: of a general velocity, and velocity(x, p, 0) = 0. ``elementwise``: no element of a batch reads another one.
     * ``standardization``: S depends on x and is invertible. ``finite``: neither NaN nor infinite where p has mass.
     * ``log_prob``: its automatic derivatives in the parameters and in x.
@@ -94,20 +94,20 @@ def check_estimator(
     Means are integrals by quadrature for events of one and two dimensions, sums over a discrete support, and sample means with z-scores
     (\|z\| < 5) elsewhere and for ``RP()``, whose draws are the host's own.
 
-    **What it cannot see**: jumps of *your* cost in x, which ``RP``, ``ImplicitRP`` and ``Flow`` do not allow; costs outside its battery, such
-    as one that grows faster than the tails of p; how large a finite variance is (see ``gradient_report``); dependence between
-    sites; an error at parameters other than these. On a circle, costs that are not periodic are tried only where u is 0 at the
-    seam.
+    **What it cannot see**: jumps of *your* cost in x, which ``RP``, ``ImplicitRP`` and ``Flow`` do not allow; costs outside its
+    battery, such as one that grows faster than the tails of p fall; how large a finite variance is (see ``gradient_report``);
+    dependence between sites; an error at parameters other than these. On a circle, costs that are not periodic are tried only where
+    u is 0 at the seam.
 
-    **Requirements**: a distribution that can be built again from its parameters, with ``expand``; otherwise give a function. All runs in
-    double precision, so that networks in user functions must be in double precision too.
+    **Requirements**: a distribution with ``expand`` that can be built again from its parameters; otherwise give a function. All runs
+    in double precision and on the CPU, so that networks in user functions must be there too.
 
     Args:
         distribution: A distribution of either host with the parameters at which to check, or a function of parameters that returns one.
             Batches are checked element by element.
         estimator: The estimator, such as ``Flow(velocity)``.
-        parameters: Which parameters carry a derivative: names, such as ``("loc",)``, by default all, the bounds of a support included; of
-            a part such as the components of a mixture ``"component_distribution.loc"``. With a function: its arguments by name.
+        parameters: Which parameters carry a derivative: names, such as ``("loc",)``; by default all, the bounds of a support included.
+            Those of a part have a longer name, such as ``"component_distribution.loc"``. With a function: its arguments by name.
         tolerance: The largest discrepancy, relative to the size of the terms.
         num_samples: How many samples where a mean is not an integral or a sum.
         seed: Of all draws.
@@ -179,8 +179,8 @@ def _parameters(distribution: Any, parameters: Sequence[str] | Mapping[str, Any]
     if not hasattr(distribution, "log_prob"):
         if not callable(distribution) or not isinstance(parameters, Mapping) or not parameters:
             raise TypeError(
-                "check_estimator: expected a distribution, or a function with its arguments by name: check_estimator(f, estimator, {'loc': 0.3}); "
-                f"found {distribution!r} with {parameters!r}."
+                "check_estimator: expected a distribution, or a function with its arguments by name, such as "
+                f"check_estimator(f, estimator, {{'loc': 0.3}}); found {distribution!r} with {parameters!r}."
             )
         theta = {name: Parameter(value) for name, value in parameters.items()}
         return lambda given: distribution(**{name: getattr(p, "value", p) for name, p in given.items()}), theta

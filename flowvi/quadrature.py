@@ -61,6 +61,8 @@ class Chart:
 
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
         """The least and the largest y at which a double tells x well apart from a bound."""
+        if self.simplex:
+            return np.array(-np.inf), np.array(np.inf)
         below, above = np.isfinite(self.low), np.isfinite(self.high)
         with np.errstate(divide="ignore", invalid="ignore"):
             unit = np.where(below & above, self.high - self.low, 1.0)
