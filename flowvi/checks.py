@@ -185,7 +185,7 @@ def _parameters(distribution: Any, parameters: Sequence[str] | Mapping[str, Any]
         theta = {name: Parameter(value) for name, value in parameters.items()}
         return lambda given: distribution(**{name: getattr(p, "value", p) for name, p in given.items()}), theta
     found = dict(named("", distribution))
-    names = list(found) if parameters is None else list(parameters)
+    names = list(found) if parameters is None else [parameters] if isinstance(parameters, str) else list(parameters)
     if unknown := [name for name in names if name not in found]:
         raise TypeError(
             f"check_estimator: {type(distribution).__name__} has no parameter {unknown}; its parameters are: {', '.join(found)}."

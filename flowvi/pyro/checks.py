@@ -66,11 +66,11 @@ def means(f: Callable[[torch.Tensor, range], torch.Tensor], size: int, chunks: i
 
 def sample(target: Any, q: Any, seed: int) -> torch.Tensor:
     """Draws of x, of the full shape, from p or from an expanded proposal, as flowvi draws them."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return q.expand(target.batch_shape).sample()
 
 
 def path(fn: Any, seed: int) -> torch.Tensor:
     """A draw by the host's own sampler, with its derivative."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return fn()
