@@ -80,6 +80,16 @@ class Case:
 
     # ---- the distribution
 
+    def require_same(self, p: Any) -> None:
+        """Refuse a class whose parameters are not what it is built from."""
+        again = dict(named("", self.build({})))
+        for name, parameter in named("", p):
+            if not np.array_equal(number(parameter.value), number(again[name].value)):
+                raise TypeError(
+                    f"check_estimator: {type(p).__name__} cannot be built again from its parameters, as its {name} is then another; "
+                    "give a function of them: check_estimator(lambda loc: ..., estimator, {'loc': 0.3})."
+                )
+
     def moved(self, i: int = 0, k: float = 0.0) -> np.ndarray:
         """An eta: k steps along coordinate i."""
         eta = np.zeros(self.size)

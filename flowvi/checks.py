@@ -143,6 +143,8 @@ def check_estimator(
     host = _host(build(theta))
     with host.precise():
         case = Case(host, build, theta, estimator, tolerance, num_samples, seed)
+        if hasattr(distribution, "log_prob"):
+            case.require_same(distribution)
         names = dict.fromkeys(label.split("[")[0] for label in case.labels)
         title = f"{estimator!r} at {case.family}({', '.join(names)})"
         report = EstimatorReport(title, tuple(conditions(case)))

@@ -576,7 +576,17 @@ def test_a_distribution_that_cannot_be_built_again(host):
 
     with pytest.raises(TypeError, match="Odd cannot be built again from loc .*; give a function of its parameters"):
         check_estimator(Odd(host.array(0.3), None), LR())
-    accepts(host, lambda loc: host.dist.Normal(loc, 1.0), LR(), {"loc": host.array(0.3)})
+
+    class Doubled(type(normal(host))):
+        def __init__(self, loc, scale, validate_args=None):
+            super().__init__(2 * loc, scale, validate_args=validate_args)
+
+        def expand(self, batch_shape, _instance=None):
+            return host.dist.Normal(self.loc, self.scale).expand(batch_shape)
+
+    with pytest.raises(TypeError, match="Doubled cannot be built again from its parameters, as its loc is then another"):
+        check_estimator(Doubled(host.array(0.3), host.array(1.0)), LR())
+    accepts(host, lambda loc: Doubled(loc, host.array(1.0)), LR(), {"loc": host.array(0.3)})
 
 
 def test_it_is_exported():
