@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from flowvi.case import SEEN, Case, at, number, worst
 from flowvi.checks import Condition
-from flowvi.quadrature import FAR, Chart
+from flowvi.checks.case import SEEN, Case, at, number, worst
+from flowvi.checks.quadrature import FAR, Chart
 
 Z = 5.0  # the largest z-score
 TAIL = 71  # points along a ray into a tail

@@ -134,8 +134,8 @@ def check_estimator(
     References:
         Parmas and Sugiyama 2021, eq. 19, with the boundary term of its appendix.
     """
-    from flowvi.case import Case  # NumPy comes with the host
-    from flowvi.conditions import conditions
+    from flowvi.checks.case import Case  # NumPy comes with the host
+    from flowvi.checks.conditions import conditions
 
     if not isinstance(estimator, Estimator):
         raise TypeError(f"check_estimator: expected an estimator such as flowvi.LR(), found {estimator!r}.")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from flowvi.checks import Build, Parameter, named
+from flowvi.checks.quadrature import SIDE, Chart, Coordinates, integers, nodes
 from flowvi.estimators import Estimator, attach
 from flowvi.ops import Array
-from flowvi.quadrature import SIDE, Chart, Coordinates, integers, nodes
 
 STENCIL = {1: 2 / 3, -1: -2 / 3, 2: -1 / 12, -2: 1 / 12}  # of a first derivative, to order 4
 STEP = 2e-4  # of differences, in the natural unit of each coordinate

@@ -1,4 +1,4 @@
-"""The conditions of :func:`flowvi.check_estimator` on u and psi, and on the whole; those on q are in :mod:`flowvi.coverage`."""
+"""The conditions of :func:`flowvi.check_estimator` on u and psi, and on the whole; those on q are in :mod:`flowvi.checks.coverage`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from flowvi import coverage
-from flowvi.case import CHUNKS, STENCIL, STEP, Case, at, difference, number, worst
-from flowvi.checks import Condition
-from flowvi.coverage import Z
+from flowvi.checks import Condition, coverage
+from flowvi.checks.case import CHUNKS, STENCIL, STEP, Case, at, difference, number, worst
+from flowvi.checks.coverage import Z
+from flowvi.checks.quadrature import Chart
 from flowvi.estimators import Flow, ImplicitRP
 from flowvi.ops import Array
-from flowvi.quadrature import Chart
 from flowvi.target import Tangents, unknown_parameter
 
 QUANTILES = (0.06, 0.2, 0.37, 0.55, 0.75, 0.93)
