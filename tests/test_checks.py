@@ -1,0 +1,594 @@
+"""check_estimator: faults that it names, and everything of flowvi's own that it lets pass."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions
+import pyro.distributions
+import pytest
+import torch
+from hosts import HOSTS
+from test_fields import ROWS, VECTORS, normal_mixture
+from test_proposals import ROWS as PROPOSALS
+from test_proposals import distribution as made
+
+import flowvi
+from flowvi import LR, RP, Auto, Flow, ImplicitRP, fields, proposals
+from flowvi.checks import EstimatorError, check_estimator
+from flowvi.estimators import Estimator
+
+BOTH = ("numpyro", "pyro")
+QUICK = {"num_samples": 5000}
+
+
+# ---- distributions of a user's own
+
+
+class CutNormal(numpyro.distributions.Normal):
+    """Its log_prob forgets that it depends on the scale."""
+
+    def log_prob(self, value, intermediates=None):
+        return numpyro.distributions.Normal(self.loc, jax.lax.stop_gradient(self.scale)).log_prob(value)
+
+
+class CutNormalPyro(pyro.distributions.Normal):
+    def log_prob(self, value):
+        return pyro.distributions.Normal(self.loc, self.scale.detach(), validate_args=False).log_prob(value)
+
+
+class Unnormalized(numpyro.distributions.Normal):
+    """Its log_prob lacks the logarithm of the scale."""
+
+    def log_prob(self, value, intermediates=None):
+        return -(((value - self.loc) / self.scale) ** 2) / 2
+
+
+class UnnormalizedPyro(pyro.distributions.Normal):
+    def log_prob(self, value):
+        return -(((value - self.loc) / self.scale) ** 2) / 2
+
+
+class CutSampler(numpyro.distributions.Normal):
+    """Its sampler forgets that it depends on the scale."""
+
+    def sample(self, key, sample_shape=()):
+        return (
+            numpyro.distributions.Normal(self.loc, jax.lax.stop_gradient(self.scale)).expand(self.batch_shape).sample(key, sample_shape)
+        )
+
+
+class CutSamplerPyro(pyro.distributions.Normal):
+    def rsample(self, sample_shape=torch.Size()):  # noqa: B008
+        return pyro.distributions.Normal(self.loc, self.scale.detach(), validate_args=False).rsample(sample_shape)
+
+
+CUT = {"numpyro": CutNormal, "pyro": CutNormalPyro}
+UNNORMALIZED = {"numpyro": Unnormalized, "pyro": UnnormalizedPyro}
+CUT_SAMPLER = {"numpyro": CutSampler, "pyro": CutSamplerPyro}
+
+
+def stop(x):
+    return x.detach() if isinstance(x, torch.Tensor) else jax.lax.stop_gradient(x)
+
+
+def normal(h):
+    return h.dist.Normal(h.array(0.3), h.array(1.2))
+
+
+def gamma(h, a=0.6):
+    return h.dist.Gamma(h.array(a), h.array(1.2))
+
+
+def uniform(h):
+    return h.dist.Uniform(h.array(-0.4), h.array(1.3))
+
+
+def exponential(h):
+    return h.dist.Exponential(h.array(1.4))
+
+
+def von_mises(h):
+    return h.dist.VonMises(h.array(0.5), h.array(1.8))
+
+
+def dirichlet(h):
+    return h.dist.Dirichlet(h.array([1.4, 2.1, 0.8]))
+
+
+def truncated(h):
+    return h.dist.TruncatedNormal(h.array(0.4), h.array(1.1), low=-0.8, high=1.5)
+
+
+def vector(h):
+    return h.dist.MultivariateNormal(
+        h.array([0.3, -0.2, 0.1]), scale_tril=h.array([[0.6, 0.0, 0.0], [0.4, 0.8, 0.0], [-0.3, 0.5, 0.9]])
+    )
+
+
+def away_from_zero(x, p):
+    return x**2 / (1 + x**2)
+
+
+def naive_mask():
+    """The mixture m RP + (1 - m) LR, without u_RP . grad m."""
+    return fields.Field(
+        lambda x, p, dtheta: away_from_zero(x, p) * (dtheta.loc + (x - p.loc) / p.scale * dtheta.scale),
+        lambda x, p, dtheta: away_from_zero(x, p) * dtheta.scale / p.scale,
+    )
+
+
+def wrong_seam(x, p, dtheta):
+    """Mass that grows along the circle and is cut off at the seam."""
+    return 0.05 * x / dtheta.ops.exp(p.log_prob(x)) * dtheta.concentration + 0 * x * dtheta.loc
+
+
+class WrongSlice(proposals._Slice):
+    def log_prob(self, ops, parts, x):
+        return super().log_prob(ops, parts, x) + 0.1
+
+
+def wrong_proposal(p):
+    return proposals._host(p).Proposal(WrongSlice("height"), p)
+
+
+def push(x, p, dtheta):
+    """Tangent to the simplex, but through its faces."""
+    d = dtheta.concentration.sum(-1)[..., None]
+    return d * (0.1 * dtheta.ops.cos(0 * x) - dtheta.ops.asarray([0.3, 0.0, 0.0], x))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, and how it has to be told.
+
+    Attributes:
+        distribution: ``h -> p``, or ``h -> (function, parameters)``.
+        estimator: ``h -> estimator``.
+        condition: The condition that has to be named.
+        message: A part of what is said of it.
+        parameters: Which are live.
+        hosts: The hosts that have the family.
+    """
+
+    distribution: Callable[[Any], Any]
+    estimator: Callable[[Any], Estimator]
+    condition: str
+    message: str
+    parameters: Any = None
+    hosts: tuple[str, ...] = BOTH
+
+
+FAULTS = {
+    "a wrong divergence": Fault(
+        normal,
+        lambda h: Flow(lambda x, p, dtheta: 0.1 * x**2 * dtheta.loc, divergence=lambda x, p, dtheta: 0.1 * x * dtheta.loc),
+        "divergence",
+        r"at x = .*, parameter loc: psi .* is .*, expected .* by differences; mend divergence",
+    ),
+    "a mask without its gradient": Fault(normal, lambda h: Flow(naive_mask()), "divergence", "at x = .*, parameter"),
+    "a divergence that does not see x": Fault(
+        normal, lambda h: Flow(lambda x, p, dtheta: stop(x) * dtheta.loc), "divergence", "parameter loc"
+    ),
+    "q narrower than p": Fault(
+        normal, lambda h: LR(q=lambda p: h.dist.Normal(p.loc, 0.6 * p.scale)), "second moment", "is infinite, parameter .*widen q"
+    ),
+    "q with lighter tails": Fault(
+        lambda h: h.dist.StudentT(h.array(3.5), h.array(0.3), h.array(1.2)),
+        lambda h: RP(lambda p: h.dist.Normal(p.loc, 3 * p.scale)),
+        "second moment",
+        "towards x = .* too light",
+        ("loc", "scale"),
+    ),
+    "q that vanishes where the field does not": Fault(
+        normal,
+        lambda h: Flow(fields.location_scale(), q=proposals.slice_by_height(epsilon=0)),
+        "second moment",
+        "q vanishes near x = 0.3, .* mix p into q",
+    ),
+    "a discrete q with lighter tails": Fault(
+        lambda h: h.dist.Geometric(probs=h.array(0.3)),
+        lambda h: LR(q=lambda p: h.dist.Poisson(2.0 + 0 * p.probs)),
+        "second moment",
+        "is infinite",
+    ),
+    "q of a smaller support": Fault(
+        normal,
+        lambda h: LR(q=lambda p: h.dist.Exponential(p.scale)),
+        "support of q",
+        "must cover that of Normal, expected numbers from -inf to inf, found numbers from 0",
+    ),
+    "q whose sampler is not its density's": Fault(
+        normal, lambda h: LR(q=proposals.defensive(wrong_proposal)), "sampler", "sample and log_prob of q do not agree"
+    ),
+    "LR on a moving support": Fault(uniform, lambda h: LR(), "requirements", "LR is biased where the support moves .* upper bound"),
+    "u through the end of a Gamma": Fault(
+        gamma,
+        lambda h: Flow(concentration=lambda x, p: 1.0),
+        "boundary flux",
+        r"lower end x = 0, .*this end is fixed: u must vanish there",
+    ),
+    "u through the end of an Exponential": Fault(
+        exponential, lambda h: Flow(rate=lambda x, p: -1 / p.rate), "boundary flux", r"p \(u - v\) is -1, expected 0"
+    ),
+    "u through the end of a truncated Normal": Fault(
+        truncated,
+        lambda h: Flow(lambda x, p, dtheta: 0 * x + dtheta.of(lambda p: p.base_dist.loc)),
+        "boundary flux",
+        "end x = .*this end is fixed: u must vanish there",
+        ("loc",),
+        ("numpyro",),
+    ),
+    "u through the ends of a Beta": Fault(
+        lambda h: h.dist.Beta(h.array(1.0), h.array(1.0)),
+        lambda h: Flow(concentration1=lambda x, p: 0.2),
+        "boundary flux",
+        "end x = .*this end is fixed: u must vanish there",
+    ),
+    "u that does not ride a moving end": Fault(
+        uniform,
+        lambda h: Flow(fields.Field(lambda x, p, dtheta: 0.5 * (x - p.low) / (p.high - p.low) * dtheta.high, rides=True)),
+        "boundary flux",
+        "upper end x = 1.3, parameter high: .* moves: u must ride it",
+        ("high",),
+    ),
+    "u that carries mass to infinity": Fault(
+        normal,
+        lambda h: Flow(lambda x, p, dtheta: 0.1 / dtheta.ops.exp(p.log_prob(x)) * dtheta.loc),
+        "boundary flux",
+        "at infinity u carries mass away",
+        ("loc",),
+    ),
+    "u through a face of the simplex": Fault(
+        lambda h: h.dist.Dirichlet(h.array([1.0, 1.0, 1.0])), lambda h: Flow(push), "boundary flux", "where coordinate 0 of x is 0"
+    ),
+    "u off the simplex": Fault(
+        dirichlet, lambda h: Flow(lambda x, p, dtheta: x * dtheta.concentration), "tangent", "the coordinates of u sum to"
+    ),
+    "u with a wrong seam": Fault(von_mises, lambda h: Flow(wrong_seam), "boundary flux", "at the seam, parameter concentration"),
+    "u that jumps": Fault(
+        normal, lambda h: Flow(loc=lambda x, p: 1.0 * (x > 0.5), scale=lambda x, p: 0.0), "mean of psi", "parameter loc: E_p.psi. is"
+    ),
+    "a log_prob that detaches a parameter": Fault(
+        lambda h: CUT[h.name](h.array(0.3), h.array(1.2)), lambda h: LR(), "log_prob", "parameter scale: its derivative is 0, expected"
+    ),
+    "a detached parent": Fault(
+        lambda h: (lambda t: h.dist.Normal(t, h.math.exp(0.5 * stop(t))), {"t": h.array(0.3)}),
+        lambda h: RP(),
+        "log_prob",
+        "parameter t",
+    ),
+    "a log_prob that is not normalized": Fault(
+        lambda h: UNNORMALIZED[h.name](h.array(0.3), h.array(1.2)), lambda h: LR(), "mean of psi", "parameter scale: .*not normalised"
+    ),
+    "a sampler that detaches a parameter": Fault(
+        lambda h: CUT_SAMPLER[h.name](h.array(0.3), h.array(1.2)), lambda h: RP(), "unbiased", r"parameter scale: .*\|z\|"
+    ),
+    "a sampler without a derivative": Fault(
+        lambda h: normal_mixture(h, h.array(0.3), h.array(0.0)),
+        lambda h: RP(force=True),
+        "unbiased",
+        r"parameter mixing_distribution.logits.0.: .* the mean estimate is 0,",
+        hosts=("numpyro",),
+    ),
+    "a sampler with a wrong derivative": Fault(
+        lambda h: h.dist.MixtureOfDiagNormals(
+            h.array([[-1.0, 0.0], [1.0, 0.5]]), h.array([[1.0, 1.0], [1.0, 1.0]]), h.array([0.2, -0.3])
+        ),
+        lambda h: RP(force=True),
+        "unbiased",
+        "parameter component_logits",
+        hosts=("pyro",),
+    ),
+    "a velocity that is not linear": Fault(
+        normal, lambda h: Flow(lambda x, p, dtheta: dtheta.loc + dtheta.loc**2), "linear in dtheta", "only the first order"
+    ),
+    "a velocity that does not vanish": Fault(
+        normal, lambda h: Flow(lambda x, p, dtheta: dtheta.loc + 0.1), "linear in dtheta", "velocity.x, p, 0. is 0.1 at x"
+    ),
+    "a velocity of the wrong sign": Fault(
+        normal, lambda h: Flow(lambda x, p, dtheta: -dtheta.loc, divergence="pathwise"), "pathwise", "parameter loc", ("loc",)
+    ),
+    "a velocity that is not pathwise": Fault(
+        lambda h: gamma(h, 1.7),
+        lambda h: Flow(fields.Field(fields.gamma_one_moment().velocity, "pathwise")),
+        "pathwise",
+        "parameter concentration: psi is declared 0",
+    ),
+    "a vector field of the wrong sign": Fault(
+        vector,
+        lambda h: Flow(lambda x, p, dtheta: dtheta.loc - ((dtheta.scale_tril) @ (x - p.loc)[..., None])[..., 0], divergence="pathwise"),
+        "unbiased",
+        r"parameter scale_tril\[.*over 5000 samples",
+    ),
+    "a velocity of the wrong shape": Fault(
+        lambda h: h.dist.Normal(h.array([0.3, 0.1]), h.array(1.2)),
+        lambda h: Flow(loc=lambda x, p: h.array([1.0, 2.0, 3.0])),
+        "requirements",
+        "the velocity of 'loc' must have the shape of x",
+    ),
+    "a velocity that is NaN somewhere": Fault(
+        normal, lambda h: Flow(loc=lambda x, p: h.math.sqrt(x + 1)), "finite", r"on a share 0\.1\d* of the mass of p"
+    ),
+    "a field that mixes coordinates": Fault(normal, lambda h: Flow(loc=lambda x, p: x - x.mean()), "elementwise", "another element"),
+    "a velocity that mixes a batch": Fault(
+        lambda h: h.dist.Normal(h.array([0.3, 0.1]), h.array(1.2)),
+        lambda h: Flow(lambda x, p, dtheta: x.mean(-1)[..., None] * dtheta.loc),
+        "elementwise",
+        "another element",
+    ),
+    "a mask that mixes coordinates": Fault(
+        normal, lambda h: Flow(fields.masked(lambda x, p: x - x.mean(), fields.location_scale())), "elementwise", "another element"
+    ),
+    "an S that mixes coordinates": Fault(
+        normal, lambda h: ImplicitRP(lambda x, p: x - p.loc + 0.1 * x.sum()), "elementwise", "reads x at another"
+    ),
+    "an S that is not monotone": Fault(
+        normal,
+        lambda h: ImplicitRP(lambda x, p: ((x - p.loc) / p.scale) ** 2),
+        "standardization",
+        r"changes its sign near x = 0\.(2|3)",
+    ),
+    "an S that is constant in x": Fault(
+        normal, lambda h: ImplicitRP(lambda x, p: 0 * x + p.loc), "standardization", "does not depend on x"
+    ),
+    "an S whose law depends on a parameter": Fault(
+        normal, lambda h: ImplicitRP(lambda x, p: x / p.scale), "pathwise", "parameter loc: psi is declared 0"
+    ),
+    "an S with a wrong parameter": Fault(normal, lambda h: ImplicitRP(lambda x, p: (x - p.loc) / 1.2), "pathwise", "parameter scale"),
+}
+
+
+def each(names, slow_in_numpyro, hosts=lambda name: BOTH):
+    """A test for each name and host; in NumPyro, where a test is mostly compilation, some are slow."""
+    return [
+        pytest.param(HOSTS[h], name, id=f"{h}-{name}", marks=[pytest.mark.slow] * (h == "numpyro" and slow_in_numpyro(name)))
+        for name in names
+        for h in hosts(name)
+    ]
+
+
+SLOW_FAULTS = (
+    "a divergence that does not see x",
+    "q that vanishes where the field does not",
+    "q whose sampler is not its density's",
+    "a discrete q with lighter tails",
+    "u through the ends of a Beta",
+    "u through a face of the simplex",
+    "u with a wrong seam",
+    "a vector field of the wrong sign",
+    "a velocity that is not pathwise",
+    "a velocity that mixes a batch",
+    "a mask that mixes coordinates",
+    "an S with a wrong parameter",
+)
+
+
+@pytest.mark.parametrize(("host", "name"), each(FAULTS, SLOW_FAULTS.__contains__, lambda name: FAULTS[name].hosts))
+def test_fault(host, name):
+    """Each fault fails the condition that is named for it, in the words of the error."""
+    fault = FAULTS[name]
+    p = fault.distribution(host)
+    arguments = p if isinstance(p, tuple) else (p, fault.parameters)
+    with pytest.raises(EstimatorError, match="conditions fail") as error:
+        check_estimator(arguments[0], fault.estimator(host), arguments[1], **QUICK)
+    found = {c.name: c.found for c in error.value.report.failed}
+    assert fault.condition in found
+    assert f"- {fault.condition}: {found[fault.condition]}" in str(error.value)
+    assert re.search(fault.message, found[fault.condition]), found[fault.condition]
+
+
+# ---- what passes
+
+
+def accepts(host, distribution, estimator, parameters=None, **options):
+    report = check_estimator(distribution, estimator, parameters, **{**QUICK, **options})
+    assert report.conditions
+    return report
+
+
+QUICK_FIELDS = ("Gamma concentration gamma_implicit()", "Uniform high uniform()", "Normal scale masked")
+
+
+@pytest.mark.parametrize(("host", "name"), each(ROWS, lambda name: name not in QUICK_FIELDS, lambda name: ROWS[name].hosts))
+def test_fields_pass(host, name):
+    row = ROWS[name]
+    report = accepts(host, lambda t: row.distribution(host, t), Flow(row.field()), {"t": host.array(row.theta)})
+    assert {"boundary flux", "mean of psi", "unbiased"} <= {c.name for c in report.conditions if c.holds}
+
+
+@pytest.mark.parametrize(("host", "name"), each(VECTORS, lambda name: name != "Dirichlet scaled"))
+def test_vector_fields_pass(host, name):
+    distribution, field, _ = VECTORS[name]
+    accepts(host, lambda t: distribution(host, t), Flow(field()), {"t": host.array(0.1)})
+
+
+PURE = {  # what a density that vanishes inside is for
+    **{key: "loc" for key in PROPOSALS if key[1] in ("slice_by_mass 0", "slice_by_height 0", "optimal loc")},
+    **{key: proposals.STRETCHED[key[0]].parameter for key in PROPOSALS if key[1] == "optimal stretch 0"},
+}
+LIGHT = {("Cauchy", "student_t"), ("Laplace", "slice_by_mass 0")}  # whose weights have no second moment
+
+
+@pytest.mark.parametrize(("host", "key"), each(PROPOSALS, lambda key: key != ("Normal", "tempered 2.0")))
+def test_proposals_pass(host, key):
+    parameters = [PURE[key]] if key in PURE else None
+    options = {**QUICK, "raise_exception": key not in LIGHT}
+    report = check_estimator(made(host, key[0]), LR(q=PROPOSALS[key]), parameters, **options)
+    held = {c.name for c in report.conditions if c.holds}
+    assert {"support of q", "mean of psi", "unbiased"} <= held
+    assert ("second moment" in held) == (key not in LIGHT)
+
+
+def exp_transformed(h):
+    return h.dist.TransformedDistribution(normal(h), [h.dist.transforms.ExpTransform()])
+
+
+def stick_breaking(h):
+    base = h.dist.Normal(h.array([0.3, 0.1]), h.array([0.7, 1.0])).to_event(1)
+    return h.dist.TransformedDistribution(base, [h.dist.transforms.StickBreakingTransform()])
+
+
+def half(x, p):
+    return 0.5
+
+
+def standardize(x, p):
+    return (x - p.loc) / p.scale
+
+
+PASSING = {
+    "Normal LR": (normal, lambda h: LR()),
+    "Normal RP": (normal, lambda h: RP()),
+    "Normal Auto": (normal, lambda h: Auto()),
+    "Normal half": (normal, lambda h: Flow(loc=half)),
+    "Normal ImplicitRP": (normal, lambda h: ImplicitRP()),
+    "Normal ImplicitRP(S)": (normal, lambda h: ImplicitRP(standardize)),
+    "Normal RP(q)": (normal, lambda h: RP(proposals.student_t(5.0))),
+    "Normal with a small scale": (lambda h: h.dist.Normal(h.array(1000.0), h.array(1e-3)), lambda h: LR()),
+    "Laplace ImplicitRP(q)": (
+        lambda h: h.dist.Laplace(h.array(0.3), h.array(1.2)),
+        lambda h: ImplicitRP(q=lambda p: h.dist.Laplace(p.loc, 1.3 * p.scale)),
+    ),
+    "Uniform RP": (uniform, lambda h: RP()),
+    "Uniform ImplicitRP": (uniform, lambda h: ImplicitRP()),
+    "Exponential ImplicitRP": (exponential, lambda h: ImplicitRP()),
+    "Gamma LR": (gamma, lambda h: LR()),
+    "Gamma RP": (gamma, lambda h: RP()),
+    "Gamma with a small concentration": (lambda h: gamma(h, 0.1), lambda h: Flow(fields.gamma_implicit())),
+    "Gamma generalised": (gamma, lambda h: ImplicitRP(lambda x, p: (x * p.rate) ** 0.5, exact=False)),
+    "VonMises Auto": (von_mises, lambda h: Auto()),
+    "Cauchy LR": (lambda h: h.dist.Cauchy(h.array(0.3), h.array(1.2)), lambda h: LR()),
+    "Beta LR": (lambda h: h.dist.Beta(h.array(1.6), h.array(0.7)), lambda h: LR()),
+    "Dirichlet LR": (dirichlet, lambda h: LR()),
+    "Dirichlet RP": (dirichlet, lambda h: RP()),
+    "Dirichlet with small concentrations": (lambda h: h.dist.Dirichlet(h.array([0.4, 0.3, 0.2])), lambda h: Flow(fields.dirichlet())),
+    "MultivariateNormal LR": (vector, lambda h: LR()),
+    "MultivariateNormal RP": (vector, lambda h: RP()),
+    "MultivariateNormal LR(q)": (vector, lambda h: LR(q=proposals.tempered(1.5))),
+    "MultivariateNormal covariance": (
+        lambda h: h.dist.MultivariateNormal(h.array([0.3, -0.2]), covariance_matrix=h.array([[0.6, 0.1], [0.1, 0.8]])),
+        lambda h: Flow(fields.multivariate_normal()),
+    ),
+    "a mixture": (lambda h: normal_mixture(h, h.array(0.3), h.array(0.1)), lambda h: Flow(fields.mixture())),
+    "a batch": (lambda h: h.dist.Normal(h.array([0.3, 1.0]), h.array(1.2)).to_event(1), lambda h: Flow(fields.location_scale())),
+    "a transform": (exp_transformed, lambda h: Flow(loc=half)),
+    "LR through a transform": (exp_transformed, lambda h: LR()),
+    "an event of a transform": (stick_breaking, lambda h: Flow(loc=half)),
+    "RP through a transform": (stick_breaking, lambda h: RP()),
+    "Bernoulli": (lambda h: h.dist.Bernoulli(logits=h.array(0.4)), lambda h: LR()),
+    "Categorical": (lambda h: h.dist.Categorical(probs=h.array([0.4, 0.2, 0.4])), lambda h: LR()),
+    "Poisson": (lambda h: h.dist.Poisson(h.array(2.0)), lambda h: LR(q=proposals.tempered(2.0))),
+    "Binomial": (lambda h: h.dist.Binomial(5, h.array(0.3)), lambda h: LR()),
+    "Multinomial": (lambda h: h.dist.Multinomial(4, h.array([0.3, 0.2, 0.5])), lambda h: LR()),
+}
+QUICK_PASSING = ("Normal RP", "Dirichlet LR", "MultivariateNormal RP", "a batch", "Categorical")
+
+
+@pytest.mark.parametrize(("host", "name"), each(PASSING, lambda name: name not in QUICK_PASSING))
+def test_passes(host, name):
+    distribution, estimator = PASSING[name]
+    accepts(host, distribution(host), estimator(host))
+
+
+def test_a_truncated_normal_with_constant_bounds():
+    """Bounds that are left out of the parameters do not move, so that LR is right."""
+    host = HOSTS["numpyro"]
+    accepts(host, truncated(host), LR(), ("loc", "scale"))
+    with pytest.raises(EstimatorError, match="requirements: LR is biased where the support moves"):
+        check_estimator(truncated(host), LR(), **QUICK)
+
+
+def test_a_sampler_of_torch_that_is_wrong():
+    """Draws of torch's LKJCholesky do not follow its density: at concentration 1.5 the mean of its score is -0.22."""
+    with pytest.raises(EstimatorError, match="mean of psi: parameter concentration: .* not that of the sampler"):
+        check_estimator(pyro.distributions.LKJCholesky(3, torch.tensor(1.5)), LR())
+
+
+@pytest.mark.slow
+def test_the_same_family_in_numpyro_is_right():
+    accepts(HOSTS["numpyro"], numpyro.distributions.LKJCholesky(3, 1.5), LR())
+
+
+# ---- what is returned and raised
+
+
+def test_the_report(host):
+    report = check_estimator(von_mises(host), Flow(fields.von_mises()), **QUICK)
+    lines = str(report).splitlines()
+    assert lines[0] == "Flow(velocity=von_mises()) at VonMises(loc, concentration)"
+    assert [c.name for c in report.conditions] == [line.split("  ")[0] for line in lines[1:]]
+    assert any(line.startswith("boundary flux") and "holds" in line and "periodic costs only" in line for line in lines)
+    assert not report.failed
+
+
+def test_all_failures_are_told(host):
+    wrong = Flow(
+        lambda x, p, dtheta: 0.1 * x**2 * dtheta.loc, divergence=lambda x, p, dtheta: 0 * x, q=lambda p: host.dist.Normal(p.loc, 0.6)
+    )
+    report = check_estimator(normal(host), wrong, ("loc",), raise_exception=False, **QUICK)
+    assert {c.name for c in report.failed} >= {"divergence", "second moment", "unbiased"}
+    with pytest.raises(AssertionError) as error:
+        check_estimator(normal(host), wrong, ("loc",), **QUICK)
+    assert all(f"- {c.name}: " in str(error.value) for c in report.failed)
+    assert str(error.value).startswith("Flow(velocity=<lambda>, q=<lambda>, divergence=<lambda>) at Normal(loc): ")
+
+
+def test_nothing_is_left_behind(host):
+    """Neither the precision, nor the validation, nor the generator of the host is changed."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with jax.enable_x64(False):
+        narrow = {"loc": np.float32(0.3), "scale": np.float32(1.2)} if host.name == "numpyro" else {"loc": 0.3, "scale": 1.2}
+        report = check_estimator(host.dist.Normal(**narrow), Flow(loc=half), **QUICK)
+        assert numpyro.distributions.Normal(0.0, 1.0).sample(jax.random.key(0)).dtype == np.float32
+    assert not report.failed
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.rand(2), expected)
+    assert pyro.infer.util.is_validation_enabled()
+    assert numpyro.distributions.Distribution._validate_args == numpyro.distributions.Normal(0.0, 1.0)._validate_args
+
+
+def test_arguments(host):
+    with pytest.raises(TypeError, match="expected an estimator such as flowvi.LR.., found 3"):
+        check_estimator(normal(host), 3)
+    with pytest.raises(TypeError, match=r"Normal has no parameter \['mean'\]; its parameters are: loc, scale"):
+        check_estimator(normal(host), LR(), ["mean"])
+    with pytest.raises(TypeError, match="a function with its arguments by name"):
+        check_estimator(lambda loc: host.dist.Normal(loc, 1.0), LR())
+    with pytest.raises(TypeError, match="expected a distribution of Pyro or NumPyro, or a function that returns one; found float"):
+        check_estimator(lambda loc: loc, LR(), {"loc": 0.3})
+    with pytest.raises(TypeError, match="has no parameter to check"):
+        check_estimator(normal(host), LR(), [])
+
+
+def test_a_distribution_that_cannot_be_built_again(host):
+    class Odd(type(normal(host))):
+        def __init__(self, loc, unknown):
+            super().__init__(loc, host.array(1.0))
+
+    with pytest.raises(TypeError, match="Odd cannot be built again from loc .*; give a function of its parameters"):
+        check_estimator(Odd(host.array(0.3), None), LR())
+
+    class Doubled(type(normal(host))):
+        def __init__(self, loc, scale, validate_args=None):
+            super().__init__(2 * loc, scale, validate_args=validate_args)
+
+        def expand(self, batch_shape, _instance=None):
+            return host.dist.Normal(self.loc, self.scale).expand(batch_shape)
+
+    with pytest.raises(TypeError, match="Doubled cannot be built again from its parameters, as its loc is then another"):
+        check_estimator(Doubled(host.array(0.3), host.array(1.0)), LR())
+    accepts(host, lambda loc: Doubled(loc, host.array(1.0)), LR(), {"loc": host.array(0.3)})
+
+
+def test_it_is_exported():
+    assert flowvi.check_estimator is check_estimator
+    assert math.isclose(check_estimator.__kwdefaults__["tolerance"], 1e-4)
