@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-from programs import HOSTS, NumPyro, Program, chain, eight_schools, mean_field, plate
+from programs import HOSTS, NumPyro, Program, Pyro, chain, eight_schools, mean_field, plate
 from step_time import FLOW
 from tables import Options, figure, options, table
 from timing import STEPS, median_interval, particles, repeat, use_one_thread, verdict
@@ -40,8 +40,8 @@ class Line(NamedTuple):
 
 
 def by_particles(h: Any) -> list[Line]:
-    def line(what: str, elbo: Callable[..., Any], normal: Any = h.dist.Normal, **more: Any) -> Line:
-        return Line(h, what, lambda _: eight_schools(h, normal), lambda k: elbo(**particles(h, k)), **more)
+    def line(what: str, elbo: Callable[..., Any], **more: Any) -> Line:
+        return Line(h, what, lambda _: eight_schools(h, h.dist.Normal), lambda k: elbo(**particles(h, k)), **more)
 
     def ours(estimator: Any) -> Callable[..., Any]:
         return partial(h.flow.TraceFlow_ELBO, default=estimator)
@@ -54,7 +54,6 @@ def by_particles(h: Any) -> list[Line]:
         line("IWAE", h.flow.TraceFlow_RenyiELBO),
         line("VIMCO", vimco, largest=1000),
         line("Trace_ELBO", h.ppl.infer.Trace_ELBO, ours=False),
-        line("TraceGraph_ELBO", h.ppl.infer.TraceGraph_ELBO, h.score_normal, ours=False),
     ]
 
 
@@ -62,18 +61,19 @@ def by_sites(h: Any) -> list[Line]:
     def line(what: str, elbo: Callable[..., Any], normal: Any = h.dist.Normal, **more: Any) -> Line:
         return Line(h, what, lambda n: chain(h, normal, n), lambda _: elbo(), **more)
 
-    ours = partial(h.flow.TraceFlow_ELBO)
+    ours = h.flow.TraceFlow_ELBO
     return [
         line("RP", partial(ours, default=RP())),
-        *(line(f"LR, {how}", partial(ours, default=LR(), dependencies=how)) for how in ("plates", "graph")),
+        line("LR, graph", partial(ours, default=LR(), dependencies="graph")),
+        *([line("LR, plates", partial(ours, default=LR(), dependencies="plates"))] if h is Pyro else []),
         line("Trace_ELBO", h.ppl.infer.Trace_ELBO, ours=False),
         line("TraceGraph_ELBO", h.ppl.infer.TraceGraph_ELBO, h.score_normal, ours=False),
     ]
 
 
 def by_plate(h: Any) -> list[Line]:
-    def line(what: str, elbo: Callable[..., Any], normal: Any = h.dist.Normal, **more: Any) -> Line:
-        return Line(h, what, lambda n: plate(h, normal, n, None), lambda _: elbo(), **more)
+    def line(what: str, elbo: Callable[..., Any], **more: Any) -> Line:
+        return Line(h, what, lambda n: plate(h, h.dist.Normal, n, None), lambda _: elbo(), **more)
 
     def ours(estimator: Any) -> Callable[..., Any]:
         return partial(h.flow.TraceFlow_ELBO, estimators={"z": estimator})
@@ -171,7 +171,7 @@ def cells(line: Line, growth: Growth, smoke: bool) -> list[str]:
     times = []
     for size in sizes:
         if growth.traced and line.h is NumPyro:
-            times.append(trace(line, size, 1 if smoke else 3))
+            times.append(trace(line, size, 1 if smoke else 2))
         else:
             times.append(repeat(STEPS[line.h](line.program(size), line.elbo(size)), rounds, duration))
     shown = [f"{m:.0f} ± {(high - low) / 2:.0f}" for m, low, high in (median_interval(1e6 * t) for t in times)]

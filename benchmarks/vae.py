@@ -2,7 +2,7 @@
 
 Minibatches hold 64 of the 1,797 images; encoder and decoder have one hidden layer of 100 units; Adam with step size 0.003. For each way
 to estimate the gradient, a row holds the importance-weighted bound with 50 particles on all images, in nats per image, after a number
-of steps (larger is better), and the milliseconds of one step. About four minutes:
+of steps (larger is better), and the milliseconds of one step. About three minutes:
 
     python benchmarks/vae.py
     python benchmarks/vae.py --smoke
@@ -52,7 +52,7 @@ def bound(h: Any, side: Any, program: Program, number: int) -> float:
 def main(argv: list[str] | None = None) -> None:
     said = options(__file__, __doc__, argv)
     use_one_thread()
-    steps, number, methods = (20, 2, list(METHODS)[2:3]) if said.smoke else (4000, 50, list(METHODS))
+    steps, number, methods = (20, 2, list(METHODS)[2:3]) if said.smoke else (3000, 50, list(METHODS))
     checkpoints = sorted({steps // 20, steps // 4, steps})
     columns = ("Latents", "Gradient", "Host", *(f"{n} steps" for n in checkpoints), "ms a step")
     about = "The importance-weighted bound with 50 particles, in nats per image, after so many steps of training; larger is better."

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -160,7 +161,7 @@ def estimators_of(name: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     return OF_MIXTURES if name == "mixture guide" else OF_PROGRAMS
 
 
-SAMPLES = {"NumPyro": 1000, "Pyro": 150}  # in a round
+SAMPLES = {"NumPyro": 1000, "Pyro": 80}  # in a round
 
 
 def wrapped(h: Any, estimator: Any) -> Callable[..., Any]:
@@ -199,6 +200,13 @@ def programs(smoke: bool, wants: Callable[..., bool]) -> Iterator[tuple[object, 
                 yield h.name, name, label, *medians, spread
 
 
+def keep_compiled(folder: str) -> None:
+    """Let JAX keep there what it compiles: the rounds of a row compile the same programs."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def main(argv: list[str] | None = None) -> None:
     said = options(__file__, __doc__, argv)
     use_one_thread()
@@ -209,7 +217,9 @@ def main(argv: list[str] | None = None) -> None:
             row(*cells)
     each = "Medians of three rounds. A gradient is a mean over 10 particles; its variance is summed over the parameters."
     columns = ("Host", "Program", "Estimator", "Variance", "µs a gradient", "Variance x µs", "Lowest to highest")
-    with table("variance_programs", said, columns, each) as row:
+    with TemporaryDirectory() as folder, table("variance_programs", said, columns, each) as row:
+        if not said.smoke:
+            keep_compiled(folder)
         for cells in programs(said.smoke, said.wants):
             row(*cells)
 
