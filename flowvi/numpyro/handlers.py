@@ -35,6 +35,7 @@ class attach_estimators(Messenger):
         draws: The draws of the sites to which something is attached.
         fixed: Names of the statements that are no random choice.
         learned: Names of the parameters that estimators learn, each with its site.
+        log_probs: The log densities of draws whose scores needed them anyway, not scaled.
     """
 
     def __init__(self, fn, assignment: Assignment, entropy: Entropy = "full"):
@@ -44,6 +45,7 @@ class attach_estimators(Messenger):
         self.fixed: list[str] = []
         self.learned: dict[str, str] = {}
         self.plate_sizes: dict[str, int] = {}
+        self.log_probs: dict[str, jax.Array] = {}
         super().__init__(fn)
 
     def __call__(self, *args, **kwargs):
@@ -83,8 +85,10 @@ class attach_estimators(Messenger):
             else:
                 target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
                 self.learned |= dict.fromkeys(declare(msg, target, estimator, self.plate_sizes), name)
-                self.draws[name] = draw(target, estimator, msg["kwargs"]["rng_key"])
-                msg["value"] = self.draws[name].value
+                self.draws[name] = drawn = draw(target, estimator, msg["kwargs"]["rng_key"])
+                msg["value"] = drawn.value
+                if drawn.log_prob is not None and not target.transforms and not masks(msg["fn"]):
+                    self.log_probs[name] = drawn.log_prob
         plates = tuple(frame.name for frame in msg["cond_indep_stack"])
         self.random[name] = SiteDescription(name, estimator, choice.said, target.family, target.parameters, plates)
 

@@ -75,6 +75,9 @@ class Run:
         seeded = seed(guide, self._guide_seed)
         self.attached = attach_estimators(seeded, assignment, entropy) if assignment is not None else seeded
         self.guide_log_probs, self.guide_trace = compute_log_probs(self.attached, args, kwargs, param_map, sum_log_prob=False)
+        if assignment is not None:  # so that one derivative is taken of what NumPyro has computed again
+            for name, log_prob in self.attached.log_probs.items():
+                self.guide_log_probs[name] = scale_and_mask(log_prob, scale=self.guide_trace[name]["scale"])
         self.mutable_state = _values(self.guide_trace, "mutable")
         reader = read_annotations(model)
         if multi_sample:
