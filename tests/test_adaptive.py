@@ -91,12 +91,12 @@ def test_the_start_is_a_blend_of_rp_and_lr(host, family):
     """At the start values every sample is that of LR, of the family's field, and of the field scaled."""
     if family not in ("Normal", "mixture") and host.name == "numpyro":
         pytest.skip("compilation: test_the_hosts_agree at the same x")
-    size, rtol = FAMILIES[family][2], 1e-8
+    size, atol = FAMILIES[family][2], 1e-10
     if family == "VonMises" and host.name == "pyro":  # torch's log density is a polynomial approximation
-        rtol = 1e-6
+        atol = 1e-7
     for a, reference in ((0.0, LR()), (1.0, scaled(1, family)), (0.3, scaled(0.3, family))):
         learned = host.gradients(one(family, start_values(size, a)), 20, estimators={"x": AdaptiveFlow(start=a)})
-        np.testing.assert_allclose(learned, host.gradients(one(family, {}), 20, estimators={"x": reference}), rtol=rtol, atol=1e-10)
+        np.testing.assert_allclose(learned, host.gradients(one(family, {}), 20, estimators={"x": reference}), rtol=1e-8, atol=atol)
 
 
 def test_the_start_is_rp(host):
@@ -359,6 +359,8 @@ def plate_program(host, size, subsample_size):
 
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
+    if host.name == "numpyro" and not vectorize:
+        pytest.skip("compilation: jax.lax.map in test_nothing_else_changes")
     model, guide = plate_program(host, 6, 2)
     options = {"num_particles": 3, "vectorize_particles": vectorize, "estimators": {"x": AdaptiveFlow(q="learned")}}
     if host.name == "pyro":
@@ -401,10 +403,9 @@ def test_events_and_transforms(host, wrap):
     exact = gradient_of_two(wrap, shift)
     samples = host.gradients(Program(guide, model, (0.1, 0.5)), 40_000, estimators={"x": AdaptiveFlow()})
     assert np.all(np.abs(z_scores(samples, exact)) < 5)
-    start = start_values(2, 1.0, batch=(2,))
-    learned = start
-    samples = host.gradients(Program(guide, model, (0.1, 0.5)), 20, estimators={"x": AdaptiveFlow()})
-    np.testing.assert_allclose(samples, host.gradients(Program(guide, model, (0.1, 0.5)), 20, estimators={"x": RP()}), rtol=1e-10)
+    plain = Program(lambda h, t: h.sample("x", fn(h, t).mask(False)), model, (0.1, 0.5))
+    start, pathwise = (host.gradients(plain, 20, estimators={"x": estimator}) for estimator in (AdaptiveFlow(), RP()))
+    np.testing.assert_allclose(start, pathwise, rtol=1e-10)
 
 
 def transforms(h):
@@ -468,13 +469,13 @@ def test_learned_in_pyro():
         return flowvi.pyro.TraceFlow_ELBO(4, estimators={"x": estimator}, **options)
 
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), elbo(AdaptiveFlow()))
-    for _ in range(1000):
+    for _ in range(600):
         svi.step()
     assert pyro.param("x.velocity").shape == (3, 2, 6)
 
     def variance(estimator):
         objective, loc = elbo(estimator), pyro.param("loc")
-        draws = [torch.autograd.grad(objective.differentiable_loss(model, guide), loc)[0] for _ in range(400)]
+        draws = [torch.autograd.grad(objective.differentiable_loss(model, guide), loc)[0] for _ in range(200)]
         return torch.stack(draws).var(0).numpy()
 
     assert np.all(variance(AdaptiveFlow()) < 0.3 * variance(RP()))
@@ -571,8 +572,8 @@ def test_refusals(host):
             "site 'x': q='learned' is for Normal, .*; found MixtureSame",
         ),
         (
-            MOST["Normal"][0],
-            (0.3, 1.0),
+            lambda h, t: h.dist.Normal(t[0][..., None] + h.array([0.0, 1.0]), h.array(1.0)).to_event(1),
+            (0.3,),
             AdaptiveFlow(mask=lambda x, p: x - x.mean()),
             "site 'x': the mask must be elementwise",
         ),
