@@ -12,15 +12,29 @@ those of their parameters that carry a derivative. Written once over the operati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from flowvi.ops import Array, Ops
 from flowvi.target import Tangents
 
 Velocity = Callable[[Array, Any, Tangents], Array]
+Elementwise = Callable[[Ops, Array, Any], Any]
+
+
+class Part(NamedTuple):
+    """One parameter of a scalar family, a number for each x, and how x moves with it.
+
+    Attributes:
+        parameter: ``parameter(p)`` is its value.
+        u: ``u(ops, x, p)`` is its velocity, elementwise, a number or an array over x.
+    """
+
+    parameter: Callable[[Any], Array]
+    u: Elementwise
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,8 @@ class Field:
         rides: Whether u moves with every bound of the support, so that a support that moves with a live parameter is no bias.
         families: The names of the distributions that it serves; empty for any.
         name: What it is called in messages.
+        parts: Of a pathwise field that is elementwise: from p (detached) to the :class:`Part` of each parameter by name, of which u
+            is the sum (empty: none for this p); None where it has no such form.
 
     Example:
         >>> from flowvi import Flow, fields
@@ -55,6 +71,7 @@ class Field:
     rides: bool = False
     families: tuple[str, ...] = ()
     name: str = ""
+    parts: Callable[[Any], Mapping[str, Part]] | None = None
 
     def __repr__(self) -> str:
         return self.name or f"Field({getattr(self.velocity, '__name__', self.velocity)})"
@@ -253,25 +270,35 @@ def _total(terms: Any) -> Array:
 
 # ---- fields of families, parameter by parameter
 
-Elementwise = Callable[[Ops, Array, Any], Any]
+
+def _along(x: Array, p: Any, dtheta: Tangents, parts: Mapping[str, Part]) -> Array:
+    """sum_i u_i(x, p) dtheta_i over the parameters of p that move."""
+    moving = [(part.u, d) for part in parts.values() if (d := dtheta.of(part.parameter)) is not None]
+    return _total(u(dtheta.ops, x, p) * d for u, d in moving) if moving else dtheta.ops.asarray(0.0, x)
 
 
-def _along(x: Array, p: Any, dtheta: Tangents, u: dict[str, Elementwise]) -> Array:
-    """sum_i u_i(x, p) dtheta_i over the attributes of p that move."""
-    moving = [(u_of, d) for name, u_of in u.items() if (d := dtheta.of(attrgetter(name))) is not None]
-    if not moving:
-        return dtheta.ops.asarray(0.0, x)
-    return _total(u_of(dtheta.ops, x, p) * d for u_of, d in moving)
+def _parts(u: Mapping[str, Elementwise]) -> dict[str, Part]:
+    """Parts by the names of attributes of p."""
+    return {name: Part(attrgetter(name), u_of) for name, u_of in u.items()}
 
 
 def _pathwise(name: str, families: Sequence[str], **u: Elementwise) -> Field:
     """The field of scalar families that solves the transport equation, from one u for each parameter."""
-    return Field(lambda x, p, dtheta: _along(x, p, dtheta, u), "pathwise", rides=True, families=tuple(families), name=f"{name}()")
+    return _of_parts(f"{name}()", families, lambda p: _parts(u))
+
+
+def _of_parts(name: str, families: Sequence[str], parts: Callable[[Any], Mapping[str, Part]], rides: bool = True) -> Field:
+    """The pathwise field that is the sum of its parts."""
+
+    def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
+        return _along(x, p, dtheta, parts(p))
+
+    return Field(velocity, "pathwise", rides=rides, families=tuple(families), name=name, parts=parts)
 
 
 def _closed(name: str, families: Sequence[str], **u: tuple[Elementwise, Elementwise]) -> Field:
     """A field of scalar families, from u and its divergence for each parameter."""
-    velocities, divergences = ({k: pair[i] for k, pair in u.items()} for i in (0, 1))
+    velocities, divergences = (_parts({k: pair[i] for k, pair in u.items()}) for i in (0, 1))
     return Field(
         lambda x, p, dtheta: _along(x, p, dtheta, velocities),
         lambda x, p, dtheta: _along(x, p, dtheta, divergences),
@@ -503,30 +530,44 @@ def truncated_normal() -> Field:
         flip = low + high > 0
         return ops.ndtr(ops.where(flip, -low, high)) - ops.ndtr(ops.where(flip, -high, low))
 
-    def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
-        ops, normal = dtheta.ops, p.base_dist
-        if type(normal).__name__ != "Normal":
-            dtheta.target.refuse(f"the field truncated_normal() is for a truncated Normal; found one of {type(normal).__name__}.")
+    def shape(ops: Ops, x: Array, p: Any) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+        """z, and at each bound that p has, z there and r."""
+        normal = p.base_dist
         z = (x - normal.loc) / normal.scale
         low, high = (
             ops.asarray((getattr(p, side) - normal.loc) / normal.scale if hasattr(p, side) else bound, x)
             for side, bound in (("low", -math.inf), ("high", math.inf))
         )
         mass = between(ops, low, high)
-        dloc, dscale = (dtheta.of(attrgetter(f"base_dist.{name}")) for name in ("loc", "scale"))
-        terms = [] if dloc is None else [dloc]
-        terms += [] if dscale is None else [z * dscale]
-        for side, bound, share in (("low", low, between(ops, z, high) / mass), ("high", high, between(ops, low, z) / mass)):
-            if hasattr(p, side):
-                ride = share * ops.exp((z**2 - bound**2) / 2)
-                dbound = dtheta.of(attrgetter(side))
-                terms += [] if dbound is None else [ride * dbound]
-                terms += [] if dloc is None else [-ride * dloc]
-                terms += [] if dscale is None else [-ride * bound * dscale]
-        return _total(terms) if terms else ops.asarray(0.0, x)
+        bounds = {side: bound for side, bound in (("low", low), ("high", high)) if hasattr(p, side)}
+        share = {"low": lambda: between(ops, z, high) / mass, "high": lambda: between(ops, low, z) / mass}
+        return z, bounds, {side: share[side]() * ops.exp((z**2 - bound**2) / 2) for side, bound in bounds.items()}
+
+    def u_loc(ops: Ops, x: Array, p: Any) -> Array:
+        _, _, ride = shape(ops, x, p)
+        return 1 - _total(ride.values())
+
+    def u_scale(ops: Ops, x: Array, p: Any) -> Array:
+        z, bounds, ride = shape(ops, x, p)
+        return z - _total(bounds[side] * ride[side] for side in bounds)
+
+    def u_bound(side: str, ops: Ops, x: Array, p: Any) -> Array:
+        return shape(ops, x, p)[2][side]
+
+    def parts(p: Any) -> dict[str, Part]:
+        if type(p.base_dist).__name__ != "Normal":
+            return {}
+        u: dict[str, Elementwise] = {"base_dist.loc": u_loc, "base_dist.scale": u_scale}
+        return _parts(u | {side: partial(u_bound, side) for side in ("low", "high") if hasattr(p, side)})
+
+    def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
+        if not parts(p):
+            dtheta.target.refuse(f"the field truncated_normal() is for a truncated Normal; found one of {type(p.base_dist).__name__}.")
+        return field.velocity(x, p, dtheta)
 
     families = ("TwoSidedTruncatedDistribution", "LeftTruncatedDistribution", "RightTruncatedDistribution")
-    return Field(velocity, "pathwise", rides=True, families=families, name="truncated_normal()")
+    field = _of_parts("truncated_normal()", families, parts)
+    return replace(field, velocity=velocity)
 
 
 # ---- Gamma, Beta and what is made of them: fields by quadrature
@@ -843,17 +884,13 @@ def von_mises(cut: float | None = None) -> Field:
     """
     u: dict[str, Elementwise] = {"loc": lambda ops, x, p: 1.0, "concentration": _von_mises_concentration}
 
-    def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
-        moved = _along(x, p, dtheta, u)
-        if cut is None:
-            return moved
-        ops = dtheta.ops
+    def without_flux(u: Elementwise, ops: Ops, x: Array, p: Any) -> Array:
         seam = ops.broadcast_to(ops.asarray(cut, x), x.shape)
-        ratio = ops.exp(p.concentration * (ops.cos(seam - p.loc) - ops.cos(x - p.loc)))
-        return moved - _along(seam, p, dtheta, u) * ratio
+        return u(ops, x, p) - u(ops, seam, p) * ops.exp(p.concentration * (ops.cos(seam - p.loc) - ops.cos(x - p.loc)))
 
+    parts = _parts(u if cut is None else {name: partial(without_flux, u_of) for name, u_of in u.items()})
     name = "von_mises()" if cut is None else f"von_mises(cut={cut})"
-    return Field(velocity, "pathwise", families=("VonMises",), name=name)
+    return _of_parts(name, ("VonMises",), lambda p: parts, rides=False)
 
 
 def _von_mises_concentration(ops: Ops, x: Array, p: Any) -> Array:
@@ -912,21 +949,20 @@ def implicit() -> Field:
     def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
         ops, cdf = dtheta.ops, dtheta.target.cdf
         right = cdf(x, p) > 0.5
-        dcdf = dtheta.of(lambda p: ops.where(right, -_survival(dtheta, x, p), cdf(x, p)))
+        dcdf = dtheta.of(lambda p: ops.where(right, -_survival(dtheta.target.cdf, x, p), cdf(x, p)))
         return ops.asarray(0.0, x) if dcdf is None else -dcdf / ops.exp(p.log_prob(x))
 
     return Field(velocity, "pathwise", rides=True, name="implicit()")
 
 
-def _survival(dtheta: Tangents, x: Array, p: Any) -> Array:
+def _survival(cdf: Callable[[Array, Any], Array], x: Array, p: Any) -> Array:
     """1 - cdf, for symmetric families (and mixtures of them) without a loss of digits in the right tail."""
     family = type(p).__name__
     if family in SYMMETRIC:
-        return dtheta.target.cdf(2 * p.loc - x, p)
+        return cdf(2 * p.loc - x, p)
     if family == "MixtureSameFamily":
-        components = _survival(dtheta, x[..., None], _unwrapped(p.component_distribution))
-        return (_mixing(p).probs * components).sum(-1)
-    return 1 - dtheta.target.cdf(x, p)
+        return (_mixing(p).probs * _survival(cdf, x[..., None], _unwrapped(p.component_distribution))).sum(-1)
+    return 1 - cdf(x, p)
 
 
 def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field | None = None) -> Field:
@@ -988,7 +1024,7 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
         terms = []
         dlogits = dtheta.of(lambda p: _mixing(p).logits)
         if dlogits is not None:
-            below, above = at_x(cdf, p), at_x(lambda x, part: _survival(dtheta, x, part), p)
+            below, above = at_x(cdf, p), at_x(lambda x, part: _survival(cdf, x, part), p)
             there = range(density.shape[-1])
             each = [
                 _telescope(ops, dlogits, log_pi, density, below, above, log_p, order)
@@ -1009,9 +1045,63 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
             return ops.asarray(0.0, x)
         return _total(terms)[..., 0] if scalar else _total(terms)
 
+    def parts(p: Any) -> dict[str, Part]:
+        return {} if len(p.event_shape) else _mixture_parts(p, components)
+
     said = [f"orders={orders}"] * (orders is not None) + [f"components={components}"] * (components is not None)
     families = ("MixtureSameFamily", "MixtureGeneral")
-    return Field(velocity, "pathwise", families=families, name=f"mixture({', '.join(said)})")
+    return Field(velocity, "pathwise", families=families, name=f"mixture({', '.join(said)})", parts=parts)
+
+
+def _mixture_parts(p: Any, field: Field | None) -> dict[str, Part]:
+    """The parts of a scalar mixture of one family: logit k, and the parameters of component k."""
+    if not hasattr(p, "component_distribution"):
+        return {}
+    component = _unwrapped(p.component_distribution)
+    field = field or PATHWISE.get(type(component).__name__)
+    own = {} if field is None or field.parts is None else field.parts(component)
+    if not own:
+        return {}
+
+    def components(p: Any) -> Any:
+        return _unwrapped(p.component_distribution)
+
+    def of_logit(k: int, ops: Ops, x: Array, p: Any) -> Array:
+        """-pi_k (F_k - F) / p, from the nearer tail."""
+        pi, x_ = _mixing(p).probs, x[..., None]
+        below, above = components(p).cdf(x_), _survival(_cdf, x_, components(p))
+        right = (pi * below).sum(-1) > 0.5
+        gap = ops.where(right, (pi * above).sum(-1) - above[..., k], below[..., k] - (pi * below).sum(-1))
+        return -pi[..., k] * gap / ops.exp(p.log_prob(x))
+
+    def of_component(u: Elementwise, k: int | None, ops: Ops, x: Array, p: Any) -> Array:
+        """r_k u_k, or the sum over the components that share a parameter."""
+        x_ = x[..., None]
+        log_joint = ops.log(_mixing(p).probs) + components(p).log_prob(x_)
+        moved = ops.exp(log_joint - p.log_prob(x)[..., None]) * u(ops, x_, components(p))
+        return moved.sum(-1) if k is None else moved[..., k]
+
+    def logit(k: int, p: Any) -> Array:
+        return _mixing(p).logits[..., k]
+
+    def parameter(part: Part, k: int, p: Any) -> Array:
+        value = part.parameter(components(p))
+        return value[..., k] if value.ndim else value
+
+    size = _mixing(p).logits.shape[-1]
+    parts = {f"logits[{k}]": Part(partial(logit, k), partial(of_logit, k)) for k in range(size)}
+    for name, part in own.items():
+        shape = part.parameter(component).shape
+        if shape and shape[-1] == size:
+            each = {f"{name}[{k}]": Part(partial(parameter, part, k), partial(of_component, part.u, k)) for k in range(size)}
+        else:
+            each = {name: Part(partial(parameter, part, 0), partial(of_component, part.u, None))}
+        parts |= each
+    return parts
+
+
+def _cdf(x: Array, p: Any) -> Array:
+    return p.cdf(x)
 
 
 def _telescope(
@@ -1142,3 +1232,29 @@ def _multivariate_normal(name: str, linear: Callable[[Ops, Any, Array, Array], A
 
 def _times(a: Array, x: Array) -> Array:
     return (a @ x[..., None])[..., 0]
+
+
+# ---- the pathwise field of a family
+
+PATHWISE: dict[str, Field] = {
+    family: field
+    for field in (
+        location_scale(),
+        scale(),
+        log_normal(),
+        exponential(),
+        weibull(),
+        kumaraswamy(),
+        uniform(),
+        pareto(),
+        truncated_normal(),
+        gamma_implicit(),
+        beta_implicit(),
+        student_t(),
+        von_mises(),
+        mixture(),
+        dirichlet(),
+        multivariate_normal(),
+    )
+    for family in field.families
+}

@@ -7,7 +7,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.lax import stop_gradient
 from jax.nn import log_softmax  # noqa: F401
-from jax.numpy import broadcast_to, cos, exp, expm1, log, log1p, logaddexp, sin, sqrt, stack, tanh, tril, where  # noqa: F401
+from jax.numpy import broadcast_to, cos, exp, expm1, log, log1p, logaddexp, moveaxis, sin, sqrt, stack, tanh, tril, where  # noqa: F401
 from jax.numpy.linalg import eigh  # noqa: F401
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import digamma, i0e, i1e, ndtr, polygamma  # noqa: F401

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import broadcast_to, cos, exp, expm1, log, log1p, logaddexp, sin, sqrt, stack, tanh, tril, where  # noqa: F401
+from torch import broadcast_to, cos, exp, expm1, log, log1p, logaddexp, moveaxis, sin, sqrt, stack, tanh, tril, where  # noqa: F401
 from torch.linalg import eigh  # noqa: F401
 from torch.special import digamma, i0e, i1e, log_softmax, ndtr  # noqa: F401
 

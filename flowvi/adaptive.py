@@ -1,0 +1,319 @@
+"""A velocity field, a control variate and a sampling density that are learned while SVI runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from flowvi.estimators import Draw, Estimator, SiteBaseline, _refuse_discrete, _refuse_moving_support, _require_baseline
+from flowvi.fields import LOCATION_SCALE, PATHWISE, Field, Part
+from flowvi.ops import Array, Ops
+from flowvi.proposals import defensive
+from flowvi.target import Learned, Tangents, Target
+
+REACH = 2.0  # the outermost bumps, in standard deviations
+WIDTH = 0.7  # of a bump, in units of the space between two
+
+
+@dataclass(frozen=True, repr=False)
+class AdaptiveFlow(Estimator):
+    r"""A flow whose velocity field is learned while SVI runs: :math:`E_i = w\,[u_i\cdot\nabla\phi + \psi_i\,\phi + \zeta_i]`.
+
+    With :math:`u'_i` the pathwise field of parameter i, :math:`s_i` its score, and z the standardized sample,
+
+    .. math:: u_i = m_i(z)\,u'_i, \qquad \psi_i = (1 - m_i)\,s_i + u'_i\,\partial_x m_i, \qquad
+        m_i(z) = a_{i0} + \sum_j a_{ij}\,e^{-(z - c_j)^2 / 2 h^2} .
+
+    :math:`m_i = 1` is RP, where it starts, :math:`m_i = 0` LR. The control variate :math:`\zeta_i = \sum_k b_{ik} s_k + h_i s_i -
+    u'_i\,\partial_x h_i` has mean 0 for all numbers :math:`b_{ik}` and every sum of bumps :math:`h_i`, so that whatever is learned is
+    unbiased. What is learned descends the second moment of the gradient in the site's own parameters, which the same backward pass
+    yields, by the user's own optimizer. In NumPyro the guide is passed to ``SVI`` as ``flowvi.numpyro.adaptive(guide, elbo)``; in Pyro
+    the parameters appear by themselves, as ``"{site}.velocity"``, ``"{site}.control"`` and ``"{site}.proposal"``.
+
+    **Requirements**: a continuous scalar family (or ``to_event`` of one) with a pathwise field in :data:`flowvi.fields.PATHWISE`, a
+    support that does not move, reverse-mode differentiation, and a cost *without jumps*: where the cost jumps, no pathwise field is
+    right, and the least variance is that of a wrong one (a step under a Normal: the truth is 0.53, what is learned 0). Hold the
+    field to 0 at the jumps with ``mask``, or use :class:`flowvi.LR`. With several particles the leave-one-out mean makes learning
+    faster, because it takes a constant cost out of the score.
+
+    Args:
+        bumps: The number of bumps, evenly from -2 to 2 standard deviations; 0 learns the best blend of LR and RP, a number for each
+            parameter, and the constants of the control variate.
+        q: ``"learned"``: p with its location shifted and its positive parameters multiplied, learned too, and mixed with p. Or a
+            function ``q(p) -> distribution``, or None for q = p.
+        start: The initial value of m: 1 is RP, 0 is LR.
+        field: A pathwise field with parts to start from, instead of the family's in :data:`flowvi.fields.PATHWISE`.
+        mask: ``mask(x, p)``, elementwise: a number by which the field is multiplied, 0 where the cost jumps.
+        shared: Whether the elements of the site's plates and event share what is learned, instead of each having its own.
+        epsilon: The share of p in the learned q, which keeps the weights below 1/epsilon; 0 for none.
+        baseline: Subtracted from the costs that multiply psi, instead of the objective's leave-one-out mean; see :class:`flowvi.LR`.
+
+    Raises:
+        TypeError: ``field`` has no parts; ``baseline`` is no :class:`flowvi.Baseline`.
+        ValueError: A negative number of bumps, an epsilon outside [0, 1). At the first run, naming the site: a discrete site, a support
+            that moves, a family without a pathwise field, or (``q="learned"``) one that cannot be moved.
+
+    Example:
+        >>> import flowvi
+        >>> flowvi.AdaptiveFlow()
+        AdaptiveFlow()
+        >>> flowvi.AdaptiveFlow(bumps=0, start=0.0)
+        AdaptiveFlow(bumps=0, start=0.0)
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19, with u and q by descent on E[g^2]. Ruiz, Titsias and Blei 2016 (a learned q). Jankowiak and
+        Karaletsos 2019 (adaptive velocity fields).
+    """
+
+    bumps: int = 5
+    q: Callable[[Any], Any] | Literal["learned"] | None = None  # type: ignore[assignment]
+    start: float = 1.0
+    field: Field | None = None
+    mask: Callable[[Array, Any], Array] | None = None
+    shared: bool = False
+    epsilon: float = 0.1
+    baseline: SiteBaseline = None
+
+    def __post_init__(self):
+        _require_baseline(self.baseline, "AdaptiveFlow")
+        if self.bumps < 0:
+            raise ValueError(f"AdaptiveFlow: expected a number of bumps, 0 or more, found {self.bumps}.")
+        if not 0 <= self.epsilon < 1:
+            raise ValueError(f"AdaptiveFlow: expected an epsilon between 0 and 1, found {self.epsilon}.")
+        if self.q is not None and self.q != "learned" and not callable(self.q):
+            raise TypeError(f"AdaptiveFlow: expected q='learned', a function q(p) or None, found {self.q!r}.")
+        if self.field is not None and self.field.parts is None:
+            raise TypeError(
+                f"AdaptiveFlow needs a pathwise field that is given parameter by parameter, found {self.field}; "
+                "those of flowvi.fields.PATHWISE are, combinations of fields are not."
+            )
+
+    def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
+        parts = self._parts(target)
+        zero = ops.stop_gradient(ops.tether(next(iter(parts.values())).parameter(target.p))).sum()
+        start = ops.stack([zero + self.start, *[zero] * self.bumps], -1)
+        learned: dict[str, tuple[Array, tuple[int, ...]]] = {
+            "velocity": (start, (len(parts), 1 + self.bumps)),
+            "control": (zero, (len(parts), self.bumps + len(parts))),
+        }
+        if self.q == "learned":
+            learned["proposal"] = zero, (len(self._moves(target)),)
+        batch = () if self.shared else target.element_shape
+        extra = min(target.extra_ndim, len(batch))
+        return {name: Learned(ops.broadcast_to(initial, (*batch, *own)), extra + len(own)) for name, (initial, own) in learned.items()}
+
+    def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:
+        if self.q != "learned":
+            return super().proposal(ops, target)
+        values = {name: getattr(target.p0, name) for name in target.parameters}
+        q = _moved(ops, type(target.p), values, self._moves(target), ops.stop_gradient(target.read("proposal")))
+        return target.cover(ops, defensive(lambda p: q, self.epsilon)(target.expand(target.p0)) if self.epsilon else q)
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        _refuse_moving_support(target, "a field that is learned")
+        parts, dtheta = self._parts(target), Tangents(ops, target)
+        tangents = {name: d for name, part in parts.items() if (d := dtheta.of(part.parameter)) is not None}
+        if not tangents:
+            return Draw(target.push(x))
+        along = ops.stack([ops.broadcast_to(d, x.shape) for d in tangents.values()], 0)
+        names, live = ["velocity", "control"], [list(parts).index(name) for name in tangents]
+        fixed = (*self._fields(ops, target, x, [parts[name] for name in tangents]), target.own_density_at(ops, x))
+        proposal = None
+        if self.q == "learned":
+            names.append("proposal")
+            fixed = (*fixed, x, *(ops.asarray(getattr(target.p0, name), x) for name in target.parameters))
+            proposal = type(target.p), target.parameters, self._moves(target), self.epsilon
+        gradient = _Gradient(ops, self.bumps, live, len(parts), target.extra_ndim, self.mask is not None, proposal)
+        learned = {name: target.read(name) for name in names}
+        u, psi, zeta = gradient.terms({name: ops.stop_gradient(value) for name, value in learned.items()}, fixed)
+        outputs = (u * along).sum(0), target.to_batch((psi * along).sum(0)), target.to_batch((zeta * along).sum(0))
+        step, score, control = ops.learn(outputs, learned, fixed, gradient.second_moment)
+        return Draw(target.push(x + step), score, control=control)
+
+    def _parts(self, target: Target) -> Mapping[str, Part]:
+        """The pathwise field of the family, parameter by parameter."""
+        _refuse_discrete(target, "AdaptiveFlow")
+        field = PATHWISE.get(target.family) if self.field is None else self.field
+        parts = {} if field is None or field.parts is None else field.parts(target.p0) if target.family in field.families else {}
+        if not parts:
+            where = "flowvi.fields.PATHWISE" if self.field is None else self.field
+            target.refuse(
+                f"AdaptiveFlow needs a pathwise field for each parameter of a scalar family, but {where} has none for this "
+                f"{target.family}; use LR(), RP() or Flow(velocity)."
+            )
+        return parts
+
+    def _moves(self, target: Target) -> tuple[str, ...]:
+        """The parameters that a learned q moves."""
+        if target.family not in MOVES:
+            target.refuse(
+                f"q='learned' is for {', '.join(MOVES)}; found {target.family}. A function q(p) of your own serves any family."
+            )
+        return MOVES[target.family]
+
+    def _fields(self, ops: Ops, target: Target, x: Array, parts: list[Part]) -> tuple[Array, ...]:
+        """Detached, over x: u' and s of the parts, the bumps and their derivatives (these four with one more dim on the left), mask."""
+        p = target.p0
+        elementwise: list[tuple[str, Callable[[Array], Any]]] = [
+            ("log p", p.log_prob),
+            ("the standardized sample", partial(STANDARD.get(target.family, _by_moments), ops, p)),
+            *(("the velocity", partial(_velocity, ops, part, p)) for part in parts),
+        ]
+        if self.mask is not None:
+            target.check_elementwise(ops, self.mask, x, "the mask")
+            elementwise.append(("the mask", partial(_mask, self.mask, p)))
+
+        def each(xs: Array) -> Array:
+            return ops.stack([target.in_shape(ops, f(xs[i]), x, what) for i, (what, f) in enumerate(elementwise)], 0)
+
+        values, slopes = ops.derivative(each, ops.broadcast_to(x, (len(elementwise), *x.shape)), live=False)
+        assert slopes is not None
+        for a in (values, slopes) if target.validate else ():
+            target.check(ops, ops.all_finite(a), "the velocity field or its derivative is NaN or infinite at a sample.")
+        u, du = (a[2 : 2 + len(parts)] for a in (values, slopes))
+        spacing = 2 * REACH / max(self.bumps - 1, 2)
+        centres = [REACH * (2 * j / (self.bumps - 1) - 1) if self.bumps > 1 else 0.0 for j in range(self.bumps)]
+        away = (values[1] - ops.asarray(centres, x).reshape((self.bumps, *(1,) * x.ndim))) / (WIDTH * spacing)
+        bumps = ops.exp(-0.5 * away**2)
+        fixed = u, -(du + u * slopes[0]), bumps, away * bumps * (-slopes[1] / (WIDTH * spacing))
+        return fixed if self.mask is None else (*fixed, values[-1], slopes[-1])
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """The gradient at one draw as a function of what is learned; it knows only what is static.
+
+    Attributes:
+        ops: The operations of the backend.
+        bumps: The number of bumps.
+        live: The parameters with a derivative, as indices.
+        size: The number of parameters.
+        extra_ndim: The number of batch dims of x that are event dims of the site.
+        masked: Whether there is a mask.
+        proposal: Of a learned q: the family, its parameters by name, those that move, and the share of p.
+    """
+
+    ops: Ops
+    bumps: int
+    live: list[int]
+    size: int
+    extra_ndim: int
+    masked: bool
+    proposal: tuple[type, tuple[str, ...], tuple[str, ...], float] | None
+
+    def terms(self, learned: Mapping[str, Array], fixed: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        """u, psi and zeta of each live parameter, along the first axis."""
+        u, score, bumps, dbumps = fixed[:4]
+        ndim = u.ndim - 1
+        velocity, control = (self._of_live(self._over(learned[name], ndim)) for name in ("velocity", "control"))
+        of_scores = control[:, self.bumps :]
+        if len(self.live) < self.size:
+            of_scores = self.ops.stack([of_scores[:, i] for i in self.live], 1)
+        m, zeta = velocity[:, 0], (of_scores * score).sum(1)
+        dm = 0.0
+        if self.bumps:
+            of_bumps = self.ops.stack([velocity[:, 1:], control[:, : self.bumps]], 0)
+            values, slopes = (of_bumps * bumps).sum(2), (of_bumps * dbumps).sum(2)
+            m, dm = m + values[0], slopes[0]
+            zeta = zeta + values[1] * score - u * slopes[1]
+        if self.masked:
+            mask, dmask = fixed[4:6]
+            m, dm = m * mask, dm * mask + m * dmask
+        return m * u, (1 - m) * score + u * dm, zeta
+
+    def second_moment(self, cotangents: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...]) -> Array:
+        """The squared gradient in each parameter, added up; for the proposal its derivative under the integral over x."""
+        of_value, of_score, of_control = cotangents
+        of_score, of_control = (a.reshape((*a.shape, *(1,) * self.extra_ndim)) for a in (of_score, of_control))
+        u, psi, zeta = self.terms(learned, fixed)
+        own_density, *rest = fixed[6 if self.masked else 4 :]
+        g = of_value * u + of_score * psi + of_control * (zeta - own_density * fixed[1])
+        moment = (g**2).sum()
+        if self.proposal is None:
+            return moment
+        family, names, moves, epsilon = self.proposal
+        x, values = rest[0], dict(zip(names, rest[1:], strict=True))
+        log_q = _moved(self.ops, family, values, moves, learned["proposal"]).log_prob(x)
+        if epsilon:
+            log_p = family(**values, validate_args=False).log_prob(x)
+            log_q = self.ops.logaddexp(math.log1p(-epsilon) + log_q, math.log(epsilon) + log_p)
+        return moment - (self.ops.stop_gradient((g**2).sum(0)) * log_q).sum()
+
+    def _over(self, a: Array, ndim: int) -> Array:
+        """Coefficients with their own two dims first, before those of x: arithmetic is fastest along the long dims on the right."""
+        batch = a.shape[:-2]
+        return self.ops.moveaxis(a, (-2, -1), (0, 1)).reshape((*a.shape[-2:], *(1,) * (ndim - len(batch)), *batch))
+
+    def _of_live(self, a: Array) -> Array:
+        return a if len(self.live) == self.size else self.ops.stack([a[i] for i in self.live], 0)
+
+
+def _mask(mask: Callable[[Array, Any], Any], p: Any, x: Array) -> Any:
+    return mask(x, p)
+
+
+def _velocity(ops: Ops, part: Part, p: Any, x: Array) -> Any:
+    return part.u(ops, x, p)
+
+
+# ---- the standardized sample, by family
+
+Standardization = Callable[[Ops, Any, Array], Array]
+
+
+def _location_scale(ops: Ops, p: Any, x: Array) -> Array:
+    return (x - p.loc) / p.scale
+
+
+def _by_moments(ops: Ops, p: Any, x: Array) -> Array:
+    return (x - p.mean) / p.variance**0.5
+
+
+def _cube_root(ops: Ops, t: Array, concentration: Any) -> Array:
+    """A Gamma(concentration, 1), nearly standardized (Wilson and Hilferty 1931)."""
+    return 3 * concentration**0.5 * ((t / concentration) ** (1 / 3) - 1) + 1 / (3 * concentration**0.5)
+
+
+STANDARD: dict[str, Standardization] = {
+    **dict.fromkeys((*LOCATION_SCALE, "StudentT"), _location_scale),
+    "LogNormal": lambda ops, p, x: (ops.log(x) - p.loc) / p.scale,
+    "HalfNormal": lambda ops, p, x: (x / p.scale - 0.8) / 0.6,
+    "HalfCauchy": lambda ops, p, x: ops.log(x / p.scale),
+    "Exponential": lambda ops, p, x: _cube_root(ops, x * p.rate, 1.0),
+    "Gamma": lambda ops, p, x: _cube_root(ops, x * p.rate, p.concentration),
+    "Weibull": lambda ops, p, x: _cube_root(ops, (x / p.scale) ** p.concentration, 1.0),
+    "Pareto": lambda ops, p, x: _cube_root(ops, p.alpha * ops.log(x / p.scale), 1.0),
+    "VonMises": lambda ops, p, x: ops.sin(x - p.loc) * p.concentration**0.5,  # as periodic as the cost
+    **dict.fromkeys(
+        ("TwoSidedTruncatedDistribution", "LeftTruncatedDistribution", "RightTruncatedDistribution"),
+        lambda ops, p, x: (x - p.base_dist.loc) / p.base_dist.scale,
+    ),
+}
+
+
+# ---- the learned sampling density
+
+MOVES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*LOCATION_SCALE, "StudentT", "LogNormal"), ("loc", "scale")),
+    **dict.fromkeys(("HalfNormal", "HalfCauchy"), ("scale",)),
+    "Exponential": ("rate",),
+    "Gamma": ("concentration", "rate"),
+    "Weibull": ("scale", "concentration"),
+    **dict.fromkeys(("Beta", "Kumaraswamy"), ("concentration1", "concentration0")),
+    "VonMises": ("loc", "concentration"),
+}
+
+
+def _moved(ops: Ops, family: type, values: Mapping[str, Array], moves: tuple[str, ...], eta: Array) -> Any:
+    """The family with its location shifted by eta units of its own, and its positive parameters multiplied by exp(eta)."""
+    moved = dict(values)
+    for i, name in enumerate(moves):
+        if name != "loc":
+            moved[name] = values[name] * ops.exp(eta[..., i])
+        else:
+            unit = values["scale"] if "scale" in values else values["concentration"] ** -0.5
+            moved[name] = values[name] + unit * eta[..., i]
+    return family(**moved, validate_args=False)
