@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The tests run one process per core; each keeps to one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow lint bench docs clean
+.PHONY: demo test test-slow lint bench bench-adaptive docs clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -27,6 +27,10 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/control_variate.py
 	$(BIN)/python benchmarks/vae.py
+
+# Half an hour on one core.
+bench-adaptive: .venv/ready
+	$(BIN)/python benchmarks/adaptive.py
 
 docs: .venv/ready
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

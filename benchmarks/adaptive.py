@@ -488,11 +488,11 @@ PARTS: dict[str, Callable[[bool], str]] = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
     parser.add_argument("--smoke", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.smoke:
         jax.config.update("jax_disable_most_optimizations", True)
     texts = []
@@ -501,7 +501,7 @@ def main():
         print(texts[-1], flush=True)
     if not arguments.parts and not arguments.smoke:
         TABLES.parent.mkdir(exist_ok=True)
-        TABLES.write_text("\n".join(texts))
+        TABLES.write_text("    python benchmarks/adaptive.py\n\n" + "\n".join(texts))
 
 
 if __name__ == "__main__":

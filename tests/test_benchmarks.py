@@ -34,6 +34,12 @@ def test_smoke(benchmark, command, capsys, tmp_path):
     assert not list(tmp_path.iterdir())  # a part of a table is not written
 
 
+@pytest.mark.slow
+def test_adaptive_smoke(benchmark, capsys):
+    benchmark("adaptive").main(["--smoke"])
+    assert capsys.readouterr().out.count("| --- ") > 7
+
+
 def test_plans(benchmark):
     """Every comparison of the plan runs."""
     step_time, timing, programs = map(benchmark, ("step_time", "timing", "programs"))
