@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any, Literal
 
 from flowvi.estimators import Draw, Estimator, SiteBaseline, _refuse_discrete, _refuse_moving_support, _require_baseline
-from flowvi.fields import LOCATION_SCALE, PATHWISE, Field, Part
+from flowvi.fields import PATHWISE, Field, Part
+from flowvi.fields.scalar import LOCATION_SCALE
 from flowvi.ops import Array, Ops
 from flowvi.proposals import defensive
 from flowvi.target import Learned, Tangents, Target

@@ -115,7 +115,7 @@ def beta_mixture(h, t):
     return h.dist.MixtureSameFamily(h.dist.Categorical(logits=h.array([0.3, -0.1]) + 0 * shape), components)
 
 
-SMOOTH = tuple(f for f in fields.LOCATION_SCALE if f != "Laplace")
+SMOOTH = tuple(f for f in fields.scalar.LOCATION_SCALE if f != "Laplace")
 LOCATION_SCALE = {"loc": 0.3, "scale": 1.2}
 BETA = {"concentration1": 1.6, "concentration0": 0.7}
 TRUNCATED = {"loc": 0.4, "scale": 1.1, "low": -0.8, "high": 1.5}
@@ -478,7 +478,7 @@ def test_implicit_gamma_over_shapes(host, a):
     """Against JAX's derivative, right to 1e-13, from quantile 1e-6 to 1 - 1e-6."""
     y = np.maximum(special.gammaincinv(a, np.array([1e-6, 0.05, 0.3, 0.5, 0.7, 0.95, 1 - 1e-6])), 1e-250)
     expected = jax.lax.random_gamma_grad(jnp.full(y.shape, a), jnp.asarray(y))
-    u = fields._gamma_implicit(TARGETS[host.name][0], host.array(a), host.array(y))
+    u = fields.quadrature._gamma_implicit(TARGETS[host.name][0], host.array(a), host.array(y))
     np.testing.assert_allclose(np.asarray(u), expected, rtol=1e-10)
 
 
@@ -490,7 +490,7 @@ def test_implicit_beta_over_shapes(host, a, b):
     x = x[(x > 1e-200) & (x < 1 - 1e-9)]
     step = 0.02 * min(a, a**0.5)
     slope = sum(c * (special.betainc(a + k * step, b, x) - special.betainc(a - k * step, b, x)) for k, c in STENCIL.items()) / step
-    u = np.asarray(fields._beta_implicit(TARGETS[host.name][0], *(host.array(v) for v in (a, b, x, 1 - x))))
+    u = np.asarray(fields.quadrature._beta_implicit(TARGETS[host.name][0], *(host.array(v) for v in (a, b, x, 1 - x))))
     log_flux = a * np.log(x) + b * np.log1p(-x) - special.betaln(a, b)
     np.testing.assert_allclose(-u * np.exp(log_flux), slope, rtol=1e-8, atol=1e-10)
 
@@ -583,7 +583,7 @@ def test_constant_parameters_cost_nothing():
         asked.append(p)
         return x
 
-    field = fields._pathwise("asked", ("Normal",), loc=u, scale=lambda ops, x, p: (x - p.loc) / p.scale)
+    field = fields.field._pathwise("asked", ("Normal",), loc=u, scale=lambda ops, x, p: (x - p.loc) / p.scale)
     at(host, lambda h, t: h.dist.Normal(h.array(0.3), t), 1.2, field, [0.1])
     assert not asked
 

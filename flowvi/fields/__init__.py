@@ -1,0 +1,89 @@
+r"""Velocity fields by name, for :class:`flowvi.Flow`: ``Flow(fields.gamma_implicit())``.
+
+A velocity field u says how the samples of p move with its parameters. Most fields here solve the transport equation
+
+    psi = div u + u . grad_x log p + d_theta log p = 0
+
+so that the estimator has no score term (it is *pathwise*, the reparameterization gradient); for the others psi is computed from
+the divergence. Each field serves the families that it names, in both hosts and whatever the parameterisation, and acts along
+those of their parameters that carry a derivative. Written once over the operations of a backend.
+"""
+
+from flowvi.fields.combinators import masked, per_element, scaled, summed
+from flowvi.fields.field import Field, Part
+from flowvi.fields.mixtures import implicit, mixture
+from flowvi.fields.multivariate import multivariate_normal, multivariate_normal_transport
+from flowvi.fields.quadrature import (
+    beta_g_rep,
+    beta_implicit,
+    dirichlet,
+    gamma_g_rep,
+    gamma_implicit,
+    gamma_one_moment,
+    student_t,
+    von_mises,
+)
+from flowvi.fields.scalar import (
+    exponential,
+    kumaraswamy,
+    location_scale,
+    log_normal,
+    pareto,
+    scale,
+    truncated_normal,
+    uniform,
+    weibull,
+)
+
+__all__ = [
+    "Field",
+    "Part",
+    "beta_g_rep",
+    "beta_implicit",
+    "dirichlet",
+    "exponential",
+    "gamma_g_rep",
+    "gamma_implicit",
+    "gamma_one_moment",
+    "implicit",
+    "kumaraswamy",
+    "location_scale",
+    "log_normal",
+    "masked",
+    "mixture",
+    "multivariate_normal",
+    "multivariate_normal_transport",
+    "pareto",
+    "per_element",
+    "scale",
+    "scaled",
+    "student_t",
+    "summed",
+    "truncated_normal",
+    "uniform",
+    "von_mises",
+    "weibull",
+]
+
+PATHWISE: dict[str, Field] = {
+    family: field
+    for field in (
+        location_scale(),
+        scale(),
+        log_normal(),
+        exponential(),
+        weibull(),
+        kumaraswamy(),
+        uniform(),
+        pareto(),
+        truncated_normal(),
+        gamma_implicit(),
+        beta_implicit(),
+        student_t(),
+        von_mises(),
+        mixture(),
+        dirichlet(),
+        multivariate_normal(),
+    )
+    for family in field.families
+}

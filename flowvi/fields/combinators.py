@@ -1,0 +1,191 @@
+"""Fields made of fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flowvi.fields.field import Field, Velocity, _total
+from flowvi.ops import Array
+from flowvi.target import Tangents
+
+
+def scaled(a: float | Array, field: Field | Velocity) -> Field:
+    r"""``a`` times a field: u = a u', psi = (1 - a) s + a psi', where s is the score.
+
+    For a pathwise field this mixes LR (a = 0) with RP (a = 1); a may lie outside [0, 1].
+
+    **Requirements**: those of the field, and a support that does not move (unless a = 1).
+
+    Args:
+        a: A number, or an array that broadcasts to the batch shape of x.
+        field: A field or a velocity function.
+
+    Returns:
+        The field.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> Flow(fields.scaled(0.5, fields.location_scale()))
+        Flow(velocity=scaled(0.5, location_scale()))
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19 with u = a u_RP.
+    """
+    field = _as_field(field)
+
+    def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
+        return _per_event(dtheta.ops.asarray(a, x), p) * field.velocity(x, p, dtheta)
+
+    def divergence(x: Array, p: Any, dtheta: Tangents) -> Array:
+        return a * _divergence(field, x, p, dtheta)
+
+    return _combined(f"scaled({a}, {field})", velocity, divergence, field)
+
+
+def masked(m: Callable[[Array, Any], Array], field: Field | Velocity) -> Field:
+    r"""A field where ``m(x, p)`` lets it act: u = m(x) u', psi = (1 - m) s + m psi' + u' . grad m.
+
+    With m = 0 at the jumps of the cost, and close to 1 away from them, it is RP where that is right and LR at the jumps. The last
+    term belongs to the estimator: without it the mixture of RP and LR is biased.
+
+    **Requirements**: those of the field, a differentiable m and a support that does not move. For a scalar family m is elementwise.
+
+    Args:
+        m: ``m(x, p)``, one number for each element of the batch of x.
+        field: A field or a velocity function.
+
+    Returns:
+        The field.
+
+    Raises:
+        ValueError: At the first run, naming the site, where m mixes the coordinates of a scalar family.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> def away_from_zero(x, p):
+        ...     return x**2 / (1 + x**2)
+        >>> Flow(fields.masked(away_from_zero, fields.location_scale()))
+        Flow(velocity=masked(away_from_zero, location_scale()))
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19 with u = m(x) u_RP.
+    """
+    field = _as_field(field)
+
+    def mask(x: Array, p: Any, dtheta: Tangents) -> Array:
+        return dtheta.ops.asarray(m(x, p), x) if len(p.event_shape) else _elementwise(m, x, p, dtheta, "the mask")
+
+    def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
+        return _per_event(mask(x, p, dtheta), p) * field.velocity(x, p, dtheta)
+
+    def divergence(x: Array, p: Any, dtheta: Tangents) -> Array:
+        ops, u = dtheta.ops, field.velocity(x, p, dtheta)
+        gradient_term = ops.tether(mask(x + u, p, dtheta))
+        return ops.stop_gradient(mask(x, p, dtheta)) * _divergence(field, x, p, dtheta) + gradient_term
+
+    return _combined(f"masked({getattr(m, '__name__', m)}, {field})", velocity, divergence, field)
+
+
+def summed(*fields: Field | Velocity) -> Field:
+    r"""The sum of fields: u = sum_k u_k, psi = s + sum_k (psi_k - s), where s is the score.
+
+    It joins fields of different parameters, or adds one that carries no mass (psi_k = s) to a pathwise one. The average of two pathwise
+    fields is ``summed(scaled(0.5, f), scaled(0.5, g))``.
+
+    **Requirements**: those of every field, and a support that does not move.
+
+    Args:
+        *fields: Fields or velocity functions.
+
+    Returns:
+        The field.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> Flow(fields.summed(fields.per_element(loc=lambda x, p: 1.0), fields.per_element(scale=lambda x, p: 0.5 * x)))
+        Flow(velocity=summed(per_element(loc), per_element(scale)))
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19, which is affine in u.
+    """
+    parts = [_as_field(field) for field in fields]
+
+    def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
+        return _total(field.velocity(x, p, dtheta) for field in parts)
+
+    def divergence(x: Array, p: Any, dtheta: Tangents) -> Array:
+        return _total(_divergence(field, x, p, dtheta) for field in parts)
+
+    return _combined(f"summed({', '.join(map(str, parts))})", velocity, divergence, *parts)
+
+
+def per_element(**u: Callable[[Array, Any], Array]) -> Field:
+    r"""The field of ``Flow(loc=..., scale=...)``, as a value that can be combined: u = sum_i u_i(x, p) dtheta_i.
+
+    psi follows by automatic derivatives.
+
+    **Requirements**: a scalar family (or independent ones), and functions that read x at one coordinate only.
+
+    Args:
+        **u: For each parameter by name a function ``u(x, p)``; a parameter that is not named has u = 0, that is LR.
+
+    Returns:
+        The field.
+
+    Raises:
+        ValueError: At the first run, naming the site: an unknown parameter, or a function that mixes coordinates.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> Flow(fields.scaled(2.0, fields.per_element(loc=lambda x, p: 0.5)))
+        Flow(velocity=scaled(2.0, per_element(loc)))
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19.
+    """
+
+    def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
+        return _total(_elementwise(u_of, x, p, dtheta, f"the velocity of '{name}'") * getattr(dtheta, name) for name, u_of in u.items())
+
+    return Field(velocity, name=f"per_element({', '.join(u)})")
+
+
+def _elementwise(f: Callable[[Array, Any], Array], x: Array, p: Any, dtheta: Tangents, what: str) -> Array:
+    """``f(x, p)`` in the shape of x, refused where it reads x at another coordinate."""
+
+    def in_shape(x: Array, p: Any) -> Array:
+        return dtheta.target.in_shape(dtheta.ops, f(x, p), x, what)
+
+    dtheta.target.check_elementwise(dtheta.ops, in_shape, x, what)
+    return in_shape(x, p)
+
+
+def _as_field(field: Field | Velocity) -> Field:
+    return field if isinstance(field, Field) else Field(field)
+
+
+def _combined(name: str, velocity: Velocity, divergence: Velocity, *parts: Field) -> Field:
+    """A combination of fields: for the families that all of them serve, with an automatic divergence where every part has one."""
+    named = [part.families for part in parts if part.families]
+    families = tuple(f for f in named[0] if all(f in other for other in named)) if named else ()
+    automatic = all(part.divergence is None for part in parts)
+    return Field(velocity, None if automatic else divergence, families=families, name=name)
+
+
+def _divergence(field: Field, x: Array, p: Any, dtheta: Tangents) -> Array:
+    """The divergence; of a pathwise field from its transport equation, - (u . grad log p + d_theta log p)."""
+    ops, target = dtheta.ops, dtheta.target
+    if callable(field.divergence):
+        return field.divergence(x, p, dtheta)
+    if field.divergence == "pathwise":
+        return -ops.tether(dtheta.p.log_prob(x + field.velocity(x, p, dtheta)))
+    divergence = target.divergence(ops, lambda x: target.in_shape(ops, field.velocity(x, p, dtheta), x, f"the velocity of {field}"), x)[
+        1
+    ]
+    return ops.asarray(0.0, x) if divergence is None else divergence
+
+
+def _per_event(a: Array, p: Any) -> Array:
+    """An array over the batch of x, as one over x."""
+    return a.reshape((*a.shape, *(1,) * len(p.event_shape))) if a.ndim else a

@@ -1,0 +1,274 @@
+"""Fields of scalar families in closed form, parameter by parameter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from flowvi.fields.field import Elementwise, Field, Part, _of_parts, _parts, _pathwise, _total
+from flowvi.ops import Array, Ops
+from flowvi.target import Tangents
+
+LOCATION_SCALE = ("Normal", "Laplace", "Logistic", "Cauchy", "Gumbel")
+SYMMETRIC = ("Normal", "Laplace", "Logistic", "Cauchy", "StudentT")
+
+
+def location_scale() -> Field:
+    r"""u_loc = 1 and u_scale = (x - loc) / scale, with divergences 0 and 1 / scale: Normal, Laplace, Logistic, Cauchy, Gumbel; psi = 0.
+
+    **Requirements**: p phi -> 0 at infinity for loc and x p phi -> 0 for scale; a cost without jumps.
+
+    Returns:
+        The field, the same as that of the hosts' samplers.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> Flow(fields.location_scale())
+        Flow(velocity=location_scale())
+
+    References:
+        Kingma and Welling 2014. Parmas and Sugiyama 2021, section 2.3.
+    """
+    return _pathwise("location_scale", LOCATION_SCALE, loc=lambda ops, x, p: 1.0, scale=lambda ops, x, p: (x - p.loc) / p.scale)
+
+
+def scale() -> Field:
+    r"""u_scale = x / scale, with divergence 1 / scale: HalfNormal and HalfCauchy; psi = 0.
+
+    **Requirements**: x p phi -> 0 at infinity; a cost without jumps.
+
+    Returns:
+        The field, the same as that of the hosts' samplers.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> Flow(fields.scale())
+        Flow(velocity=scale())
+
+    References:
+        Kingma and Welling 2014.
+    """
+    return _pathwise("scale", ("HalfNormal", "HalfCauchy"), scale=lambda ops, x, p: x / p.scale)
+
+
+def log_normal() -> Field:
+    r"""u_loc = x and u_scale = x (log x - loc) / scale, with divergences 1 and (log x - loc + 1) / scale; psi = 0.
+
+    **Requirements**: x p phi -> 0 at infinity; a cost without jumps.
+
+    Returns:
+        The field of a LogNormal, the same as that of the hosts' samplers.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> Flow(fields.log_normal())
+        Flow(velocity=log_normal())
+
+    References:
+        Kingma and Welling 2014.
+    """
+    return _pathwise("log_normal", ("LogNormal",), loc=lambda ops, x, p: x, scale=lambda ops, x, p: x * (ops.log(x) - p.loc) / p.scale)
+
+
+def exponential() -> Field:
+    r"""u_rate = -x / rate, with divergence -1 / rate; psi = 0.
+
+    **Requirements**: x p phi -> 0 at infinity; a cost without jumps.
+
+    Returns:
+        The field of an Exponential, the same as that of the hosts' samplers.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> Flow(fields.exponential())
+        Flow(velocity=exponential())
+
+    References:
+        Kingma and Welling 2014.
+    """
+    return _pathwise("exponential", ("Exponential",), rate=_rate)
+
+
+def _rate(ops: Ops, x: Array, p: Any) -> Array:
+    return -x / p.rate
+
+
+def weibull() -> Field:
+    r"""u_scale = x / scale and u_concentration = -x log(x / scale) / concentration; psi = 0.
+
+    The divergences are 1 / scale and -(log(x / scale) + 1) / concentration.
+
+    **Requirements**: x p phi -> 0 at infinity; a cost without jumps.
+
+    Returns:
+        The field of a Weibull, the same as that of the hosts' samplers.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> Flow(fields.weibull())
+        Flow(velocity=weibull())
+
+    References:
+        Parmas and Sugiyama 2021, section 2.3, with the inverse of the cdf.
+    """
+    return _pathwise(
+        "weibull",
+        ("Weibull",),
+        scale=lambda ops, x, p: x / p.scale,
+        concentration=lambda ops, x, p: -x * ops.log(x / p.scale) / p.concentration,
+    )
+
+
+def kumaraswamy() -> Field:
+    r"""With a = concentration1 and b = concentration0, u_a = -x log(x) / a and u_b = (1 - x^a) log(1 - x^a) / (a b x^(a-1)); psi = 0.
+
+    The divergence of u_a is -(log x + 1) / a.
+
+    **Requirements**: a cost without jumps.
+
+    Returns:
+        The field of a Kumaraswamy, the same as that of the hosts' samplers.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> Flow(fields.kumaraswamy())
+        Flow(velocity=kumaraswamy())
+
+    References:
+        Parmas and Sugiyama 2021, section 2.3, with the inverse of the cdf.
+    """
+
+    def u_b(ops: Ops, x: Array, p: Any) -> Array:
+        a, b = p.concentration1, p.concentration0
+        return (1 - x**a) * ops.log1p(-(x**a)) / (a * b) * x ** (1 - a)
+
+    return _pathwise(
+        "kumaraswamy",
+        ("Kumaraswamy",),
+        concentration1=lambda ops, x, p: -x * ops.log(x) / p.concentration1,
+        concentration0=u_b,
+    )
+
+
+def uniform() -> Field:
+    r"""u_high = (x - low) / (high - low) and u_low = (high - x) / (high - low), with divergences +-1 / (high - low); psi = 0.
+
+    It rides both bounds, which LR cannot.
+
+    **Requirements**: a cost without jumps inside.
+
+    Returns:
+        The field of a Uniform, the same as that of the hosts' samplers.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> fields.uniform().rides
+        True
+
+    References:
+        Parmas and Sugiyama 2021, section 2.3.
+    """
+    return _pathwise(
+        "uniform",
+        ("Uniform",),
+        low=lambda ops, x, p: (p.high - x) / (p.high - p.low),
+        high=lambda ops, x, p: (x - p.low) / (p.high - p.low),
+    )
+
+
+def pareto() -> Field:
+    r"""u_scale = x / scale and u_alpha = -x log(x / scale) / alpha; psi = 0.
+
+    The divergences are 1 / scale and -(log(x / scale) + 1) / alpha.
+
+    It rides the lower bound, which is the scale.
+
+    **Requirements**: phi = o(x^alpha / log x) at infinity; a cost without jumps.
+
+    Returns:
+        The field of a Pareto, the same as that of the hosts' samplers.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> fields.pareto().rides
+        True
+
+    References:
+        Parmas and Sugiyama 2021, section 2.3.
+    """
+    return _pathwise(
+        "pareto",
+        ("Pareto",),
+        scale=lambda ops, x, p: x / p.scale,
+        alpha=lambda ops, x, p: -x * ops.log(x / p.scale) / p.alpha,
+    )
+
+
+def truncated_normal() -> Field:
+    r"""u_loc = 1 - r_low - r_high, u_scale = z - z_low r_low - z_high r_high, u_low = r_low and u_high = r_high; psi = 0.
+
+    Here z = (x - loc) / scale, F is the cdf, n the density of the standard Normal, r_low = (1 - F) n(z_low) / n(z) and
+    r_high = F n(z_high) / n(z). The field is 0 at a bound that stays and rides one that moves; u_loc = 1 alone is biased.
+
+    **Requirements**: NumPyro's ``TruncatedNormal``, on one side or both (Pyro has none); a cost without jumps inside.
+
+    Returns:
+        The field of a truncated Normal.
+
+    Raises:
+        ValueError: At the first run, naming the site, for another truncated distribution than a Normal; ``implicit`` serves these.
+
+    Example:
+        >>> from flowvi import Flow, fields
+        >>> fields.truncated_normal().rides
+        True
+
+    References:
+        Figurnov, Mohamed and Mnih 2018, with the cdf. Parmas and Sugiyama 2021, eq. 19.
+    """
+
+    def between(ops: Ops, low: Array | float, high: Array) -> Array:
+        """The Normal probability between two points, from the nearer tail."""
+        flip = low + high > 0
+        return ops.ndtr(ops.where(flip, -low, high)) - ops.ndtr(ops.where(flip, -high, low))
+
+    def shape(ops: Ops, x: Array, p: Any) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+        """z, and at each bound that p has, z there and r."""
+        normal = p.base_dist
+        z = (x - normal.loc) / normal.scale
+        low, high = (
+            ops.asarray((getattr(p, side) - normal.loc) / normal.scale if hasattr(p, side) else bound, x)
+            for side, bound in (("low", -math.inf), ("high", math.inf))
+        )
+        mass = between(ops, low, high)
+        bounds = {side: bound for side, bound in (("low", low), ("high", high)) if hasattr(p, side)}
+        share = {"low": lambda: between(ops, z, high) / mass, "high": lambda: between(ops, low, z) / mass}
+        return z, bounds, {side: share[side]() * ops.exp((z**2 - bound**2) / 2) for side, bound in bounds.items()}
+
+    def u_loc(ops: Ops, x: Array, p: Any) -> Array:
+        _, _, ride = shape(ops, x, p)
+        return 1 - _total(ride.values())
+
+    def u_scale(ops: Ops, x: Array, p: Any) -> Array:
+        z, bounds, ride = shape(ops, x, p)
+        return z - _total(bounds[side] * ride[side] for side in bounds)
+
+    def u_bound(side: str, ops: Ops, x: Array, p: Any) -> Array:
+        return shape(ops, x, p)[2][side]
+
+    def parts(p: Any) -> dict[str, Part]:
+        if type(p.base_dist).__name__ != "Normal":
+            return {}
+        u: dict[str, Elementwise] = {"base_dist.loc": u_loc, "base_dist.scale": u_scale}
+        return _parts(u | {side: partial(u_bound, side) for side in ("low", "high") if hasattr(p, side)})
+
+    def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
+        if not parts(p):
+            dtheta.target.refuse(f"the field truncated_normal() is for a truncated Normal; found one of {type(p.base_dist).__name__}.")
+        return field.velocity(x, p, dtheta)
+
+    families = ("TwoSidedTruncatedDistribution", "LeftTruncatedDistribution", "RightTruncatedDistribution")
+    field = _of_parts("truncated_normal()", families, parts)
+    return replace(field, velocity=velocity)
