@@ -216,10 +216,9 @@ class _Gradient:
         m, zeta = velocity[:, 0], (of_scores * score).sum(1)
         dm = 0.0
         if self.bumps:
-            of_bumps = self.ops.stack([velocity[:, 1:], control[:, : self.bumps]], 0)
-            values, slopes = (of_bumps * bumps).sum(2), (of_bumps * dbumps).sum(2)
-            m, dm = m + values[0], slopes[0]
-            zeta = zeta + values[1] * score - u * slopes[1]
+            of_field, of_control = velocity[:, 1:], control[:, : self.bumps]
+            m, dm = m + (of_field * bumps).sum(1), (of_field * dbumps).sum(1)
+            zeta = zeta + (of_control * bumps).sum(1) * score - u * (of_control * dbumps).sum(1)
         if self.masked:
             mask, dmask = fixed[4:6]
             m, dm = m * mask, dm * mask + m * dmask

@@ -22,7 +22,10 @@ def benchmark(monkeypatch, tmp_path):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("command", ["step_time", "compile_time", "variance", "growth", "control_variate", "vae"])
+SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in ("compile_time", "variance", "control_variate", "vae")]
+
+
+@pytest.mark.parametrize("command", ["step_time", "growth", *SLOW])
 def test_smoke(benchmark, command, capsys, tmp_path):
     module = benchmark(command)
     module.main(["--smoke"])
