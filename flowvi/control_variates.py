@@ -55,16 +55,16 @@ class QuadraticModel:
             factor = target.p.scale_tril
             fixed_factor = ops.stop_gradient(factor)
             s = (fixed_factor**2).sum(-1) ** 0.5
-            eps = ops.solve_lower(fixed_factor, residual)
+            eps, z = ops.solve_lower(fixed_factor, residual), residual / s
             m, dm = fixed_factor / s[..., None], ops.tether(factor) / s[..., None]
             stretched = (dm @ eps[..., None])[..., 0]
         else:
             scale = self._flat(target.p.scale)
             s = ops.stop_gradient(scale)
-            eps = residual / s
-            m, dm = 0 * eps + 1, ops.tether(scale) / s
+            eps = z = residual / s
+            m, dm = s / s, ops.tether(scale) / s
             stretched = dm * eps
-        dloc, z = ops.tether(loc) / s, residual / s
+        dloc = ops.tether(loc) / s
         slope, bend, bend_m = self._model(ops.stop_gradient(coefficients), z, m)
         of_m = (bend_m - self._outer(slope, eps)) * dm
         control = of_m.sum((-2, -1) if self.full_rank else -1) - (bend * dloc).sum(-1)
@@ -93,12 +93,16 @@ class QuadraticModel:
         """The vectors b + B z and B z, and B M (its diagonal at a mean-field site)."""
         b, curvature = coefficients[..., 0], coefficients[..., 1:]
         if self.diagonal:
-            bend, bend_m = curvature[..., 0] * z, curvature * m if self.full_rank else curvature[..., 0] * m
+            bend, bend_m = curvature[..., 0] * z, curvature * m if self.full_rank else curvature[..., 0]
         else:
             bend = (curvature @ z[..., None])[..., 0]
-            unit = self.ops.eye(z.shape[-1], z)
-            bend_m = curvature @ m if self.full_rank else self.ops.where(unit, curvature, 0 * curvature).sum(-1) * m
+            bend_m = curvature @ m if self.full_rank else self._diagonal(curvature)
         return b + bend, bend, bend_m
+
+    def _diagonal(self, a: Array) -> Array:
+        """A slice, whose derivative costs less in JAX than that of a gather."""
+        size = a.shape[-1]
+        return a.reshape((*a.shape[:-2], size * size))[..., :: size + 1]
 
     def _outer(self, a: Array, eps: Array) -> Array:
         return a[..., None] * eps[..., None, :] if self.full_rank else a * eps
