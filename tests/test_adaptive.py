@@ -473,10 +473,10 @@ def test_learned_in_pyro():
     assert np.all(variance(AdaptiveFlow()) < 0.3 * variance(RP()))
 
 
-# ---- every continuous row of exact.json over one dimension, in NumPyro
+# ---- every continuous program of exact.json over one dimension that has rows of LR or RP, in NumPyro
 
 ROWS = {
-    **dict.fromkeys(("normal-loc-square", "normal-scale-square", "normal-loc-cos", "normal-loc-zero-variance-flow"), AdaptiveFlow()),
+    **dict.fromkeys(("normal-loc-square", "normal-scale-square", "normal-loc-cos"), AdaptiveFlow()),
     **dict.fromkeys((name for name in CASES if name.startswith("mcg-")), AdaptiveFlow()),
     **dict.fromkeys(("lognormal-loc", "exponential-rate", "laplace-loc", "gamma-concentration", "studentt-loc"), AdaptiveFlow()),
     **dict.fromkeys(("vonmises-loc", "truncnormal-loc", "mixture1d-logit0", "total-propagation", "baseline-loc"), AdaptiveFlow()),
@@ -511,8 +511,9 @@ def test_every_row(name):
     case, exact = CASES[name], EXACT[name]
     entropy = "stl" if name.startswith("elbo") else "full"
     kinds = ("LR STL", "RP STL") if entropy == "stl" else ("LR", "RP")
-    rows = [row for row in exact["estimators"] if row["estimator"] in kinds and row["q"] == "p" and row["unbiased"]]
-    best = np.min([np.atleast_1d(row["variance"]) for row in rows], 0)
+    rows = [row for row in exact["estimators"] if row["estimator"].startswith(kinds) and row["q"] == "p" and row["unbiased"]]
+    variances = [np.atleast_1d(row["variance"]) for row in rows]
+    best = np.maximum(np.min(variances, 0), 1e-6 * np.max(variances, 0))  # where the best is 0, the optimizer's last steps show
     learned = learned_at(case.program, ROWS[name], entropy)
     fixed = Program(lambda h, t: with_learned(h, learned, case.program.guide, t), case.program.model, case.program.theta)
     samples = NUMPYRO.gradients(fixed, 40_000, default=ROWS[name], entropy=entropy)
