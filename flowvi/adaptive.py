@@ -38,7 +38,7 @@ class AdaptiveFlow(Estimator):
     support that does not move, reverse-mode differentiation, and a cost *without jumps*: where the cost jumps, no pathwise field is
     right, and the least variance is that of a wrong one (a step under a Normal: the truth is 0.53, what is learned 0). Hold the
     field to 0 at the jumps with ``mask``, or use :class:`flowvi.LR`. With several particles the leave-one-out mean makes learning
-    faster, because it takes a constant cost out of the score.
+    faster, because it takes a constant cost out of the score. As with every score, the elements of a plate must not read each other.
 
     Args:
         bumps: The number of bumps, evenly from -2 to 2 standard deviations; 0 learns the best blend of LR and RP, a number for each
@@ -53,7 +53,7 @@ class AdaptiveFlow(Estimator):
         baseline: Subtracted from the costs that multiply psi, instead of the objective's leave-one-out mean; see :class:`flowvi.LR`.
 
     Raises:
-        TypeError: ``field`` has no parts; ``baseline`` is no :class:`flowvi.Baseline`.
+        TypeError: ``field`` has no parts; ``q`` is none of these; ``baseline`` is neither a :class:`flowvi.Baseline` nor ``"plate"``.
         ValueError: A negative number of bumps, an epsilon outside [0, 1). At the first run, naming the site: a discrete site, a support
             that moves, a family without a pathwise field, or (``q="learned"``) one that cannot be moved.
 
@@ -79,6 +79,8 @@ class AdaptiveFlow(Estimator):
     baseline: SiteBaseline = None
 
     def __post_init__(self):
+        if self.baseline == "optimal":
+            raise TypeError("AdaptiveFlow has no baseline='optimal', which is for LR; use Baseline(fn, *inputs), 'plate' or None.")
         _require_baseline(self.baseline, "AdaptiveFlow")
         if self.bumps < 0:
             raise ValueError(f"AdaptiveFlow: expected a number of bumps, 0 or more, found {self.bumps}.")
@@ -94,7 +96,7 @@ class AdaptiveFlow(Estimator):
 
     def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
         parts = self._parts(target)
-        zero = ops.stop_gradient(ops.tether(next(iter(parts.values())).parameter(target.p))).sum()
+        zero = ops.stop_gradient(1.0 * ops.tether(next(iter(parts.values())).parameter(target.p))).sum()
         start = ops.stack([zero + self.start, *[zero] * self.bumps], -1)
         learned: dict[str, tuple[Array, tuple[int, ...]]] = {
             "velocity": (start, (len(parts), 1 + self.bumps)),
@@ -110,7 +112,8 @@ class AdaptiveFlow(Estimator):
         if self.q != "learned":
             return super().proposal(ops, target)
         values = {name: getattr(target.p0, name) for name in target.parameters}
-        q = _moved(ops, type(target.p), values, self._moves(target), ops.stop_gradient(target.read("proposal")))
+        eta = target.read(partial(self.learns, ops, target))["proposal"]
+        q = _moved(ops, type(target.p), values, self._moves(target), ops.stop_gradient(eta))
         return target.cover(ops, defensive(lambda p: q, self.epsilon)(target.expand(target.p0)) if self.epsilon else q)
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
@@ -128,10 +131,11 @@ class AdaptiveFlow(Estimator):
             fixed = (*fixed, x, *(ops.asarray(getattr(target.p0, name), x) for name in target.parameters))
             proposal = type(target.p), target.parameters, self._moves(target), self.epsilon
         gradient = _Gradient(ops, self.bumps, live, len(parts), target.extra_ndim, self.mask is not None, proposal)
-        learned = {name: target.read(name) for name in names}
+        values = target.read(partial(self.learns, ops, target))
+        learned = {name: values[name] for name in names}
         u, psi, zeta = gradient.terms({name: ops.stop_gradient(value) for name, value in learned.items()}, fixed)
         outputs = (u * along).sum(0), target.to_batch((psi * along).sum(0)), target.to_batch((zeta * along).sum(0))
-        step, score, control = ops.learn(outputs, learned, fixed, gradient.second_moment)
+        step, score, control = target.learn(ops, outputs, learned, fixed, gradient.second_moment)
         return Draw(target.push(x + step), score, control=control)
 
     def _parts(self, target: Target) -> Mapping[str, Part]:
@@ -145,7 +149,15 @@ class AdaptiveFlow(Estimator):
                 f"AdaptiveFlow needs a pathwise field for each parameter of a scalar family, but {where} has none for this "
                 f"{target.family}; use LR(), RP() or Flow(velocity)."
             )
+        if self.field is not None and (missing := [name for name in target.parameters if self._is_missing(target, name, parts)]):
+            target.refuse(
+                f"AdaptiveFlow needs a velocity for each parameter that is live (as a traced number is), but {self.field} has none for "
+                f"'{missing[0]}'; give it one, or make it a constant."
+            )
         return parts
+
+    def _is_missing(self, target: Target, name: str, parts: Mapping[str, Part]) -> bool:
+        return name not in parts and target.is_live(getattr(target.p, name))
 
     def _moves(self, target: Target) -> tuple[str, ...]:
         """The parameters that a learned q moves."""
@@ -170,7 +182,10 @@ class AdaptiveFlow(Estimator):
         def each(xs: Array) -> Array:
             return ops.stack([target.in_shape(ops, f(xs[i]), x, what) for i, (what, f) in enumerate(elementwise)], 0)
 
-        values, slopes = ops.derivative(each, ops.broadcast_to(x, (len(elementwise), *x.shape)), live=False)
+        try:
+            values, slopes = ops.derivative(each, ops.broadcast_to(x, (len(elementwise), *x.shape)), live=False)
+        except NotImplementedError:
+            target.refuse(f"the pathwise field of this {target.family} needs a cdf, and a component has none; use LR().")
         assert slopes is not None
         for a in (values, slopes) if target.validate else ():
             target.check(ops, ops.all_finite(a), "the velocity field or its derivative is NaN or infinite at a sample.")
@@ -240,7 +255,10 @@ class _Gradient:
         if epsilon:
             log_p = family(**values, validate_args=False).log_prob(x)
             log_q = self.ops.logaddexp(math.log1p(-epsilon) + log_q, math.log(epsilon) + log_p)
-        return moment - (self.ops.stop_gradient((g**2).sum(0)) * log_q).sum()
+        square = (g**2).sum(0)
+        if self.extra_ndim:  # the weight is that of the whole event
+            square = square.sum(tuple(range(-self.extra_ndim, 0)), keepdims=True)
+        return moment - (self.ops.stop_gradient(square) * log_q).sum()
 
     def _over(self, a: Array, ndim: int) -> Array:
         """Coefficients with their own two dims first, before those of x: arithmetic is fastest along the long dims on the right."""

@@ -41,14 +41,14 @@ class QuadraticModel:
         """The coefficients, which are 0 at first: a row for each coordinate, b before B."""
         target, size = self.target, self.shape[-1]
         batch, extra = (target.element_shape, target.extra_ndim) if self.full_rank else (target.site_shape, 0)
-        zero = self.ops.stop_gradient(self.ops.tether(target.p.loc)).sum()
+        zero = self.ops.stop_gradient(1.0 * self.ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
         coefficients = self.ops.broadcast_to(zero, (*batch, size, 2 if self.diagonal else 1 + size))
         return {"control_variate": Learned(coefficients, extra + 2)}
 
     def attach(self, x: Array) -> tuple[Array, Array]:
         """The value, with the derivative of the host's sampler, and the control variate over the batch shape of the site."""
         ops, target = self.ops, self.target
-        coefficients = target.read("control_variate")
+        coefficients = target.read(self.learns)["control_variate"]
         loc = self._flat(target.p.loc)
         residual = self._flat(x) - ops.stop_gradient(loc)
         if self.full_rank:
@@ -69,7 +69,8 @@ class QuadraticModel:
         of_m = (bend_m - self._outer(slope, eps)) * dm
         control = of_m.sum((-2, -1) if self.full_rank else -1) - (bend * dloc).sum(-1)
         fixed = z, eps, m, self._flat(target.own_density_at(ops, x))
-        step, control = ops.learn((dloc + stretched, control), {"control_variate": coefficients}, fixed, self._second_moment)
+        outputs = dloc + stretched, control
+        step, control = target.learn(ops, outputs, {"control_variate": coefficients}, fixed, self._second_moment)
         return x + (s * step).reshape(x.shape), target.to_batch(control) if self.full_rank else control
 
     def _second_moment(self, cotangents: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...]) -> Array:

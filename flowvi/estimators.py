@@ -62,6 +62,10 @@ class Baseline:
         fn: Returns b, of the shape of the site's plates.
         *inputs: Arrays, or containers of arrays, for ``fn``.
 
+    Raises:
+        TypeError: ``fn`` is no function.
+        ValueError: At the first run, naming the site, where b has another shape than the site's plates.
+
     Example:
         >>> import flowvi
         >>> flowvi.LR(baseline=flowvi.Baseline(abs, -2.0))
@@ -189,8 +193,9 @@ class LR(Estimator):
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
 
     Raises:
-        TypeError: ``baseline`` is no :class:`Baseline`.
-        ValueError: At the first run, naming the site, where the support moves with a live parameter.
+        TypeError: ``baseline`` is neither a :class:`Baseline` nor one of the names.
+        ValueError: At the first run, naming the site, where the support moves with a live parameter; ``"plate"`` without a plate;
+            ``"optimal"`` with a single particle, or for a family whose parameters it does not know.
 
     Example:
         >>> import flowvi
@@ -303,8 +308,8 @@ class ImplicitRP(Estimator):
         exact: Whether the law of S(x) is free of the parameters.
 
     Raises:
-        ValueError: At the first run, naming the site: no cdf, a cdf without a derivative in a live parameter, an S that returns
-            another shape or does not depend on x.
+        ValueError: At the first run, naming the site: a discrete site, no cdf, a cdf without a derivative in a live parameter, an S
+            that returns another shape or does not depend on x, with ``exact=False`` a support that moves.
 
     Example:
         >>> import flowvi
@@ -366,8 +371,9 @@ class Flow(Estimator):
     * ``Flow(velocity)``: ``velocity(x, p, dtheta) -> dx``, for parameters that couple. ``dtheta`` holds a tangent for each
       parameter by name; dx has the shape of x and must be linear in dtheta.
 
-    **Requirements**: a continuous site with a differentiable ``log_prob``, a support that does not move with the parameters, a field
-    that does not cross the boundary of the support, and that is 0 on (or tangent to) jumps of the cost.
+    **Requirements**: a continuous site with a differentiable ``log_prob``, a support that does not move with the parameters (unless
+    the field is one of :mod:`flowvi.fields` that rides its bounds), a field that does not cross the boundary of the support, and that
+    is 0 on (or tangent to) jumps of the cost.
 
     Args:
         velocity: The general form: a function, or a :class:`~flowvi.fields.Field` of :mod:`flowvi.fields`.
@@ -379,7 +385,8 @@ class Flow(Estimator):
         **per_parameter: The form per parameter.
 
     Raises:
-        TypeError: Both forms at once, or neither; ``baseline`` is no :class:`Baseline`.
+        TypeError: Both forms at once, or neither; a divergence beside a field that has its own, or per parameter; ``baseline`` is
+            neither a :class:`Baseline` nor ``"plate"``.
         ValueError: At the first run, naming the site: an unknown or coupled parameter, a field of another shape, one that mixes
             coordinates (seen where the host's validation is on), a discrete site, a support that moves.
 

@@ -108,8 +108,8 @@ def tempered(tau: float) -> Proposal:
 def student_t(df: float) -> Proposal:
     r"""A Student's t with the location and scale of p: q = t_df((x - loc) / scale) / scale.
 
-    **Requirements**: a p with ``loc`` and ``scale``, or a MultivariateNormal. With tails lighter than those of q (Normal, Laplace,
-    Logistic) the weights are bounded, and the variance is finite for every parameter and every cost of polynomial growth.
+    **Requirements**: a Normal, Laplace, Logistic, Cauchy, StudentT or MultivariateNormal p. With tails lighter than those of q (Normal,
+    Laplace, Logistic) the weights are bounded, and the variance is finite for every parameter and every cost of polynomial growth.
 
     Args:
         df: The degrees of freedom.
@@ -118,7 +118,7 @@ def student_t(df: float) -> Proposal:
         The function q.
 
     Raises:
-        ValueError: At the first run, for a p without a location and scale.
+        ValueError: At the first run, for any other family.
 
     Example:
         >>> import flowvi

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
-from flowvi.ops import Array, Ops
+from flowvi.ops import Array, Ops, SecondMoment
 from flowvi.standardizations import STANDARDIZATIONS
 
 THIN_SUPPORTS = {
@@ -118,7 +118,7 @@ class Target(ABC):
         first_use: Whether the objective meets this site for the first time; the costliest checks run only then.
         plate_sizes: The full size of each plate around the site, by (negative) dim of the site's batch shape; the plate of vectorized
             particles counts as of size 1.
-        learned: The values of the parameters that the estimator learns; None out of an objective's reach.
+        learned: The values of the parameters that the estimator learns; None outside of an objective, where they stay at their start.
         own_density: By how much the objective differentiates the site's own log density in its parameters at a fixed x: the
             scale and mask of the cost under ``entropy="full"``, else 0.
     """
@@ -132,7 +132,7 @@ class Target(ABC):
     validate: bool
     first_use: bool = True
     plate_sizes: Mapping[int, int] = MappingProxyType({})
-    learned: dict[str, Array] | None = None
+    learned: Mapping[str, Array] | None = None
     own_density: Any = 0.0
 
     @cached_property
@@ -372,14 +372,15 @@ class Target(ABC):
         of_event = self.extra_ndim if weight.ndim <= self.batch_ndim else 0
         return ops.broadcast_to(weight.reshape((*weight.shape, *(1,) * (of_event + self.event_ndim))), x.shape)
 
-    def read(self, name: str) -> Array:
-        """The value of a parameter that the estimator learns."""
-        if self.learned is None:
-            self.refuse(
-                "an estimator that learns needs its parameters, which are out of reach inside scan or cond and outside of flowvi's "
-                "objectives; use an estimator that does not learn there."
-            )
-        return self.learned[name]
+    def read(self, learns: Callable[[], Mapping[str, Learned]]) -> Mapping[str, Array]:
+        """The values of the parameters that the estimator ``learns``."""
+        return {name: parameter.initial for name, parameter in learns().items()} if self.learned is None else self.learned
+
+    def learn(
+        self, ops: Ops, outputs: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...], second_moment: SecondMoment
+    ) -> tuple[Array, ...]:
+        """``outputs``, from which an objective learns; see :meth:`flowvi.ops.Ops.learn`."""
+        return outputs if self.learned is None else ops.learn(outputs, learned, fixed, second_moment)
 
     @contextmanager
     def probe(self, x: Array) -> Iterator[tuple[Array, Any]]:

@@ -54,7 +54,9 @@ def coefficients(size, bumps=5, proposal=0, seed=3, batch=()):
         "x.velocity": rng.normal(size=(*batch, size, 1 + bumps)),
         "x.control": rng.normal(size=(*batch, size, bumps + size)),
     }
-    return learned | ({"x.proposal": np.linspace(-0.3, 0.4, proposal)} if proposal else {})
+    return learned | (
+        {"x.proposal": np.linspace(-0.3, 0.4, math.prod(batch) * proposal).reshape((*batch, proposal))} if proposal else {}
+    )
 
 
 def start_values(size, start, bumps=5, batch=()):
@@ -273,21 +275,27 @@ def test_coefficients_descend_the_second_moment(host, entropy):
         np.testing.assert_allclose(g[name][i], (above - below) / 2, rtol=1e-8)
 
 
-def test_the_proposal_descends_the_second_moment(host):
-    """Its derivative is -g^2 d log q / d eta at each sample; two more parameters, of value 0, show the weight and x."""
-    loc, scale, learned = 0.4, 0.8, coefficients(2, proposal=2)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["scalar", "event"])
+def test_the_proposal_descends_the_second_moment(host, batch):
+    """Its derivative is -g^2 d log q / d eta at each sample; two more parameters, of value 0, show the weight and x.
+
+    The coordinates of an event share one weight, and each answers for the noise of all.
+    """
+    loc, scale, learned = np.full(batch, 0.4), np.full(batch, 0.8), coefficients(2, proposal=2, batch=batch)
 
     def guide():
         fn = host.dist.Normal(host.param("loc", host.array(loc)), host.param("scale", host.array(scale)))
-        host.sample("x", fn.mask(False))
+        host.sample("x", fn.to_event(len(batch)).mask(False))
 
     def model():
-        x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)).mask(False))
-        host.factor("cost", cost(host, x) + host.param("one", host.array(0.0)) + host.param("first", host.array(0.0)) * x)
+        x = host.sample("x", host.dist.Normal(host.array(0 * loc), host.array(1.0)).to_event(len(batch)).mask(False))
+        total = (cost(host, x) + host.param("first", host.array(0 * loc)) * x).sum()
+        host.factor("cost", total + host.param("one", host.array(0.0)))
 
-    params = {"loc": loc, "scale": scale, "one": 0.0, "first": 0.0}
+    params = {"loc": loc, "scale": scale, "one": np.zeros(()), "first": 0 * loc}
     _, g = loss_and_gradients(host, params | learned, model, guide, estimators={"x": AdaptiveFlow(q="learned", epsilon=0.2)})
-    moved_loc, moved_scale = loc + scale * learned["x.proposal"][0], scale * np.exp(learned["x.proposal"][1])
+    eta = learned["x.proposal"]
+    moved_loc, moved_scale = loc + scale * eta[..., 0], scale * np.exp(eta[..., 1])
 
     def normal(x, loc, scale):
         return np.exp(-(((x - loc) / scale) ** 2) / 2) / scale / math.sqrt(2 * math.pi)
@@ -296,11 +304,11 @@ def test_the_proposal_descends_the_second_moment(host):
         return normal(x, loc, scale) / (0.2 * normal(x, loc, scale) + 0.8 * normal(x, moved_loc, moved_scale))
 
     x = g["first"] / g["one"]
-    np.testing.assert_allclose(-g["one"], weight(x), rtol=1e-10)
+    np.testing.assert_allclose(-g["one"], weight(x).prod(), rtol=1e-10)
     share = 1 - 0.2 * weight(x)  # of q in the mixture
     z = (x - moved_loc) / moved_scale
-    dlog_q = share * np.array([z / moved_scale * scale, z**2 - 1])
-    np.testing.assert_allclose(g["x.proposal"], -(g["loc"] ** 2 + g["scale"] ** 2) * dlog_q, rtol=1e-8)
+    dlog_q = np.stack([share * z / moved_scale * scale, share * (z**2 - 1)], -1)
+    np.testing.assert_allclose(g["x.proposal"], -(g["loc"] ** 2 + g["scale"] ** 2).sum() * dlog_q, rtol=1e-8)
 
 
 def test_nothing_else_changes(host):
@@ -444,6 +452,25 @@ def test_learned_in_numpyro():
         svi.run(jax.random.key(0), 1, progress_bar=False, forward_mode_differentiation=True)
 
 
+@pytest.mark.parametrize("estimator", [AdaptiveFlow(), RP(control_variate="diagonal")], ids=repr)
+def test_scope_and_integers_in_numpyro(estimator):
+    """Parameters under a scope have longer names; a family whose loc is an integer still has coefficients that are floats."""
+
+    def model():
+        numpyro.factor("cost", -((numpyro.sample("x", numpyro_dist.Normal(0, 1)) - 0.5) ** 2))
+
+    def guide():
+        numpyro.sample("x", numpyro_dist.Normal(0, numpyro.param("scale", 0.7, constraint=numpyro_dist.constraints.positive)))
+
+    model, guide = (numpyro.handlers.scope(f, prefix="a", hide_types=["plate"]) for f in (model, guide))
+    elbo = flowvi.numpyro.TraceFlow_ELBO(4, default=estimator)
+    svi = SVI(model, flowvi.numpyro.adaptive(guide, elbo), numpyro.optim.Adam(0.01), elbo)
+    start = svi.get_params(svi.init(jax.random.key(0)))
+    params = svi.run(jax.random.key(0), 3, progress_bar=False).params
+    assert len(params) > 1
+    assert all(np.any(params[name] != start[name]) for name in params)
+
+
 def test_learned_in_pyro():
     def model():
         with pyro.plate("i", 3):
@@ -531,6 +558,11 @@ def with_learned(h, learned, guide, t):
 # ---- refusals
 
 
+def loc_only():
+    parts = {"loc": fields.Part(lambda p: p.loc, lambda ops, x, p: 1.0)}
+    return fields.Field(lambda x, p, dtheta: dtheta.loc, "pathwise", families=("Normal",), name="loc_only()", parts=lambda p: parts)
+
+
 def test_refusals(host):
     with pytest.raises(TypeError, match=r"AdaptiveFlow needs a pathwise field that is given parameter by parameter, found scaled"):
         AdaptiveFlow(field=fields.scaled(0.5, fields.location_scale()))
@@ -538,6 +570,10 @@ def test_refusals(host):
         AdaptiveFlow(q="learnt")
     with pytest.raises(TypeError, match="AdaptiveFlow: expected baseline"):
         AdaptiveFlow(baseline=3.0)
+    with pytest.raises(TypeError, match="AdaptiveFlow has no baseline='optimal', which is for LR"):
+        AdaptiveFlow(baseline="optimal")
+    with pytest.raises(TypeError, match="adaptive: expected a TraceFlow_ELBO, found TraceFlow_RenyiELBO; no other objective learns"):
+        flowvi.numpyro.adaptive(lambda: None, flowvi.numpyro.TraceFlow_RenyiELBO())
     with pytest.raises(ValueError, match="AdaptiveFlow: expected a number of bumps, 0 or more, found -1"):
         AdaptiveFlow(bumps=-1)
     with pytest.raises(ValueError, match="AdaptiveFlow: expected an epsilon between 0 and 1, found 1.0"):
@@ -555,6 +591,7 @@ def test_refusals(host):
             AdaptiveFlow(),
             "site 'x': a field that is learned is biased where the",
         ),
+        (MOST["Normal"][0], (0.3, 0.8), AdaptiveFlow(field=loc_only()), r"site 'x': .* but loc_only\(\) has none for 'scale'; give it"),
         (mvn, (0.3,), AdaptiveFlow(), "site 'x': AdaptiveFlow needs a pathwise field for each .* none for this MultivariateNormal"),
         (mixture_2d, (0.3, 0.1, 0.2), AdaptiveFlow(), "site 'x': .* flowvi.fields.PATHWISE has none for this MixtureSameFamily"),
         (MOST["Gamma"][0], (2.0, 1.0), AdaptiveFlow(field=fields.scale()), r"site 'x': .* but scale\(\) has none for this Gamma"),
@@ -585,6 +622,19 @@ def mixture_2d(h, t):
     if h.name == "pyro":
         components = components.expand((*t[0].shape, 3))
     return h.dist.MixtureSameFamily(h.dist.Categorical(logits=h.math.stack(list(t), -1)), components)
+
+
+def test_components_without_a_cdf():
+    def guide():
+        logits = pyro.param("logits", torch.zeros(2))
+        components = pyro_dist.Beta(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0]))
+        pyro.sample("x", pyro_dist.MixtureSameFamily(pyro_dist.Categorical(logits=logits), components))
+
+    elbo = flowvi.pyro.TraceFlow_ELBO(default=AdaptiveFlow())
+    with pytest.raises(
+        ValueError, match="site 'x': the pathwise field of this MixtureSameFamily needs a cdf, and a component has none"
+    ):
+        elbo.differentiable_loss(guide, guide)
 
 
 def test_refused_in_control_flow_and_bounds(host):

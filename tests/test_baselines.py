@@ -17,6 +17,7 @@ from hosts import HOSTS, Program, chain
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 from pyro.infer import TraceGraph_ELBO
+from test_parity import TARGETS, integers
 
 import flowvi.numpyro
 import flowvi.pyro
@@ -309,6 +310,52 @@ def test_two_baselines_at_one_site():
 
     with pytest.raises(ValueError, match=r"site 'k': expected one baseline, found Baseline\(<lambda>\) and infer\['baseline'\]"):
         flowvi.pyro.TraceFlow_ELBO().loss(guide, guide)
+
+
+LOC_SCALE = {"loc": [0.3, -0.2], "scale": [0.8, 1.2]}
+LOGITS = {"logits": [[0.3, -0.2, 0.1], [0.0, 0.4, -0.5]]}
+APART = {
+    **{family: (LOC_SCALE, [0.5, 0.1]) for family in ("Normal", "LogNormal", "Laplace", "Logistic", "Cauchy", "Gumbel")},
+    "StudentT": ({"df": [3.0, 5.0], **LOC_SCALE}, [0.5, 0.1]),
+    **{family: ({"scale": [0.8, 1.2]}, [0.5, 0.1]) for family in ("HalfNormal", "HalfCauchy")},
+    "Gamma": ({"concentration": [0.8, 2.2], "rate": [1.0, 0.6]}, [0.5, 0.1]),
+    "VonMises": ({"loc": [0.3, -0.2], "concentration": [0.8, 2.2]}, [0.5, 0.1]),
+    "Exponential": ({"rate": [0.8, 1.2]}, [0.5, 0.1]),
+    "Poisson": ({"rate": [0.8, 1.2]}, [2.0, 1.0]),
+    "Bernoulli": ({"logits": [0.3, -0.2]}, [1.0, 0.0]),
+    "Bernoulli of probs": ({"probs": [0.3, 0.8]}, [1.0, 0.0]),
+    "Binomial": ({"total_count": [4.0, 3.0], "logits": [0.3, -0.2]}, [1.0, 2.0]),
+    "Binomial of probs": ({"total_count": [4.0, 3.0], "probs": [0.3, 0.8]}, [1.0, 2.0]),
+    "Categorical": (LOGITS, [1.0, 2.0]),
+    "Categorical of probs": ({"probs": [[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]}, [1.0, 2.0]),
+    "OneHotCategorical": (LOGITS, [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]),
+}
+
+
+@pytest.mark.parametrize("family", APART)
+def test_the_score_is_the_sum_of_its_parts(host, family):
+    """What the parts of `LR(baseline="optimal")` carry is the derivative of the log density; each of its own square."""
+    _, target_of = TARGETS[host.name]
+    parameters, x = APART[family]
+    live = {name: np.array(value) for name, value in parameters.items() if name != "total_count"}
+    x = host.array(x) if family.split()[0] != "Categorical" else integers(host, np.array(x, int))
+
+    def target(live):
+        fixed = {"total_count": host.array(parameters["total_count"])} if "total_count" in parameters else {}
+        return target_of("x", getattr(host.dist, family.split()[0])(**fixed, **live), enters=True)
+
+    of_parts = gradient(host, lambda live: sum(score.sum() for score, _ in target(live).scores(x)), live)
+    exact = gradient(host, lambda live: target(live).p.log_prob(x).sum(), live)
+    for name in live:
+        assert np.any(np.asarray(exact[name]) != 0)
+        np.testing.assert_allclose(of_parts[name], exact[name], rtol=1e-10, atol=1e-14)
+
+
+def gradient(host, f, parameters):
+    if host.name == "numpyro":
+        return jax.grad(f)({name: host.array(value) for name, value in parameters.items()})
+    live = {name: host.array(value).requires_grad_() for name, value in parameters.items()}
+    return dict(zip(live, torch.autograd.grad(f(live), list(live.values())), strict=True))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

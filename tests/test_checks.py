@@ -19,7 +19,7 @@ from test_proposals import ROWS as PROPOSALS
 from test_proposals import distribution as made
 
 import flowvi
-from flowvi import LR, RP, Auto, Flow, ImplicitRP, fields, proposals
+from flowvi import LR, RP, AdaptiveFlow, Auto, Flow, ImplicitRP, fields, proposals
 from flowvi.checks import EstimatorError, check_estimator
 from flowvi.estimators import Estimator
 
@@ -481,13 +481,15 @@ PASSING = {
     "LR through a transform": (exp_transformed, lambda h: LR()),
     "an event of a transform": (stick_breaking, lambda h: Flow(loc=half)),
     "RP through a transform": (stick_breaking, lambda h: RP()),
+    "a flow that is learned": (lambda h: h.dist.Normal(h.array(0.3), h.array(1.2)), lambda h: AdaptiveFlow(start=0.4, q="learned")),
+    "a control variate": (vector, lambda h: RP(control_variate="quadratic")),
     "Bernoulli": (lambda h: h.dist.Bernoulli(logits=h.array(0.4)), lambda h: LR()),
     "Categorical": (lambda h: h.dist.Categorical(probs=h.array([0.4, 0.2, 0.4])), lambda h: LR()),
     "Poisson": (lambda h: h.dist.Poisson(h.array(2.0)), lambda h: LR(q=proposals.tempered(2.0))),
     "Binomial": (lambda h: h.dist.Binomial(5, h.array(0.3)), lambda h: LR()),
     "Multinomial": (lambda h: h.dist.Multinomial(4, h.array([0.3, 0.2, 0.5])), lambda h: LR()),
 }
-QUICK_PASSING = ("Normal RP", "Dirichlet LR", "MultivariateNormal RP", "a batch", "Categorical")
+QUICK_PASSING = ("Normal RP", "Dirichlet LR", "MultivariateNormal RP", "a batch", "a flow that is learned", "Categorical")
 
 
 @pytest.mark.parametrize(("host", "name"), each(PASSING, lambda name: name not in QUICK_PASSING))

@@ -1,4 +1,4 @@
-"""Ten programs whose gradient the hosts' own objectives get silently wrong: the exact gradient, the host's and flowvi's.
+"""Programs whose gradient the hosts' own objectives get silently wrong: the exact gradient, the host's and flowvi's.
 
 python examples/stock/gradients.py [CASE ...] [--markdown]
 

@@ -15,7 +15,7 @@ def scaled(a: float | Array, field: Field | Velocity) -> Field:
 
     For a pathwise field this mixes LR (a = 0) with RP (a = 1); a may lie outside [0, 1].
 
-    **Requirements**: those of the field, and a support that does not move (unless a = 1).
+    **Requirements**: those of the field, and a support that does not move.
 
     Args:
         a: A number, or an array that broadcasts to the batch shape of x.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,14 +53,13 @@ class NumPyroTarget(Target):
         return None if base is self.p else (base, transforms)
 
     def _scores(self, x, names):
+        fixed = {name: getattr(self.p0, name) for name in self.parameters}
         batch_ndim = len(self.p.batch_shape)
         live = [getattr(self.p, name) for name in names]
         live = [jnp.broadcast_to(theta, self.batch_shape + jnp.shape(theta)[batch_ndim:]) for theta in live]
 
         def log_prob(arrays):
-            p = copy.copy(self.p0)
-            for name, theta in zip(names, arrays, strict=True):
-                setattr(p, name, theta)
+            p = type(self.p)(**fixed | dict(zip(names, arrays, strict=True)), validate_args=False)
             return p.log_prob(x).sum()
 
         return list(zip(map(ops.tether, live), jax.grad(log_prob)(stop_gradient(live)), strict=True))

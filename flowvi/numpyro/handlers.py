@@ -8,6 +8,7 @@ import numpyro
 from jax.lax import stop_gradient
 from numpyro.distributions import Delta
 from numpyro.distributions.distribution import Unit
+from numpyro.handlers import trace
 from numpyro.primitives import Messenger
 
 import flowvi.ops.jax as ops
@@ -97,10 +98,12 @@ def declare(msg, target: NumPyroTarget, estimator: Estimator, plate_sizes: dict[
     """Make what the estimator learns parameters of the program, of which the target gets the values; their names."""
     target.plate_sizes = {frame.dim: plate_sizes.get(frame.name, frame.size) for frame in msg["cond_indep_stack"]}
     learns = estimator.learns(ops, target)
-    target.learned = {
-        name: numpyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=learned.event_ndim) for name, learned in learns.items()
-    }
-    return [f"{msg['name']}.{name}" for name in learns]
+    with trace() as found:  # under `handlers.scope` a parameter gets another name
+        target.learned = {
+            name: numpyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=learned.event_ndim)
+            for name, learned in learns.items()
+        }
+    return list(found)
 
 
 def _own_density(msg):
@@ -124,6 +127,10 @@ class adaptive(Messenger):
         guide: The guide: a function or an autoguide, which stays what it is and can be used for what autoguides do.
         elbo: The :class:`TraceFlow_ELBO` that ``SVI`` gets.
 
+    Raises:
+        TypeError: ``elbo`` is another objective.
+        ValueError: From the objective, naming the site, where ``SVI`` was given the guide itself.
+
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from flowvi import RP
@@ -144,6 +151,8 @@ class adaptive(Messenger):
     """
 
     def __init__(self, guide, elbo):
+        if not hasattr(elbo, "assignment"):
+            raise TypeError(f"adaptive: expected a TraceFlow_ELBO, found {type(elbo).__name__}; no other objective learns.")
         self.assignment: Assignment = elbo.assignment
         self.plate_sizes: dict[str, int] = {}
         super().__init__(guide)

@@ -180,7 +180,8 @@ class Estimated(dist.TorchDistribution):
 
     Inside ``TraceFlow_ELBO`` its site is served by ``estimator``. Everywhere else it draws from p (never from a proposal q) and its
     ``log_prob`` is p's; with its derivatives attached, so that Pyro's ``Trace_ELBO``, ``TraceGraph_ELBO`` and ``TraceEnum_ELBO`` follow
-    the estimator at q = p too. There it has to be the outermost wrapper; its ``to_event``, ``expand`` and ``mask`` keep it there.
+    the estimator at q = p too (one that learns stays as it starts). There it has to be the outermost wrapper; its ``to_event``,
+    ``expand`` and ``mask`` keep it there.
 
     **Requirements**: those of the estimator. It wraps a whole distribution.
 

@@ -101,13 +101,13 @@ class attach_estimators(Messenger):
 
     def _declare(self, msg, target, estimator):
         """Make what the estimator learns parameters of the program, of which the target gets the values."""
-        target.learned = {}
         frames = [f for f in msg["cond_indep_stack"] if f.vectorized]
         target.plate_sizes = {f.dim: 1 if f.name == PARTICLES else f.full_size or f.size for f in frames}
-        for name, learned in estimator.learns(ops, target).items():
-            full_name = f"{msg['name']}.{name}"
-            target.learned[name] = pyro.param(full_name, learned.initial, event_dim=learned.event_ndim)
-            self.learned.append(full_name)
+        learns = estimator.learns(ops, target)
+        target.learned = {
+            name: pyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=learned.event_ndim) for name, learned in learns.items()
+        }
+        self.learned += [f"{msg['name']}.{name}" for name in learns]
 
 
 PARTICLES = "num_particles_vectorized"
