@@ -80,13 +80,13 @@ def bound_particle(
 
     def total(arrays: Iterable[Array]) -> Array | None:
         summed = [sum_to(a, shared) for a in arrays]
-        return ops.broadcast_to(sum(summed), shape) if summed else None
+        return ops.broadcast_to(sum(summed[1:], summed[0]), shape) if summed else None
 
     shape = ops.broadcast_shapes(*(sum_to(term.log_density, shared).shape for term in terms))
-    log_ratio = total(term.log_density for term in terms) / scale  # type: ignore[operator]
+    log_ratio = times(total(term.log_density for term in terms), 1 / scale)
     score = total(draw.score for draw in draws.values() if draw.score is not None)
     path = None if still is None else total(term.log_density for term in still)
-    return BoundParticle(log_ratio, score, None if path is None else path / scale), scale
+    return BoundParticle(log_ratio, score, None if path is None else times(path, 1 / scale)), scale
 
 
 def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: LeaveOneOut) -> Array:
@@ -102,7 +102,7 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
     num_particles = log_ratio.shape[0]
 
     def bound(log_ratios: Array, axis: int) -> Array:
-        return (ops.logsumexp((1 - alpha) * log_ratios, axis) - math.log(num_particles)) / (1 - alpha)
+        return times(ops.logsumexp(times(log_ratios, 1 - alpha), axis) - math.log(num_particles), 1 / (1 - alpha))
 
     if still is not None:
         value = ops.stop_gradient(bound(log_ratio, 0))
@@ -119,6 +119,11 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
         own = ops.eye(num_particles, fixed).reshape((num_particles, num_particles) + (1,) * (fixed.ndim - 1))
         learned = learned - bound(ops.where(own, others[:, None], fixed[None]), 1)
     return value + (score * learned).sum(0)
+
+
+def times(a: Array, factor: float) -> Array:
+    """``a * factor``, without an operation where the factor is 1, as it mostly is."""
+    return a if factor == 1 else a * factor
 
 
 def _refuse(name: str, message: str) -> NoReturn:

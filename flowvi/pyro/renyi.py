@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from pyro.infer import RenyiELBO
 from pyro.util import warn_if_nan
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Description, Estimators
-from flowvi.bounds import BoundParticle, Gradient, bound_particle, renyi_bound, require_bound_options
+from flowvi.bounds import BoundParticle, Gradient, bound_particle, renyi_bound, require_bound_options, times
 from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import LeaveOneOut
 from flowvi.pyro.handlers import share_subsamples
@@ -130,11 +132,11 @@ class TraceFlow_RenyiELBO(RenyiELBO):
         Returns:
             A scalar tensor.
         """
-        with share_subsamples():
-            particles, scales = zip(*map(self._reduce, runs(self, self._run, model, guide, args, kwargs)), strict=True)
         stacked = self.num_particles > 1 and self.vectorize_particles
+        with nullcontext() if stacked else share_subsamples():
+            particles, scales = zip(*map(self._reduce, runs(self, self._run, model, guide, args, kwargs)), strict=True)
         particle = particles[0] if stacked else BoundParticle(*map(_stack, zip(*particles, strict=True)))
-        loss = -renyi_bound(ops, particle, self.alpha, self.baseline).sum() * scales[0]
+        loss = times(-renyi_bound(ops, particle, self.alpha, self.baseline).sum(), scales[0])
         warn_if_nan(loss, "loss")
         return loss
 

@@ -194,7 +194,7 @@ class Run:
 
     def subsampled(self) -> dict[str, float]:
         """The plates that are subsampled, each with its size over that of the subsample."""
-        frames = {f for site in _sample_sites(self.model_trace).values() for f in site["cond_indep_stack"]}
+        frames = [f for site in _sample_sites(self.model_trace).values() for f in site["cond_indep_stack"]]
         return {f.name: f.full_size / f.size for f in frames if f.full_size is not None and f.full_size > f.size}
 
 
