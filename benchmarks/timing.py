@@ -21,7 +21,7 @@ class NumPyroSteps:
     """Steps of NumPyro's SVI.
 
     Each is a call of the jitted ``SVI.update`` (kind ``"call"``), or one turn of a jitted loop over it (``"loop"``, as in ``SVI.run``:
-    no time goes to the calls).
+    no time goes to the calls). The loss is kept, as ``SVI.run`` does, so that its value is computed too.
     """
 
     def __init__(self, program: Program, elbo: Any, kind: str = "loop", rate: float = 1e-3):
@@ -31,10 +31,10 @@ class NumPyroSteps:
         self.kind = kind
 
         def update(state):
-            return self.svi.update(state, *args)[0]
+            return self.svi.update(state, *args)
 
         def loop(state, steps):
-            return jax.lax.fori_loop(0, steps, lambda _, state: update(state), state)
+            return jax.lax.fori_loop(0, steps, lambda _, carry: update(carry[0]), (state, jax.numpy.zeros(())))
 
         self._step = jax.jit(update) if kind == "call" else jax.jit(loop)
         self._arguments = () if kind == "call" else (1,)
@@ -42,9 +42,9 @@ class NumPyroSteps:
     def run(self, steps: int) -> None:
         if self.kind == "call":
             for _ in range(steps):
-                self.state = jax.block_until_ready(self._step(self.state))
+                self.state, _ = jax.block_until_ready(self._step(self.state))
         else:
-            self.state = jax.block_until_ready(self.compiled(self.state, steps))
+            self.state, _ = jax.block_until_ready(self.compiled(self.state, steps))
 
     @cached_property
     def compiled(self) -> Any:
