@@ -335,6 +335,8 @@ APART = {
 @pytest.mark.parametrize("family", APART)
 def test_the_score_is_the_sum_of_its_parts(host, family):
     """What the parts of `LR(baseline="optimal")` carry is the derivative of the log density; each of its own square."""
+    if not hasattr(host.dist, family.split()[0]):
+        pytest.skip(f"NumPyro has no {family}")
     _, target_of = TARGETS[host.name]
     parameters, x = APART[family]
     live = {name: np.array(value) for name, value in parameters.items() if name != "total_count"}
