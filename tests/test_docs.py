@@ -1,10 +1,12 @@
 """The documentation site builds without a warning and without a network, and misses no public name."""
 
+import inspect
 import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
@@ -88,6 +90,15 @@ def test_site(tmp_path):
     every_page_is_built_and_linked(site)
     pages_load_nothing_from_a_network(site)
     formulas_are_mathml(site)
+
+
+@pytest.mark.parametrize("module", ["flowvi", "flowvi.fields", "flowvi.proposals", "flowvi.numpyro", "flowvi.pyro"])
+def test_public_docstrings_are_whole(module):
+    """What is public, but for records, says what it requires, shows an example and names its source."""
+    records = ("flowvi.fields.Part", "flowvi.proposals.Density")
+    for name in set(public_names(module)) - set(records):
+        text = inspect.getdoc(getattr(import_module(module), name.removeprefix(f"{module}.")))
+        assert all(part in text for part in ("**Requirements**", "Example:", ">>> ", "References:")), name
 
 
 COMMAND = re.compile(r"python ((?:docs|examples|benchmarks)/[\w/]+\.py)")
