@@ -349,12 +349,16 @@ def prepared(problem: Problem, elbo: Trace_ELBO):
 
 
 def descend(loss: Callable, step_size: float, u: dict, key: jax.Array, steps: int) -> dict:
+    """The parameters after so many steps; the loss is kept, as ``SVI.run`` does, so that its value is computed too."""
     optimizer = Adam(step_size)
 
-    def step(i, state):
-        return optimizer.update(jax.grad(partial(loss, jax.random.fold_in(key, i)))(optimizer.get_params(state)), state)
+    def step(i, carry):
+        state, _ = carry
+        value, gradient = jax.value_and_grad(partial(loss, jax.random.fold_in(key, i)))(optimizer.get_params(state))
+        return optimizer.update(gradient, state), value
 
-    return optimizer.get_params(jax.lax.fori_loop(0, steps, step, optimizer.init(u)))
+    state, value = jax.lax.fori_loop(0, steps, step, (optimizer.init(u), jnp.zeros(())))
+    return jax.lax.optimization_barrier((optimizer.get_params(state), value))[0]
 
 
 def svi(name: str, smoke: bool) -> str:
