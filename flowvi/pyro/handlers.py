@@ -16,17 +16,26 @@ from flowvi.assignment import Assignment, SiteDescription, require_estimator, re
 from flowvi.estimators import Draw, Estimator
 from flowvi.objectives import Entropy
 from flowvi.pyro.baselines import require_baseline_options
-from flowvi.pyro.distributions import PyroTarget, draw, find_estimated, is_masked, is_partly_reparameterized, masks, unwrap
+from flowvi.pyro.distributions import (
+    PyroTarget,
+    draw,
+    find_estimated,
+    is_kind,
+    is_masked,
+    is_partly_reparameterized,
+    masks,
+    unwrap,
+)
 
 
 def _fixed(msg) -> str | None:
     """What the statement is, if it is no random choice."""
     family = unwrap(msg["fn"])
-    if isinstance(family, Unit):
+    if is_kind(family, Unit):
         return "a factor"
     if msg["is_observed"]:
         return "observed"
-    return "a Delta" if isinstance(family, Delta) else None
+    return "a Delta" if is_kind(family, Delta) else None
 
 
 class attach_estimators(Messenger):
