@@ -161,7 +161,7 @@ def estimators_of(name: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     return OF_MIXTURES if name == "mixture guide" else OF_PROGRAMS
 
 
-SAMPLES = {"NumPyro": 1000, "Pyro": 80}  # in a round
+SAMPLES = {"NumPyro": 1000, "Pyro": 50}  # in a round
 
 
 def wrapped(h: Any, estimator: Any) -> Callable[..., Any]:

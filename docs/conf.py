@@ -25,7 +25,6 @@ extensions = [
     "docstrings",
     "mathml",
     "public_names",
-    "tables",
 ]
 exclude_patterns = ["_build", "_templates", "_measured", "tables", "gallery/*.ipynb", "gallery/*.py", "gallery/*.md5"]
 templates_path = ["_templates"]
