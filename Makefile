@@ -28,7 +28,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/control_variate.py
 	$(BIN)/python benchmarks/vae.py
 
-# Half an hour on one core.
+# About ten minutes.
 bench-adaptive: .venv/ready
 	$(BIN)/python benchmarks/adaptive.py
 

@@ -1,7 +1,7 @@
 """What AdaptiveFlow gains: variances of the gradient at fixed variational parameters, and ELBOs after a fixed time, in NumPyro.
 
-Prints tables in Markdown, which docs/performance.md shows, and writes them to docs/tables/adaptive.md. All of it takes about half an
-hour on one core; a part by name is written to standard output only:
+Prints tables in Markdown, which docs/performance.md shows, and writes them to docs/tables/adaptive.md. All of it takes about ten
+minutes; a part by name is written to standard output only:
 
     python benchmarks/adaptive.py
     python benchmarks/adaptive.py costs latents jump binary modes schools overhead

@@ -115,6 +115,11 @@ def test_every_measured_table_has_its_page():
     assert included == {table.stem for table in (DOCS / "_measured").glob("*.md")}
 
 
+def test_every_table_of_the_benchmarks_is_shown():
+    included = re.findall(r"{include} tables/(\w+)\.md", (DOCS / "performance.md").read_text())
+    assert sorted(included) == sorted(table.stem for table in (DOCS / "tables").glob("*.md"))
+
+
 @pytest.mark.parametrize(
     "command", [["docs/measure_choosing.py", "--smoke"], ["examples/stock/gradients.py", "renyi_bound_of_a_discrete_site"]]
 )
