@@ -45,7 +45,7 @@ def second_moment(host, estimator, num=NUM_SAMPLES, seed=0):
 
 
 plt.rcParams.update(plot.STYLE)
-figure, (left, right) = plt.subplots(1, 2, figsize=(8.0, 3.2))
+_, left = plt.subplots(figsize=(5.0, 3.2))
 fine = np.linspace(0.51, 4.0, 300)
 left.plot(fine, fine**2 / (2 * fine - 1) ** 1.5, color="0.5", label="exact")
 for host, marker in zip(HOSTS, "ox", strict=True):
@@ -54,6 +54,7 @@ for host, marker in zip(HOSTS, "ox", strict=True):
 left.axvline(0.5, color=plot.COLORS[1], linewidth=1, linestyle="--", label="infinite to the left")
 left.set(xlabel="tau, of q = tempered(tau)", ylabel="second moment of the gradient in loc", yscale="log")
 left.legend()
+plt.show()
 
 # %%
 # Now a p with heavy tails, a Student's t with 4 degrees of freedom, the cost φ = x, and a q that is a Normal. The
@@ -69,6 +70,7 @@ def candidates(dist):
     }
 
 
+_, right = plt.subplots(figsize=(5.0, 3.2))
 counts = np.arange(1, NUM_SAMPLES + 1)
 for host, style in zip(HOSTS, ("-", ":"), strict=True):
     p = HOSTS[host].StudentT(4.0, 0.0, 1.0)

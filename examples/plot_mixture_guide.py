@@ -96,7 +96,7 @@ def density(params):
 
 
 plt.rcParams.update(plot.STYLE)
-figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.4))
+_, left = plt.subplots(figsize=(5.5, 3.4))
 left.fill_between(theta, posterior, color="0.85", label="exact posterior")
 for (label, estimator), color in zip(ESTIMATORS.items(), plot.COLORS, strict=False):
     for host, style in ((NumPyro, "-"), (Pyro, ":")):
@@ -107,12 +107,14 @@ for (label, estimator), color in zip(ESTIMATORS.items(), plot.COLORS, strict=Fal
 left.plot([], [], ":", color="0.4", label="the same in Pyro")
 left.set(xlabel="θ", ylabel="density", ylim=(0.0, 1.9 * posterior.max()))
 left.legend(loc="upper left")
+plt.show()
 
 # %%
 # The flow has a price. Mass that goes from one mode to the other has to cross the gap between them, where p is small
 # and u, which is (F_1 - F_2)/p up to a factor, is large. The standard deviation of the gradient in the first logit, for
 # the cost φ = θ and modes of scale 1:
 
+_, right = plt.subplots(figsize=(5.5, 3.4))
 distances = np.linspace(1.0, 8.0, 8)
 for estimator, color in zip(ESTIMATORS.values(), plot.COLORS, strict=False):
     std = []

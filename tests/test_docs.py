@@ -120,6 +120,21 @@ def test_every_table_of_the_benchmarks_is_shown():
     assert sorted(included) == sorted(table.stem for table in (DOCS / "tables").glob("*.md"))
 
 
+def test_summary_of_step_times():
+    """The lowest and the highest medians that the page names are those of the tables."""
+    page = (DOCS / "performance.md").read_text()
+    for host in ("numpyro", "pyro"):
+        table = (DOCS / "tables" / f"step_time_{host}.md").read_text()
+        rows = [line.split(" | ") for line in table.splitlines() if re.search(r"\| \d\.\d{3} \|", line)]
+        assert len(rows) > 40
+        for what in {row[3] for row in rows}:
+            medians = sorted(float(row[4]) for row in rows if row[3] == what and (row[2] != "plain" or "Flow" not in what))
+            ours, theirs = what.replace(", graph", "").split(" / ")
+            graph = ', `dependencies="graph"`' if "graph" in what else ""
+            (line,) = [x for x in page.splitlines() if x.startswith((f"| `{ours}`{graph} / `{theirs}` |", f"| {ours} / `{theirs}` |"))]
+            assert f" {medians[0]:.3f} to {medians[-1]:.3f}" in line, (host, what)
+
+
 @pytest.mark.parametrize(
     "command", [["docs/measure_choosing.py", "--smoke"], ["examples/stock/gradients.py", "renyi_bound_of_a_discrete_site"]]
 )
