@@ -135,6 +135,10 @@ class Target(ABC):
     learned: Mapping[str, Array] | None = None
     own_density: Any = 0.0
 
+    @abstractmethod
+    def __init__(self, name: str, fn: Any, enters: bool):
+        """``fn`` is the site's distribution; ``enters``: whether a plain transformed one is entered."""
+
     @cached_property
     def p0(self) -> Any:
         return self.detach(self.p)
@@ -228,9 +232,12 @@ class Target(ABC):
         The mean of each psi is 0, so that each may have a baseline of its own.
         """
         if self.family not in SEPARATE_PARAMETERS:
+            inner = type(self)(self.name, self.p.expand(self.batch_shape), enters=True)
+            if inner.transforms and not any(map(self.is_live, inner.transforms)):
+                return inner.scores(inner.pull(x))
             self.refuse(
-                f"baseline='optimal' knows the parameters of {', '.join(SEPARATE_PARAMETERS)}; found {self.family}; use the default, "
-                "'plate' or a Baseline."
+                f"baseline='optimal' knows the parameters of {', '.join(SEPARATE_PARAMETERS)}, also under constant transforms; found "
+                f"{self.family}; use the default, 'plate' or a Baseline."
             )
         apart = []
         for tangent, psi in self._scores(x, SEPARATE_PARAMETERS[self.family]):

@@ -353,6 +353,43 @@ def test_the_score_is_the_sum_of_its_parts(host, family):
         np.testing.assert_allclose(of_parts[name], exact[name], rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("event_ndim", [0, 1])
+def test_the_score_under_a_constant_transform(host, event_ndim):
+    """As autoguides have it in NumPyro: the parts are those of the base; under a transform that moves there is none."""
+    _, target_of = TARGETS[host.name]
+    transforms = numpyro_dist.transforms if host.name == "numpyro" else torch.distributions.transforms
+    live = {"loc": np.array([0.3, -0.2]), "scale": np.array([0.8, 1.2])}
+
+    def target(live, factor=2.0):
+        of = [transforms.ExpTransform(), transforms.AffineTransform(1.0, factor)]
+        fn = host.dist.TransformedDistribution(host.dist.Normal(live["loc"], live["scale"]), of)
+        return target_of("x", fn.expand([3, 2]).to_event(event_ndim), enters=False)
+
+    x = host.array([[2.1, 1.3], [1.5, 4.0], [3.0, 1.1]])
+    of_parts = gradient(host, lambda live: sum(score.sum() for score, _ in target(live).scores(x)), live)
+    exact = gradient(host, lambda live: target(live).p.log_prob(x).sum(), live)
+    for name in live:
+        np.testing.assert_allclose(of_parts[name], exact[name], rtol=1e-10)
+    with pytest.raises(
+        ValueError, match="site 'x': baseline='optimal' knows the parameters of Normal, .*; found TransformedDistribution"
+    ):
+        gradient(host, lambda live: target(live, live["factor"]).scores(x)[0][0].sum(), live | {"factor": np.array(2.0)})
+
+
+def test_optimal_under_a_transform(host):
+    """E[x^2] for x = exp(z), z ~ N(m, s), is exp(2 m + 2 s^2)."""
+    transforms = numpyro_dist.transforms if host.name == "numpyro" else torch.distributions.transforms
+
+    def exp_normal(h, m, s):
+        return h.dist.TransformedDistribution(h.dist.Normal(m, s), [transforms.ExpTransform()])
+
+    m, s = 0.2, 0.3
+    mean = np.exp(2 * m + 2 * s**2)
+    program = one((m, s), exp_normal, lambda h, x: x**2)
+    samples = host.gradients(program, 20_000, particles=8, estimators={"x": LR(baseline="optimal")})
+    assert np.all(np.abs(samples.mean(0) - (2 * mean, 4 * s * mean)) < 5 * samples.std(0) / np.sqrt(len(samples)))
+
+
 def gradient(host, f, parameters):
     if host.name == "numpyro":
         return jax.grad(f)({name: host.array(value) for name, value in parameters.items()})
