@@ -189,7 +189,8 @@ class LR(Estimator):
         baseline: Subtracted from the costs instead of the objective's leave-one-out mean over particles; ``"plate"`` is the mean
             over the other elements of the site's plates of the costs that are theirs alone, which needs no second particle;
             ``"optimal"`` is for each parameter the one of least variance, E[psi^2 phi] / E[psi^2], estimated from the other
-            particles (a vector that belongs to one event, such as logits, counts as one parameter).
+            particles (a vector that belongs to one event, such as logits, counts as one parameter). With few particles that estimate
+            is noisy, and the leave-one-out mean may be better.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
 
     Raises:
