@@ -79,8 +79,6 @@ class AdaptiveFlow(Estimator):
     baseline: SiteBaseline = None
 
     def __post_init__(self):
-        if self.baseline == "optimal":
-            raise TypeError("AdaptiveFlow has no baseline='optimal', which is for LR; use Baseline(fn, *inputs), 'plate' or None.")
         _require_baseline(self.baseline, "AdaptiveFlow")
         if self.bumps < 0:
             raise ValueError(f"AdaptiveFlow: expected a number of bumps, 0 or more, found {self.bumps}.")
@@ -149,15 +147,13 @@ class AdaptiveFlow(Estimator):
                 f"AdaptiveFlow needs a pathwise field for each parameter of a scalar family, but {where} has none for this "
                 f"{target.family}; use LR(), RP() or Flow(velocity)."
             )
-        if self.field is not None and (missing := [name for name in target.parameters if self._is_missing(target, name, parts)]):
-            target.refuse(
-                f"AdaptiveFlow needs a velocity for each parameter that is live (as a traced number is), but {self.field} has none for "
-                f"'{missing[0]}'; give it one, or make it a constant."
-            )
+        for name in () if self.field is None else target.parameters:
+            if name not in parts and target.is_live(getattr(target.p, name)):
+                target.refuse(
+                    f"AdaptiveFlow needs a velocity for each parameter that is live (as a traced number is), but {self.field} has none "
+                    f"for '{name}'; give it one, or make it a constant."
+                )
         return parts
-
-    def _is_missing(self, target: Target, name: str, parts: Mapping[str, Part]) -> bool:
-        return name not in parts and target.is_live(getattr(target.p, name))
 
     def _moves(self, target: Target) -> tuple[str, ...]:
         """The parameters that a learned q moves."""

@@ -429,8 +429,6 @@ class Flow(Estimator):
         object.__setattr__(self, "velocity", velocity)
         object.__setattr__(self, "q", q)
         object.__setattr__(self, "divergence", divergence)
-        if baseline == "optimal":
-            raise TypeError("Flow has no baseline='optimal', which is for LR; use Baseline(fn, *inputs), 'plate' or None.")
         object.__setattr__(self, "baseline", _require_baseline(baseline, "Flow"))
         object.__setattr__(self, "per_parameter", tuple(per_parameter.items()))
 
@@ -548,6 +546,8 @@ class Auto(Estimator):
 def _require_baseline(baseline: Any, what: str) -> SiteBaseline:
     if not isinstance(baseline, Baseline | None) and baseline not in ("plate", "optimal"):
         raise TypeError(f"{what}: expected baseline=flowvi.Baseline(fn, *inputs), 'plate', 'optimal' or None, found {baseline!r}.")
+    if baseline == "optimal" and what != "LR":
+        raise TypeError(f"{what} has no baseline='optimal', which is for LR; use Baseline(fn, *inputs), 'plate' or None.")
     return baseline
 
 
