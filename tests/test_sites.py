@@ -802,3 +802,35 @@ def test_the_wrapper_under_pyros_own_elbos(elbo, kind):
         objective.differentiable_loss(model, guide).backward()
     samples = -leaf.grad.numpy()
     assert abs(samples.mean() - truth) < 5 * samples.std() / np.sqrt(n)
+
+
+def test_numpyro_draws_are_kept(monkeypatch):
+    """XLA for CPUs would run the sampler again in every loop that reads the draw; the numbers are those of the plain draw."""
+
+    def guide(loc):
+        with numpyro.plate("data", 50):
+            numpyro.sample("x", numpyro_dist.Normal(loc, 1.0))
+
+    def model():
+        with numpyro.plate("data", 50):
+            x = numpyro.sample("x", numpyro_dist.Normal(0.0, 1.0))
+            numpyro.sample("y", numpyro_dist.Normal(jnp.sin(x), 0.5), obs=jnp.linspace(-1.0, 1.0, 50))
+
+    def step():
+        elbo = flowvi.numpyro.TraceFlow_ELBO(4, default=LR())
+        loss = jax.value_and_grad(lambda loc, key: elbo.loss(key, {}, model, lambda: guide(loc)))
+        return jax.jit(loss).lower(jnp.zeros(50), jax.random.key(0)).compile()
+
+    kept = step()
+    monkeypatch.setattr(flowvi.numpyro.distributions, "computed_once", lambda x: x)
+    plain = step()
+    for a, b in zip(*(compiled(jnp.zeros(50), jax.random.key(3)) for compiled in (kept, plain)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert len(kept.as_text()) < 0.9 * len(plain.as_text())
+
+
+def test_numpyro_a_kept_draw_is_itself():
+    once = flowvi.numpyro.distributions.computed_once
+    for x in (jnp.array([-jnp.inf, 2.0, jnp.nan]), jnp.zeros((0, 3)), jnp.array(1.5), jnp.arange(3)):
+        for f in (once, jax.jit(once), jax.vmap(once) if x.ndim else once):
+            np.testing.assert_array_equal(f(x), x)

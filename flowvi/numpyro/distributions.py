@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax import lax
 from jax.core import Tracer
+from jax.custom_batching import custom_vmap
 from jax.lax import stop_gradient
 from multipledispatch import dispatch
 from numpyro.distributions.batch_util import promote_batch_shape
@@ -201,7 +203,8 @@ class Estimated(dist.Distribution):
         if not _ATTACHING.get() or estimator.uses_sampler:
             return self.base_dist.sample(key, sample_shape)
         fn = self.base_dist.expand_by(sample_shape) if sample_shape else self.base_dist
-        return draw(NumPyroTarget(name, fn, estimator.enters), estimator, key).value
+        target = NumPyroTarget(name, fn, estimator.enters)  # inside scan or cond; elsewhere the handler draws
+        return attach(ops, target, estimator, target.sample(estimator.proposal(ops, target)[0], key)).value
 
     def log_prob(self, value, intermediates=None):
         return self.base_dist.log_prob(value)
@@ -242,7 +245,34 @@ def attaching(on: bool):
 def draw(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> Draw:
     """Draw at a site from the estimator's proposal and attach derivatives and weight."""
     q, _ = estimator.proposal(ops, target)
-    return attach(ops, target, estimator, target.sample(q, key))
+    return attach(ops, target, estimator, computed_once(target.sample(q, key)))
+
+
+@custom_vmap
+def computed_once(x: jax.Array) -> jax.Array:
+    """Return x, as a value that is kept.
+
+    For CPUs, XLA compiles what is cheap into every loop that reads it, so that much of the sampler would run again in each of them. It
+    does not look into a conditional, and this one's condition, which holds unless the first number is NaN, it cannot decide.
+    """
+    return lax.platform_dependent(x, cpu=_through_a_branch, default=_same) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+@computed_once.def_vmap
+def _all_at_once(axis_size: int, in_batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    return computed_once(x), True
+
+
+def _through_a_branch(x: jax.Array) -> jax.Array:
+    return lax.cond((x.reshape(-1)[:1] <= jnp.inf).all(), _same, _nan, x)
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _nan(x: jax.Array) -> jax.Array:
+    return jnp.full_like(x, jnp.nan)
 
 
 @promote_batch_shape.register

@@ -108,7 +108,10 @@ def draw(target: PyroTarget, estimator: Estimator) -> Draw:
     q = target.p if estimator.q is None else estimator.proposal(ops, target)[0]
     if q.batch_shape != target.batch_shape:
         q = q.expand(target.batch_shape)
-    return attach(ops, target, estimator, q.sample())
+    sample = q.rsample if q.has_rsample else q.sample  # as Pyro draws
+    with torch.no_grad():
+        x = sample()
+    return attach(ops, target, estimator, x)
 
 
 def unwrap(fn: Any) -> Any:
