@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 from flowvi.ops import Array, Ops
-from flowvi.tape import Frame, Site, Tape
+from flowvi.tape import Ancestor, Frame, Site, Tape
 from flowvi.target import broadcasts
 
 LeaveOneOut = Literal["loo"] | None
@@ -68,12 +69,12 @@ def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
         groups[key] = groups[key] + cost if key in groups else cost
     costs: dict[str, Array] = {}
     shares: list[_Share] = []
-    for (name, frames, ancestors, _), cost in groups.items():
-        weight = _weight(ops, sites, ancestors, frames)
+    for (name, _, ancestors, _), cost in groups.items():
+        weight = _weight(ops, sites, ancestors)
         if weight is not None:
             cost = ops.where(weight > 0, weight * cost, weight)
         if ancestors:
-            shares.append(_Share(ops.stop_gradient(cost), frames, ancestors))
+            shares.append(_Share(ops.stop_gradient(cost), dict(ancestors)))
         cost = cost.sum() if cost.ndim else cost
         costs[name] = costs[name] + cost if name in costs else cost
     scored = [site for site in tape.sites if site.draw.score is not None]
@@ -87,11 +88,10 @@ def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
 
 
 class _Share(NamedTuple):
-    """A detached cost, its plates, and the sites that lead to it."""
+    """A detached cost, and the sites that lead to it, each with the plates in which they meet element by element."""
 
     cost: Array
-    frames: frozenset[Frame]
-    ancestors: frozenset[str]
+    ancestors: dict[str, frozenset[Frame]]
 
 
 def _downstream(scored: list[Site], shares: list[_Share]) -> Iterator[tuple[Site, Array]]:
@@ -99,15 +99,18 @@ def _downstream(scored: list[Site], shares: list[_Share]) -> Iterator[tuple[Site
 
     Along a chain each site leads to the costs of the next one and a few more, so that sums are begun where the last one ended.
     """
-    led_to = {site.name: frozenset(i for i, share in enumerate(shares) if site.name in share.ancestors) for site in scored}
-    last: dict[frozenset[Frame], tuple[frozenset[int], Array]] = {}
+    led_to = {
+        site.name: frozenset((i, share.ancestors[site.name]) for i, share in enumerate(shares) if site.name in share.ancestors)
+        for site in scored
+    }
+    last: dict[frozenset[Frame], tuple[frozenset[tuple[int, frozenset[Frame]]], Array]] = {}
     for site in sorted(scored, key=lambda site: len(led_to[site.name])):
         wanted = led_to[site.name]
         summed, total = last.get(site.frames, (frozenset(), None))
         if not summed <= wanted:
             summed, total = frozenset(), None
-        for i in sorted(wanted - summed):
-            share = sum_to(shares[i].cost, shares[i].frames & site.frames)
+        for i, frames in sorted(wanted - summed, key=itemgetter(0)):
+            share = sum_to(shares[i].cost, frames)
             total = share if total is None else total + share
         if total is not None:
             last[site.frames] = wanted, total
@@ -179,17 +182,17 @@ def _summed(shape: tuple[int, ...], frames: frozenset[Frame]) -> tuple[tuple[int
     return axes, left[ones:]
 
 
-def _weight(ops: Ops, sites: dict[str, Site], ancestors: frozenset[str], frames: frozenset[Frame]) -> Array | None:
-    """The product of the ancestors' weights over ``frames``: elementwise in shared plates, joint over the others."""
-    weighted = [sites[name] for name in sorted(ancestors) if sites[name].draw.log_weight is not None]
+def _weight(ops: Ops, sites: dict[str, Site], ancestors: frozenset[Ancestor]) -> Array | None:
+    """The product of the ancestors' weights: elementwise in the plates in which they are met so, joint over the others."""
+    weighted = [ancestor for ancestor in sorted(ancestors, key=itemgetter(0)) if sites[ancestor.name].draw.log_weight is not None]
     if not weighted:
         return None
-    return ops.exp(sum(sum_to(site.draw.log_weight, site.frames & frames) for site in weighted))
+    return ops.exp(sum(sum_to(sites[name].draw.log_weight, frames) for name, frames in weighted))
 
 
 def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array, shares: list[_Share]) -> Credit:
     score = sum_to(site.draw.score, site.frames)
-    weight = _weight(ops, sites, site.ancestors, site.frames)
+    weight = _weight(ops, sites, site.ancestors)
     if weight is None and site.draw.baseline is None and score.shape == cost.shape:
         return Credit(score, cost, None, None)
     shape = ops.broadcast_shapes(score.shape, cost.shape, *(() if weight is None else (weight.shape,)))
@@ -203,7 +206,7 @@ def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array, shares: l
 
 def _credits_by_parameter(ops: Ops, sites: dict[str, Site], site: Site, cost: Array) -> dict[str, Credit]:
     """A credit for each array of the site's parameters, over the batch dims of x."""
-    weight = _weight(ops, sites, site.ancestors, site.frames)
+    weight = _weight(ops, sites, site.ancestors)
     credits = {}
     for i, (score, square) in enumerate(site.draw.by_parameter):
         extra = (1,) * (score.ndim - site.draw.score.ndim)  # type: ignore[union-attr]
@@ -214,7 +217,7 @@ def _credits_by_parameter(ops: Ops, sites: dict[str, Site], site: Site, cost: Ar
 
 def _mean_of_other_elements(site: Site, shares: list[_Share]) -> Array:
     """For each element of the site's plates, the mean of the costs of the other elements, as far as they are theirs alone."""
-    own = [sum_to(s.cost, site.frames) for s in shares if site.name in s.ancestors and s.frames >= site.frames]
+    own = [sum_to(share.cost, site.frames) for share in shares if share.ancestors.get(site.name) == site.frames]
     size = math.prod(frame.size for frame in site.frames)
     if size == 1:
         raise ValueError(f"site '{site.name}': baseline='plate' needs a plate of several elements, found none; use the default.")

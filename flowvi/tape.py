@@ -18,6 +18,18 @@ class Frame(NamedTuple):
     size: int
 
 
+class Ancestor(NamedTuple):
+    """A random site with a score or a weight, as what depends on it sees it.
+
+    Attributes:
+        name: The site's name.
+        frames: The plates in which each element depends on the site's own element alone; over all others, it depends on all of them.
+    """
+
+    name: str
+    frames: frozenset[Frame]
+
+
 class Term(NamedTuple):
     """One cost: the log density of a sample or factor statement, signed, scaled and masked, not yet summed.
 
@@ -25,13 +37,13 @@ class Term(NamedTuple):
         name: The statement's name.
         frames: Its plates.
         log_density: Any batch shape; a batch dim outside every plate is summed before costs meet.
-        ancestors: Names of the random sites on which the cost depends.
+        ancestors: The random sites on which the cost depends.
     """
 
     name: str
     frames: frozenset[Frame]
     log_density: Array
-    ancestors: frozenset[str]
+    ancestors: frozenset[Ancestor]
 
 
 class Site(NamedTuple):
@@ -41,13 +53,13 @@ class Site(NamedTuple):
         name: The site's name.
         frames: Its plates.
         draw: What its estimator attached.
-        ancestors: Names of the random sites on which its draw depends, its own included.
+        ancestors: The random sites on which its draw depends, its own included.
     """
 
     name: str
     frames: frozenset[Frame]
     draw: Draw
-    ancestors: frozenset[str]
+    ancestors: frozenset[Ancestor]
 
 
 class Tape(NamedTuple):
@@ -65,6 +77,36 @@ def weighty(draws: Mapping[str, Draw]) -> dict[str, Draw]:
 def control_terms(draws: Mapping[str, Draw]) -> list[Term]:
     """The draws' control variates as costs. Their means are 0 whatever happened before: no score or weight meets them."""
     return [Term(name, frozenset(), draw.control, frozenset()) for name, draw in draws.items() if draw.control is not None]
+
+
+class Route(NamedTuple):
+    """A random site of the guide, whatever its estimator, as a way for dependence to take.
+
+    Attributes:
+        name: The site's name.
+        frames: Its plates.
+        ancestors: Names of the random sites on which its draw depends, its own included.
+    """
+
+    name: str
+    frames: frozenset[Frame]
+    ancestors: frozenset[str]
+
+
+@lru_cache(maxsize=1024)  # the same at every step of most programs
+def meet(frames: frozenset[Frame], names: frozenset[str], routes: tuple[Route, ...], weighty: frozenset[str]) -> frozenset[Ancestor]:
+    """The ancestors of a statement within plates ``frames``, of which ``names`` are known, and the plates in which it meets them.
+
+    Elements of a plate are independent, so that a statement meets a site element by element in the plates of both; but not in a plate
+    that some site between them is outside of, which one element has led to and which leads to all of them.
+    """
+    known = [route for route in routes if route.name in names]
+
+    def shared(site: Route) -> frozenset[Frame]:
+        between = (route.frames for route in known if route is not site and site.name in route.ancestors)
+        return frames.intersection(site.frames, *between)
+
+    return frozenset(Ancestor(site.name, shared(site)) for site in known if site.name in weighty)
 
 
 class Statement(NamedTuple):

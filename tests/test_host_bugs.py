@@ -369,3 +369,37 @@ def test_a_switch_inside_a_plate(particles):
     expected_under(program(lambda d: d), PYRO, -4.2, estimators={"x": LR()}, particles=particles, n=40_000 // particles)
     with pytest.raises(AttributeError, match="has_rsample"):
         PYRO.gradients_of(pyro.infer.Trace_ELBO(particles, max_plate_nesting=2), program(lambda d: d.has_rsample_(False)), 2)
+
+
+# ---- 11: a plate that is left and entered again
+
+
+def test_a_plate_that_is_entered_again(host):
+    """TraceGraph_ELBO lets each element of a plate meet its own costs only, also where a site outside the plate carries it to all.
+
+    Locals b_n ~ Bernoulli(logit t) in a plate of two, a global g ~ N(b_1 + b_2, 1), and the costs w_n g in the plate, of mean
+    2 p (w_1 + w_2). Of the divergences, that of the locals from Bernoulli(1/2) has the derivative 2 p (1 - p) t, and that of g from
+    N(0, 1) is p + p^2. Of the derivative of the costs the host has one half.
+    """
+    t, weights = 0.4, [1.0, 3.0]
+    p = 1 / (1 + np.exp(-t))
+
+    def guide(h, t):
+        with h.plate("n", 2):
+            b = h.sample("b", h.dist.Bernoulli(logits=t[0]))
+        h.sample("g", h.dist.Normal(b.sum(-1, keepdims=h.name == "pyro"), h.array(1.0)))
+
+    def model(h, t):
+        g = h.sample("g", h.dist.Normal(0 * t[0], h.array(1.0)))
+        with h.plate("n", 2):
+            h.sample("b", h.dist.Bernoulli(logits=0 * t[0]))
+            h.factor("cost", h.array(weights) * g)
+
+    program = Program(guide, model, (t,), plates=1)
+    of_costs, of_divergences = 2 * p * (1 - p) * sum(weights), p * (1 - p) * (2 * t + 1 + 2 * p)
+    for dependencies in ("graph", "plates"):
+        expected_under(program, host, of_costs - of_divergences, dependencies=dependencies)
+    theirs = GRAPH if host is NUMPYRO else pyro.infer.TraceGraph_ELBO(max_plate_nesting=2)
+    wrong_under(theirs, program, host, of_costs - of_divergences)
+    found = host.gradients_of(theirs, program, 20_000)
+    np.testing.assert_allclose(found.mean(), of_costs / 2 - of_divergences, atol=5 * found.std() / len(found) ** 0.5)

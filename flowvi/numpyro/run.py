@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +22,7 @@ from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import NumPyroTarget, masks
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, read_annotations
 from flowvi.objectives import ALL, Dependencies, Entropy, require_one_order
-from flowvi.tape import Frame, Site, Statement, Tape, Term, control_terms, program_order, weighty
-
-Ancestors = dict[str, frozenset[str]] | None
+from flowvi.tape import Ancestor, Frame, Route, Site, Statement, Tape, Term, control_terms, meet, program_order, weighty
 
 
 class Program(NamedTuple):
@@ -172,17 +170,24 @@ class Run:
 
     def tape(self, dependencies: Dependencies) -> Tape:
         """The run's records."""
-        draws = weighty(self.attached.draws)
-        of_guide, of_model = program_order(_statements(self.guide_trace), _statements(self.model_trace), frozenset(draws))
-        of_site = {name: of_guide[name] for name in draws}
+        trace, draws = self.guide_trace, weighty(self.attached.draws)
+        random = frozenset(self.attached.random)
+        of_guide, of_model = program_order(_statements(trace), _statements(self.model_trace), random)
+        of_site = {name: of_guide[name] for name in random}
         for name in self._closed_forms:  # its expectation over the site itself is taken
             of_model = {**of_model, name: of_model[name] | of_guide[name] - {name}}
         if dependencies == "graph" and draws and not self._multi_sample:
-            of_guide, of_model, of_site = self._graph(draws, of_guide, of_model)
-        sites = [Site(name, _frames(self.guide_trace[name]), draw, of_site[name]) for name, draw in draws.items()]
-        return Tape(self.terms(of_model, of_guide), sites)
+            of_guide, of_model, of_site = self._graph(random, of_guide, of_model)
+        routes = tuple(Route(name, _frames(trace[name]), of_site[name]) for name in sorted(random))
+        met = partial(meet, routes=routes, weighty=frozenset(draws))
+        sites = [Site(name, _frames(trace[name]), draw, met(_frames(trace[name]), of_site[name])) for name, draw in draws.items()]
+        terms = [
+            *_terms(1, self.model_log_probs, self.model_trace, lambda name, frames: met(frames, of_model[name])),
+            *_terms(-1, self.guide_log_probs, trace, lambda name, frames: met(frames, of_guide[name])),
+        ]
+        return Tape(terms + control_terms(self.attached.draws), sites)
 
-    def _graph(self, draws, *ordered):
+    def _graph(self, random: frozenset[str], *ordered):
         """Ancestors of the guide's costs, the model's costs and the draws: which draws a jaxpr of one more run leads from.
 
         A draw inside scan or cond cannot be marked there, so that for these the order of statements counts.
@@ -196,19 +201,19 @@ class Run:
             of_model |= {name: _closed_form(trace[name], model_trace[name]) for name in self._closed_forms}
             return of_guide, of_model, {name: trace[name]["value"] for name in marks}
 
-        of_guide, of_model, of_site = eval_provenance(log_probs, **dict.fromkeys(draws, jnp.zeros(())))
-        inside = {name for name in draws if self.guide_trace[name].get("_control_flow_done")}
+        of_guide, of_model, of_site = eval_provenance(log_probs, **dict.fromkeys(random, jnp.zeros(())))
+        inside = {name for name in random if self.guide_trace[name].get("_control_flow_done")}
         for graph, order in zip((of_guide, of_model, of_site), (*ordered, ordered[0]), strict=True):
             for name in graph:
                 reached = order[name] & inside
                 graph[name] = graph[name].union(reached, *(of_site[site] for site in reached))
         return of_guide, of_model, of_site
 
-    def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
-        """The costs, with the ancestors of each."""
+    def terms(self) -> list[Term]:
+        """The costs, as what depends on nothing."""
         return [
-            *_terms(1, self.model_log_probs, self.model_trace, of_model),
-            *_terms(-1, self.guide_log_probs, self.guide_trace, of_guide),
+            *_terms(1, self.model_log_probs, self.model_trace),
+            *_terms(-1, self.guide_log_probs, self.guide_trace),
             *control_terms(self.attached.draws),
         ]
 
@@ -218,9 +223,9 @@ class Run:
         return {name: size / subsample for name, (size, subsample) in plates.items() if subsample and size > subsample}
 
 
-def _terms(sign: int, log_probs: dict[str, jax.Array], trace, ancestors: Ancestors = None) -> list[Term]:
-    of = ancestors or {}
-    return [Term(name, _frames(trace[name]), sign * log_prob, of.get(name, frozenset())) for name, log_prob in log_probs.items()]
+def _terms(sign: int, log_probs, trace, ancestors: Callable[[str, frozenset[Frame]], frozenset[Ancestor]] = lambda *_: frozenset()):
+    frames = {name: _frames(trace[name]) for name in log_probs}
+    return [Term(name, frames[name], sign * log_prob, ancestors(name, frames[name])) for name, log_prob in log_probs.items()]
 
 
 def _latent(trace) -> list[str]:

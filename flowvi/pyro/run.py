@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from flowvi.objectives import Dependencies, Entropy, require_one_order
 from flowvi.pyro.distributions import PyroTarget, is_masked
 from flowvi.pyro.handlers import attach_estimators, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
-from flowvi.tape import Frame, Site, Statement, Tape, Term, control_terms, program_order, weighty
+from flowvi.tape import Ancestor, Frame, Route, Site, Statement, Tape, Term, control_terms, meet, program_order, weighty
 
 
 def runs(elbo: ELBO, run: Callable[..., Run], model, guide, args, kwargs) -> Iterator[Run]:
@@ -167,17 +167,23 @@ class Run:
 
     def tape(self) -> Tape:
         """The run's records."""
-        draws = weighty(self.draws)
         model, guide = (tuple(map(Statement, _sample_sites(trace))) for trace in (self.model_trace, self.guide_trace))
-        of_guide, of_model = program_order(guide, model, frozenset(draws))
+        random = frozenset(self.attached.random).union(self.draws)
+        of_guide, of_model = program_order(guide, model, random)
         of_site = of_guide
         for name in self._closed_forms:  # its expectation over the site itself is taken
             of_model = {**of_model, name: of_model[name] | of_guide[name] - {name}}
         if self._provenance is not None:
-            of_guide, of_model, of_site = ({name: names & frozenset(draws) for name, names in of.items()} for of in self._provenance)
-        nodes = self.guide_trace.nodes
-        sites = [Site(name, _frames(nodes[name]), draw, of_site[name]) for name, draw in draws.items()]
-        return Tape(self.terms(of_model, of_guide), sites)
+            of_guide, of_model, of_site = ({name: names & random for name, names in of.items()} for of in self._provenance)
+        nodes, draws = self.guide_trace.nodes, weighty(self.draws)
+        routes = tuple(Route(name, _frames(nodes[name]), of_site[name]) for name in sorted(random) if name in nodes)
+        met = partial(meet, routes=routes, weighty=frozenset(draws))
+        sites = [Site(name, _frames(nodes[name]), draw, met(_frames(nodes[name]), of_site[name])) for name, draw in draws.items()]
+        terms = [
+            *_terms(1, self.model_trace, lambda name, frames: met(frames, of_model[name])),
+            *_terms(-1, self.guide_trace, lambda name, frames: met(frames, of_guide[name])),
+        ]
+        return Tape(terms + control_terms(self.draws), sites)
 
     def read_provenance(self):
         """Keep what a run under :class:`track_provenance` says: ancestors of the guide's costs, the model's, and the draws."""
@@ -186,19 +192,16 @@ class Run:
             {name: provenance((site["log_prob"], site["value"])) | site["branched"] for name, site in sites.items()}
             for sites in (model, guide)
         )
-        self._provenance = of_guide, of_model, {name: of_guide[name] | {name} for name in self.draws}
+        self._provenance = of_guide, of_model, {name: names | {name} for name, names in of_guide.items()}
 
-    def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
-        """The costs, with the ancestors of each."""
-        return _terms(1, self.model_trace, of_model) + _terms(-1, self.guide_trace, of_guide) + control_terms(self.draws)
+    def terms(self) -> list[Term]:
+        """The costs, as what depends on nothing."""
+        return _terms(1, self.model_trace) + _terms(-1, self.guide_trace) + control_terms(self.draws)
 
     def subsampled(self) -> dict[str, float]:
         """The plates that are subsampled, each with its size over that of the subsample."""
         frames = [f for site in _sample_sites(self.model_trace).values() for f in site["cond_indep_stack"]]
         return {f.name: f.full_size / f.size for f in frames if f.full_size is not None and f.full_size > f.size}
-
-
-Ancestors = dict[str, frozenset[str]] | None
 
 
 def _traces(model, guide, args, kwargs, attached):
@@ -214,12 +217,12 @@ def _traces(model, guide, args, kwargs, attached):
     return (poutine.trace(replay(model)).get_trace(*args, **kwargs), guide_trace), replay.annotations
 
 
-def _terms(sign: int, trace, ancestors: Ancestors = None) -> list[Term]:
-    of = ancestors or {}
-    return [
-        Term(name, _frames(site), site["log_prob"] if sign > 0 else -site["log_prob"], of.get(name, frozenset()))
-        for name, site in _sample_sites(trace).items()
-    ]
+def _terms(sign: int, trace, ancestors: Callable[[str, frozenset[Frame]], frozenset[Ancestor]] = lambda *_: frozenset()) -> list[Term]:
+    terms = []
+    for name, site in _sample_sites(trace).items():
+        frames = _frames(site)
+        terms.append(Term(name, frames, site["log_prob"] if sign > 0 else -site["log_prob"], ancestors(name, frames)))
+    return terms
 
 
 def _sample_sites(trace) -> dict:

@@ -1,0 +1,403 @@
+"""Programs that are made at random: the mean of the estimator, over all that can happen, is the exact gradient.
+
+The hosts' generators are replaced: every Bernoulli gets each of its values, every Normal each node of a Gauss-Hermite rule, so that the
+mean of an estimator is a finite sum, without sampling error. It meets the derivative of the ELBO, written as such a sum with NumPyro
+alone, in which nothing of flowvi takes part.
+"""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions
+import numpyro.handlers
+import pyro
+import pytest
+import torch
+from hosts import HOSTS, Program
+
+from flowvi import LR, RP, Baseline, Flow, ImplicitRP
+from flowvi.tape import Ancestor
+
+THETA = (0.4, -0.3, 0.7, 0.2)
+PLATES = {"a": -1, "b": -2}  # each of two elements
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(28)
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
+
+
+def wide(p):
+    return type(p)(p.loc, 1.2 * p.scale)
+
+
+def other_odds(p):
+    return type(p)(logits=0.3 - 0.5 * p.logits)
+
+
+def half_velocity(x, p, dtheta):
+    return 0.5 * (dtheta.loc + (x - p.loc) / p.scale * dtheta.scale)
+
+
+def curved(x, p):
+    return (x - p.loc) ** 2 / p.scale
+
+
+def standardize(x, p):
+    return (x - p.loc) / p.scale
+
+
+def shift(x, p):
+    return x - p.loc
+
+
+ESTIMATORS = {
+    "Bernoulli": [LR(), LR(), LR(q=other_odds), LR(Baseline(lambda: 0.7)), LR("plate", other_odds)],
+    "Normal": [
+        LR(),
+        RP(),
+        ImplicitRP(standardize),
+        ImplicitRP(shift, exact=False),
+        Flow(half_velocity),
+        Flow(loc=lambda x, p: 0.5, scale=curved),
+        Flow(scale=curved),
+        LR("plate"),
+        LR(q=wide),
+        RP(wide),
+        Flow(half_velocity, q=wide),
+        Flow(scale=curved, q=wide, baseline="plate"),
+    ],
+}
+
+
+class Latent(NamedTuple):
+    """A random site of the guide and its prior.
+
+    Attributes:
+        family: Bernoulli or Normal.
+        plates: The names of its plates.
+        reads: The sites that it reads, each with a coefficient: in the guide, and in the model, where it has other parents.
+        parameters: The indices of the numbers that its location (or logit) and its scale read.
+        weights: The factors by which its two log densities are scaled.
+        masks: Which elements of its plates count, in the guide and in the model; None for all.
+        auxiliary: Whether the model does without it.
+    """
+
+    family: str
+    plates: tuple[str, ...]
+    reads: tuple[dict[str, float], dict[str, float]]
+    parameters: tuple[int, int]
+    weights: tuple[float, float]
+    masks: tuple[Any, Any]
+    auxiliary: bool
+
+
+class Cost(NamedTuple):
+    """A factor of the model, within plates, that reads some sites."""
+
+    plates: tuple[str, ...]
+    reads: dict[str, float]
+
+
+class Case(NamedTuple):
+    """A program: the guide's sites in its order, the model's statements in theirs, and how the ELBO is estimated."""
+
+    latents: dict[str, Latent]
+    costs: dict[str, Cost]
+    model: tuple[str, ...]
+    estimators: dict[str, Any]
+    options: dict[str, str]
+
+
+def shape_of(plates) -> tuple[int, ...]:
+    return tuple(2 if name in plates else 1 for name in ("b", "a"))[0 if "b" in plates else 1 if "a" in plates else 2 :]
+
+
+def made(seed: int, host: str, elements: int = 5, normals: int = 2) -> Case:
+    """A program with at most so many random numbers, of which so many are Normal.
+
+    In Pyro the outcomes are a plate here, over which ``baseline="plate"`` would take its mean.
+    """
+    rng = np.random.default_rng(seed)
+
+    def plates():
+        return tuple(name for name in PLATES if rng.random() < 0.4)
+
+    def some(names):
+        return {name: float(rng.uniform(-0.4, 0.4)) for name in names if rng.random() < 0.6}
+
+    kept: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for i in range(rng.integers(2, 5)):
+        within = plates()
+        size = 2 ** len(within)
+        families = [family for family, room in (("Bernoulli", elements), ("Normal", min(normals, elements))) if size <= room]
+        if families:
+            family = str(rng.choice(families))
+            elements, normals = elements - size, normals - size * (family == "Normal")
+            kept[f"z{i}"] = family, within
+    auxiliary = {name: bool(rng.random() < 0.1) for name in kept}
+    in_model = [name for name in kept if not auxiliary[name]]
+    if rng.random() < 0.5:
+        rng.shuffle(in_model)
+    latents = {}
+    for i, (name, (family, within)) in enumerate(kept.items()):
+        before = in_model[: in_model.index(name)] if name in in_model else []
+        masks = tuple(rng.random(shape_of(within)) < 0.6 if rng.random() < 0.2 else None for _ in range(2))
+        latents[name] = Latent(
+            family,
+            within,
+            (some(list(kept)[:i]), some(before)),
+            tuple(rng.integers(len(THETA), size=2).tolist()),
+            tuple(float(rng.choice([1.0, 1.0, 1.7])) for _ in range(2)),
+            masks,
+            auxiliary[name],
+        )
+    costs = {f"cost{i}": Cost(plates(), some(in_model)) for i in range(rng.integers(1, 4))}
+    model = list(in_model)
+    for name, cost in costs.items():  # anywhere after the sites that it reads
+        first = max((model.index(read) + 1 for read in cost.reads), default=0)
+        model.insert(int(rng.integers(first, len(model) + 1)), name)
+    estimators = {}
+    for name, latent in latents.items():
+        fits = [e for e in ESTIMATORS[latent.family] if e.baseline != "plate" or (latent.plates and host == "numpyro")]
+        estimators[name] = fits[rng.integers(len(fits))]
+    entropies = ["full", "stl"] + ["analytic"] * (in_model == [name for name in kept if name in in_model])
+    options = {"dependencies": str(rng.choice(["graph", "plates"])), "entropy": str(rng.choice(entropies))}
+    return Case(latents, costs, tuple(model), estimators, options)
+
+
+def program_of(case: Case) -> Program:
+    def plates_of(h):
+        return {name: h.plate(name, 2, dim=dim) for name, dim in PLATES.items()}
+
+    def within(*contexts):
+        stack = ExitStack()
+        for context in contexts:
+            stack.enter_context(context)
+        return stack
+
+    def read(h, values, reads, plates):
+        """What a statement within ``plates`` reads: of each site its own elements, and the sum over the site's other plates."""
+        shape = shape_of(plates)
+        total = h.array(np.linspace(-0.3, 0.4, int(np.prod(shape))).reshape(shape))
+        for name, coefficient in reads.items():
+            value = values[name]
+            for plate in set(case.latents[name].plates) - set(plates):
+                value = value.sum(PLATES[plate], keepdims=True)
+            while h.name == "numpyro" and value.shape[:1] == (1,):
+                value = value[0]
+            total = total + coefficient * (value + 0.2 * value**2)
+        return total
+
+    def sample(h, t, plates, values, name, side):
+        site = case.latents[name]
+        i, j = site.parameters
+        loc = read(h, values, site.reads[side], site.plates) + (0.1 if side else t[i])
+        if site.family == "Bernoulli":
+            fn = h.dist.Bernoulli(logits=loc)
+        else:
+            fn = h.dist.Normal(loc, h.array(1.2) if side else h.math.exp(0.3 * t[j]))
+        if (mask := site.masks[side]) is not None:
+            fn = fn.mask(h.array(mask) > 0)
+        with within(*map(plates.get, site.plates), h.scale(site.weights[side])):
+            values[name] = h.sample(name, fn, infer={"is_auxiliary": site.auxiliary})
+
+    def guide(h, t):
+        plates, values = plates_of(h), {}
+        for name in case.latents:
+            sample(h, t, plates, values, name, 0)
+
+    def model(h, t):
+        plates, values = plates_of(h), {}
+        for name in case.model:
+            if name in case.latents:
+                sample(h, t, plates, values, name, 1)
+                continue
+            cost = case.costs[name]
+            with within(*map(plates.get, cost.plates)):
+                h.factor(name, (1.0 + read(h, values, cost.reads, cost.plates)) ** 2 + 0.0 * t[0])
+
+    return Program(guide, model, THETA, plates=2)
+
+
+# ---- all that can happen
+
+
+def outcomes(case: Case, particles: int = 1) -> tuple[list[list[np.ndarray]], np.ndarray]:
+    """For each particle and site its values (Normal: standardized) in every outcome, and the weights of the nodes.
+
+    Values are of shape (outcomes, *plates), weights (outcomes,).
+    """
+    sites = [site for _ in range(particles) for site in case.latents.values()]
+    sizes = [2 ** len(site.plates) for site in sites]
+    ranges = [range(2 if site.family == "Bernoulli" else len(NODES)) for site in sites]
+    index = np.array(list(itertools.product(*(r for r, n in zip(ranges, sizes, strict=True) for _ in range(n)))))
+    values, weight = [], np.ones(len(index))
+    for site, own in zip(sites, np.split(index, np.cumsum(sizes)[:-1], 1), strict=True):
+        if site.family == "Normal":
+            weight = weight * WEIGHTS[own].prod(1)
+            own = NODES[own]
+        values.append(own.reshape((-1, *shape_of(site.plates))).astype(float))
+    n = len(case.latents)
+    return [values[i * n : (i + 1) * n] for i in range(particles)], weight
+
+
+class Forced:
+    """What the generators hand out, and the probabilities with which they were asked for it.
+
+    Every run of the guide draws all of its sites, in order; an objective may run it more than once for one particle.
+    """
+
+    def __init__(self, values: list):
+        self.values, self.particle, self.calls = values, 0, 0
+        self.probabilities: dict[tuple[int, int], Any] = {}
+
+    def start(self, particle: int):
+        self.particle, self.calls = particle, 0
+
+    def next(self) -> tuple[tuple[int, int], Any]:
+        """Which draw this is, and its value."""
+        values = self.values[self.particle]
+        site = self.calls % len(values)
+        self.calls += 1
+        return (self.particle, site), values[site]
+
+
+def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1) -> np.ndarray:
+    """The mean of the estimated gradient."""
+    h, program = HOSTS["numpyro"], program_of(case)
+
+    def estimate(theta, values):
+        forced = Forced(values)
+
+        def normal(key, shape=(), dtype=float):
+            return forced.next()[1].reshape(shape)
+
+        def bernoulli(key, p=0.5, shape=None):
+            which, value = forced.next()
+            value = value.reshape(jnp.shape(p) if shape is None else shape)
+            forced.probabilities.setdefault(which, jnp.where(value > 0, p, 1 - p).prod())
+            return (value > 0) & (p >= 0)  # what is drawn depends on p, which the jaxpr has to show
+
+        def one_by_one(particle, keys):
+            results = []
+            for k in range(particles):
+                forced.start(k)
+                results.append(particle(keys[k]))
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+        monkeypatch.setattr(jax.random, "normal", normal)
+        monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+        elbo = h.flow.TraceFlow_ELBO(particles, one_by_one, estimators=case.estimators, **case.options)
+
+        def objective(theta):
+            t = list(theta)
+            loss = elbo.loss(jax.random.key(0), {}, lambda: program.model(h, t), lambda: program.guide(h, t))
+            return -loss, jax.lax.stop_gradient(list(forced.probabilities.values()))
+
+        gradient, probabilities = jax.grad(objective, has_aux=True)(theta)
+        return gradient, jnp.prod(jnp.array(probabilities))
+
+    values, weight = outcomes(case, particles)
+    gradient, probability = jax.jit(jax.vmap(estimate, (None, 0)))(jnp.array(THETA), jax.tree.map(jnp.asarray, values))
+    return (weight * np.asarray(probability)) @ np.asarray(gradient)
+
+
+def mean_in_pyro(case: Case, monkeypatch, particles: int = 1) -> np.ndarray:
+    """As in NumPyro; every outcome is an element of an outermost plate."""
+    h, program = HOSTS["pyro"], program_of(case)
+    values, weight = outcomes(case, particles)
+    forced = Forced(values)
+
+    def next_value():
+        forced.particle = forced.calls // len(case.latents)  # particles run one after the other, each once
+        which, value = forced.next()
+        return which, torch.as_tensor(value)
+
+    def normal(shape, dtype, device):
+        return next_value()[1].reshape(shape)
+
+    def bernoulli(p):
+        which, value = next_value()
+        value = value.reshape(p.shape)
+        forced.probabilities[which] = torch.where(value > 0, p, 1 - p).reshape((len(weight), -1)).prod(1).detach()
+        return value + 0 * p
+
+    monkeypatch.setattr(torch.distributions.normal, "_standard_normal", normal)
+    monkeypatch.setattr(torch, "bernoulli", bernoulli)
+    pyro.clear_param_store()
+    gradients = h.gradients(program, len(weight), particles=particles, vectorize=False, estimators=case.estimators, **case.options)
+    assert forced.calls == particles * len(case.latents)
+    return (weight * np.prod([p.numpy() for p in forced.probabilities.values()], axis=0)) @ gradients
+
+
+MEANS = {"numpyro": mean_in_numpyro, "pyro": mean_in_pyro}
+
+
+def exact(case: Case) -> np.ndarray:
+    """The gradient of the ELBO: a sum over all outcomes that JAX differentiates, of log densities by NumPyro's own handlers."""
+    h, program = HOSTS["numpyro"], program_of(case)
+
+    def family(fn):
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        return fn
+
+    def term(theta, values):
+        t, at = list(theta), dict(zip(case.latents, values, strict=True))
+
+        def place(site):
+            """A Normal's value moves with its parameters."""
+            if site["type"] != "sample" or site["is_observed"]:
+                return None
+            fn, value = family(site["fn"]), at[site["name"]]
+            return fn.loc + fn.scale * value if isinstance(fn, numpyro.distributions.Normal) else value
+
+        guide = numpyro.handlers.trace(numpyro.handlers.substitute(lambda: program.guide(h, t), substitute_fn=place)).get_trace()
+        drawn = {name: guide[name]["value"] for name in case.latents}
+        log_q, _ = numpyro.infer.util.log_density(lambda: program.guide(h, t), (), {}, drawn)
+        log_p, _ = numpyro.infer.util.log_density(lambda: program.model(h, t), (), {}, drawn)
+        log_probs = [
+            jnp.broadcast_to(family(guide[name]["fn"]).log_prob(drawn[name]), shape_of(latent.plates)).sum()
+            for name, latent in case.latents.items()
+            if latent.family == "Bernoulli"
+        ]
+        return jnp.exp(sum(log_probs)) * (log_p - log_q)
+
+    (values,), weight = outcomes(case)
+    values, weight = jax.tree.map(jnp.asarray, values), jnp.asarray(weight)
+    return np.asarray(jax.jit(jax.grad(lambda theta: weight @ jax.vmap(term, (None, 0))(theta, values)))(jnp.array(THETA)))
+
+
+def assert_unbiased(case: Case, host: str, monkeypatch, particles: int = 1):
+    truth = exact(case)
+    with monkeypatch.context() as patch:
+        found = MEANS[host](case, patch, particles)
+    np.testing.assert_allclose(found, truth, rtol=1e-7, atol=1e-7, err_msg=str(case))
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("seed", range(30))
+def test_random_program(seed, host, monkeypatch):
+    assert_unbiased(made(seed, host), host, monkeypatch)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_random_program_with_two_particles(seed, host, monkeypatch):
+    assert_unbiased(made(seed, host, elements=3, normals=1), host, monkeypatch, 2)
+
+
+def test_a_wrong_rule_is_rejected(host, monkeypatch):
+    """Here: that two statements in one plate meet element by element whatever lies between them."""
+
+    def meet(frames, names, routes, weighty):
+        return frozenset(Ancestor(site.name, frames & site.frames) for site in routes if site.name in names & weighty)
+
+    monkeypatch.setattr(f"flowvi.{host.name}.run.meet", meet)
+    with pytest.raises(AssertionError):
+        assert_unbiased(made(0, host.name), host.name, monkeypatch)
