@@ -22,7 +22,7 @@ import pytest
 import torch
 from hosts import HOSTS, Program
 
-from flowvi import LR, RP, Baseline, Flow, ImplicitRP
+from flowvi import LR, RP, AdaptiveFlow, Baseline, Flow, ImplicitRP
 from flowvi.tape import Ancestor
 
 THETA = (0.4, -0.3, 0.7, 0.2)
@@ -72,6 +72,7 @@ ESTIMATORS = {
         Flow(scale=curved, q=wide, baseline="plate"),
     ],
 }
+LEARNERS = [AdaptiveFlow(bumps=1), AdaptiveFlow(bumps=0, q=wide), RP(control_variate="quadratic"), RP(control_variate="diagonal")]
 
 
 class Latent(NamedTuple):
@@ -267,9 +268,18 @@ class Forced:
         return (self.particle, site), values[site]
 
 
-def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1) -> np.ndarray:
-    """The mean of the estimated gradient."""
-    h, program = HOSTS["numpyro"], program_of(case)
+def learned_in_numpyro(case: Case) -> dict[str, jax.Array]:
+    """Any values for what the estimators learn."""
+    h, program, t = HOSTS["numpyro"], program_of(case), list(jnp.array(THETA))
+    guide = h.flow.adaptive(lambda: program.guide(h, t), h.flow.TraceFlow_ELBO(estimators=case.estimators))
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(guide, 0)).get_trace()
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(0.3 * rng.normal(size=site["value"].shape)) for name, site in trace.items() if site["type"] == "param"}
+
+
+def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1, alpha: float | None = None) -> np.ndarray:
+    """The mean of the estimated gradient, of the ELBO or of the Rényi bound of order ``alpha``."""
+    h, program, learned = HOSTS["numpyro"], program_of(case), learned_in_numpyro(case)
 
     def estimate(theta, values):
         forced = Forced(values)
@@ -292,11 +302,14 @@ def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1) -> np.ndarray:
 
         monkeypatch.setattr(jax.random, "normal", normal)
         monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
-        elbo = h.flow.TraceFlow_ELBO(particles, one_by_one, estimators=case.estimators, **case.options)
+        if alpha is None:
+            elbo = h.flow.TraceFlow_ELBO(particles, one_by_one, estimators=case.estimators, **case.options)
+        else:
+            elbo = h.flow.TraceFlow_RenyiELBO(alpha, particles, vectorize_particles=one_by_one, estimators=case.estimators)
 
         def objective(theta):
             t = list(theta)
-            loss = elbo.loss(jax.random.key(0), {}, lambda: program.model(h, t), lambda: program.guide(h, t))
+            loss = elbo.loss(jax.random.key(0), learned, lambda: program.model(h, t), lambda: program.guide(h, t))
             return -loss, jax.lax.stop_gradient(list(forced.probabilities.values()))
 
         gradient, probabilities = jax.grad(objective, has_aux=True)(theta)
@@ -307,7 +320,7 @@ def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1) -> np.ndarray:
     return (weight * np.asarray(probability)) @ np.asarray(gradient)
 
 
-def mean_in_pyro(case: Case, monkeypatch, particles: int = 1) -> np.ndarray:
+def mean_in_pyro(case: Case, monkeypatch, particles: int = 1, alpha: float | None = None) -> np.ndarray:
     """As in NumPyro; every outcome is an element of an outermost plate."""
     h, program = HOSTS["pyro"], program_of(case)
     values, weight = outcomes(case, particles)
@@ -330,7 +343,11 @@ def mean_in_pyro(case: Case, monkeypatch, particles: int = 1) -> np.ndarray:
     monkeypatch.setattr(torch.distributions.normal, "_standard_normal", normal)
     monkeypatch.setattr(torch, "bernoulli", bernoulli)
     pyro.clear_param_store()
-    gradients = h.gradients(program, len(weight), particles=particles, vectorize=False, estimators=case.estimators, **case.options)
+    options = {"particles": particles, "vectorize": False, "estimators": case.estimators}
+    if alpha is None:
+        gradients = h.gradients(program, len(weight), **options, **case.options)
+    else:
+        gradients = h.bound_gradients(program, len(weight), alpha=alpha, **options)
     assert forced.calls == particles * len(case.latents)
     return (weight * np.prod([p.numpy() for p in forced.probabilities.values()], axis=0)) @ gradients
 
@@ -338,8 +355,11 @@ def mean_in_pyro(case: Case, monkeypatch, particles: int = 1) -> np.ndarray:
 MEANS = {"numpyro": mean_in_numpyro, "pyro": mean_in_pyro}
 
 
-def exact(case: Case) -> np.ndarray:
-    """The gradient of the ELBO: a sum over all outcomes that JAX differentiates, of log densities by NumPyro's own handlers."""
+def exact(case: Case, particles: int = 1, alpha: float = 0.0) -> np.ndarray:
+    """The gradient of the ELBO, or with several particles that of the bound.
+
+    It is a sum over all outcomes that JAX differentiates, of log densities by NumPyro's own handlers.
+    """
     h, program = HOSTS["numpyro"], program_of(case)
 
     def family(fn):
@@ -347,7 +367,8 @@ def exact(case: Case) -> np.ndarray:
             fn = fn.base_dist
         return fn
 
-    def term(theta, values):
+    def ratio(theta, values):
+        """Of one particle: the log of the densities' ratio, and the probability of its discrete values."""
         t, at = list(theta), dict(zip(case.latents, values, strict=True))
 
         def place(site):
@@ -366,17 +387,22 @@ def exact(case: Case) -> np.ndarray:
             for name, latent in case.latents.items()
             if latent.family == "Bernoulli"
         ]
-        return jnp.exp(sum(log_probs)) * (log_p - log_q)
+        return log_p - log_q, jnp.exp(sum(log_probs))
 
-    (values,), weight = outcomes(case)
+    def term(theta, values):
+        ratios, probabilities = zip(*(ratio(theta, of_particle) for of_particle in values), strict=True)
+        powers = jax.scipy.special.logsumexp((1 - alpha) * jnp.array(ratios)) - jnp.log(particles)
+        return jnp.prod(jnp.array(probabilities)) * powers / (1 - alpha)
+
+    values, weight = outcomes(case, particles)
     values, weight = jax.tree.map(jnp.asarray, values), jnp.asarray(weight)
     return np.asarray(jax.jit(jax.grad(lambda theta: weight @ jax.vmap(term, (None, 0))(theta, values)))(jnp.array(THETA)))
 
 
-def assert_unbiased(case: Case, host: str, monkeypatch, particles: int = 1):
-    truth = exact(case)
+def assert_unbiased(case: Case, host: str, monkeypatch, particles: int = 1, alpha: float | None = None):
+    truth = exact(case) if alpha is None else exact(case, particles, alpha)
     with monkeypatch.context() as patch:
-        found = MEANS[host](case, patch, particles)
+        found = MEANS[host](case, patch, particles, alpha)
     np.testing.assert_allclose(found, truth, rtol=1e-7, atol=1e-7, err_msg=str(case))
 
 
@@ -386,10 +412,28 @@ def test_random_program(seed, host, monkeypatch):
     assert_unbiased(made(seed, host), host, monkeypatch)
 
 
+@pytest.mark.parametrize("seed", range(50, 60))
+def test_random_program_with_learners(seed, monkeypatch):
+    """Whatever is learned. In NumPyro, where it is a number to hand over."""
+    case, rng = made(seed, "numpyro"), np.random.default_rng(seed)
+    learners = {name: LEARNERS[rng.integers(len(LEARNERS))] for name, site in case.latents.items() if site.family == "Normal"}
+    assert_unbiased(case._replace(estimators=case.estimators | learners), "numpyro", monkeypatch)
+
+
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("seed", range(100, 110))
 def test_random_program_with_two_particles(seed, host, monkeypatch):
     assert_unbiased(made(seed, host, elements=3, normals=1), host, monkeypatch, 2)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("seed", range(150, 160))
+def test_random_bound(seed, host, monkeypatch):
+    """Of two particles; a statement outside every plate keeps all of it inside the logarithm."""
+    case = made(seed, host, elements=3, normals=1)
+    estimators = {name: e for name, e in case.estimators.items() if e.q is None and e.baseline is None}
+    case = case._replace(estimators=estimators, costs={**case.costs, "outside": Cost((), {})}, model=(*case.model, "outside"))
+    assert_unbiased(case, host, monkeypatch, 2, alpha=(0.0, 0.5)[seed % 2])
 
 
 def test_a_wrong_rule_is_rejected(host, monkeypatch):
