@@ -14,9 +14,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flowvi.control_variates import QuadraticModel
 from flowvi.fields import Field
@@ -24,8 +24,7 @@ from flowvi.ops import Array, Ops
 from flowvi.target import Learned, Tangents, Target, broadcasts, unknown_parameter
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """A drawn value with its derivatives attached.
 
     Attributes:
@@ -164,16 +163,16 @@ def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
         target.check(ops, ok, "the weight p/q is not finite; the density of q must be positive wherever that of p is.")
     draw = estimator.attach(ops, target, x)
     if draw.control is not None:
-        draw = replace(draw, control=ops.exp(log_weight) * draw.control)
-    return _with_baseline(ops, estimator, replace(draw, log_weight=log_weight))
+        draw = draw._replace(control=ops.exp(log_weight) * draw.control)
+    return _with_baseline(ops, estimator, draw._replace(log_weight=log_weight))
 
 
 def _with_baseline(ops: Ops, estimator: Estimator, draw: Draw) -> Draw:
     if estimator.baseline is None or draw.score is None:
         return draw
     if isinstance(estimator.baseline, str):
-        return replace(draw, baseline=estimator.baseline)
-    return replace(draw, baseline=ops.asarray(estimator.baseline(ops), draw.score))
+        return draw._replace(baseline=estimator.baseline)
+    return draw._replace(baseline=ops.asarray(estimator.baseline(ops), draw.score))
 
 
 @dataclass(frozen=True, repr=False)

@@ -171,23 +171,23 @@ class Run:
     def tape(self, dependencies: Dependencies) -> Tape:
         """The run's records."""
         trace, draws = self.guide_trace, weighty(self.attached.draws)
-        random = frozenset(self.attached.random)
-        of_guide, of_model = program_order(_statements(trace), _statements(self.model_trace), random)
-        of_site = {name: of_guide[name] for name in random}
+        random_sites = frozenset(self.attached.random)
+        of_guide, of_model = program_order(_statements(trace), _statements(self.model_trace), random_sites)
+        of_site = {name: of_guide[name] for name in random_sites}
         for name in self._closed_forms:  # its expectation over the site itself is taken
             of_model = {**of_model, name: of_model[name] | of_guide[name] - {name}}
         if dependencies == "graph" and draws and not self._multi_sample:
-            of_guide, of_model, of_site = self._graph(random, of_guide, of_model)
-        routes = tuple(Route(name, _frames(trace[name]), of_site[name]) for name in sorted(random))
+            of_guide, of_model, of_site = self._graph(random_sites, of_guide, of_model)
+        routes = tuple(Route(name, _frames(site), of_site[name]) for name, site in trace.items() if name in random_sites)
         met = partial(meet, routes=routes, weighty=frozenset(draws))
-        sites = [Site(name, _frames(trace[name]), draw, met(_frames(trace[name]), of_site[name])) for name, draw in draws.items()]
+        sites = [Site(name, frames, draws[name], met(frames, names)) for name, frames, names in routes if name in draws]
         terms = [
             *_terms(1, self.model_log_probs, self.model_trace, lambda name, frames: met(frames, of_model[name])),
             *_terms(-1, self.guide_log_probs, trace, lambda name, frames: met(frames, of_guide[name])),
         ]
         return Tape(terms + control_terms(self.attached.draws), sites)
 
-    def _graph(self, random: frozenset[str], *ordered):
+    def _graph(self, random_sites: frozenset[str], *ordered):
         """Ancestors of the guide's costs, the model's costs and the draws: which draws a jaxpr of one more run leads from.
 
         A draw inside scan or cond cannot be marked there, so that for these the order of statements counts.
@@ -201,8 +201,8 @@ class Run:
             of_model |= {name: _closed_form(trace[name], model_trace[name]) for name in self._closed_forms}
             return of_guide, of_model, {name: trace[name]["value"] for name in marks}
 
-        of_guide, of_model, of_site = eval_provenance(log_probs, **dict.fromkeys(random, jnp.zeros(())))
-        inside = {name for name in random if self.guide_trace[name].get("_control_flow_done")}
+        of_guide, of_model, of_site = eval_provenance(log_probs, **dict.fromkeys(random_sites, jnp.zeros(())))
+        inside = {name for name in random_sites if self.guide_trace[name].get("_control_flow_done")}
         for graph, order in zip((of_guide, of_model, of_site), (*ordered, ordered[0]), strict=True):
             for name in graph:
                 reached = order[name] & inside

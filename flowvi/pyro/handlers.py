@@ -92,7 +92,6 @@ class attach_estimators(Messenger):
         name = msg["name"]
         if not estimator.uses_sampler:
             target.first_use = name not in self.assignment.met
-            target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
             self._declare(msg, target, estimator)
             self.draws[name] = drawn = draw(target, estimator)
             self.assignment.met.add(name)
@@ -112,7 +111,9 @@ class attach_estimators(Messenger):
         """Make what the estimator learns parameters of the program, of which the target gets the values."""
         frames = [f for f in msg["cond_indep_stack"] if f.vectorized]
         target.plate_sizes = {f.dim: 1 if f.name == PARTICLES else f.full_size or f.size for f in frames}
-        learns = estimator.learns(ops, target)
+        if not (learns := estimator.learns(ops, target)):
+            return
+        target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
         target.learned = {
             name: pyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=learned.event_ndim) for name, learned in learns.items()
         }

@@ -167,18 +167,17 @@ class Run:
 
     def tape(self) -> Tape:
         """The run's records."""
-        model, guide = (tuple(map(Statement, _sample_sites(trace))) for trace in (self.model_trace, self.guide_trace))
-        random = frozenset(self.attached.random).union(self.draws)
-        of_guide, of_model = program_order(guide, model, random)
+        guide, model = _sample_sites(self.guide_trace), _sample_sites(self.model_trace)
+        random_sites, draws = frozenset(self.attached.random).union(self.draws), weighty(self.draws)
+        of_guide, of_model = program_order(tuple(map(Statement, guide)), tuple(map(Statement, model)), random_sites)
         of_site = of_guide
         for name in self._closed_forms:  # its expectation over the site itself is taken
             of_model = {**of_model, name: of_model[name] | of_guide[name] - {name}}
         if self._provenance is not None:
-            of_guide, of_model, of_site = ({name: names & random for name, names in of.items()} for of in self._provenance)
-        nodes, draws = self.guide_trace.nodes, weighty(self.draws)
-        routes = tuple(Route(name, _frames(nodes[name]), of_site[name]) for name in sorted(random) if name in nodes)
+            of_guide, of_model, of_site = ({name: names & random_sites for name, names in of.items()} for of in self._provenance)
+        routes = tuple(Route(name, _frames(site), of_site[name]) for name, site in guide.items() if name in random_sites)
         met = partial(meet, routes=routes, weighty=frozenset(draws))
-        sites = [Site(name, _frames(nodes[name]), draw, met(_frames(nodes[name]), of_site[name])) for name, draw in draws.items()]
+        sites = [Site(name, frames, draws[name], met(frames, names)) for name, frames, names in routes if name in draws]
         terms = [
             *_terms(1, self.model_trace, lambda name, frames: met(frames, of_model[name])),
             *_terms(-1, self.guide_trace, lambda name, frames: met(frames, of_guide[name])),
