@@ -61,7 +61,7 @@ def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
         tape: A run in which some site has a score or a weight.
         by_statement: Whether to keep the costs of each statement apart.
     """
-    sites = {site.name: site for site in tape.sites}
+    weights = {site.name: site.draw.log_weight for site in tape.sites if site.draw.log_weight is not None}
     groups: dict[tuple, Array] = {}  # costs that the same sites lead to, in the same plates, are one cost
     for term in tape.terms:
         cost = sum_to(term.log_density, term.frames)
@@ -70,28 +70,28 @@ def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
     costs: dict[str, Array] = {}
     shares: list[_Share] = []
     for (name, _, ancestors, _), cost in groups.items():
-        weight = _weight(ops, sites, ancestors)
+        weight = _weight(ops, weights, ancestors)
         if weight is not None:
             cost = ops.where(weight > 0, weight * cost, weight)
         if ancestors:
-            shares.append(_Share(ops.stop_gradient(cost), dict(ancestors)))
+            shares.append(_Share(ops.stop_gradient(cost), ancestors))
         cost = cost.sum() if cost.ndim else cost
         costs[name] = costs[name] + cost if name in costs else cost
     scored = [site for site in tape.sites if site.draw.score is not None]
     credits: dict[str, Credit] = {}
     for site, cost in _downstream(scored, shares):
         if site.draw.baseline == "optimal":
-            credits |= _credits_by_parameter(ops, sites, site, cost)
+            credits |= _credits_by_parameter(ops, weights, site, cost)
         else:
-            credits[site.name] = _credit(ops, sites, site, cost, shares)
+            credits[site.name] = _credit(ops, weights, site, cost, shares)
     return Particle(costs, credits)
 
 
 class _Share(NamedTuple):
-    """A detached cost, and the sites that lead to it, each with the plates in which they meet element by element."""
+    """A detached cost, and the sites that lead to it."""
 
     cost: Array
-    ancestors: dict[str, frozenset[Frame]]
+    ancestors: frozenset[Ancestor]
 
 
 def _downstream(scored: list[Site], shares: list[_Share]) -> Iterator[tuple[Site, Array]]:
@@ -99,10 +99,8 @@ def _downstream(scored: list[Site], shares: list[_Share]) -> Iterator[tuple[Site
 
     Along a chain each site leads to the costs of the next one and a few more, so that sums are begun where the last one ended.
     """
-    led_to = {
-        site.name: frozenset((i, share.ancestors[site.name]) for i, share in enumerate(shares) if site.name in share.ancestors)
-        for site in scored
-    }
+    led_to = _led_to(tuple(share.ancestors for share in shares))
+    scored = [site for site in scored if site.name in led_to]
     last: dict[frozenset[Frame], tuple[frozenset[tuple[int, frozenset[Frame]]], Array]] = {}
     for site in sorted(scored, key=lambda site: len(led_to[site.name])):
         wanted = led_to[site.name]
@@ -112,9 +110,20 @@ def _downstream(scored: list[Site], shares: list[_Share]) -> Iterator[tuple[Site
         for i, frames in sorted(wanted - summed, key=itemgetter(0)):
             share = sum_to(shares[i].cost, frames)
             total = share if total is None else total + share
-        if total is not None:
-            last[site.frames] = wanted, total
-            yield site, total
+        assert total is not None
+        last[site.frames] = wanted, total
+        yield site, total
+
+
+@lru_cache(maxsize=64)  # the same at every step of most programs
+def _led_to(ancestors: tuple[frozenset[Ancestor], ...]) -> dict[str, frozenset[tuple[int, frozenset[Frame]]]]:
+    """For each site, the shares of which it is an ancestor, by index, each with the plates in which they meet element by element."""
+    found: dict[str, set[tuple[int, frozenset[Frame]]]] = {}
+    for i, sites in enumerate(ancestors):
+        met = {frames: (i, frames) for _, frames in sites}  # one object for all sites, as sets of these are compared
+        for name, frames in sites:
+            found.setdefault(name, set()).add(met[frames])
+    return {name: frozenset(shares) for name, shares in found.items()}
 
 
 def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: LeaveOneOut) -> dict[str, Array]:
@@ -182,17 +191,15 @@ def _summed(shape: tuple[int, ...], frames: frozenset[Frame]) -> tuple[tuple[int
     return axes, left[ones:]
 
 
-def _weight(ops: Ops, sites: dict[str, Site], ancestors: frozenset[Ancestor]) -> Array | None:
+def _weight(ops: Ops, weights: dict[str, Array], ancestors: frozenset[Ancestor]) -> Array | None:
     """The product of the ancestors' weights: elementwise in the plates in which they are met so, joint over the others."""
-    weighted = [ancestor for ancestor in sorted(ancestors, key=itemgetter(0)) if sites[ancestor.name].draw.log_weight is not None]
-    if not weighted:
-        return None
-    return ops.exp(sum(sum_to(sites[name].draw.log_weight, frames) for name, frames in weighted))
+    weighted = sorted((ancestor for ancestor in ancestors if ancestor.name in weights), key=itemgetter(0)) if weights else ()
+    return ops.exp(sum(sum_to(weights[name], frames) for name, frames in weighted)) if weighted else None
 
 
-def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array, shares: list[_Share]) -> Credit:
+def _credit(ops: Ops, weights: dict[str, Array], site: Site, cost: Array, shares: list[_Share]) -> Credit:
     score = sum_to(site.draw.score, site.frames)
-    weight = _weight(ops, sites, site.ancestors)
+    weight = _weight(ops, weights, site.ancestors)
     if weight is None and site.draw.baseline is None and score.shape == cost.shape:
         return Credit(score, cost, None, None)
     shape = ops.broadcast_shapes(score.shape, cost.shape, *(() if weight is None else (weight.shape,)))
@@ -204,9 +211,9 @@ def _credit(ops: Ops, sites: dict[str, Site], site: Site, cost: Array, shares: l
     return Credit(*(None if a is None else ops.broadcast_to(a, shape) for a in (score, cost, weight, baseline)))
 
 
-def _credits_by_parameter(ops: Ops, sites: dict[str, Site], site: Site, cost: Array) -> dict[str, Credit]:
+def _credits_by_parameter(ops: Ops, weights: dict[str, Array], site: Site, cost: Array) -> dict[str, Credit]:
     """A credit for each array of the site's parameters, over the batch dims of x."""
-    weight = _weight(ops, sites, site.ancestors)
+    weight = _weight(ops, weights, site.ancestors)
     credits = {}
     for i, (score, square) in enumerate(site.draw.by_parameter):
         extra = (1,) * (score.ndim - site.draw.score.ndim)  # type: ignore[union-attr]
@@ -217,7 +224,7 @@ def _credits_by_parameter(ops: Ops, sites: dict[str, Site], site: Site, cost: Ar
 
 def _mean_of_other_elements(site: Site, shares: list[_Share]) -> Array:
     """For each element of the site's plates, the mean of the costs of the other elements, as far as they are theirs alone."""
-    own = [sum_to(share.cost, site.frames) for share in shares if share.ancestors.get(site.name) == site.frames]
+    own = [sum_to(share.cost, site.frames) for share in shares if Ancestor(site.name, site.frames) in share.ancestors]
     size = math.prod(frame.size for frame in site.frames)
     if size == 1:
         raise ValueError(f"site '{site.name}': baseline='plate' needs a plate of several elements, found none; use the default.")

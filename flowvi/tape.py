@@ -80,12 +80,12 @@ def control_terms(draws: Mapping[str, Draw]) -> list[Term]:
 
 
 class Route(NamedTuple):
-    """A random site of the guide, whatever its estimator, as a way for dependence to take.
+    """A statement as a way for dependence to take.
 
     Attributes:
-        name: The site's name.
+        name: Its name.
         frames: Its plates.
-        ancestors: Names of the random sites on which its draw depends, its own included.
+        ancestors: Names of the random sites of the guide, whatever their estimators, on which it depends; of a draw, its own included.
     """
 
     name: str
@@ -93,20 +93,39 @@ class Route(NamedTuple):
     ancestors: frozenset[str]
 
 
-@lru_cache(maxsize=1024)  # the same at every step of most programs
-def meet(frames: frozenset[Frame], names: frozenset[str], routes: tuple[Route, ...], weighty: frozenset[str]) -> frozenset[Ancestor]:
-    """The ancestors of a statement within plates ``frames``, of which ``names`` are known, and the plates in which it meets them.
+@lru_cache(maxsize=64)  # the same at every step of most programs
+def meet(statements: tuple[Route, ...], draws: tuple[Route, ...], weighty: frozenset[str]) -> dict[str, frozenset[Ancestor]]:
+    """The ancestors of each statement that have a score or a weight, and the plates in which it meets them.
 
     Elements of a plate are independent, so that a statement meets a site element by element in the plates of both; but not in a plate
     that some site between them is outside of, which one element has led to and which leads to all of them.
+
+    Args:
+        statements: The statements.
+        draws: All random sites of the guide.
+        weighty: Those with a score or a weight.
     """
-    known = [route for route in routes if route.name in names]
 
-    def shared(site: Route) -> frozenset[Frame]:
-        between = (route.frames for route in known if route is not site and site.name in route.ancestors)
-        return frames.intersection(site.frames, *between)
+    def shared(statement: Route, site: Route) -> frozenset[Frame]:
+        frames = statement.frames & site.frames
+        if not frames:
+            return frames
+        on_the_way = (d.frames for d in draws if d is not site and d.name in statement.ancestors and site.name in d.ancestors)
+        return frames.intersection(*on_the_way)
 
-    return frozenset(Ancestor(site.name, shared(site)) for site in known if site.name in weighty)
+    sites = [draw for draw in draws if draw.name in weighty]
+    return {
+        statement.name: _one_of(
+            frozenset(Ancestor(site.name, shared(statement, site)) for site in sites if site.name in statement.ancestors)
+        )
+        for statement in statements
+    }
+
+
+@lru_cache(maxsize=4096)
+def _one_of(ancestors: frozenset[Ancestor]) -> frozenset[Ancestor]:
+    """One object for all sets that are equal, so that it costs nothing to see that they are."""
+    return ancestors
 
 
 class Statement(NamedTuple):

@@ -439,8 +439,12 @@ def test_random_bound(seed, host, monkeypatch):
 def test_a_wrong_rule_is_rejected(host, monkeypatch):
     """Here: that two statements in one plate meet element by element whatever lies between them."""
 
-    def meet(frames, names, routes, weighty):
-        return frozenset(Ancestor(site.name, frames & site.frames) for site in routes if site.name in names & weighty)
+    def meet(statements, draws, weighty):
+        sites = [draw for draw in draws if draw.name in weighty]
+        return {
+            s.name: frozenset(Ancestor(site.name, s.frames & site.frames) for site in sites if site.name in s.ancestors)
+            for s in statements
+        }
 
     monkeypatch.setattr(f"flowvi.{host.name}.run.meet", meet)
     with pytest.raises(AssertionError):

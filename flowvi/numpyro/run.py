@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from flowvi.numpyro.distributions import NumPyroTarget, masks
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, read_annotations
 from flowvi.objectives import ALL, Dependencies, Entropy, require_one_order
 from flowvi.tape import Ancestor, Frame, Route, Site, Statement, Tape, Term, control_terms, meet, program_order, weighty
+
+Ancestors = dict[str, frozenset[Ancestor]] | None
 
 
 class Program(NamedTuple):
@@ -178,14 +180,12 @@ class Run:
             of_model = {**of_model, name: of_model[name] | of_guide[name] - {name}}
         if dependencies == "graph" and draws and not self._multi_sample:
             of_guide, of_model, of_site = self._graph(random_sites, of_guide, of_model)
-        routes = tuple(Route(name, _frames(site), of_site[name]) for name, site in trace.items() if name in random_sites)
-        met = partial(meet, routes=routes, weighty=frozenset(draws))
-        sites = [Site(name, frames, draws[name], met(frames, names)) for name, frames, names in routes if name in draws]
-        terms = [
-            *_terms(1, self.model_log_probs, self.model_trace, lambda name, frames: met(frames, of_model[name])),
-            *_terms(-1, self.guide_log_probs, trace, lambda name, frames: met(frames, of_guide[name])),
-        ]
-        return Tape(terms + control_terms(self.attached.draws), sites)
+        drawn = _routes(trace, self.attached.random, of_site)
+        met = partial(meet, draws=drawn, weighty=frozenset(draws))
+        by_site = met(drawn)
+        sites = [Site(name, frames, draws[name], by_site[name]) for name, frames, _ in drawn if name in draws]
+        at_model, at_guide = (_routes(self.model_trace, self.model_log_probs, of_model), _routes(trace, self.guide_log_probs, of_guide))
+        return Tape(self.terms(met(at_model), met(at_guide)), sites)
 
     def _graph(self, random_sites: frozenset[str], *ordered):
         """Ancestors of the guide's costs, the model's costs and the draws: which draws a jaxpr of one more run leads from.
@@ -209,11 +209,11 @@ class Run:
                 graph[name] = graph[name].union(reached, *(of_site[site] for site in reached))
         return of_guide, of_model, of_site
 
-    def terms(self) -> list[Term]:
-        """The costs, as what depends on nothing."""
+    def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
+        """The costs, with the ancestors of each."""
         return [
-            *_terms(1, self.model_log_probs, self.model_trace),
-            *_terms(-1, self.guide_log_probs, self.guide_trace),
+            *_terms(1, self.model_log_probs, self.model_trace, of_model),
+            *_terms(-1, self.guide_log_probs, self.guide_trace, of_guide),
             *control_terms(self.attached.draws),
         ]
 
@@ -223,9 +223,13 @@ class Run:
         return {name: size / subsample for name, (size, subsample) in plates.items() if subsample and size > subsample}
 
 
-def _terms(sign: int, log_probs, trace, ancestors: Callable[[str, frozenset[Frame]], frozenset[Ancestor]] = lambda *_: frozenset()):
-    frames = {name: _frames(trace[name]) for name in log_probs}
-    return [Term(name, frames[name], sign * log_prob, ancestors(name, frames[name])) for name, log_prob in log_probs.items()]
+def _terms(sign: int, log_probs: dict[str, jax.Array], trace, ancestors: Ancestors = None) -> list[Term]:
+    of = ancestors or {}
+    return [Term(name, _frames(trace[name]), sign * log_prob, of.get(name, frozenset())) for name, log_prob in log_probs.items()]
+
+
+def _routes(trace, names: Iterable[str], ancestors: dict[str, frozenset[str]]) -> tuple[Route, ...]:
+    return tuple(Route(name, _frames(trace[name]), ancestors[name]) for name in names)
 
 
 def _latent(trace) -> list[str]:

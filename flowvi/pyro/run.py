@@ -175,14 +175,11 @@ class Run:
             of_model = {**of_model, name: of_model[name] | of_guide[name] - {name}}
         if self._provenance is not None:
             of_guide, of_model, of_site = ({name: names & random_sites for name, names in of.items()} for of in self._provenance)
-        routes = tuple(Route(name, _frames(site), of_site[name]) for name, site in guide.items() if name in random_sites)
-        met = partial(meet, routes=routes, weighty=frozenset(draws))
-        sites = [Site(name, frames, draws[name], met(frames, names)) for name, frames, names in routes if name in draws]
-        terms = [
-            *_terms(1, self.model_trace, lambda name, frames: met(frames, of_model[name])),
-            *_terms(-1, self.guide_trace, lambda name, frames: met(frames, of_guide[name])),
-        ]
-        return Tape(terms + control_terms(self.draws), sites)
+        drawn = _routes({name: site for name, site in guide.items() if name in random_sites}, of_site)
+        met = partial(meet, draws=drawn, weighty=frozenset(draws))
+        by_site = met(drawn)
+        sites = [Site(name, frames, draws[name], by_site[name]) for name, frames, _ in drawn if name in draws]
+        return Tape(self.terms(met(_routes(model, of_model)), met(_routes(guide, of_guide))), sites)
 
     def read_provenance(self):
         """Keep what a run under :class:`track_provenance` says: ancestors of the guide's costs, the model's, and the draws."""
@@ -193,14 +190,17 @@ class Run:
         )
         self._provenance = of_guide, of_model, {name: names | {name} for name, names in of_guide.items()}
 
-    def terms(self) -> list[Term]:
-        """The costs, as what depends on nothing."""
-        return _terms(1, self.model_trace) + _terms(-1, self.guide_trace) + control_terms(self.draws)
+    def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
+        """The costs, with the ancestors of each."""
+        return _terms(1, self.model_trace, of_model) + _terms(-1, self.guide_trace, of_guide) + control_terms(self.draws)
 
     def subsampled(self) -> dict[str, float]:
         """The plates that are subsampled, each with its size over that of the subsample."""
         frames = [f for site in _sample_sites(self.model_trace).values() for f in site["cond_indep_stack"]]
         return {f.name: f.full_size / f.size for f in frames if f.full_size is not None and f.full_size > f.size}
+
+
+Ancestors = dict[str, frozenset[Ancestor]] | None
 
 
 def _traces(model, guide, args, kwargs, attached):
@@ -216,12 +216,16 @@ def _traces(model, guide, args, kwargs, attached):
     return (poutine.trace(replay(model)).get_trace(*args, **kwargs), guide_trace), replay.annotations
 
 
-def _terms(sign: int, trace, ancestors: Callable[[str, frozenset[Frame]], frozenset[Ancestor]] = lambda *_: frozenset()) -> list[Term]:
-    terms = []
-    for name, site in _sample_sites(trace).items():
-        frames = _frames(site)
-        terms.append(Term(name, frames, site["log_prob"] if sign > 0 else -site["log_prob"], ancestors(name, frames)))
-    return terms
+def _terms(sign: int, trace, ancestors: Ancestors = None) -> list[Term]:
+    of = ancestors or {}
+    return [
+        Term(name, _frames(site), site["log_prob"] if sign > 0 else -site["log_prob"], of.get(name, frozenset()))
+        for name, site in _sample_sites(trace).items()
+    ]
+
+
+def _routes(sites: dict, ancestors: dict[str, frozenset[str]]) -> tuple[Route, ...]:
+    return tuple(Route(name, _frames(site), ancestors[name]) for name, site in sites.items())
 
 
 def _sample_sites(trace) -> dict:
