@@ -4,8 +4,8 @@ The surrogate is the composition rule of several dependent sites, in its form wi
 
     S = sum_j sg(W_j) f_j + sum_s score_s sg( sum_{j after s} W_j f_j - W_{<=s} b_s ),
 
-with W_j the product of the weights of cost j's ancestors and b_s a baseline. Plates: a score and a weight meet only costs of their own
-plate elements.
+with W_j the product of the weights of cost j's ancestors and b_s a baseline. In plates, a score and a weight meet costs
+element by element as far as :class:`~flowvi.tape.Ancestor` says.
 """
 
 from __future__ import annotations

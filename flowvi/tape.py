@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -28,6 +28,9 @@ class Ancestor(NamedTuple):
 
     name: str
     frames: frozenset[Frame]
+
+
+Ancestors = Mapping[str, frozenset[Ancestor]] | None
 
 
 class Term(NamedTuple):
@@ -85,7 +88,7 @@ class Route(NamedTuple):
     Attributes:
         name: Its name.
         frames: Its plates.
-        ancestors: Names of the random sites of the guide, whatever their estimators, on which it depends; of a draw, its own included.
+        ancestors: Names of the sites of the guide, of every kind but observed, on which it depends; of a draw, its own included.
     """
 
     name: str
@@ -94,32 +97,30 @@ class Route(NamedTuple):
 
 
 @lru_cache(maxsize=64)  # the same at every step of most programs
-def meet(statements: tuple[Route, ...], draws: tuple[Route, ...], weighty: frozenset[str]) -> dict[str, frozenset[Ancestor]]:
-    """The ancestors of each statement that have a score or a weight, and the plates in which it meets them.
+def meet(statements: tuple[Route, ...], draws: tuple[Route, ...], scored: frozenset[str]) -> dict[str, frozenset[Ancestor]]:
+    """For each statement its ancestors that have a score or a weight, each with the plates in which the two meet element by element.
 
-    Elements of a plate are independent, so that a statement meets a site element by element in the plates of both; but not in a plate
-    that some site between them is outside of, which one element has led to and which leads to all of them.
+    Elements of a plate are independent, so that these are the plates of both, except one that some site between them is outside of:
+    every element leads to such a site, and it leads to every element.
 
     Args:
         statements: The statements.
-        draws: All random sites of the guide.
-        weighty: Those with a score or a weight.
+        draws: All sites of the guide that are not observed.
+        scored: The names of those with a score or a weight.
     """
 
-    def shared(statement: Route, site: Route) -> frozenset[Frame]:
-        frames = statement.frames & site.frames
-        if not frames:
-            return frames
-        on_the_way = (d.frames for d in draws if d is not site and d.name in statement.ancestors and site.name in d.ancestors)
-        return frames.intersection(*on_the_way)
+    def ancestors(statement: Route) -> Iterator[Ancestor]:
+        before = [draw for draw in draws if draw.name in statement.ancestors]
+        everywhere = statement.frames.intersection(*(draw.frames for draw in before))
+        for site in before:
+            if site.name in scored:
+                frames = statement.frames & site.frames
+                if not frames <= everywhere:
+                    between = (draw.frames for draw in before if draw is not site and site.name in draw.ancestors)
+                    frames = frames.intersection(*between)
+                yield Ancestor(site.name, frames)
 
-    sites = [draw for draw in draws if draw.name in weighty]
-    return {
-        statement.name: _one_of(
-            frozenset(Ancestor(site.name, shared(statement, site)) for site in sites if site.name in statement.ancestors)
-        )
-        for statement in statements
-    }
+    return {statement.name: _one_of(frozenset(ancestors(statement))) for statement in statements}
 
 
 @lru_cache(maxsize=4096)

@@ -262,3 +262,41 @@ def test_both_modes_have_the_same_mean(host):
     for dependencies in ("graph", "plates"):
         samples = host.gradients(HostProgram(guide, model, tuple(logits)), 40_000, default=LR(), dependencies=dependencies)
         assert np.all(np.abs(samples.mean(0) - exact) < 5 * samples.std(0) / np.sqrt(len(samples)))
+
+
+class OneWay(numpyro_dist.transforms.ExpTransform):
+    """A transform without an inverse."""
+
+    def _inverse(self, y):
+        raise NotImplementedError
+
+
+def test_draws_that_cannot_be_marked_as_they_are():
+    """The graph is found beside a site whose density needs its base sample, and beside a substituted Python number."""
+
+    def guide():
+        numpyro.sample("k", numpyro_dist.Bernoulli(0.4))
+        numpyro.sample("x", numpyro_dist.Normal(0.0, 1.0))
+        numpyro.sample("y", numpyro_dist.TransformedDistribution(numpyro_dist.Normal(0.0, 1.0), OneWay()))
+
+    def model():
+        k = numpyro.sample("k", numpyro_dist.Bernoulli(0.5))
+        x = numpyro.sample("x", numpyro_dist.Normal(0.0, 1.0))
+        y = numpyro.sample("y", numpyro_dist.LogNormal(0.0, 1.0))
+        numpyro.factor("of k", 1.0 * k)
+        numpyro.factor("of x and y", x + y)
+
+    found = ancestors(tape_in_numpyro(model, numpyro.handlers.substitute(guide, data={"x": 0.3})))
+    assert (found["of k"], found["of x and y"]) == ({"k"}, set())
+
+
+def test_a_divergence_in_closed_form_does_not_depend_on_its_site(host):
+    """By program order too: it is the expectation over the site, given what was drawn before."""
+
+    def part(h, t):
+        a = h.sample("a", h.dist.Normal(t, h.array(1.0)))
+        h.sample("b", h.dist.Normal(0.5 * a, h.array(1.0)))
+
+    program = HostProgram(lambda h, t: part(h, t[0]), lambda h, t: part(h, 0 * t[0]), (0.5,))
+    samples = host.gradients(program, 100, estimators={"a": LR(), "b": LR()}, entropy="analytic", dependencies="plates")
+    np.testing.assert_allclose(samples, -0.5, atol=1e-12)  # of -KL(a) alone; that of b is 0 for every a

@@ -374,12 +374,13 @@ def test_a_switch_inside_a_plate(particles):
 # ---- 11: a plate that is left and entered again
 
 
-def test_a_plate_that_is_entered_again(host):
+@pytest.mark.parametrize("outside", ["Normal", "Delta"])
+def test_a_plate_that_is_entered_again(host, outside):
     """TraceGraph_ELBO lets each element of a plate meet its own costs only, also where a site outside the plate carries it to all.
 
-    Locals b_n ~ Bernoulli(logit t) in a plate of two, a global g ~ N(b_1 + b_2, 1), and the costs w_n g in the plate, of mean
-    2 p (w_1 + w_2). Of the divergences, that of the locals from Bernoulli(1/2) has the derivative 2 p (1 - p) t, and that of g from
-    N(0, 1) is p + p^2. Of the derivative of the costs the host has one half.
+    Locals b_n ~ Bernoulli(logit t) in a plate of two, a global g ~ N(b_1 + b_2, 1) or g = b_1 + b_2, and the costs w_n g in the
+    plate, of mean 2 p (w_1 + w_2). Of the divergences, that of the locals from Bernoulli(1/2) has the derivative 2 p (1 - p) t, and
+    that of g from N(0, 1) is p + p^2. Of the derivative of the costs the host has one half.
     """
     t, weights = 0.4, [1.0, 3.0]
     p = 1 / (1 + np.exp(-t))
@@ -387,7 +388,8 @@ def test_a_plate_that_is_entered_again(host):
     def guide(h, t):
         with h.plate("n", 2):
             b = h.sample("b", h.dist.Bernoulli(logits=t[0]))
-        h.sample("g", h.dist.Normal(b.sum(-1, keepdims=h.name == "pyro"), h.array(1.0)))
+        total = b.sum(-1, keepdims=h.name == "pyro")
+        h.sample("g", h.dist.Delta(1.0 * total) if outside == "Delta" else h.dist.Normal(total, h.array(1.0)))
 
     def model(h, t):
         g = h.sample("g", h.dist.Normal(0 * t[0], h.array(1.0)))

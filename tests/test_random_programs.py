@@ -79,7 +79,7 @@ class Latent(NamedTuple):
     """A random site of the guide and its prior.
 
     Attributes:
-        family: Bernoulli or Normal.
+        family: Bernoulli or Normal; or Delta, a number that follows from what it reads (its prior is a Normal).
         plates: The names of its plates.
         reads: The sites that it reads, each with a coefficient: in the guide, and in the model, where it has other parents.
         parameters: The indices of the numbers that its location (or logit) and its scale read.
@@ -118,7 +118,7 @@ def shape_of(plates) -> tuple[int, ...]:
     return tuple(2 if name in plates else 1 for name in ("b", "a"))[0 if "b" in plates else 1 if "a" in plates else 2 :]
 
 
-def made(seed: int, host: str, elements: int = 5, normals: int = 2) -> Case:
+def made(seed: int, host: str, elements: int = 5, normals: int = 2, deltas: bool = True) -> Case:
     """A program with at most so many random numbers, of which so many are Normal.
 
     In Pyro the outcomes are a plate here, over which ``baseline="plate"`` would take its mean.
@@ -134,6 +134,9 @@ def made(seed: int, host: str, elements: int = 5, normals: int = 2) -> Case:
     kept: dict[str, tuple[str, tuple[str, ...]]] = {}
     for i in range(rng.integers(2, 5)):
         within = plates()
+        if deltas and kept and rng.random() < 0.2:
+            kept[f"z{i}"] = "Delta", within
+            continue
         size = 2 ** len(within)
         families = [family for family, room in (("Bernoulli", elements), ("Normal", min(normals, elements))) if size <= room]
         if families:
@@ -163,12 +166,16 @@ def made(seed: int, host: str, elements: int = 5, normals: int = 2) -> Case:
         first = max((model.index(read) + 1 for read in cost.reads), default=0)
         model.insert(int(rng.integers(first, len(model) + 1)), name)
     estimators = {}
-    for name, latent in latents.items():
+    for name, latent in random_sites(latents).items():
         fits = [e for e in ESTIMATORS[latent.family] if e.baseline != "plate" or (latent.plates and host == "numpyro")]
         estimators[name] = fits[rng.integers(len(fits))]
     entropies = ["full", "stl"] + ["analytic"] * (in_model == [name for name in kept if name in in_model])
     options = {"dependencies": str(rng.choice(["graph", "plates"])), "entropy": str(rng.choice(entropies))}
     return Case(latents, costs, tuple(model), estimators, options)
+
+
+def random_sites(latents: dict[str, Latent]) -> dict[str, Latent]:
+    return {name: site for name, site in latents.items() if site.family != "Delta"}
 
 
 def program_of(case: Case) -> Program:
@@ -200,6 +207,8 @@ def program_of(case: Case) -> Program:
         loc = read(h, values, site.reads[side], site.plates) + (0.1 if side else t[i])
         if site.family == "Bernoulli":
             fn = h.dist.Bernoulli(logits=loc)
+        elif site.family == "Delta" and not side:
+            fn = h.dist.Delta(loc)
         else:
             fn = h.dist.Normal(loc, h.array(1.2) if side else h.math.exp(0.3 * t[j]))
         if (mask := site.masks[side]) is not None:
@@ -233,7 +242,7 @@ def outcomes(case: Case, particles: int = 1) -> tuple[list[list[np.ndarray]], np
 
     Values are of shape (outcomes, *plates), weights (outcomes,).
     """
-    sites = [site for _ in range(particles) for site in case.latents.values()]
+    sites = [site for _ in range(particles) for site in random_sites(case.latents).values()]
     sizes = [2 ** len(site.plates) for site in sites]
     ranges = [range(2 if site.family == "Bernoulli" else len(NODES)) for site in sites]
     index = np.array(list(itertools.product(*(r for r, n in zip(ranges, sizes, strict=True) for _ in range(n)))))
@@ -243,7 +252,7 @@ def outcomes(case: Case, particles: int = 1) -> tuple[list[list[np.ndarray]], np
             weight = weight * WEIGHTS[own].prod(1)
             own = NODES[own]
         values.append(own.reshape((-1, *shape_of(site.plates))).astype(float))
-    n = len(case.latents)
+    n = len(random_sites(case.latents))
     return [values[i * n : (i + 1) * n] for i in range(particles)], weight
 
 
@@ -327,7 +336,7 @@ def mean_in_pyro(case: Case, monkeypatch, particles: int = 1, alpha: float | Non
     forced = Forced(values)
 
     def next_value():
-        forced.particle = forced.calls // len(case.latents)  # particles run one after the other, each once
+        forced.particle = forced.calls // len(values[0])  # particles run one after the other, each once
         which, value = forced.next()
         return which, torch.as_tensor(value)
 
@@ -348,7 +357,7 @@ def mean_in_pyro(case: Case, monkeypatch, particles: int = 1, alpha: float | Non
         gradients = h.gradients(program, len(weight), **options, **case.options)
     else:
         gradients = h.bound_gradients(program, len(weight), alpha=alpha, **options)
-    assert forced.calls == particles * len(case.latents)
+    assert forced.calls == particles * len(values[0])
     return (weight * np.prod([p.numpy() for p in forced.probabilities.values()], axis=0)) @ gradients
 
 
@@ -369,11 +378,11 @@ def exact(case: Case, particles: int = 1, alpha: float = 0.0) -> np.ndarray:
 
     def ratio(theta, values):
         """Of one particle: the log of the densities' ratio, and the probability of its discrete values."""
-        t, at = list(theta), dict(zip(case.latents, values, strict=True))
+        t, at = list(theta), dict(zip(random_sites(case.latents), values, strict=True))
 
         def place(site):
             """A Normal's value moves with its parameters."""
-            if site["type"] != "sample" or site["is_observed"]:
+            if site["name"] not in at:
                 return None
             fn, value = family(site["fn"]), at[site["name"]]
             return fn.loc + fn.scale * value if isinstance(fn, numpyro.distributions.Normal) else value
@@ -430,7 +439,7 @@ def test_random_program_with_two_particles(seed, host, monkeypatch):
 @pytest.mark.parametrize("seed", range(150, 160))
 def test_random_bound(seed, host, monkeypatch):
     """Of two particles; a statement outside every plate keeps all of it inside the logarithm."""
-    case = made(seed, host, elements=3, normals=1)
+    case = made(seed, host, elements=3, normals=1, deltas=False)
     estimators = {name: e for name, e in case.estimators.items() if e.q is None and e.baseline is None}
     case = case._replace(estimators=estimators, costs={**case.costs, "outside": Cost((), {})}, model=(*case.model, "outside"))
     assert_unbiased(case, host, monkeypatch, 2, alpha=(0.0, 0.5)[seed % 2])
@@ -439,8 +448,8 @@ def test_random_bound(seed, host, monkeypatch):
 def test_a_wrong_rule_is_rejected(host, monkeypatch):
     """Here: that two statements in one plate meet element by element whatever lies between them."""
 
-    def meet(statements, draws, weighty):
-        sites = [draw for draw in draws if draw.name in weighty]
+    def meet(statements, draws, scored):
+        sites = [draw for draw in draws if draw.name in scored]
         return {
             s.name: frozenset(Ancestor(site.name, s.frames & site.frames) for site in sites if site.name in s.ancestors)
             for s in statements

@@ -289,6 +289,22 @@ def test_pyro_a_factor_that_is_a_score():
     expected_under(Program(guide, model, (0.7,)), HOSTS["pyro"], -0.7)
 
 
+@pytest.mark.parametrize("dependencies", ["graph", "plates"])
+def test_pyro_a_factor_that_is_a_score_meets_every_cost(dependencies):
+    """Also the cost that stands before it: x ~ N(0, 1) and the factor log N(x; 0, s) / N(x; 0, 1).
+
+    d/ds of -KL(N(0, s) || N(0, 2)) is 1/s - s/4.
+    """
+
+    def guide(h, t):
+        fixed, moving = h.dist.Normal(0 * t[0], h.array(1.0)), h.dist.Normal(0 * t[0], t[0])
+        x = h.sample("x", fixed)
+        pyro.factor("f", moving.log_prob(x) - fixed.log_prob(x), has_rsample=False)
+
+    model = lambda h, t: h.sample("x", h.dist.Normal(0 * t[0], h.array(2.0)))
+    expected_under(Program(guide, model, (1.0,)), HOSTS["pyro"], 0.75, dependencies=dependencies)
+
+
 @pytest.mark.parametrize("kind", ["LR", "RP", "half", "RP, q"])
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_cache_of_a_transform(host, kind, cached):
@@ -830,7 +846,7 @@ def test_numpyro_draws_are_kept(monkeypatch):
 
 
 def test_numpyro_a_kept_draw_is_itself():
-    once = flowvi.numpyro.distributions.computed_once
-    for x in (jnp.array([-jnp.inf, 2.0, jnp.nan]), jnp.zeros((0, 3)), jnp.array(1.5), jnp.arange(3)):
+    once, nan = flowvi.numpyro.distributions.computed_once, jnp.array([jnp.nan, -jnp.inf, 2.0])
+    for x in (nan, jnp.stack([nan, 0 * nan]), jnp.zeros((0, 3)), jnp.array(1.5), jnp.arange(3)):
         for f in (once, jax.jit(once), jax.vmap(once) if x.ndim else once):
             np.testing.assert_array_equal(f(x), x)

@@ -35,7 +35,7 @@ CASES = {
     programs.test_inside_scan: ("LR",),
     programs.test_a_masked_site_drives_unmasked_costs: (NUMPYRO, "LR"),
     programs.test_renyi_bound_of_a_discrete_site: (NUMPYRO,),
-    programs.test_a_plate_that_is_entered_again: (NUMPYRO,),
+    programs.test_a_plate_that_is_entered_again: (NUMPYRO, "Normal"),
     programs.test_python_numbers_in_the_model: (1,),
     programs.test_auxiliary_site_of_the_guide: (PYRO, "LR"),
     programs.test_rejection_sampled_sites_have_a_path_and_a_score: (Auto(),),

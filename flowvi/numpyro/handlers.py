@@ -205,17 +205,25 @@ class read_annotations(Messenger):
 
 
 class mark_draws(Messenger):
-    """Add a number to every draw that has one in ``marks``, so that a jaxpr shows what leads from it."""
+    """Add a number to every draw that has one in ``marks``, so that a jaxpr shows what leads from it.
 
-    def __init__(self, fn, marks):
-        self.marks = marks
+    The density of a ``scored`` site is to depend on its own mark. At another site it need not, and there may be no way but the one from
+    the base sample to it.
+    """
+
+    def __init__(self, fn, marks, scored):
+        self.marks, self.scored = marks, scored
         super().__init__(fn)
 
     def process_message(self, msg):
-        if msg["type"] == "sample" and (mark := self.marks.get(msg["name"])) is not None:
-            if msg["value"] is None:
-                msg["value"] = _any_value(msg["fn"], **msg["kwargs"])
-            msg["value"] = msg["value"] + mark.astype(msg["value"].dtype)
+        if msg["type"] != "sample" or (mark := self.marks.get(msg["name"])) is None:
+            return
+        if msg["value"] is None and msg["name"] in self.scored:
+            msg["value"] = _any_value(msg["fn"], **msg["kwargs"])
+        elif msg["value"] is None:
+            msg["value"], msg["intermediates"] = msg["fn"](**msg["kwargs"], sample_intermediates=True)
+        value = jnp.asarray(msg["value"])
+        msg["value"] = value + mark.astype(value.dtype)
 
 
 def _any_value(fn, rng_key, sample_shape, **kwargs):

@@ -22,9 +22,7 @@ from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import NumPyroTarget, masks
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, read_annotations
 from flowvi.objectives import ALL, Dependencies, Entropy, require_one_order
-from flowvi.tape import Ancestor, Frame, Route, Site, Statement, Tape, Term, control_terms, meet, program_order, weighty
-
-Ancestors = dict[str, frozenset[Ancestor]] | None
+from flowvi.tape import Ancestors, Frame, Route, Site, Statement, Tape, Term, control_terms, meet, program_order, weighty
 
 
 class Program(NamedTuple):
@@ -173,21 +171,22 @@ class Run:
     def tape(self, dependencies: Dependencies) -> Tape:
         """The run's records."""
         trace, draws = self.guide_trace, weighty(self.attached.draws)
-        random_sites = frozenset(self.attached.random)
-        of_guide, of_model = program_order(_statements(trace), _statements(self.model_trace), random_sites)
-        of_site = {name: of_guide[name] for name in random_sites}
+        drawn = [name for name, site in trace.items() if site["type"] == "sample" and not site["is_observed"]]
+        of_guide, of_model = program_order(_statements(trace), _statements(self.model_trace), frozenset(drawn))
+        of_site = {name: of_guide[name] for name in drawn}
         for name in self._closed_forms:  # its expectation over the site itself is taken
-            of_model = {**of_model, name: of_model[name] | of_guide[name] - {name}}
+            of_model = {**of_model, name: (of_model[name] | of_guide[name]) - {name}}
         if dependencies == "graph" and draws and not self._multi_sample:
-            of_guide, of_model, of_site = self._graph(random_sites, of_guide, of_model)
-        drawn = _routes(trace, self.attached.random, of_site)
-        met = partial(meet, draws=drawn, weighty=frozenset(draws))
-        by_site = met(drawn)
-        sites = [Site(name, frames, draws[name], by_site[name]) for name, frames, _ in drawn if name in draws]
-        at_model, at_guide = (_routes(self.model_trace, self.model_log_probs, of_model), _routes(trace, self.guide_log_probs, of_guide))
-        return Tape(self.terms(met(at_model), met(at_guide)), sites)
+            of_guide, of_model, of_site = self._graph(frozenset(draws), drawn, of_guide, of_model)
+        routes = _routes(trace, drawn, of_site)
+        met = partial(meet, draws=routes, scored=frozenset(draws))
+        site_ancestors = met(routes)
+        model_ancestors = met(_routes(self.model_trace, self.model_log_probs, of_model))
+        guide_ancestors = met(_routes(trace, self.guide_log_probs, of_guide))
+        sites = [Site(name, frames, draws[name], site_ancestors[name]) for name, frames, _ in routes if name in draws]
+        return Tape(self.terms(model_ancestors, guide_ancestors), sites)
 
-    def _graph(self, random_sites: frozenset[str], *ordered):
+    def _graph(self, scored: frozenset[str], drawn: list[str], *ordered):
         """Ancestors of the guide's costs, the model's costs and the draws: which draws a jaxpr of one more run leads from.
 
         A draw inside scan or cond cannot be marked there, so that for these the order of statements counts.
@@ -195,14 +194,14 @@ class Run:
         _, param_map, model, guide, args, kwargs = self.program
 
         def log_probs(**marks):
-            marked = mark_draws(seed(guide, self._guide_seed), marks)
+            marked = mark_draws(seed(guide, self._guide_seed), marks, scored)
             of_guide, trace = compute_log_probs(marked, args, kwargs, param_map, sum_log_prob=False)
             of_model, model_trace = self._replay_model(model, trace)
             of_model |= {name: _closed_form(trace[name], model_trace[name]) for name in self._closed_forms}
             return of_guide, of_model, {name: trace[name]["value"] for name in marks}
 
-        of_guide, of_model, of_site = eval_provenance(log_probs, **dict.fromkeys(random_sites, jnp.zeros(())))
-        inside = {name for name in random_sites if self.guide_trace[name].get("_control_flow_done")}
+        of_guide, of_model, of_site = eval_provenance(log_probs, **dict.fromkeys(drawn, jnp.zeros(())))
+        inside = {name for name in drawn if self.guide_trace[name].get("_control_flow_done")}
         for graph, order in zip((of_guide, of_model, of_site), (*ordered, ordered[0]), strict=True):
             for name in graph:
                 reached = order[name] & inside

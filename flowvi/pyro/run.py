@@ -22,7 +22,7 @@ from flowvi.objectives import Dependencies, Entropy, require_one_order
 from flowvi.pyro.distributions import PyroTarget, is_masked
 from flowvi.pyro.handlers import attach_estimators, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
-from flowvi.tape import Ancestor, Frame, Route, Site, Statement, Tape, Term, control_terms, meet, program_order, weighty
+from flowvi.tape import Ancestors, Frame, Route, Site, Statement, Tape, Term, control_terms, meet, program_order, weighty
 
 
 def runs(elbo: ELBO, run: Callable[..., Run], model, guide, args, kwargs) -> Iterator[Run]:
@@ -167,19 +167,22 @@ class Run:
 
     def tape(self) -> Tape:
         """The run's records."""
-        guide, model = _sample_sites(self.guide_trace), _sample_sites(self.model_trace)
-        random_sites, draws = frozenset(self.attached.random).union(self.draws), weighty(self.draws)
-        of_guide, of_model = program_order(tuple(map(Statement, guide)), tuple(map(Statement, model)), random_sites)
+        guide, model, draws = _sample_sites(self.guide_trace), _sample_sites(self.model_trace), weighty(self.draws)
+        drawn = frozenset(name for name, site in guide.items() if not site["is_observed"] or name in draws)
+        of_guide, of_model = program_order(tuple(map(Statement, guide)), tuple(map(Statement, model)), drawn)
         of_site = of_guide
         for name in self._closed_forms:  # its expectation over the site itself is taken
-            of_model = {**of_model, name: of_model[name] | of_guide[name] - {name}}
+            of_model = {**of_model, name: (of_model[name] | of_guide[name]) - {name}}
         if self._provenance is not None:
-            of_guide, of_model, of_site = ({name: names & random_sites for name, names in of.items()} for of in self._provenance)
-        drawn = _routes({name: site for name, site in guide.items() if name in random_sites}, of_site)
-        met = partial(meet, draws=drawn, weighty=frozenset(draws))
-        by_site = met(drawn)
-        sites = [Site(name, frames, draws[name], by_site[name]) for name, frames, _ in drawn if name in draws]
-        return Tape(self.terms(met(_routes(model, of_model)), met(_routes(guide, of_guide))), sites)
+            of_guide, of_model, of_site = ({name: names & drawn for name, names in of.items()} for of in self._provenance)
+        if factors := frozenset(name for name in draws if guide[name]["is_observed"]):
+            # each stands for what the guide has drawn without a statement, on which anything may depend
+            of_site, of_guide, of_model = ({name: of[name] | factors for name in of} for of in (of_site, of_guide, of_model))
+        routes = _routes({name: site for name, site in guide.items() if name in drawn}, of_site)
+        met = partial(meet, draws=routes, scored=frozenset(draws))
+        site_ancestors, model_ancestors, guide_ancestors = map(met, (routes, _routes(model, of_model), _routes(guide, of_guide)))
+        sites = [Site(name, frames, draws[name], site_ancestors[name]) for name, frames, _ in routes if name in draws]
+        return Tape(self.terms(model_ancestors, guide_ancestors), sites)
 
     def read_provenance(self):
         """Keep what a run under :class:`track_provenance` says: ancestors of the guide's costs, the model's, and the draws."""
@@ -198,9 +201,6 @@ class Run:
         """The plates that are subsampled, each with its size over that of the subsample."""
         frames = [f for site in _sample_sites(self.model_trace).values() for f in site["cond_indep_stack"]]
         return {f.name: f.full_size / f.size for f in frames if f.full_size is not None and f.full_size > f.size}
-
-
-Ancestors = dict[str, frozenset[Ancestor]] | None
 
 
 def _traces(model, guide, args, kwargs, attached):
