@@ -204,7 +204,7 @@ class Estimated(dist.Distribution):
             return self.base_dist.sample(key, sample_shape)
         fn = self.base_dist.expand_by(sample_shape) if sample_shape else self.base_dist
         target = NumPyroTarget(name, fn, estimator.enters)  # inside scan or cond; elsewhere the handler draws
-        return attach(ops, target, estimator, target.sample(estimator.proposal(ops, target)[0], key)).value
+        return attach(ops, target, estimator, propose(target, estimator, key)).value
 
     def log_prob(self, value, intermediates=None):
         return self.base_dist.log_prob(value)
@@ -242,10 +242,15 @@ def attaching(on: bool):
         _ATTACHING.reset(token)
 
 
+def propose(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> jax.Array:
+    """A draw of x, of the full shape, from the estimator's proposal; detached."""
+    q, _ = estimator.proposal(ops, target)
+    return target.sample(q, key)
+
+
 def draw(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> Draw:
     """Draw at a site from the estimator's proposal and attach derivatives and weight."""
-    q, _ = estimator.proposal(ops, target)
-    return attach(ops, target, estimator, computed_once(target.sample(q, key)))
+    return attach(ops, target, estimator, computed_once(propose(target, estimator, key)))
 
 
 @custom_vmap

@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 
 import flowvi.ops.jax as ops
 from flowvi.estimators import Estimator, attach
-from flowvi.numpyro.distributions import NumPyroTarget
+from flowvi.numpyro.distributions import NumPyroTarget, propose
 from flowvi.plot import At
 
 
@@ -39,8 +39,7 @@ def sample(p: dist.Distribution, estimator: Estimator, num: int, seed: int) -> n
     """Draws from the estimator's proposal."""
     served = _served(p, estimator)
     _, target = _site(p, served, num)
-    q, _ = served.proposal(ops, target)
-    return np.asarray(target.push(target.sample(q, jax.random.key(seed))))
+    return np.asarray(target.push(propose(target, served, jax.random.key(seed))))
 
 
 def density(p: dist.Distribution, x: np.ndarray) -> np.ndarray:

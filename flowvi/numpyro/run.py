@@ -171,7 +171,7 @@ class Run:
     def tape(self, dependencies: Dependencies) -> Tape:
         """The run's records."""
         trace, draws = self.guide_trace, weighty(self.attached.draws)
-        drawn = [name for name, site in trace.items() if site["type"] == "sample" and not site["is_observed"]]
+        drawn = _latent(trace)
         of_guide, of_model = program_order(_statements(trace), _statements(self.model_trace), frozenset(drawn))
         of_site = {name: of_guide[name] for name in drawn}
         for name in self._closed_forms:  # its expectation over the site itself is taken

@@ -168,7 +168,7 @@ class Run:
     def tape(self) -> Tape:
         """The run's records."""
         guide, model, draws = _sample_sites(self.guide_trace), _sample_sites(self.model_trace), weighty(self.draws)
-        drawn = frozenset(name for name, site in guide.items() if not site["is_observed"] or name in draws)
+        drawn = frozenset(_latent(self.guide_trace)).union(draws)
         of_guide, of_model = program_order(tuple(map(Statement, guide)), tuple(map(Statement, model)), drawn)
         of_site = of_guide
         for name in self._closed_forms:  # its expectation over the site itself is taken
