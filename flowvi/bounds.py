@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, NoReturn
 
 from flowvi.estimators import Draw
 from flowvi.objectives import LeaveOneOut, sum_to
-from flowvi.ops import Array, Ops
+from flowvi.ops import Array, Ops, times, total
 from flowvi.tape import Frame, Term
 
 Gradient = Literal["plain", "dreg"]
@@ -27,7 +27,7 @@ class BoundParticle(NamedTuple):
 
     Attributes:
         log_ratio: The log density of the model less that of the guide, live.
-        score: The scores of all sites, added up; None where no site has one.
+        score: The scores of all sites, added up, whose value has no meaning; None where no site has one.
         still: What the parameters contribute to the log ratio at values that stay where they are; None except for ``"dreg"``.
     """
 
@@ -78,14 +78,14 @@ def bound_particle(
             _refuse(name, "gradient='dreg' needs sites without a score; use RP() or ImplicitRP(), or gradient='plain'.")
     shared, scale = shared_plates(terms, subsampled)
 
-    def total(arrays: Iterable[Array]) -> Array | None:
+    def shared_sum(arrays: Iterable[Array]) -> Array | None:
         summed = [sum_to(a, shared) for a in arrays]
-        return ops.broadcast_to(sum(summed[1:], summed[0]), shape) if summed else None
+        return ops.broadcast_to(total(summed), shape) if summed else None
 
     shape = ops.broadcast_shapes(*(sum_to(term.log_density, shared).shape for term in terms))
-    log_ratio = times(total(term.log_density for term in terms), 1 / scale)
-    score = total(draw.score for draw in draws.values() if draw.score is not None)
-    path = None if still is None else total(term.log_density for term in still)
+    log_ratio = times(shared_sum(term.cost for term in terms), 1 / scale)
+    score = shared_sum(draw.score for draw in draws.values() if draw.score is not None)
+    path = None if still is None else shared_sum(term.cost for term in still)
     return BoundParticle(log_ratio, score, None if path is None else times(path, 1 / scale)), scale
 
 
@@ -118,12 +118,7 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
         others = (fixed.sum(0)[None] - fixed) / (num_particles - 1)
         own = ops.eye(num_particles, fixed).reshape((num_particles, num_particles) + (1,) * (fixed.ndim - 1))
         learned = learned - bound(ops.where(own, others[:, None], fixed[None]), 1)
-    return value + (score * learned).sum(0)
-
-
-def times(a: Array, factor: float) -> Array:
-    """``a * factor``, without an operation where the factor is 1, as it mostly is."""
-    return a if factor == 1 else a * factor
+    return value + ops.tether((score * learned).sum(0))
 
 
 def _refuse(name: str, message: str) -> NoReturn:

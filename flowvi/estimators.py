@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from flowvi.control_variates import QuadraticModel
 from flowvi.fields import Field
-from flowvi.ops import Array, Ops
+from flowvi.ops import Array, Ops, times
 from flowvi.target import Learned, Tangents, Target, broadcasts, unknown_parameter
 
 
@@ -29,7 +29,7 @@ class Draw(NamedTuple):
 
     Attributes:
         value: The value of the site; its tangent is the velocity.
-        score: Batch shape of the site, value 0 and tangent psi; None where psi is identically 0.
+        score: Batch shape of the site, with the tangent psi; its value has no meaning. None where psi is identically 0.
         log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
         log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the score needed it anyway.
         baseline: The estimator's own baseline, with the derivatives of its parameters, or how to find it; None where it has none.
@@ -218,7 +218,7 @@ class LR(Estimator):
         _refuse_moving_support(target, "LR")
         log_prob = target.to_batch(target.p.log_prob(x))
         by_parameter = tuple(target.scores(x)) if self.baseline == "optimal" else ()
-        return Draw(target.push(x), ops.tether(log_prob), log_prob=log_prob, by_parameter=by_parameter)
+        return Draw(target.push(x), log_prob, log_prob=log_prob, by_parameter=by_parameter)
 
 
 @dataclass(frozen=True, repr=False)
@@ -355,7 +355,7 @@ class ImplicitRP(Estimator):
             return Draw(target.push(value))
         slope = _slope(ops, target, lambda x: s(x, target.p), value, live=True)
         log_volume = ops.log_abs(slope) if target.event_ndim == 0 else ops.log_abs_det(slope)
-        return Draw(target.push(value), target.to_batch(ops.tether(target.p.log_prob(value) - log_volume)))
+        return Draw(target.push(value), target.to_batch(target.p.log_prob(value) - log_volume))
 
 
 @dataclass(frozen=True, repr=False)
@@ -451,11 +451,11 @@ class Flow(Estimator):
         if self.psi_is_zero(target):
             return Draw(target.push(value))
         log_prob = target.to_batch(target.p.log_prob(value))
-        score = ops.tether(log_prob if divergence is None else log_prob + target.to_batch(divergence))
+        score = log_prob if divergence is None else log_prob + target.to_batch(divergence)
         return Draw(target.push(value), score, log_prob=log_prob)
 
     def _elementwise(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array | None]:
-        """The velocity and its divergence (None for constant fields), of value 0 and linear in dtheta.
+        """The velocity, of value 0 and linear in dtheta, and what has its divergence as its tangent (None for constant fields).
 
         The divergence of an elementwise u_i is u_i'(x) dtheta_i: the derivative of u_i along dtheta_i.
         """
@@ -465,8 +465,9 @@ class Flow(Estimator):
                 "use Flow(velocity) with a dx that is tangent to it."
             )
         velocity = divergence = None
+        parameters, p0 = target.parameters, target.p0
         for name, u in self.per_parameter:
-            if name not in target.parameters:
+            if name not in parameters:
                 target.refuse(unknown_parameter(target.p, name))
             theta = ops.asarray(getattr(target.p, name), x)
             if not broadcasts(theta.shape, x.shape):
@@ -475,22 +476,27 @@ class Flow(Estimator):
                     f"{tuple(x.shape)}; use the general form Flow(velocity)."
                 )
 
-            dtheta = ops.tether(theta)
-            at_x = u(x, target.p0)
-            if not isinstance(at_x, int | float):  # a number is a constant field
+            at_x = u(x, p0)
+            if isinstance(at_x, (int, float)):  # a constant field
+                moved = times(theta, at_x)
+            else:
                 what = f"the velocity of '{name}'"
                 at_x = target.in_shape(ops, at_x, x, what)
                 target.check_elementwise(ops, u, x, what)
                 if target.validate and target.first_use:
                     _check_finite(ops, target, ops.derivative(partial(_field_at, ops, target, u), x, live=False)[1])
-                along = ops.asarray(u(x + dtheta, target.p0), x) - at_x
+                along = ops.asarray(u(x + ops.tether(theta), p0), x)
+                if target.is_live(at_x):  # u reads a live parameter by itself, which moves no probability
+                    along, at_x = along - at_x, ops.stop_gradient(at_x)
                 divergence = along if divergence is None else divergence + along
-            velocity = at_x * dtheta if velocity is None else velocity + at_x * dtheta
+                moved = at_x * theta
+            velocity = moved if velocity is None else velocity + moved
+        velocity = ops.tether(velocity)
         _check_finite(ops, target, velocity)
         return velocity, None if divergence is None else target.sum_event(divergence)
 
     def _general(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array | None]:
-        """The velocity and its divergence, of value 0 and linear in dtheta."""
+        """The velocity and what has its divergence as its tangent, linear in dtheta."""
         field, dtheta = self._field, Tangents(ops, target)
         if field.families and target.family not in field.families:
             target.refuse(f"the field {field} is for {', '.join(field.families)}; found {target.family}.")

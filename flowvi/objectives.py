@@ -16,7 +16,7 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import Literal, NamedTuple
 
-from flowvi.ops import Array, Ops
+from flowvi.ops import Array, Ops, total
 from flowvi.tape import Ancestor, Frame, Site, Tape
 from flowvi.target import broadcasts
 
@@ -29,7 +29,7 @@ class Credit(NamedTuple):
     """What one site's score is multiplied by; all of one shape, the plates of the site.
 
     Attributes:
-        score: Value 0, tangent psi.
+        score: Its tangent is psi; its value has no meaning.
         cost: The weighted costs that depend on the site, detached.
         weight: The weights of the site and its ancestors, multiplied; None where all are 1. It multiplies a baseline.
         baseline: The site's own baseline, live; None where it is left to the objective.
@@ -64,9 +64,12 @@ def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
     weights = {site.name: site.draw.log_weight for site in tape.sites if site.draw.log_weight is not None}
     groups: dict[tuple, Array] = {}  # costs that the same sites lead to, in the same plates, are one cost
     for term in tape.terms:
-        cost = sum_to(term.log_density, term.frames)
-        key = (term.name if by_statement else ALL, term.frames, term.ancestors, cost.shape)
-        groups[key] = groups[key] + cost if key in groups else cost
+        log_density = sum_to(term.log_density, term.frames)
+        key = (term.name if by_statement else ALL, term.frames, term.ancestors, log_density.shape)
+        if key not in groups:
+            groups[key] = log_density if term.sign > 0 else -log_density
+        else:
+            groups[key] = groups[key] + log_density if term.sign > 0 else groups[key] - log_density
     costs: dict[str, Array] = {}
     shares: list[_Share] = []
     for (name, _, ancestors, _), cost in groups.items():
@@ -99,23 +102,44 @@ def _downstream(scored: list[Site], shares: list[_Share]) -> Iterator[tuple[Site
 
     Along a chain each site leads to the costs of the next one and a few more, so that sums are begun where the last one ended.
     """
-    led_to = _led_to(tuple(share.ancestors for share in shares))
-    scored = [site for site in scored if site.name in led_to]
-    last: dict[frozenset[Frame], tuple[frozenset[tuple[int, frozenset[Frame]]], Array]] = {}
-    for site in sorted(scored, key=lambda site: len(led_to[site.name])):
-        wanted = led_to[site.name]
-        summed, total = last.get(site.frames, (frozenset(), None))
-        if not summed <= wanted:
-            summed, total = frozenset(), None
-        for i, frames in sorted(wanted - summed, key=itemgetter(0)):
-            share = sum_to(shares[i].cost, frames)
-            total = share if total is None else total + share
-        assert total is not None
-        last[site.frames] = wanted, total
-        yield site, total
+    sums: list[Array] = []
+    for index, begin, more in _plan(tuple((site.name, site.frames) for site in scored), tuple(share.ancestors for share in shares)):
+        summands = [sum_to(shares[i].cost, frames) for i, frames in more]
+        sums.append(total(summands if begin is None else [sums[begin], *summands]))
+        yield scored[index], sums[-1]
+
+
+class _Sum(NamedTuple):
+    """How the sum of the costs to which a site leads is made.
+
+    Attributes:
+        site: Its index.
+        begin: The index of the sum with which it begins; None for 0.
+        more: What is added: shares by index, each with the plates in which it meets the site element by element.
+    """
+
+    site: int
+    begin: int | None
+    more: tuple[tuple[int, frozenset[Frame]], ...]
 
 
 @lru_cache(maxsize=64)  # the same at every step of most programs
+def _plan(scored: tuple[tuple[str, frozenset[Frame]], ...], ancestors: tuple[frozenset[Ancestor], ...]) -> tuple[_Sum, ...]:
+    """The sums for all sites, in the order in which they are made."""
+    led_to = _led_to(ancestors)
+    indices = [i for i, (name, _) in enumerate(scored) if name in led_to]
+    last: dict[frozenset[Frame], tuple[int, frozenset[tuple[int, frozenset[Frame]]]]] = {}
+    sums: list[_Sum] = []
+    for index in sorted(indices, key=lambda i: len(led_to[scored[i][0]])):
+        name, frames = scored[index]
+        begin, summed = last.get(frames, (None, frozenset()))
+        if not summed <= led_to[name]:
+            begin, summed = None, frozenset()
+        last[frames] = len(sums), led_to[name]
+        sums.append(_Sum(index, begin, tuple(sorted(led_to[name] - summed, key=itemgetter(0)))))
+    return tuple(sums)
+
+
 def _led_to(ancestors: tuple[frozenset[Ancestor], ...]) -> dict[str, frozenset[tuple[int, frozenset[Frame]]]]:
     """For each site, the shares of which it is an ancestor, by index, each with the plates in which they meet element by element."""
     found: dict[str, set[tuple[int, frozenset[Frame]]]] = {}
@@ -138,14 +162,16 @@ def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: LeaveO
     Returns:
         Scalars, by statement or under ``ALL``; their sum has the value of the objective and the derivative of the estimator.
     """
-    terms = {name: cost.sum() if num_particles > 1 else cost for name, cost in particles.costs.items()}
-    for name, credit in particles.credits.items():
-        key = name if name in terms else next(iter(terms))  # of value 0, so that it does not matter to which statement it goes
-        terms[key] = terms[key] + _score_term(ops, name, credit, num_particles, baseline)
+    terms = {name: cost.sum() if cost.ndim else cost for name, cost in particles.costs.items()}
+    scores = [_score_term(ops, name, credit, num_particles, baseline) for name, credit in particles.credits.items()]
+    if scores:
+        first = next(iter(terms))  # what is added has the value 0, so that it does not matter to which statement it goes
+        terms[first] = terms[first] + ops.tether(total(scores))
     return {name: term / num_particles for name, term in terms.items()} if num_particles > 1 else terms
 
 
 def _score_term(ops: Ops, name: str, credit: Credit, num_particles: int, baseline: LeaveOneOut) -> Array:
+    """A scalar whose tangent is the score times its costs, less the baseline; its value has no meaning."""
     score, cost, weight, own, square = credit
     if square is not None:
         if num_particles == 1:
@@ -154,8 +180,7 @@ def _score_term(ops: Ops, name: str, credit: Credit, num_particles: int, baselin
         return (score * (cost - (best if weight is None else weight * best))).sum()
     if own is not None:
         fitted = own if weight is None else weight * own
-        error = ops.tether(0.5 * (fitted - cost) ** 2)
-        return (score * (cost - ops.stop_gradient(fitted)) - error).sum()
+        return (score * (cost - ops.stop_gradient(fitted)) - 0.5 * (fitted - cost) ** 2).sum()
     if baseline == "loo" and num_particles > 1 and cost.shape[0] > 1:
         others = (cost.sum(axis=0, keepdims=True) - cost) / (cost.shape[0] - 1)
         cost = cost - (others if weight is None else weight * others)
@@ -228,8 +253,8 @@ def _mean_of_other_elements(site: Site, shares: list[_Share]) -> Array:
     size = math.prod(frame.size for frame in site.frames)
     if size == 1:
         raise ValueError(f"site '{site.name}': baseline='plate' needs a plate of several elements, found none; use the default.")
-    total = sum(own) if own else 0.0 * sum_to(site.draw.score, site.frames)
-    return (total.sum() - total) / (size - 1)
+    of_all = total(own) if own else 0.0 * sum_to(site.draw.score, site.frames)
+    return (of_all.sum() - of_all) / (size - 1)
 
 
 def require_plate_shape(name: str, baseline: Array, shape: tuple[int, ...]) -> None:

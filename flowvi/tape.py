@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 from flowvi.estimators import Draw
 from flowvi.ops import Array
@@ -34,19 +34,25 @@ Ancestors = Mapping[str, frozenset[Ancestor]] | None
 
 
 class Term(NamedTuple):
-    """One cost: the log density of a sample or factor statement, signed, scaled and masked, not yet summed.
+    """One cost: the log density of a sample or factor statement, scaled and masked, not yet summed.
 
     Attributes:
         name: The statement's name.
         frames: Its plates.
+        sign: 1 for a statement of the model, -1 for one of the guide.
         log_density: Any batch shape; a batch dim outside every plate is summed before costs meet.
         ancestors: The random sites on which the cost depends.
     """
 
     name: str
     frames: frozenset[Frame]
+    sign: Literal[1, -1]
     log_density: Array
     ancestors: frozenset[Ancestor]
+
+    @property
+    def cost(self) -> Array:
+        return self.log_density if self.sign > 0 else -self.log_density
 
 
 class Site(NamedTuple):
@@ -79,7 +85,7 @@ def weighty(draws: Mapping[str, Draw]) -> dict[str, Draw]:
 
 def control_terms(draws: Mapping[str, Draw]) -> list[Term]:
     """The draws' control variates as costs. Their means are 0 whatever happened before: no score or weight meets them."""
-    return [Term(name, frozenset(), draw.control, frozenset()) for name, draw in draws.items() if draw.control is not None]
+    return [Term(name, frozenset(), 1, draw.control, frozenset()) for name, draw in draws.items() if draw.control is not None]
 
 
 class Route(NamedTuple):
@@ -129,16 +135,9 @@ def _one_of(ancestors: frozenset[Ancestor]) -> frozenset[Ancestor]:
     return ancestors
 
 
-class Statement(NamedTuple):
-    """A sample statement in program order; statements of one ``block`` (the body of a scan) may depend on each other."""
-
-    name: str
-    block: Any = None
-
-
 @lru_cache(maxsize=64)  # the same at every step of most programs
 def program_order(
-    guide: tuple[Statement, ...], model: tuple[Statement, ...], random: frozenset[str]
+    guide: tuple[str, ...], model: tuple[str, ...], random: frozenset[str], together: frozenset[str] = frozenset()
 ) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
     """Ancestors of each cost among the ``random`` sites of the guide, as far as the order of statements tells.
 
@@ -146,32 +145,36 @@ def program_order(
     that name, and with it all that the guide had drawn before; auxiliary sites, which the model does not name, count as reached
     before the model begins.
 
+    Args:
+        guide: The guide's sample statements, in program order.
+        model: The model's.
+        random: Sites of the guide.
+        together: Statements that may depend on those of them next to them in either direction, as in the body of a scan.
+
     Returns:
         The ancestors by name, for the statements of the guide and for those of the model.
     """
     reached: frozenset[str] = frozenset()
     of_guide: dict[str, frozenset[str]] = {}
-    for block in _blocks(guide):
+    for block in _blocks(guide, together):
         reached |= frozenset(block) & random
         of_guide |= dict.fromkeys(block, reached)
 
-    in_model = {statement.name for statement in model}
-    reached = frozenset().union(*(of_guide[s.name] for s in guide if s.name in random and s.name not in in_model))
+    unnamed = random.difference(model)
+    reached = frozenset().union(*(of_guide[name] for name in guide if name in unnamed))
     of_model: dict[str, frozenset[str]] = {}
-    for block in _blocks(model):
+    for block in _blocks(model, together):
         reached = reached.union(*(of_guide.get(name, frozenset()) for name in block))
         of_model |= dict.fromkeys(block, reached)
     return of_guide, of_model
 
 
-def _blocks(statements: tuple[Statement, ...]) -> list[list[str]]:
-    """Names, grouped: each statement outside a block by itself, runs of statements in one block together."""
+def _blocks(names: tuple[str, ...], together: frozenset[str]) -> list[list[str]]:
+    """Names, grouped: runs of those in ``together``, each other one by itself."""
     groups: list[list[str]] = []
-    last = None
-    for statement in statements:
-        if statement.block is not None and statement.block == last:
-            groups[-1].append(statement.name)
+    for name in names:
+        if groups and name in together and groups[-1][-1] in together:
+            groups[-1].append(name)
         else:
-            groups.append([statement.name])
-        last = statement.block
+            groups.append([name])
     return groups

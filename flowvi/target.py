@@ -64,17 +64,19 @@ class Support(NamedTuple):
         while hasattr(constraint, "base_constraint"):
             constraint = constraint.base_constraint
         kind = type(constraint).__name__
+        if kind == "_Real":
+            return REAL
         if kind == "_Boolean":
             return cls("coordinates", True, 0, 1)
         bounds = {side: getattr(constraint, f"{side}_bound") for side in ("lower", "upper") if hasattr(constraint, f"{side}_bound")}
-        if kind == "_Multinomial" or not (bounds or kind in ("_Real", "_Integer")):
+        if kind == "_Multinomial" or not (bounds or kind == "_Integer"):
             return cls(kind, constraint.is_discrete)
         return cls("coordinates", constraint.is_discrete, **bounds)
 
     @property
     def fixed(self) -> bool:
         """Whether the bounds are plain numbers."""
-        return all(isinstance(bound, int | float) for bound in (self.lower, self.upper))
+        return isinstance(self.lower, (int, float)) and isinstance(self.upper, (int, float))
 
     def fills(self, domain: Support) -> bool:
         """Whether it is known to be the whole of a transform's ``domain``, so that its image is the whole codomain."""
@@ -85,6 +87,9 @@ class Support(NamedTuple):
         if self.kind != "coordinates":
             return self.kind.strip("_")
         return f"{'integers' if self.discrete else 'numbers'} from {self.lower} to {self.upper}"
+
+
+REAL = Support("coordinates", False)
 
 
 class Learned(NamedTuple):
@@ -208,6 +213,8 @@ class Target(ABC):
         return moving
 
     def _live_bounds(self, whose: str, support: Support) -> list[str]:
+        if support.fixed:
+            return []
         bounds = {"lower": support.lower, "upper": support.upper}
         return [f"{whose} {side} bound" for side, bound in bounds.items() if self.is_live(bound)]
 
@@ -316,11 +323,13 @@ class Target(ABC):
     def in_shape(self, ops: Ops, u: Any, x: Array, what: str) -> Array:
         """``u`` in the shape of x."""
         u = ops.asarray(u, x)
+        if u.shape == x.shape:
+            return u
         if not broadcasts(u.shape, x.shape):
             self.refuse(
                 f"{what} must have the shape of x or one that broadcasts to it, expected {tuple(x.shape)}, found {tuple(u.shape)}."
             )
-        return u if u.shape == x.shape else ops.broadcast_to(u, x.shape)
+        return ops.broadcast_to(u, x.shape)
 
     def check_elementwise(self, ops: Ops, f: Callable[[Array, Any], Array], x: Array, what: str) -> None:
         """Refuse an ``f(x, p)`` that reads x at another coordinate, where the host's validation is on."""

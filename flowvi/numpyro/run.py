@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import NumPyroTarget, masks
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, read_annotations
 from flowvi.objectives import ALL, Dependencies, Entropy, require_one_order
-from flowvi.tape import Ancestors, Frame, Route, Site, Statement, Tape, Term, control_terms, meet, program_order, weighty
+from flowvi.tape import Ancestors, Frame, Route, Site, Tape, Term, control_terms, meet, program_order, weighty
 
 
 class Program(NamedTuple):
@@ -172,7 +172,8 @@ class Run:
         """The run's records."""
         trace, draws = self.guide_trace, weighty(self.attached.draws)
         drawn = _latent(trace)
-        of_guide, of_model = program_order(_statements(trace), _statements(self.model_trace), frozenset(drawn))
+        (guide, in_scan), (model, in_model_scan) = _statements(trace), _statements(self.model_trace)
+        of_guide, of_model = program_order(guide, model, frozenset(drawn), in_scan | in_model_scan)
         of_site = {name: of_guide[name] for name in drawn}
         for name in self._closed_forms:  # its expectation over the site itself is taken
             of_model = {**of_model, name: (of_model[name] | of_guide[name]) - {name}}
@@ -222,9 +223,9 @@ class Run:
         return {name: size / subsample for name, (size, subsample) in plates.items() if subsample and size > subsample}
 
 
-def _terms(sign: int, log_probs: dict[str, jax.Array], trace, ancestors: Ancestors = None) -> list[Term]:
+def _terms(sign: Literal[1, -1], log_probs: dict[str, jax.Array], trace, ancestors: Ancestors = None) -> list[Term]:
     of = ancestors or {}
-    return [Term(name, _frames(trace[name]), sign * log_prob, of.get(name, frozenset())) for name, log_prob in log_probs.items()]
+    return [Term(name, _frames(trace[name]), sign, log_prob, of.get(name, frozenset())) for name, log_prob in log_probs.items()]
 
 
 def _routes(trace, names: Iterable[str], ancestors: dict[str, frozenset[str]]) -> tuple[Route, ...]:
@@ -250,13 +251,10 @@ def _values(trace, kind: str) -> dict:
     return {name: site["value"] for name, site in trace.items() if site["type"] == kind}
 
 
-def _statements(trace) -> tuple[Statement, ...]:
-    """The sample statements; those that came out of scan or cond together may depend on each other."""
-    return tuple(
-        Statement(name, "control flow" if site.get("_control_flow_done") else None)
-        for name, site in trace.items()
-        if site["type"] == "sample"
-    )
+def _statements(trace) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The sample statements, and those of them that came out of scan or cond, where they may depend on each other."""
+    statements = {name: site for name, site in trace.items() if site["type"] == "sample"}
+    return tuple(statements), frozenset(name for name, site in statements.items() if site.get("_control_flow_done"))
 
 
 def _frames(site) -> frozenset[Frame]:

@@ -1,10 +1,20 @@
 """Array and autodiff functions that an adapter hands to the core: one module per backend, each a screenful."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 Array = Any
 SecondMoment = Callable[[tuple[Array, ...], dict[str, Array], tuple[Array, ...]], Array]
+
+
+def times(a: Array, factor: float) -> Array:
+    """``a * factor``, without an operation where the factor is 1, as it mostly is."""
+    return a if factor == 1 else a * factor
+
+
+def total(arrays: Sequence[Array]) -> Array:
+    """The sum of one or more arrays, without the addition of 0 with which that of Python begins."""
+    return sum(arrays[1:], arrays[0])
 
 
 class Ops(Protocol):

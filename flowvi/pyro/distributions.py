@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -26,7 +25,11 @@ BIASED_SAMPLERS = (
     dist.MixtureOfDiagNormalsSharedCovariance,
 )
 PLAIN_TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
+HOLDERS = (torch.distributions.Distribution, torch.distributions.Transform, torch.nn.Module)  # of tensors
+TRANSFORMED = (*PLAIN_TRANSFORMED, dist.FoldedDistribution)
 
+
+PARTICLES = "num_particles_vectorized"  # as Pyro calls the plate
 
 _is_subclass = lru_cache(maxsize=256)(issubclass)
 
@@ -37,13 +40,15 @@ def is_kind(p: Any, kinds: type | tuple[type, ...]) -> bool:
 
 
 class PyroTarget(Target):
-    """See :class:`flowvi.target.Target`."""
+    """See :class:`flowvi.target.Target`; ``stack`` holds the plates around the site."""
+
+    stack: tuple[Any, ...] = ()
 
     def __init__(self, name: str, fn: Any, enters: bool):
         self.name = name
         self.batch_ndim = len(fn.batch_shape)
         self.transforms = []
-        self.shape = fn.shape()
+        self.shape = fn.batch_shape + fn.event_shape
         self.p = unwrap(fn)
         while enters and type(self.p) in PLAIN_TRANSFORMED:
             for transform in reversed(self.p.transforms):
@@ -53,16 +58,20 @@ class PyroTarget(Target):
         self.event_ndim = len(self.p.event_shape)
         self.validate = is_validation_enabled()
 
+    @cached_property
+    def plate_sizes(self):  # type: ignore[override]
+        return {f.dim: 1 if f.name == PARTICLES else f.full_size or f.size for f in self.stack if f.vectorized}
+
     def detach(self, p):
         return _detach(p)
 
     def is_live(self, value):
-        return any(tensor.requires_grad for tensor in _tensors(value))
+        return value.requires_grad if isinstance(value, torch.Tensor) else any(map(self.is_live, _tensors(value)))
 
     def transformed_base(self):
         base: Any = self.p
         transforms: list[Any] = []
-        while type(base) in (*PLAIN_TRANSFORMED, dist.FoldedDistribution):
+        while type(base) in TRANSFORMED:
             base, transforms = unwrap(base.base_dist), base.transforms + transforms
         return None if base is self.p else (base, transforms)
 
@@ -105,13 +114,10 @@ class PyroTarget(Target):
 
 def draw(target: PyroTarget, estimator: Estimator) -> Draw:
     """Draw at a site from the estimator's proposal and attach derivatives and weight."""
-    q = target.p if estimator.q is None else estimator.proposal(ops, target)[0]
+    q, _ = estimator.proposal(ops, target)
     if q.batch_shape != target.batch_shape:
         q = q.expand(target.batch_shape)
-    sample = q.rsample if q.has_rsample else q.sample  # as Pyro draws
-    with torch.no_grad():
-        x = sample()
-    return attach(ops, target, estimator, x)
+    return attach(ops, target, estimator, q.rsample() if q.has_rsample else q.sample())  # as Pyro draws
 
 
 def unwrap(fn: Any) -> Any:
@@ -163,11 +169,10 @@ def _detach(value: Any) -> Any:
         return type(value)((k, _detach(v)) for k, v in value.items())
     if isinstance(value, torch.distributions.transforms._InverseTransform):
         return _detach(value.inv).inv
-    if isinstance(value, torch.distributions.Distribution | torch.distributions.Transform | torch.nn.Module):
-        new: Any = copy.copy(value)
-        if isinstance(value, torch.distributions.Transform):
-            new._inv = None  # a transform and its inverse hold each other
-        new.__dict__.update({k: _detach(v) for k, v in new.__dict__.items()})
+    if isinstance(value, HOLDERS):
+        new: Any = object.__new__(type(value))
+        held = {**vars(value), "_inv": None} if isinstance(value, torch.distributions.Transform) else vars(value)  # as that holds it
+        new.__dict__.update((k, v if type(v) in (bool, torch.Size) else _detach(v)) for k, v in held.items())
         if isinstance(value, torch.distributions.Distribution):
             new._validate_args = False
         return new

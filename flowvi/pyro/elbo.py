@@ -12,6 +12,7 @@ import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import Credit, Dependencies, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
+from flowvi.ops import times, total
 from flowvi.pyro.baselines import annotated_baseline
 from flowvi.pyro.run import Run, run_program, runs
 
@@ -183,7 +184,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         looped = []
         for run in runs(self, self._run, model, guide, args, kwargs):
             if not run.draws:  # the host's own ELBO
-                yield torch.as_tensor(run.guide_trace.log_prob_sum() - run.model_trace.log_prob_sum()) / self.num_particles
+                yield times(-run.log_ratio(), 1 / self.num_particles)
                 continue
             particle = _with_annotated_baselines(elbo_particle(ops, run.tape()), run.guide_trace)
             if self.vectorize_particles:
@@ -210,16 +211,15 @@ class TraceFlow_ELBO(Trace_ELBO):
 
 
 def _loss(terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    return -sum(terms.values())  # type: ignore[return-value]
+    return -total(list(terms.values()))
 
 
 def _with_annotated_baselines(particle: Particle, guide_trace) -> Particle:
     """The particle with the baselines that the guide says in Pyro's own way."""
-    credits = dict(particle.credits)
     for name, credit in particle.credits.items():
         if name in guide_trace.nodes and (options := guide_trace.nodes[name]["infer"].get("baseline")):
-            credits[name] = credit._replace(baseline=annotated_baseline(name, options, credit.cost))
-    return particle._replace(credits=credits)
+            particle.credits[name] = credit._replace(baseline=annotated_baseline(name, options, credit.cost))
+    return particle
 
 
 def _stack(particles: list[Particle]) -> Particle:

@@ -66,7 +66,7 @@ class attach_estimators(Messenger):
             require_random(msg, wrapped, what)
             self.fixed.append(name)
             if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
-                self.draws[name] = Draw(msg["value"], score=ops.tether(msg["fn"].log_prob(msg["value"])))
+                self.draws[name] = Draw(msg["value"], score=msg["fn"].log_prob(msg["value"]))
             return
         if msg["infer"].get("enumerate"):
             raise ValueError(
@@ -101,7 +101,7 @@ class attach_estimators(Messenger):
         elif is_partly_reparameterized(target.p):  # a path and a score
             p = target.p.expand(target.batch_shape)
             x = p.rsample()
-            score = target.to_batch(ops.tether(p.score_parts(x).score_function))
+            score = target.to_batch(p.score_parts(x).score_function)
             self.draws[name] = Draw(target.push(x), score)
             msg["value"], msg["done"] = self.draws[name].value, True
         elif wrapped is not None or estimator.force:
@@ -109,8 +109,7 @@ class attach_estimators(Messenger):
 
     def _declare(self, msg, target, estimator):
         """Make what the estimator learns parameters of the program, of which the target gets the values."""
-        frames = [f for f in msg["cond_indep_stack"] if f.vectorized]
-        target.plate_sizes = {f.dim: 1 if f.name == PARTICLES else f.full_size or f.size for f in frames}
+        target.stack = msg["cond_indep_stack"]
         if not (learns := estimator.learns(ops, target)):
             return
         target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
@@ -118,9 +117,6 @@ class attach_estimators(Messenger):
             name: pyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=learned.event_ndim) for name, learned in learns.items()
         }
         self.learned += [f"{msg['name']}.{name}" for name in learns]
-
-
-PARTICLES = "num_particles_vectorized"
 
 
 def _own_density(msg) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property, lru_cache, partial
+from typing import Any, Literal
 
 import torch
 from pyro import poutine
@@ -19,10 +19,11 @@ from torch.distributions.kl import kl_divergence
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment
 from flowvi.objectives import Dependencies, Entropy, require_one_order
+from flowvi.ops import total
 from flowvi.pyro.distributions import PyroTarget, is_masked
 from flowvi.pyro.handlers import attach_estimators, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
-from flowvi.tape import Ancestors, Frame, Route, Site, Statement, Tape, Term, control_terms, meet, program_order, weighty
+from flowvi.tape import Ancestors, Frame, Route, Site, Tape, Term, control_terms, meet, program_order, weighty
 
 
 def runs(elbo: ELBO, run: Callable[..., Run], model, guide, args, kwargs) -> Iterator[Run]:
@@ -89,7 +90,6 @@ class Run:
         for site in self.guide_trace.nodes.values():
             if "unscaled_log_prob" in site:
                 site["log_prob"] = scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"])
-                site["log_prob_sum"] = site["log_prob"].sum()
         for trace in (self.model_trace, self.guide_trace):
             trace.compute_log_prob()
             if is_validation_enabled():
@@ -168,8 +168,8 @@ class Run:
     def tape(self) -> Tape:
         """The run's records."""
         guide, model, draws = _sample_sites(self.guide_trace), _sample_sites(self.model_trace), weighty(self.draws)
-        drawn = frozenset(_latent(self.guide_trace)).union(draws)
-        of_guide, of_model = program_order(tuple(map(Statement, guide)), tuple(map(Statement, model)), drawn)
+        drawn = frozenset(draws).union(name for name, site in guide.items() if not site["is_observed"])
+        of_guide, of_model = program_order(tuple(guide), tuple(model), drawn)
         of_site = of_guide
         for name in self._closed_forms:  # its expectation over the site itself is taken
             of_model = {**of_model, name: (of_model[name] | of_guide[name]) - {name}}
@@ -181,7 +181,7 @@ class Run:
         routes = _routes({name: site for name, site in guide.items() if name in drawn}, of_site)
         met = partial(meet, draws=routes, scored=frozenset(draws))
         site_ancestors, model_ancestors, guide_ancestors = map(met, (routes, _routes(model, of_model), _routes(guide, of_guide)))
-        sites = [Site(name, frames, draws[name], site_ancestors[name]) for name, frames, _ in routes if name in draws]
+        sites = [Site(name, _frames(guide[name]), draw, site_ancestors[name]) for name, draw in draws.items()]
         return Tape(self.terms(model_ancestors, guide_ancestors), sites)
 
     def read_provenance(self):
@@ -192,6 +192,13 @@ class Run:
             for sites in (model, guide)
         )
         self._provenance = of_guide, of_model, {name: names | {name} for name, names in of_guide.items()}
+
+    def log_ratio(self) -> torch.Tensor:
+        """The log density of the model less that of the guide, summed over all sites."""
+        model, guide = _sample_sites(self.model_trace).values(), _sample_sites(self.guide_trace).values()
+        of_model = [site["log_prob_sum"] for site in model]
+        of_guide = [site["log_prob"].sum() for site in guide]
+        return torch.as_tensor((total(of_model) if model else 0.0) - (total(of_guide) if guide else 0.0))
 
     def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
         """The costs, with the ancestors of each."""
@@ -216,12 +223,9 @@ def _traces(model, guide, args, kwargs, attached):
     return (poutine.trace(replay(model)).get_trace(*args, **kwargs), guide_trace), replay.annotations
 
 
-def _terms(sign: int, trace, ancestors: Ancestors = None) -> list[Term]:
+def _terms(sign: Literal[1, -1], trace, ancestors: Ancestors = None) -> list[Term]:
     of = ancestors or {}
-    return [
-        Term(name, _frames(site), site["log_prob"] if sign > 0 else -site["log_prob"], of.get(name, frozenset()))
-        for name, site in _sample_sites(trace).items()
-    ]
+    return [Term(name, _frames(site), sign, site["log_prob"], of.get(name, frozenset())) for name, site in _sample_sites(trace).items()]
 
 
 def _routes(sites: dict, ancestors: dict[str, frozenset[str]]) -> tuple[Route, ...]:
@@ -245,4 +249,11 @@ def _same_weights(guide_site, model_site) -> bool:
 
 
 def _frames(site) -> frozenset[Frame]:
-    return frozenset(Frame(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized)
+    if "frames" not in site:
+        site["frames"] = _plates(tuple(map(tuple, site["cond_indep_stack"])))
+    return site["frames"]
+
+
+@lru_cache(maxsize=1024)  # the same at every step of most programs
+def _plates(stack: tuple[tuple, ...]) -> frozenset[Frame]:
+    return frozenset(Frame(name, dim, size) for name, dim, size, *_ in stack if dim is not None)
