@@ -94,17 +94,21 @@ class AdaptiveFlow(Estimator):
 
     def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
         parts = self._parts(target)
-        zero = ops.stop_gradient(1.0 * ops.tether(next(iter(parts.values())).parameter(target.p))).sum()
-        start = ops.stack([zero + self.start, *[zero] * self.bumps], -1)
-        learned: dict[str, tuple[Array, tuple[int, ...]]] = {
-            "velocity": (start, (len(parts), 1 + self.bumps)),
-            "control": (zero, (len(parts), self.bumps + len(parts))),
+        shapes: dict[str, tuple[int, ...]] = {
+            "velocity": (len(parts), 1 + self.bumps),
+            "control": (len(parts), self.bumps + len(parts)),
         }
         if self.q == "learned":
-            learned["proposal"] = zero, (len(self._moves(target)),)
+            shapes["proposal"] = (len(self._moves(target)),)
         batch = () if self.shared else target.element_shape
+
+        def initial(name: str) -> Array:
+            zero = ops.stop_gradient(1.0 * ops.tether(next(iter(parts.values())).parameter(target.p))).sum()
+            value = ops.stack([zero + self.start, *[zero] * self.bumps], -1) if name == "velocity" else zero
+            return ops.broadcast_to(value, (*batch, *shapes[name]))
+
         extra = min(target.extra_ndim, len(batch))
-        return {name: Learned(ops.broadcast_to(initial, (*batch, *own)), extra + len(own)) for name, (initial, own) in learned.items()}
+        return {name: Learned(partial(initial, name), extra + len(shape)) for name, shape in shapes.items()}
 
     def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:
         if self.q != "learned":

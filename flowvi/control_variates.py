@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from flowvi.ops import Array, Ops
+from flowvi.ops import Array, Ops, times
 from flowvi.target import Learned, Target
 
 
@@ -40,74 +40,103 @@ class QuadraticModel:
     def learns(self) -> dict[str, Learned]:
         """The coefficients, which are 0 at first: a row for each coordinate, b before B."""
         target, size = self.target, self.shape[-1]
-        batch, extra = (target.element_shape, target.extra_ndim) if self.full_rank else (target.site_shape, 0)
-        zero = self.ops.stop_gradient(1.0 * self.ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
-        coefficients = self.ops.broadcast_to(zero, (*batch, size, 2 if self.diagonal else 1 + size))
-        return {"control_variate": Learned(coefficients, extra + 2)}
+
+        def initial() -> Array:
+            batch = target.element_shape if self.full_rank else target.site_shape
+            zero = self.ops.stop_gradient(1.0 * self.ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
+            return self.ops.broadcast_to(zero, (*batch, size, 2 if self.diagonal else 1 + size))
+
+        return {"control_variate": Learned(initial, (target.extra_ndim if self.full_rank else 0) + 2)}
 
     def attach(self, x: Array) -> tuple[Array, Array]:
         """The value, with the derivative of the host's sampler, and the control variate over the batch shape of the site."""
         ops, target = self.ops, self.target
-        coefficients = target.read(self.learns)["control_variate"]
-        loc = self._flat(target.p.loc)
-        residual = self._flat(x) - ops.stop_gradient(loc)
-        if self.full_rank:
-            factor = target.p.scale_tril
-            fixed_factor = ops.stop_gradient(factor)
-            s = (fixed_factor**2).sum(-1) ** 0.5
-            eps, z = ops.solve_lower(fixed_factor, residual), residual / s
-            m, dm = fixed_factor / s[..., None], ops.tether(factor) / s[..., None]
-            stretched = (dm @ eps[..., None])[..., 0]
-        else:
-            scale = self._flat(target.p.scale)
-            s = ops.stop_gradient(scale)
-            eps = z = residual / s
-            m, dm = s / s, ops.tether(scale) / s
-            stretched = dm * eps
-        dloc = ops.tether(loc) / s
-        slope, bend, bend_m = self._model(ops.stop_gradient(coefficients), z, m)
-        of_m = (bend_m - self._outer(slope, eps)) * dm
-        control = of_m.sum((-2, -1) if self.full_rank else -1) - (bend * dloc).sum(-1)
-        fixed = z, eps, m, self._flat(target.own_density_at(ops, x))
-        outputs = dloc + stretched, control
-        step, control = target.learn(ops, outputs, {"control_variate": coefficients}, fixed, self._second_moment)
-        return x + (s * step).reshape(x.shape), target.to_batch(control) if self.full_rank else control
+        assert target.learned is not None
+        *batch, size = self.shape
+        coefficients = target.learned["control_variate"]
+        factor = self._in_shape(target.p.scale_tril, (*batch, size, size)) if self.full_rank else self._flat(target.p.scale, x)
+        inputs = self._flat(target.p.loc, x), factor, self._in_shape(coefficients, (*batch, *coefficients.shape[-2:]))
+        value = _reshaped(x, self.shape)
+        fixed = (value,) if self._counts_as is not None else (value, self._flat(target.own_density_at(ops, x), x))
+        value, control = ops.with_pullback((value, 0 * value[..., 0]), inputs, fixed, self._pullback)
+        return _reshaped(value, x.shape), target.to_batch(control) if self.full_rank else control
 
-    def _second_moment(self, cotangents: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...]) -> Array:
-        """The squared gradient in dloc and dM, added up: through the sample, by the model, and of the site's own log density."""
-        (through, unit), (z, eps, m, own_density) = cotangents, fixed
-        ops, unit = self.ops, unit[..., None]
-        slope, bend, bend_m = self._model(learned["control_variate"], z, m)
-        score = ops.solve(m.swapaxes(-2, -1), eps) if self.full_rank else eps
-        of_loc = through - unit * (bend + own_density * score)
-        of_m = self._outer(through - unit * (slope + own_density * score), eps)
-        if self.full_rank:
-            unit, own_density = unit[..., None], own_density[..., None]
-            on_diagonal = ops.where(ops.eye(m.shape[-1], m), m, 1 + 0 * m)
-            inverse = ops.where(ops.eye(m.shape[-1], m), 1 / on_diagonal, 0 * m)
-            of_m = ops.tril(of_m + unit * (bend_m + own_density * inverse))
-        else:
-            of_m = of_m + unit * (bend_m + own_density)
-        return (of_loc**2).sum() + (of_m**2).sum()
+    @property
+    def _counts_as(self) -> float | None:
+        """By how much the site's own log density counts, where that is one number."""
+        own_density = self.target.own_density
+        return own_density if isinstance(own_density, (int, float)) else None
 
-    def _model(self, coefficients: Array, z: Array, m: Array) -> tuple[Array, Array, Array]:
-        """The vectors b + B z and B z, and B M (its diagonal at a mean-field site)."""
+    def _pullback(self, cotangents: tuple[Array, ...], inputs: tuple[Array, ...], fixed: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The derivatives in loc and the factor; for the coefficients, that of the squared gradient in dloc and dM, added up.
+
+        The gradient is that through the sample, by the model, and of the site's own log density.
+        """
+        (through, unit), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
+        unit = unit[..., None]
+        own = times(unit, self._counts_as) if self._counts_as is not None else unit * own_density[0]
+        return (self._of_full_rank if self.full_rank else self._of_mean_field)(through, unit, own, loc, factor, coefficients, x)
+
+    def _of_mean_field(
+        self, through: Array, unit: Array, own: Array, loc: Array, s: Array, coefficients: Array, x: Array
+    ) -> tuple[Array, ...]:
+        z = (x - loc) / s
+        b, bend, curvature = self._model(coefficients, z)
+        of_loc = s * through - unit * bend
+        of_m = (of_loc - unit * b) * z + unit * (curvature if self.diagonal else self.ops.diagonal(curvature))
+        derivatives = of_loc / s, of_m / s
+        # minus twice the gradient with that of the own log density, times its derivative by the coefficients
+        twice, score = unit + unit, own * z
+        of_loc = twice * (score - of_loc)
+        of_m = twice * (score * z - of_m - own)
+        of_slope = of_m * z
+        return *derivatives, self._of_coefficients(of_slope, of_loc + of_slope, z, of_m)
+
+    def _of_full_rank(
+        self, through: Array, unit: Array, own: Array, loc: Array, factor: Array, coefficients: Array, x: Array
+    ) -> tuple[Array, ...]:
+        ops = self.ops
+        s = (factor**2).sum(-1) ** 0.5
+        eps, z, m = ops.solve_lower(factor, x - loc), (x - loc) / s, factor / s[..., None]
+        b, bend, curvature = self._model(coefficients, z)
+        of_loc = s * through - unit * bend
+        bend_m = curvature[..., None] * m if self.diagonal else curvature @ m
+        of_m = (of_loc - unit * b)[..., None] * eps[..., None, :] + unit[..., None] * bend_m
+        derivatives = of_loc / s, of_m / s[..., None]
+        # as above
+        twice, score = unit + unit, own * ops.solve(m.swapaxes(-2, -1), eps)
+        on_diagonal = ops.where(ops.eye(m.shape[-1], m), m, 1 + 0 * m)
+        inverse = ops.where(ops.eye(m.shape[-1], m), 1 / on_diagonal, 0 * m)
+        of_loc = twice * (score - of_loc)
+        of_m = twice[..., None] * ops.tril(score[..., None] * eps[..., None, :] - of_m - own[..., None] * inverse)
+        of_slope = (of_m * eps[..., None, :]).sum(-1)
+        of_bend_m = (of_m * m).sum(-1) if self.diagonal else of_m @ m.swapaxes(-2, -1)
+        return *derivatives, self._of_coefficients(of_slope, of_loc + of_slope, z, of_bend_m)
+
+    def _model(self, coefficients: Array, z: Array) -> tuple[Array, Array, Array]:
+        """The vectors b and B z, and B (its diagonal where that is all of it)."""
         b, curvature = coefficients[..., 0], coefficients[..., 1:]
         if self.diagonal:
-            bend, bend_m = curvature[..., 0] * z, curvature * m if self.full_rank else curvature[..., 0]
-        else:
-            bend = (curvature @ z[..., None])[..., 0]
-            bend_m = curvature @ m if self.full_rank else self._diagonal(curvature)
-        return b + bend, bend, bend_m
+            curvature = curvature[..., 0]
+            return b, curvature * z, curvature
+        return b, (curvature @ z[..., None])[..., 0], curvature
 
-    def _diagonal(self, a: Array) -> Array:
-        """A slice, whose derivative costs less in JAX than that of a gather."""
-        size = a.shape[-1]
-        return a.reshape((*a.shape[:-2], size * size))[..., :: size + 1]
+    def _of_coefficients(self, of_b: Array, of_bend: Array, z: Array, of_curvature: Array) -> Array:
+        """The derivative in all coefficients: of b, of B z, and minus that of B by itself (of its diagonal where that is all of it)."""
+        ops = self.ops
+        if self.diagonal:
+            return ops.stack([of_b, of_bend * z - of_curvature], -1)
+        if not self.full_rank:
+            of_curvature = ops.diagonal_matrix(of_curvature)
+        return ops.concatenate([of_b[..., None], of_bend[..., None] * z[..., None, :] - of_curvature], -1)
 
-    def _outer(self, a: Array, eps: Array) -> Array:
-        return a[..., None] * eps[..., None, :] if self.full_rank else a * eps
-
-    def _flat(self, a: Array) -> Array:
+    def _flat(self, a: Array, x: Array) -> Array:
         """An array of the shape of x with its coordinates in one dim."""
-        return self.ops.broadcast_to(a, self.target.shape).reshape(self.shape)
+        return _reshaped(self._in_shape(self.ops.asarray(a, x), x.shape), self.shape)
+
+    def _in_shape(self, a: Array, shape: tuple[int, ...]) -> Array:
+        return a if a.shape == shape else self.ops.broadcast_to(a, shape)
+
+
+def _reshaped(a: Array, shape: tuple[int, ...]) -> Array:
+    return a if a.shape == shape else a.reshape(shape)

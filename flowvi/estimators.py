@@ -284,7 +284,7 @@ class RP(Estimator):
         return {} if self.control_variate is None else QuadraticModel(ops, target, self.control_variate == "diagonal").learns()
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
-        if self.control_variate is None:
+        if self.control_variate is None or target.learned is None:  # nothing is learned yet
             return ImplicitRP(target.standardization(ops)).attach(ops, target, x)
         value, control = QuadraticModel(ops, target, self.control_variate == "diagonal").attach(x)
         return Draw(target.push(value), control=control)

@@ -96,11 +96,11 @@ class Learned(NamedTuple):
     """A parameter that an estimator learns while SVI runs.
 
     Attributes:
-        initial: Its initial value. The dims on the left are those of the site's batch shape, at the full sizes of its plates.
+        initial: Makes its initial value. The dims on the left are those of the site's batch shape, at the full sizes of its plates.
         event_ndim: The number of dims on the right that are no batch dims of the site.
     """
 
-    initial: Array
+    initial: Callable[[], Array]
     event_ndim: int
 
 
@@ -390,7 +390,7 @@ class Target(ABC):
 
     def read(self, learns: Callable[[], Mapping[str, Learned]]) -> Mapping[str, Array]:
         """The values of the parameters that the estimator ``learns``."""
-        return {name: parameter.initial for name, parameter in learns().items()} if self.learned is None else self.learned
+        return {name: parameter.initial() for name, parameter in learns().items()} if self.learned is None else self.learned
 
     def learn(
         self, ops: Ops, outputs: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...], second_moment: SecondMoment

@@ -287,3 +287,13 @@ def test_outside_of_flowvi_the_start_stays(estimator):
     p = HOSTS["pyro"].dist.Normal(loc, scale).to_event(1)
     for found, expected in zip(draw(flowvi.pyro.Estimated(p, estimator)), draw(p), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_derivative_is_refused_in_pyro():
+    model, guide = program(PYRO, "Normal", quartic)
+    pyro.clear_param_store()
+    loss = flowvi.pyro.TraceFlow_ELBO(estimators={"x": RP(control_variate="quadratic")}).differentiable_loss(model, guide)
+    loc = pyro.param("loc")
+    (gradient,) = torch.autograd.grad(loss, loc, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -100,7 +100,7 @@ def declare(msg, target: NumPyroTarget, estimator: Estimator, plate_sizes: dict[
     learns = estimator.learns(ops, target)
     with trace() as found:  # under `handlers.scope` a parameter gets another name
         target.learned = {
-            name: numpyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=learned.event_ndim)
+            name: numpyro.param(f"{msg['name']}.{name}", learned.initial(), event_dim=learned.event_ndim)
             for name, learned in learns.items()
         }
     return list(found)

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 Array = Any
 SecondMoment = Callable[[tuple[Array, ...], dict[str, Array], tuple[Array, ...]], Array]
 
+Pullback = Callable[[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]]
+
 
 def times(a: Array, factor: float) -> Array:
     """``a * factor``, without an operation where the factor is 1, as it mostly is."""
@@ -76,6 +78,12 @@ class Ops(Protocol):
         """A boolean unit matrix on the device of ``like``."""
         ...
 
+    def concatenate(self, arrays: list[Array], axis: int, /) -> Array: ...
+    def diagonal(self, a: Array, /) -> Array:
+        """That of the last two dims; ``diagonal_matrix`` makes a matrix of one."""
+        ...
+
+    def diagonal_matrix(self, x: Array, /) -> Array: ...
     def trace(self, a: Array, /) -> Array: ...
     def tril(self, a: Array, /) -> Array: ...
     def moveaxis(self, a: Array, source: tuple[int, ...], to: tuple[int, ...], /) -> Array: ...
@@ -84,6 +92,12 @@ class Ops(Protocol):
     def log_abs_det(self, a: Array, /) -> Array: ...
     def iterate(self, step: Callable[[Any], Any], n: int, state: Any, /) -> Any:
         """``step`` applied n times to a tuple of arrays."""
+        ...
+
+    def with_pullback(
+        self, values: tuple[Array, ...], inputs: tuple[Array, ...], fixed: tuple[Array, ...], pullback: Pullback, /
+    ) -> tuple[Array, ...]:
+        """``values``; going backward, ``inputs`` get ``pullback(cotangents, inputs, fixed)``."""
         ...
 
     def learn(

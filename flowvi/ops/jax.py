@@ -7,7 +7,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.lax import stop_gradient
 from jax.nn import log_softmax  # noqa: F401
-from jax.numpy import broadcast_to, cos, exp, expm1, log, log1p, logaddexp, moveaxis, sin, sqrt, stack, tanh, tril, where  # noqa: F401
+from jax.numpy import broadcast_to, concatenate, cos, exp, expm1, log, log1p, logaddexp, moveaxis, sin, sqrt, stack, tanh, tril, where  # noqa: F401
 from jax.numpy.linalg import eigh  # noqa: F401
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import digamma, i0e, i1e, ndtr, polygamma  # noqa: F401
@@ -52,6 +52,14 @@ def eye(size, like):
     return jnp.eye(size, dtype=bool)
 
 
+def diagonal(a):
+    return jnp.diagonal(a, axis1=-2, axis2=-1)
+
+
+def diagonal_matrix(x):
+    return x[..., None] * jnp.eye(x.shape[-1], dtype=x.dtype)
+
+
 def trace(a):
     return jnp.trace(a, axis1=-2, axis2=-1)
 
@@ -71,6 +79,21 @@ def log_abs_det(a):
 
 def iterate(step, n, state):
     return lax.fori_loop(0, n, lambda _, state: step(state), state)
+
+
+def with_pullback(values, inputs, fixed, pullback):
+    @jax.custom_vjp
+    def attached(values, inputs, fixed):
+        return values
+
+    def forward(values, inputs, fixed):
+        return values, (inputs, fixed)
+
+    def backward(residuals, cotangents):
+        return None, pullback(cotangents, *residuals), None
+
+    attached.defvjp(forward, backward)
+    return attached(stop_gradient(values), inputs, stop_gradient(fixed))
 
 
 def learn(outputs, learned, fixed, second_moment):

@@ -1,9 +1,10 @@
 """The operations of the core over torch tensors."""
 
 import math
+from functools import lru_cache
 
 import torch
-from torch import broadcast_to, cos, exp, expm1, log, log1p, logaddexp, moveaxis, sin, sqrt, stack, tanh, tril, where  # noqa: F401
+from torch import broadcast_to, concatenate, cos, exp, expm1, log, log1p, logaddexp, moveaxis, sin, sqrt, stack, tanh, tril, where  # noqa: F401
 from torch.linalg import eigh  # noqa: F401
 from torch.special import digamma, i0e, i1e, log_softmax, ndtr  # noqa: F401
 
@@ -80,6 +81,19 @@ def eye(size, like):
     return torch.eye(size, dtype=torch.bool, device=like.device)
 
 
+def diagonal_matrix(x):
+    return x.unsqueeze(-1) * _unit_matrix(x.shape[-1], x.dtype, x.device)
+
+
+@lru_cache(maxsize=16)
+def _unit_matrix(size, dtype, device):
+    return torch.eye(size, dtype=dtype, device=device)
+
+
+def diagonal(a):
+    return a.diagonal(dim1=-2, dim2=-1)
+
+
 def trace(a):
     return a.diagonal(dim1=-2, dim2=-1).sum(-1)
 
@@ -100,6 +114,29 @@ def iterate(step, n, state):
     for _ in range(n):
         state = step(state)
     return state
+
+
+def with_pullback(values, inputs, fixed, pullback):
+    return _WithPullback.apply(values, fixed, pullback, *inputs)
+
+
+class _WithPullback(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, fixed, pullback, *inputs):
+        ctx.fixed, ctx.pullback = fixed, pullback
+        ctx.save_for_backward(*inputs)
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        return (_pull_back_once if torch.is_grad_enabled() else _pull_back)(ctx, *cotangents)
+
+
+def _pull_back(ctx, *cotangents):
+    return None, None, None, *ctx.pullback(cotangents, ctx.saved_tensors, ctx.fixed)
+
+
+_pull_back_once = torch.autograd.function.once_differentiable(_pull_back)  # refuses a second derivative, and takes a little longer
 
 
 def learn(outputs, learned, fixed, second_moment):

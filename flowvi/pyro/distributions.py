@@ -114,10 +114,11 @@ class PyroTarget(Target):
 
 def draw(target: PyroTarget, estimator: Estimator) -> Draw:
     """Draw at a site from the estimator's proposal and attach derivatives and weight."""
-    q, _ = estimator.proposal(ops, target)
+    q = target.p if estimator.q is None else estimator.proposal(ops, target)[0]
     if q.batch_shape != target.batch_shape:
         q = q.expand(target.batch_shape)
-    return attach(ops, target, estimator, q.rsample() if q.has_rsample else q.sample())  # as Pyro draws
+    x = q.rsample() if q.has_rsample else q.sample()  # as Pyro draws
+    return attach(ops, target, estimator, x)
 
 
 def unwrap(fn: Any) -> Any:
@@ -171,8 +172,12 @@ def _detach(value: Any) -> Any:
         return _detach(value.inv).inv
     if isinstance(value, HOLDERS):
         new: Any = object.__new__(type(value))
-        held = {**vars(value), "_inv": None} if isinstance(value, torch.distributions.Transform) else vars(value)  # as that holds it
-        new.__dict__.update((k, v if type(v) in (bool, torch.Size) else _detach(v)) for k, v in held.items())
+        new.__dict__.update(vars(value))
+        if isinstance(value, torch.distributions.Transform):
+            new._inv = None  # a transform and its inverse hold each other
+        for name, held in vars(new).items():
+            if type(held) not in (bool, torch.Size):
+                new.__dict__[name] = _detach(held)
         if isinstance(value, torch.distributions.Distribution):
             new._validate_args = False
         return new

@@ -15,6 +15,7 @@ from flowvi.objectives import Credit, Dependencies, Entropy, LeaveOneOut, Partic
 from flowvi.ops import times, total
 from flowvi.pyro.baselines import annotated_baseline
 from flowvi.pyro.run import Run, run_program, runs
+from flowvi.tape import weighty
 
 
 class TraceFlow_ELBO(Trace_ELBO):
@@ -183,7 +184,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         """Scalars that add up to the loss. Each can be differentiated by itself, so that its graph can be freed."""
         looped = []
         for run in runs(self, self._run, model, guide, args, kwargs):
-            if not run.draws:  # the host's own ELBO
+            if not weighty(run.draws):  # so that it does not matter what depends on what
                 yield times(-run.log_ratio(), 1 / self.num_particles)
                 continue
             particle = _with_annotated_baselines(elbo_particle(ops, run.tape()), run.guide_trace)

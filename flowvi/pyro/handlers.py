@@ -123,7 +123,8 @@ def _own_density(msg) -> Any:
     """By how much the objective counts the site's log density: its scale, where it is not masked."""
     weight = msg["scale"]
     for mask in (msg["mask"], *masks(msg["fn"])):
-        weight = weight if mask is None else weight * torch.as_tensor(mask)
+        if mask is not None:
+            weight = weight * torch.as_tensor(mask)
     return weight
 
 

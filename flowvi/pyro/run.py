@@ -194,11 +194,12 @@ class Run:
         self._provenance = of_guide, of_model, {name: names | {name} for name, names in of_guide.items()}
 
     def log_ratio(self) -> torch.Tensor:
-        """The log density of the model less that of the guide, summed over all sites."""
+        """The log density of the model less that of the guide, and the control variates, summed over all sites."""
         model, guide = _sample_sites(self.model_trace).values(), _sample_sites(self.guide_trace).values()
         of_model = [site["log_prob_sum"] for site in model]
         of_guide = [site["log_prob"].sum() for site in guide]
-        return torch.as_tensor((total(of_model) if model else 0.0) - (total(of_guide) if guide else 0.0))
+        of_model += [draw.control.sum() for draw in self.draws.values() if draw.control is not None]
+        return torch.as_tensor((total(of_model) if of_model else 0.0) - (total(of_guide) if of_guide else 0.0))
 
     def terms(self, of_model: Ancestors = None, of_guide: Ancestors = None) -> list[Term]:
         """The costs, with the ancestors of each."""
