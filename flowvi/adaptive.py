@@ -107,8 +107,8 @@ class AdaptiveFlow(Estimator):
             value = ops.stack([zero + self.start, *[zero] * self.bumps], -1) if name == "velocity" else zero
             return ops.broadcast_to(value, (*batch, *shapes[name]))
 
-        extra = min(target.extra_ndim, len(batch))
-        return {name: Learned(partial(initial, name), extra + len(shape)) for name, shape in shapes.items()}
+        of_event = batch[max(len(batch) - target.extra_ndim, 0) :]
+        return {name: Learned(partial(initial, name), (*of_event, *shape)) for name, shape in shapes.items()}
 
     def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:
         if self.q != "learned":

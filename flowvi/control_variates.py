@@ -40,13 +40,15 @@ class QuadraticModel:
     def learns(self) -> dict[str, Learned]:
         """The coefficients, which are 0 at first: a row for each coordinate, b before B."""
         target, size = self.target, self.shape[-1]
+        own = (size, 2 if self.diagonal else 1 + size)
 
         def initial() -> Array:
             batch = target.element_shape if self.full_rank else target.site_shape
             zero = self.ops.stop_gradient(1.0 * self.ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
-            return self.ops.broadcast_to(zero, (*batch, size, 2 if self.diagonal else 1 + size))
+            return self.ops.broadcast_to(zero, (*batch, *own))
 
-        return {"control_variate": Learned(initial, (target.extra_ndim if self.full_rank else 0) + 2)}
+        of_event = target.element_shape[len(target.element_shape) - target.extra_ndim :] if self.full_rank else ()
+        return {"control_variate": Learned(initial, (*of_event, *own))}
 
     def attach(self, x: Array) -> tuple[Array, Array]:
         """The value, with the derivative of the host's sampler, and the control variate over the batch shape of the site."""

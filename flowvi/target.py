@@ -97,11 +97,11 @@ class Learned(NamedTuple):
 
     Attributes:
         initial: Makes its initial value. The dims on the left are those of the site's batch shape, at the full sizes of its plates.
-        event_ndim: The number of dims on the right that are no batch dims of the site.
+        event_shape: Of the dims on the right that are no batch dims of the site.
     """
 
     initial: Callable[[], Array]
-    event_ndim: int
+    event_shape: tuple[int, ...]
 
 
 class Target(ABC):
@@ -387,6 +387,16 @@ class Target(ABC):
         weight = ops.asarray(self.own_density, x)
         of_event = self.extra_ndim if weight.ndim <= self.batch_ndim else 0
         return ops.broadcast_to(weight.reshape((*weight.shape, *(1,) * (of_event + self.event_ndim))), x.shape)
+
+    def take(self, learns: Mapping[str, Learned], values: Mapping[str, Array]) -> None:
+        """Take over the values of the parameters that the estimator ``learns``."""
+        for name, (_, event_shape) in learns.items():
+            if (found := tuple(values[name].shape[-len(event_shape) :])) != event_shape:
+                self.refuse(
+                    f"what the estimator learns as '{self.name}.{name}' has the shape {event_shape} on the right, but the program's "
+                    f"parameter of that name {found}; another estimator has left it there, so clear the parameters or rename the site."
+                )
+        self.learned = values
 
     def read(self, learns: Callable[[], Mapping[str, Learned]]) -> Mapping[str, Array]:
         """The values of the parameters that the estimator ``learns``."""

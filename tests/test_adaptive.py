@@ -608,6 +608,7 @@ def test_refusals(host):
             "site 'x': the mask must be elementwise",
         ),
     ):
+        pyro.clear_param_store()
         program = chain(theta, {"x": lambda h, t, v, make=make: make(h, t)}, {"x": lambda h, t, v: 0.0 * v["x"].sum()})
         with pytest.raises(ValueError, match=message):
             host.gradients(program, 3, estimators={"x": estimator})

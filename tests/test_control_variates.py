@@ -297,3 +297,14 @@ def test_a_second_derivative_is_refused_in_pyro():
     (gradient,) = torch.autograd.grad(loss, loc, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_what_another_estimator_has_left_is_refused(host):
+    """A parameter store may hold coefficients for another number of bumps, or a substitution may be wrong."""
+    model, guide = program(host, "Normal", quadratic)
+    params = {"loc": LOC, "factor": SCALE, "x.control_variate": np.zeros((3, 2))}
+    with pytest.raises(ValueError, match=r"site 'x': .*'x.control_variate' has the shape \(3, 4\) .* parameter of that name \(3, 2\)"):
+        loss_and_gradients(host, params, model, guide, estimators={"x": RP(control_variate="quadratic")})
+    params["x.velocity"], params["x.control"] = np.zeros((3, 2, 3)), np.zeros((3, 2, 7))
+    with pytest.raises(ValueError, match=r"'x.velocity' has the shape \(3, 2, 6\) .* \(3, 2, 3\)"):
+        loss_and_gradients(host, params, model, guide, estimators={"x": AdaptiveFlow()})

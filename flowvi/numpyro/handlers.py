@@ -99,10 +99,11 @@ def declare(msg, target: NumPyroTarget, estimator: Estimator, plate_sizes: dict[
     target.plate_sizes = {frame.dim: plate_sizes.get(frame.name, frame.size) for frame in msg["cond_indep_stack"]}
     learns = estimator.learns(ops, target)
     with trace() as found:  # under `handlers.scope` a parameter gets another name
-        target.learned = {
-            name: numpyro.param(f"{msg['name']}.{name}", learned.initial(), event_dim=learned.event_ndim)
+        values = {
+            name: numpyro.param(f"{msg['name']}.{name}", learned.initial(), event_dim=len(learned.event_shape))
             for name, learned in learns.items()
         }
+    target.take(learns, values)
     return list(found)
 
 

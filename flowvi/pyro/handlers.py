@@ -113,9 +113,11 @@ class attach_estimators(Messenger):
         if not (learns := estimator.learns(ops, target)):
             return
         target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
-        target.learned = {
-            name: pyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=learned.event_ndim) for name, learned in learns.items()
+        values = {
+            name: pyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=len(learned.event_shape))
+            for name, learned in learns.items()
         }
+        target.take(learns, values)
         self.learned += [f"{msg['name']}.{name}" for name in learns]
 
 
