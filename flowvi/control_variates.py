@@ -59,12 +59,12 @@ class QuadraticModel:
         factor = self._in_shape(target.p.scale_tril, (*batch, size, size)) if self.full_rank else self._flat(target.p.scale, x)
         inputs = self._flat(target.p.loc, x), factor, self._in_shape(coefficients, (*batch, *coefficients.shape[-2:]))
         value = _reshaped(x, self.shape)
-        fixed = (value,) if self._counts_as is not None else (value, self._flat(target.own_density_at(ops, x), x))
+        fixed = (value,) if self._own_weight is not None else (value, self._flat(target.own_density_at(ops, x), x))
         value, control = ops.with_pullback((value, 0 * value[..., 0]), inputs, fixed, self._pullback)
         return _reshaped(value, x.shape), target.to_batch(control) if self.full_rank else control
 
     @property
-    def _counts_as(self) -> float | None:
+    def _own_weight(self) -> float | None:
         """By how much the site's own log density counts, where that is one number."""
         own_density = self.target.own_density
         return own_density if isinstance(own_density, (int, float)) else None
@@ -72,11 +72,16 @@ class QuadraticModel:
     def _pullback(self, cotangents: tuple[Array, ...], inputs: tuple[Array, ...], fixed: tuple[Array, ...]) -> tuple[Array, ...]:
         """The derivatives in loc and the factor; for the coefficients, that of the squared gradient in dloc and dM, added up.
 
-        The gradient is that through the sample, by the model, and of the site's own log density.
+        With c the cotangent of the control variate (``unit``), the gradient through the sample and by the model is
+
+            g_loc = s v - c B z,    g_M = (s v - c (b + B z)) eps^T + c B M,
+
+        and g is that with the gradient of the site's own log density. h = -2 c g is then the derivative of the sum of g^2 in what c
+        multiplies: by b + B z it is h_M eps, by B z alone h_loc more, by B M it is -h_M.
         """
         (through, unit), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
         unit = unit[..., None]
-        own = times(unit, self._counts_as) if self._counts_as is not None else unit * own_density[0]
+        own = times(unit, self._own_weight) if self._own_weight is not None else unit * own_density[0]
         return (self._of_full_rank if self.full_rank else self._of_mean_field)(through, unit, own, loc, factor, coefficients, x)
 
     def _of_mean_field(
@@ -86,13 +91,11 @@ class QuadraticModel:
         b, bend, curvature = self._model(coefficients, z)
         of_loc = s * through - unit * bend
         of_m = (of_loc - unit * b) * z + unit * (curvature if self.diagonal else self.ops.diagonal(curvature))
-        derivatives = of_loc / s, of_m / s
-        # minus twice the gradient with that of the own log density, times its derivative by the coefficients
         twice, score = unit + unit, own * z
-        of_loc = twice * (score - of_loc)
-        of_m = twice * (score * z - of_m - own)
-        of_slope = of_m * z
-        return *derivatives, self._of_coefficients(of_slope, of_loc + of_slope, z, of_m)
+        h_loc = twice * (score - of_loc)
+        h_m = twice * (score * z - of_m - own)
+        of_slope = h_m * z
+        return of_loc / s, of_m / s, self._of_coefficients(of_slope, h_loc + of_slope, z, h_m)
 
     def _of_full_rank(
         self, through: Array, unit: Array, own: Array, loc: Array, factor: Array, coefficients: Array, x: Array
@@ -104,16 +107,14 @@ class QuadraticModel:
         of_loc = s * through - unit * bend
         bend_m = curvature[..., None] * m if self.diagonal else curvature @ m
         of_m = (of_loc - unit * b)[..., None] * eps[..., None, :] + unit[..., None] * bend_m
-        derivatives = of_loc / s, of_m / s[..., None]
-        # as above
         twice, score = unit + unit, own * ops.solve(m.swapaxes(-2, -1), eps)
         on_diagonal = ops.where(ops.eye(m.shape[-1], m), m, 1 + 0 * m)
         inverse = ops.where(ops.eye(m.shape[-1], m), 1 / on_diagonal, 0 * m)
-        of_loc = twice * (score - of_loc)
-        of_m = twice[..., None] * ops.tril(score[..., None] * eps[..., None, :] - of_m - own[..., None] * inverse)
-        of_slope = (of_m * eps[..., None, :]).sum(-1)
-        of_bend_m = (of_m * m).sum(-1) if self.diagonal else of_m @ m.swapaxes(-2, -1)
-        return *derivatives, self._of_coefficients(of_slope, of_loc + of_slope, z, of_bend_m)
+        h_loc = twice * (score - of_loc)
+        h_m = twice[..., None] * ops.tril(score[..., None] * eps[..., None, :] - of_m - own[..., None] * inverse)
+        of_slope = (h_m * eps[..., None, :]).sum(-1)
+        of_curvature = (h_m * m).sum(-1) if self.diagonal else h_m @ m.swapaxes(-2, -1)
+        return of_loc / s, of_m / s[..., None], self._of_coefficients(of_slope, h_loc + of_slope, z, of_curvature)
 
     def _model(self, coefficients: Array, z: Array) -> tuple[Array, Array, Array]:
         """The vectors b and B z, and B (its diagonal where that is all of it)."""
@@ -124,7 +125,7 @@ class QuadraticModel:
         return b, (curvature @ z[..., None])[..., 0], curvature
 
     def _of_coefficients(self, of_b: Array, of_bend: Array, z: Array, of_curvature: Array) -> Array:
-        """The derivative in all coefficients: of b, of B z, and minus that of B by itself (of its diagonal where that is all of it)."""
+        """The derivative in all coefficients from those in b and in B z, and minus that in B (or its diagonal) by itself."""
         ops = self.ops
         if self.diagonal:
             return ops.stack([of_b, of_bend * z - of_curvature], -1)

@@ -284,9 +284,10 @@ class RP(Estimator):
         return {} if self.control_variate is None else QuadraticModel(ops, target, self.control_variate == "diagonal").learns()
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
-        if self.control_variate is None or target.learned is None:  # nothing is learned yet
+        model = None if self.control_variate is None else QuadraticModel(ops, target, self.control_variate == "diagonal")
+        if model is None or target.learned is None:  # its coefficients are 0 then
             return ImplicitRP(target.standardization(ops)).attach(ops, target, x)
-        value, control = QuadraticModel(ops, target, self.control_variate == "diagonal").attach(x)
+        value, control = model.attach(x)
         return Draw(target.push(value), control=control)
 
 
@@ -485,7 +486,7 @@ class Flow(Estimator):
                 target.check_elementwise(ops, u, x, what)
                 if target.validate and target.first_use:
                     _check_finite(ops, target, ops.derivative(partial(_field_at, ops, target, u), x, live=False)[1])
-                along = ops.asarray(u(x + ops.tether(theta), p0), x)
+                along = target.in_shape(ops, u(x + ops.tether(theta), p0), x, what)
                 if target.is_live(at_x):  # u reads a live parameter by itself, which moves no probability
                     along, at_x = along - at_x, ops.stop_gradient(at_x)
                 divergence = along if divergence is None else divergence + along

@@ -2,7 +2,7 @@
 
 The surrogate is the composition rule of several dependent sites, in its form with baselines,
 
-    S = sum_j sg(W_j) f_j + sum_s score_s sg( sum_{j after s} W_j f_j - W_{<=s} b_s ),
+    S = sum_j sg(W_j) f_j + tether( sum_s score_s sg( sum_{j after s} W_j f_j - W_{<=s} b_s ) ),
 
 with W_j the product of the weights of cost j's ancestors and b_s a baseline. In plates, a score and a weight meet costs
 element by element as far as :class:`~flowvi.tape.Ancestor` says.
@@ -103,7 +103,8 @@ def _downstream(scored: list[Site], shares: list[_Share]) -> Iterator[tuple[Site
     Along a chain each site leads to the costs of the next one and a few more, so that sums are begun where the last one ended.
     """
     sums: list[Array] = []
-    for index, begin, more in _plan(tuple((site.name, site.frames) for site in scored), tuple(share.ancestors for share in shares)):
+    sites, ancestors = tuple((site.name, site.frames) for site in scored), tuple(share.ancestors for share in shares)
+    for index, begin, more in _plan(sites, ancestors):
         summands = [sum_to(shares[i].cost, frames) for i, frames in more]
         sums.append(total(summands if begin is None else [sums[begin], *summands]))
         yield scored[index], sums[-1]
@@ -163,10 +164,12 @@ def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: LeaveO
         Scalars, by statement or under ``ALL``; their sum has the value of the objective and the derivative of the estimator.
     """
     terms = {name: cost.sum() if cost.ndim else cost for name, cost in particles.costs.items()}
-    scores = [_score_term(ops, name, credit, num_particles, baseline) for name, credit in particles.credits.items()]
-    if scores:
-        first = next(iter(terms))  # what is added has the value 0, so that it does not matter to which statement it goes
-        terms[first] = terms[first] + ops.tether(total(scores))
+    scores: dict[str, list[Array]] = {}
+    for name, credit in particles.credits.items():
+        key = name if name in terms else next(iter(terms))
+        scores.setdefault(key, []).append(_score_term(ops, name, credit, num_particles, baseline))
+    for key, of_statement in scores.items():
+        terms[key] = terms[key] + ops.tether(total(of_statement))
     return {name: term / num_particles for name, term in terms.items()} if num_particles > 1 else terms
 
 

@@ -137,7 +137,11 @@ def _one_of(ancestors: frozenset[Ancestor]) -> frozenset[Ancestor]:
 
 @lru_cache(maxsize=64)  # the same at every step of most programs
 def program_order(
-    guide: tuple[str, ...], model: tuple[str, ...], random: frozenset[str], together: frozenset[str] = frozenset()
+    guide: tuple[str, ...],
+    model: tuple[str, ...],
+    random: frozenset[str],
+    guide_scans: frozenset[str] = frozenset(),
+    model_scans: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
     """Ancestors of each cost among the ``random`` sites of the guide, as far as the order of statements tells.
 
@@ -149,31 +153,32 @@ def program_order(
         guide: The guide's sample statements, in program order.
         model: The model's.
         random: Sites of the guide.
-        together: Statements that may depend on those of them next to them in either direction, as in the body of a scan.
+        guide_scans: Statements of the guide that came out of scan or cond; those in a row may depend on each other in any order.
+        model_scans: Statements of the model that did.
 
     Returns:
         The ancestors by name, for the statements of the guide and for those of the model.
     """
     reached: frozenset[str] = frozenset()
     of_guide: dict[str, frozenset[str]] = {}
-    for block in _blocks(guide, together):
+    for block in _blocks(guide, guide_scans):
         reached |= frozenset(block) & random
         of_guide |= dict.fromkeys(block, reached)
 
     unnamed = random.difference(model)
     reached = frozenset().union(*(of_guide[name] for name in guide if name in unnamed))
     of_model: dict[str, frozenset[str]] = {}
-    for block in _blocks(model, together):
+    for block in _blocks(model, model_scans):
         reached = reached.union(*(of_guide.get(name, frozenset()) for name in block))
         of_model |= dict.fromkeys(block, reached)
     return of_guide, of_model
 
 
-def _blocks(names: tuple[str, ...], together: frozenset[str]) -> list[list[str]]:
-    """Names, grouped: runs of those in ``together``, each other one by itself."""
+def _blocks(names: tuple[str, ...], scans: frozenset[str]) -> list[list[str]]:
+    """Names, grouped: those of ``scans`` that are in a row, and each other one by itself."""
     groups: list[list[str]] = []
     for name in names:
-        if groups and name in together and groups[-1][-1] in together:
+        if groups and name in scans and groups[-1][-1] in scans:
             groups[-1].append(name)
         else:
             groups.append([name])

@@ -391,7 +391,7 @@ class Target(ABC):
     def take(self, learns: Mapping[str, Learned], values: Mapping[str, Array]) -> None:
         """Take over the values of the parameters that the estimator ``learns``."""
         for name, (_, event_shape) in learns.items():
-            if (found := tuple(values[name].shape[-len(event_shape) :])) != event_shape:
+            if (found := tuple(shape := values[name].shape)[len(shape) - len(event_shape) :]) != event_shape:
                 self.refuse(
                     f"what the estimator learns as '{self.name}.{name}' has the shape {event_shape} on the right, but the program's "
                     f"parameter of that name {found}; another estimator has left it there, so clear the parameters or rename the site."

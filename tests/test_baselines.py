@@ -1,5 +1,7 @@
 """Baselines of a site's own: they stay out of every gradient but their own, and Pyro's way to say them keeps its meaning."""
 
+from functools import partial
+
 import equinox
 import flax.linen
 import flax.nnx
@@ -374,6 +376,18 @@ def test_the_score_under_a_constant_transform(host, event_ndim):
         ValueError, match="site 'x': baseline='optimal' knows the parameters of Normal, .*; found TransformedDistribution"
     ):
         gradient(host, lambda live: target(live, live["factor"]).scores(x)[0][0].sum(), live | {"factor": np.array(2.0)})
+
+
+def test_optimal_without_a_derivative_in_pyro():
+    """The loss by itself is that of any other baseline."""
+    program = chain([0.3], {"x": lambda h, t, v: h.dist.Bernoulli(logits=t[0])}, {"x": lambda h, t, v: v["x"] - 0.2})
+    losses = []
+    for estimator in (LR(baseline="optimal"), LR()):
+        pyro.set_rng_seed(0)
+        elbo = flowvi.pyro.TraceFlow_ELBO(5, max_plate_nesting=0, vectorize_particles=True, estimators={"x": estimator})
+        t = [pyro.param("t", torch.tensor(0.3))]
+        losses.append(elbo.loss(partial(program.model, HOSTS["pyro"], t), partial(program.guide, HOSTS["pyro"], t)))
+    assert losses[0] == losses[1]
 
 
 def test_optimal_under_a_transform(host):

@@ -289,6 +289,15 @@ def test_outside_of_flowvi_the_start_stays(estimator):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_no_other_family_under_pyros_own_elbo():
+    """Where nothing learns, it is RP, but at the families that it is for."""
+    estimated = flowvi.pyro.Estimated(pyro_dist.Laplace(torch.tensor(0.3), 1.0), RP(control_variate="diagonal"))
+    with pytest.raises(ValueError, match="expected Normal or MultivariateNormal, found Laplace"):
+        pyro.infer.Trace_ELBO().loss_and_grads(
+            lambda: pyro.sample("x", pyro_dist.Normal(0.0, 1.0)), lambda: pyro.sample("x", estimated)
+        )
+
+
 def test_a_second_derivative_is_refused_in_pyro():
     model, guide = program(PYRO, "Normal", quartic)
     pyro.clear_param_store()

@@ -229,12 +229,13 @@ def test_leave_one_out_of_particles_with_weights():
 
 def test_program_order():
     guide, model = ("a", "aux", "b", "c", "d"), ("y0", "b", "y1", "a", "c", "y2", "d")
-    random, loop = frozenset(guide), frozenset({"c", "d", "y2"})
-    of_guide, of_model = program_order(guide, model, random, loop)
+    random, scans = frozenset(guide), (frozenset({"c", "d"}), frozenset({"c", "y2"}))
+    of_guide, of_model = program_order(guide, model, random, *scans)
     assert of_guide == {"a": {"a"}, "aux": {"a", "aux"}, "b": {"a", "aux", "b"}, "c": random, "d": random}
     assert of_model["y0"] == {"a", "aux"}  # the auxiliary site, and what the guide had drawn before it
     assert of_model["b"] == of_model["y1"] == of_model["a"] == {"a", "aux", "b"}
     assert of_model["c"] == of_model["y2"] == random
-    without = program_order(("a", "b", "c", "d"), model, random - {"aux"}, loop)[1]
+    assert program_order(guide, model, random, model_scans=scans[1])[0]["c"] == random - {"d"}  # a scan in the model only
+    without = program_order(("a", "b", "c", "d"), model, random - {"aux"}, *scans)[1]
     assert without["y0"] == set()
     assert without["y1"] == {"a", "b"}

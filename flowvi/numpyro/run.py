@@ -172,8 +172,8 @@ class Run:
         """The run's records."""
         trace, draws = self.guide_trace, weighty(self.attached.draws)
         drawn = _latent(trace)
-        (guide, in_scan), (model, in_model_scan) = _statements(trace), _statements(self.model_trace)
-        of_guide, of_model = program_order(guide, model, frozenset(drawn), in_scan | in_model_scan)
+        (guide, guide_scans), (model, model_scans) = _statements(trace), _statements(self.model_trace)
+        of_guide, of_model = program_order(guide, model, frozenset(drawn), guide_scans, model_scans)
         of_site = {name: of_guide[name] for name in drawn}
         for name in self._closed_forms:  # its expectation over the site itself is taken
             of_model = {**of_model, name: (of_model[name] | of_guide[name]) - {name}}

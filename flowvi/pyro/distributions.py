@@ -27,9 +27,8 @@ BIASED_SAMPLERS = (
 PLAIN_TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
 HOLDERS = (torch.distributions.Distribution, torch.distributions.Transform, torch.nn.Module)  # of tensors
 TRANSFORMED = (*PLAIN_TRANSFORMED, dist.FoldedDistribution)
-
-
 PARTICLES = "num_particles_vectorized"  # as Pyro calls the plate
+
 
 _is_subclass = lru_cache(maxsize=256)(issubclass)
 
@@ -76,6 +75,8 @@ class PyroTarget(Target):
         return None if base is self.p else (base, transforms)
 
     def _scores(self, x, names):
+        if not torch.is_grad_enabled():
+            return []
         p = self.p.expand(self.batch_shape)
         live = [theta for name in names if (theta := getattr(p, name)).requires_grad]
         psi = torch.autograd.grad(p.log_prob(x).sum(), live, retain_graph=True) if live else ()

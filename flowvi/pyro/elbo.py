@@ -184,10 +184,11 @@ class TraceFlow_ELBO(Trace_ELBO):
         """Scalars that add up to the loss. Each can be differentiated by itself, so that its graph can be freed."""
         looped = []
         for run in runs(self, self._run, model, guide, args, kwargs):
-            if not weighty(run.draws):  # so that it does not matter what depends on what
+            if not weighty(run.draws):  # nothing has a score or a weight, so that it does not matter what depends on what
                 yield times(-run.log_ratio(), 1 / self.num_particles)
                 continue
-            particle = _with_annotated_baselines(elbo_particle(ops, run.tape()), run.guide_trace)
+            particle = elbo_particle(ops, run.tape())
+            _take_annotated_baselines(particle.credits, run.guide_trace)
             if self.vectorize_particles:
                 yield _loss(estimate(ops, particle, self.num_particles, self.baseline))
             elif self.num_particles > 1 and self.baseline is not None and particle.credits:
@@ -215,12 +216,11 @@ def _loss(terms: dict[str, torch.Tensor]) -> torch.Tensor:
     return -total(list(terms.values()))
 
 
-def _with_annotated_baselines(particle: Particle, guide_trace) -> Particle:
-    """The particle with the baselines that the guide says in Pyro's own way."""
-    for name, credit in particle.credits.items():
+def _take_annotated_baselines(credits: dict[str, Credit], guide_trace) -> None:
+    """Take over into ``credits`` the baselines that the guide says in Pyro's own way."""
+    for name, credit in credits.items():
         if name in guide_trace.nodes and (options := guide_trace.nodes[name]["infer"].get("baseline")):
-            particle.credits[name] = credit._replace(baseline=annotated_baseline(name, options, credit.cost))
-    return particle
+            credits[name] = credit._replace(baseline=annotated_baseline(name, options, credit.cost))
 
 
 def _stack(particles: list[Particle]) -> Particle:

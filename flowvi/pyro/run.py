@@ -74,7 +74,7 @@ class Run:
         model_trace: The model's trace.
         guide_trace: The guide's trace.
         attached: What each random site was served by.
-        draws: The draws of the guide's sites that have a score or a weight.
+        draws: The draws of the guide's sites to which something is attached.
     """
 
     def __init__(self, model_trace, guide_trace, attached: attach_estimators, max_plate_nesting: Any, program: tuple):
