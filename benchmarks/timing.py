@@ -126,6 +126,18 @@ def median_interval(x: np.ndarray, statistic: Callable[..., Any] = np.median) ->
     return (float(statistic(x, axis=0)), *map(float, np.quantile([statistic(x[i], axis=0) for i in which], (0.025, 0.975))))
 
 
+def median_interval_of_builds(parts: list[np.ndarray]) -> tuple[float, float, float]:
+    """The median over all rounds of several builds, and its 95% bootstrap interval over builds and rounds."""
+    rng = np.random.default_rng(0)
+
+    def again() -> float:
+        builds = rng.integers(len(parts), size=len(parts))
+        return float(np.median(np.concatenate([rng.choice(parts[i], len(parts[i])) for i in builds])))
+
+    low, high = np.quantile([again() for _ in range(2000)], (0.025, 0.975))
+    return float(np.median(np.concatenate(parts))), float(low), float(high)
+
+
 def verdict(target: float | None, median: float, low: float) -> str:
     """Whether the median is within the target ("met"), only the interval reaches it ("noise"), or neither ("missed")."""
     return "" if target is None else "met" if median <= target else "noise" if low <= target else "missed"
