@@ -97,19 +97,10 @@ def with_pullback(values, inputs, fixed, pullback):
 
 
 def learn(outputs, learned, fixed, second_moment):
-    @jax.custom_vjp
-    def identity(outputs, learned, fixed):
-        return outputs
+    def pullback(cotangents, inputs, fixed):
+        return cotangents, jax.grad(second_moment, argnums=1)(cotangents, inputs[1], fixed)
 
-    def forward(outputs, learned, fixed):
-        return outputs, (learned, fixed)
-
-    def backward(residuals, cotangents):
-        learned, fixed = residuals
-        return cotangents, jax.grad(second_moment, argnums=1)(cotangents, learned, fixed), None
-
-    identity.defvjp(forward, backward)
-    return identity(outputs, learned, stop_gradient(fixed))
+    return with_pullback(outputs, (outputs, learned), fixed, pullback)
 
 
 def ramp(x):

@@ -97,7 +97,7 @@ def diagonal(a):
 
 
 def trace(a):
-    return a.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return diagonal(a).sum(-1)
 
 
 def solve(a, b):
@@ -142,24 +142,16 @@ _pull_back_once = torch.autograd.function.once_differentiable(_pull_back)  # ref
 
 
 def learn(outputs, learned, fixed, second_moment):
-    return _Learn.apply(second_moment, tuple(learned), tuple(f.detach() for f in fixed), *outputs, *learned.values())
+    names, size = list(learned), len(outputs)
 
-
-class _Learn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, second_moment, names, fixed, *tensors):
-        ctx.second_moment, ctx.names, ctx.fixed = second_moment, names, fixed
-        outputs = tensors[: len(tensors) - len(names)]
-        ctx.save_for_backward(*tensors[len(outputs) :])
-        return tuple(output.view_as(output) for output in outputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *cotangents):
-        learned = {name: t.detach().requires_grad_() for name, t in zip(ctx.names, ctx.saved_tensors, strict=True)}
+    def pullback(cotangents, inputs, fixed):
+        learned = [t.detach().requires_grad_() for t in inputs[size:]]
         with torch.enable_grad():
-            moment = ctx.second_moment(cotangents, learned, ctx.fixed)
-        return None, None, None, *cotangents, *torch.autograd.grad(moment, list(learned.values()))
+            moment = second_moment(cotangents, dict(zip(names, learned, strict=True)), fixed)
+        return *cotangents, *torch.autograd.grad(moment, learned)
+
+    values, fixed = (tuple(t.detach() for t in tensors) for tensors in (outputs, fixed))
+    return with_pullback(values, (*outputs, *learned.values()), fixed, pullback)
 
 
 def ramp(x):
