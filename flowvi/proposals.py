@@ -198,6 +198,8 @@ def _perhaps_defensive(name: str, q: Proposal, epsilon: float) -> Proposal:
 
 # ---- slice integrals and the optimal density of a location
 
+REACH = 85.0  # of a bisection in log units: exp(-85) is the smallest uniform number, and exp(85) a number, in single precision
+
 
 @dataclass(frozen=True)
 class _Family:
@@ -241,23 +243,113 @@ class _Slice(Density):
         return log_q - p.log_prob(p.loc + 0 * x) - ops.log(2 * p.scale)
 
 
+@dataclass(frozen=True)
+class _Peak:
+    """A density with one peak that is not symmetric, between fixed ends at which it is 0.
+
+    Attributes:
+        mode: Where the peak is.
+        support: The ends.
+        shapes: The parameters that must be above 1, so that there is such a peak.
+        falls: Whether the mode is the lower end instead (or next to it): each slice begins there, and only its upper end moves.
+    """
+
+    mode: Callable[[Ops, Any], Any]
+    support: tuple[float, float] = (0.0, math.inf)
+    shapes: tuple[str, ...] = ()
+    falls: bool = False
+
+
+PEAKED = {
+    "Gumbel": _Peak(lambda ops, p: p.loc, (-math.inf, math.inf)),
+    "LogNormal": _Peak(lambda ops, p: ops.exp(p.loc - p.scale**2)),
+    "Gamma": _Peak(lambda ops, p: (p.concentration - 1) / p.rate, shapes=("concentration",)),
+    "InverseGamma": _Peak(lambda ops, p: p.rate / (p.concentration + 1)),
+    "Weibull": _Peak(lambda ops, p: p.scale * (1 - 1 / p.concentration) ** (1 / p.concentration), shapes=("concentration",)),
+    "Beta": _Peak(
+        lambda ops, p: (p.concentration1 - 1) / (p.concentration1 + p.concentration0 - 2),
+        (0.0, 1.0),
+        ("concentration1", "concentration0"),
+    ),
+    **dict.fromkeys(("Exponential", "HalfNormal", "HalfCauchy"), _Peak(lambda ops, p: math.exp(-REACH), falls=True)),
+}
+
+
+@dataclass(frozen=True)
+class _SkewSlice(Density):
+    """The ends of the slices of a density with a :class:`_Peak`, found by bisection; by mass or by height."""
+
+    by: str
+
+    def sample(self, ops, parts, draws, uniforms):
+        (p,), (x,), (height, side, _) = parts, draws, uniforms
+        mode = self._mode(ops, p, x)
+        level = p.log_prob(x if self.by == "mass" else mode) + ops.log(height)
+        return self._end(ops, p, mode, level, side >= (0.0 if PEAKED[type(p).__name__].falls else 0.5))
+
+    def log_prob(self, ops, parts, x):
+        (p,) = parts
+        mode, falls = self._mode(ops, p, x), PEAKED[type(p).__name__].falls
+        level, slope = ops.derivative(p.log_prob, x, live=False)
+        log_q = level + ops.log(abs(slope))
+        if self.by == "height":
+            log_q = log_q - p.log_prob(mode)
+        else:
+            log_q = log_q + ops.log(abs(x - (mode if falls else self._end(ops, p, mode, level, x < mode))))
+        return log_q if falls else log_q - math.log(2.0)
+
+    def _mode(self, ops: Ops, p: Any, x: Array) -> Array:
+        peak = PEAKED[type(p).__name__]
+        mode = peak.mode(ops, p) + 0 * x
+        for name in peak.shapes:
+            mode = ops.where(getattr(p, name) + 0 * x > 1, mode, math.nan)
+        return mode
+
+    def _end(self, ops: Ops, p: Any, mode: Array, level: Array, upper: Array) -> Array:
+        """The end where log p is ``level``: by bisection in log units from the end of the support, or from the mode if it has none."""
+        sides = []
+        for bound, sign in zip(PEAKED[type(p).__name__].support, (-1.0, 1.0), strict=True):
+            if math.isinf(bound):
+                sides.append((mode, sign + 0 * mode, -REACH + 0 * mode, REACH))
+            else:
+                sides.append((bound + 0 * mode, -sign + 0 * mode, ops.log(abs(bound - mode)), -REACH))
+        origin, sign, near, far = (ops.where(upper, b + 0 * mode, a + 0 * mode) for a, b in zip(*sides, strict=True))
+
+        def place(log_distance):
+            return origin + sign * ops.exp(log_distance)
+
+        def halve(bracket):
+            near, far = bracket
+            middle = (near + far) / 2
+            inside = p.log_prob(place(middle)) > level
+            return ops.where(inside, middle, near), ops.where(inside, far, middle)
+
+        return place(ops.iterate(halve, 60, (near, far))[0])
+
+
 def _slice(name: str, by: str, epsilon: float) -> Proposal:
     def q(p: Any) -> Any:
-        if type(p).__name__ not in UNIMODAL:
-            _refuse(name, list(UNIMODAL), p)
-        return _host(p).Proposal(_Slice(by), p)
+        family = type(p).__name__
+        if family not in UNIMODAL and family not in PEAKED:
+            _refuse(name, [*UNIMODAL, *PEAKED], p)
+        for shape in PEAKED[family].shapes if family in PEAKED else ():
+            peaked = (getattr(p, shape) > 1).all()
+            _host(p).ops.check(peaked, f"{name} needs a {family} with a peak inside its support, with {shape} above 1.")
+        return _host(p).Proposal(_Slice(by) if family in UNIMODAL else _SkewSlice(by), p)
 
     return _perhaps_defensive(f"{name}(epsilon=", q, epsilon)
 
 
 def slice_by_mass(epsilon: float = 0.2) -> Proposal:
-    r"""The ends of the horizontal slices of p, drawn by mass: q = |p'(x)| width(p(x)) / 2, for the location of a symmetric p.
+    r"""The ends of the horizontal slices of p, drawn by mass: q = |p'(x)| width(p(x)) / 2.
 
     A slice is the set where p exceeds a height; its ends are all that d_loc E[phi] depends on. For a Normal this is z^2 p, the
-    double-sided Maxwell density.
+    double-sided Maxwell density. Where p only falls, as an Exponential does, a slice has one end that moves, and q = |p'| width(p).
 
-    **Requirements**: Normal, Laplace, Logistic, Cauchy or StudentT; meant for LR in ``loc``. At ``epsilon=0`` q vanishes at the mode:
-    the variance is then finite for LR in ``loc`` only (its fourth moment is not), infinite for ``scale`` and for every pathwise field.
+    **Requirements**: Normal, Laplace, Logistic, Cauchy, StudentT or Gumbel, meant for LR in ``loc``; or, for any parameter with the
+    default ``epsilon``, LogNormal, InverseGamma, Exponential, HalfNormal, HalfCauchy, and Gamma, Weibull or Beta with a mode inside the
+    support. At ``epsilon=0`` q vanishes at the mode: the variance is then finite for LR in ``loc`` only (its fourth moment is not),
+    infinite for every other parameter and for every pathwise field.
 
     Args:
         epsilon: The share of p that is mixed in, see :func:`defensive`; 0 for the pure density.
@@ -266,7 +358,7 @@ def slice_by_mass(epsilon: float = 0.2) -> Proposal:
         The function q.
 
     Raises:
-        ValueError: At the first run, for another family.
+        ValueError: At the first run, for another family, or without a mode inside the support.
 
     Example:
         >>> import flowvi
@@ -280,13 +372,13 @@ def slice_by_mass(epsilon: float = 0.2) -> Proposal:
 
 
 def slice_by_height(epsilon: float = 0.2) -> Proposal:
-    r"""The ends of the horizontal slices of p, drawn by height: q = |p'(x)| / (2 max p), for the location of a symmetric p.
+    r"""The ends of the horizontal slices of p, drawn by height: q = |p'(x)| / (2 max p).
 
     For a Normal this is |z| p sqrt(pi / 2), the double-sided Rayleigh density. It is the optimal density of LR in ``loc``
-    for an unknown bounded cost, ``optimal("loc")``.
+    for an unknown bounded cost, ``optimal("loc")``. Where p only falls, as an Exponential does, q = |p'| / max p.
 
-    **Requirements**: Normal, Laplace, Logistic, Cauchy or StudentT; meant for LR in ``loc``. At ``epsilon=0`` q vanishes at the mode:
-    the variance is then finite for LR in ``loc`` if it is at q = p, and infinite for ``scale`` and for every pathwise field.
+    **Requirements**: those of :func:`slice_by_mass`. At ``epsilon=0`` q vanishes at the mode: the variance is then finite for LR in
+    ``loc`` if it is at q = p, and infinite for every other parameter and for every pathwise field. An Exponential alone is its own q.
 
     Args:
         epsilon: The share of p that is mixed in, see :func:`defensive`; 0 for the pure density.
@@ -295,7 +387,7 @@ def slice_by_height(epsilon: float = 0.2) -> Proposal:
         The function q.
 
     Raises:
-        ValueError: At the first run, for another family.
+        ValueError: At the first run, for another family, or without a mode inside the support.
 
     Example:
         >>> import flowvi
@@ -334,7 +426,6 @@ STRETCHED = {
     "Exponential": _Stretch("rate", lambda ops, p, z: 1 - z),
     "Gamma": _Stretch("rate", lambda ops, p, z: p.concentration - z, lambda p: p.concentration),
 }
-REACH = 85.0  # in log z: exp(-85) is the smallest uniform number, and exp(85) a number, in single precision
 
 
 @dataclass(frozen=True)
@@ -386,9 +477,9 @@ def optimal(parameter: str, epsilon: float = 0.2) -> Proposal:
     At a constant cost it multiplies the second moment of LR by 0.64 for the location of a Normal, 0.47 for its scale and 0.54 for
     the rate of an Exponential.
 
-    **Requirements**: ``loc`` or ``scale`` of Normal, Laplace, Logistic, Cauchy and StudentT, ``scale`` of HalfNormal and Weibull,
-    ``rate`` of Exponential and Gamma. One q serves one parameter: at ``epsilon=0`` it vanishes where the score of that parameter
-    does, so that the variance is infinite for every other parameter and for every pathwise field.
+    **Requirements**: ``loc`` or ``scale`` of Normal, Laplace, Logistic, Cauchy and StudentT, ``loc`` of Gumbel, ``scale`` of HalfNormal
+    and Weibull, ``rate`` of Exponential and Gamma. One q serves one parameter: at ``epsilon=0`` it vanishes where the score of that
+    parameter does, so that the variance is infinite for every other parameter and for every pathwise field.
 
     Args:
         parameter: The name of the parameter.
@@ -411,11 +502,11 @@ def optimal(parameter: str, epsilon: float = 0.2) -> Proposal:
 
     def q(p: Any) -> Any:
         family = type(p).__name__
-        if parameter == "loc" and family in UNIMODAL:
-            return _host(p).Proposal(_Slice("height"), p)
+        if parameter == "loc" and (family in UNIMODAL or family == "Gumbel"):
+            return slice_by_height(epsilon=0)(p)
         if family in STRETCHED and parameter == STRETCHED[family].parameter:
             return _host(p).Proposal(_OptimalStretch(two_sided=family in UNIMODAL), p)
-        known = [*(f"{f}.loc" for f in UNIMODAL), *(f"{f}.{stretch.parameter}" for f, stretch in STRETCHED.items())]
+        known = [*(f"{f}.loc" for f in (*UNIMODAL, "Gumbel")), *(f"{f}.{stretch.parameter}" for f, stretch in STRETCHED.items())]
         raise ValueError(f"optimal({parameter!r}) is for {', '.join(known)}; found {family}. Write a function q(p) of your own.")
 
     return _perhaps_defensive(f"optimal({parameter!r}, epsilon=", q, epsilon)

@@ -18,13 +18,15 @@ from flowvi import LR, Flow, fields, proposals
 N = 20_000
 LOC = {"loc": 0.3, "scale": 1.2}
 THETA = {
-    **dict.fromkeys(("Normal", "Laplace", "Logistic", "Cauchy", "LogNormal"), LOC),
+    **dict.fromkeys(("Normal", "Laplace", "Logistic", "Cauchy", "LogNormal", "Gumbel"), LOC),
     "StudentT": {"df": 3.5, **LOC},
     "HalfNormal": {"scale": 1.2},
     "Exponential": {"rate": 1.4},
     "Gamma": {"concentration": 1.7, "rate": 1.2},
+    "HalfCauchy": {"scale": 1.2},
+    "InverseGamma": {"concentration": 1.7, "rate": 1.2},
     "Weibull": {"scale": 1.3, "concentration": 1.8},
-    "Beta": {"concentration1": 1.6, "concentration0": 1.4},
+    "Beta": {"concentration1": 1.6, "concentration0": 2.4},
     "VonMises": {"loc": 0.5, "concentration": 1.8},
 }
 SYMMETRIC = ("Normal", "Laplace", "Logistic", "Cauchy", "StudentT")
@@ -33,11 +35,11 @@ ROWS = {
     **{(f, "student_t"): proposals.student_t(4.0) for f in SYMMETRIC},
     **{
         (f, f"slice_by_{by} {e}"): getattr(proposals, f"slice_by_{by}")(e)
-        for f in SYMMETRIC
+        for f in (*SYMMETRIC, *proposals.PEAKED)
         for by in ("mass", "height")
         for e in (0, 0.2)
     },
-    **{(f, "optimal loc"): proposals.optimal("loc", epsilon=0) for f in SYMMETRIC},
+    **{(f, "optimal loc"): proposals.optimal("loc", epsilon=0) for f in (*SYMMETRIC, "Gumbel")},
     **{
         (f, f"optimal stretch {e}"): proposals.optimal(s.parameter, epsilon=e) for f, s in proposals.STRETCHED.items() for e in (0, 0.1)
     },
@@ -46,10 +48,11 @@ ROWS = {
 SUPPORT = {
     "Beta": (0, 1),
     "VonMises": (-math.pi, math.pi),
-    **dict.fromkeys(("HalfNormal", "Exponential", "Gamma", "Weibull", "LogNormal"), (0, math.inf)),
+    **dict.fromkeys(("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma", "Weibull", "LogNormal"), (0, math.inf)),
 }
 LOGISTIC = 1.2 * 1.5434046384182085
-BREAKS = (0.3 - LOGISTIC, -0.9, 0.3, 0.71428571428571, 1.2, 1.3, 1.41666666666667, 1.5, 0.3 + LOGISTIC, 4.0)
+MODES = (math.exp(0.3 - 1.2**2), 0.7 / 1.2, 1.2 / 2.7, 1.3 * (0.8 / 1.8) ** (1 / 1.8), 0.3)
+BREAKS = (0.3 - LOGISTIC, -0.9, 0.3, 0.71428571428571, 1.2, 1.3, 1.41666666666667, 1.5, 0.3 + LOGISTIC, 4.0, *MODES)
 
 
 def distribution(host, family, shape=()):
@@ -110,6 +113,29 @@ def test_hosts_agree(family, name):
     x = [0.31, 0.62, 0.91]
     densities = [np.asarray(ROWS[family, name](distribution(h, family)).log_prob(h.array(x))) for h in HOSTS.values()]
     np.testing.assert_allclose(*densities, rtol=1e-10, atol=1e-10)
+
+
+SKEW = {
+    "Exponential by mass": ("Exponential", proposals.slice_by_mass(0), lambda x: 1.4**2 * x * np.exp(-1.4 * x)),
+    "Exponential by height": ("Exponential", proposals.slice_by_height(0), lambda x: 1.4 * np.exp(-1.4 * x)),
+    "HalfNormal by mass": (
+        "HalfNormal",
+        proposals.slice_by_mass(0),
+        lambda x: math.sqrt(2 / math.pi) * x**2 / 1.2**3 * np.exp(-0.5 * (x / 1.2) ** 2),
+    ),
+    "Gumbel by height": (
+        "Gumbel",
+        proposals.slice_by_height(0),
+        lambda x: math.e / 2.4 * abs(np.expm1(-(x - 0.3) / 1.2)) * np.exp(-(x - 0.3) / 1.2 - np.exp(-(x - 0.3) / 1.2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKEW)
+def test_densities_of_skew_families(host, name):
+    family, q, formula = SKEW[name]
+    x = np.array([0.1, 0.7, 2.9])
+    np.testing.assert_allclose(density(host, q(distribution(host, family)))(x), formula(x), rtol=1e-12)
 
 
 FORMULAS = {
@@ -206,7 +232,7 @@ def test_tempered_discrete(host, name):
     [
         (proposals.tempered(2.0), "Cauchy", "tempered is for Normal, .*; found Cauchy"),
         (proposals.student_t(4.0), "Gamma", "student_t is for .*MultivariateNormal; found Gamma"),
-        (proposals.slice_by_mass(), "Gamma", "slice_by_mass is for Normal, .*; found Gamma"),
+        (proposals.slice_by_mass(), "VonMises", "slice_by_mass is for Normal, .*HalfCauchy; found VonMises"),
         (proposals.optimal("concentration"), "Gamma", "optimal.'concentration'. is for Normal.loc, .*Gamma.rate; found Gamma"),
         (proposals.optimal("loc"), "LogNormal", "optimal.'loc'. is for .*; found LogNormal"),
     ],
@@ -215,6 +241,28 @@ def test_tempered_discrete(host, name):
 def test_refused(host, q, family, message):
     with pytest.raises(ValueError, match=message):
         q(distribution(host, family))
+
+
+@pytest.mark.parametrize(
+    ("family", "theta"),
+    [
+        ("Gamma", {"concentration": 1.0, "rate": 1.2}),
+        ("Weibull", {"scale": 1.3, "concentration": 0.8}),
+        ("Beta", {"concentration1": 0.6, "concentration0": 0.7}),
+    ],
+)
+def test_slices_need_a_mode_inside(host, family, theta):
+    """Under jit, where nothing is known of the parameters, there are no samples of a density that there is not."""
+    q, family = proposals.slice_by_mass(), getattr(host.dist, family)
+    theta = {k: host.array(v) for k, v in theta.items()}
+    with pytest.raises(ValueError, match=f"slice_by_mass needs a {family.__name__} with a peak .* with concentration1? above 1"):
+        q(family(**theta))
+    if host.name == "numpyro":
+        samples, weight = jax.jit(lambda t: (q(family(**t)).expand((5,)).sample(jax.random.key(0)), q(family(**t)).log_prob(0.3)))(
+            theta
+        )
+        assert np.isnan(samples).any()
+        assert np.isnan(weight)
 
 
 def test_defensive_needs_a_share():
