@@ -401,7 +401,7 @@ def _constructor(p: Any, wanted: str = "") -> list[str]:
 
 
 def _detached(a: Any) -> np.ndarray:
-    return np.asarray(a.detach() if hasattr(a, "detach") else a)
+    return np.asarray(a.detach().cpu() if hasattr(a, "detach") else a)
 
 
 def _identity(x: Array) -> Array:

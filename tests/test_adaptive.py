@@ -497,7 +497,7 @@ def test_learned_in_pyro():
         draws = [torch.autograd.grad(objective.differentiable_loss(model, guide), loc)[0] for _ in range(200)]
         return torch.stack(draws).var(0).numpy()
 
-    assert np.all(variance(AdaptiveFlow()) < 0.3 * variance(RP()))
+    assert variance(AdaptiveFlow()).sum() < 0.3 * variance(RP()).sum()
 
 
 # ---- every continuous program of exact.json over one dimension that has rows of LR or RP, in NumPyro

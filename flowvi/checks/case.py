@@ -454,4 +454,4 @@ def at(x: np.ndarray) -> str:
 
 def number(a: Any) -> Any:
     """An array of either host as NumPy's."""
-    return a.detach().numpy() if hasattr(a, "detach") else np.asarray(a)
+    return a.detach().cpu().numpy() if hasattr(a, "detach") else np.asarray(a)

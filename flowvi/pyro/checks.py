@@ -13,6 +13,7 @@ import torch
 import flowvi.ops.torch as ops
 from flowvi.pyro.distributions import PyroTarget as Target
 from flowvi.pyro.distributions import unwrap
+from flowvi.pyro.run import forked_generators
 
 __all__ = ["Distribution", "Target", "array", "jacobian", "lengths", "means", "ops", "path", "precise", "sample", "unwrap", "values"]
 
@@ -26,7 +27,7 @@ def precise() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with pyro.validation_enabled(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with pyro.validation_enabled(False), torch.enable_grad(), forked_generators():
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -50,12 +51,12 @@ def _gradient(y: torch.Tensor, eta: torch.Tensor) -> np.ndarray:
     if not y.requires_grad:
         return np.zeros(eta.shape)
     (gradient,) = torch.autograd.grad(y, eta, retain_graph=True, allow_unused=True)
-    return np.zeros(eta.shape) if gradient is None else gradient.numpy()
+    return np.zeros(eta.shape) if gradient is None else gradient.cpu().numpy()
 
 
 def values(f: Callable[..., list[torch.Tensor]], size: int) -> Callable[..., list[np.ndarray]]:
     """The arrays ``f(eta, *arrays)`` at 0, with an eta that is live."""
-    return lambda *arrays: [a.detach().numpy() for a in f(torch.zeros(size, requires_grad=True), *arrays)]
+    return lambda *arrays: [a.detach().cpu().numpy() for a in f(torch.zeros(size, requires_grad=True), *arrays)]
 
 
 def means(f: Callable[[torch.Tensor, range], torch.Tensor], size: int, chunks: int) -> np.ndarray:
@@ -66,11 +67,11 @@ def means(f: Callable[[torch.Tensor, range], torch.Tensor], size: int, chunks: i
 
 def sample(target: Any, q: Any, seed: int) -> torch.Tensor:
     """Draws of x, of the full shape, from p or from an expanded proposal, as flowvi draws them."""
-    torch.default_generator.manual_seed(seed)
+    torch.manual_seed(seed)
     return q.expand(target.batch_shape).sample()
 
 
 def path(fn: Any, seed: int) -> torch.Tensor:
     """A draw by the host's own sampler, with its derivative."""
-    torch.default_generator.manual_seed(seed)
+    torch.manual_seed(seed)
     return fn()

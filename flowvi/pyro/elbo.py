@@ -14,7 +14,7 @@ from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import Credit, Dependencies, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
 from flowvi.ops import times, total
 from flowvi.pyro.baselines import annotated_baseline
-from flowvi.pyro.run import Run, run_program, runs
+from flowvi.pyro.run import Run, forked_generators, run_program, runs
 from flowvi.tape import weighty
 
 
@@ -177,7 +177,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         Returns:
             A tuple of records that prints as a table.
         """
-        with torch.random.fork_rng(devices=[]):
+        with forked_generators():
             return Description(self._run(model, guide, args, kwargs).attached.random.values())
 
     def _losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:

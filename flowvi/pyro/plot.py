@@ -12,6 +12,7 @@ import flowvi.ops.torch as ops
 from flowvi.estimators import Estimator, attach
 from flowvi.plot import At
 from flowvi.pyro.distributions import PyroTarget
+from flowvi.pyro.run import forked_generators
 
 
 def at(move: Callable[[Any], Any], estimator: Estimator, x: np.ndarray, t: float, f: Callable[[Any], Any], seed: int) -> At:
@@ -31,24 +32,24 @@ def at(move: Callable[[Any], Any], estimator: Estimator, x: np.ndarray, t: float
         detached[:] = value.detach(), log_weight.exp()
         return f(value), score
 
-    with torch.random.fork_rng(devices=[]):
+    with forked_generators():
         torch.manual_seed(seed)
         (phi, _), (slope, psi) = torch.autograd.functional.jvp(run, _tensor(t), torch.ones(()))
     value, weight = detached
-    return At(served.uses_sampler, *(a.numpy() for a in (value, phi, slope, psi, weight)))
+    return At(served.uses_sampler, *(a.cpu().numpy() for a in (value, phi, slope, psi, weight)))
 
 
 def sample(p: Any, estimator: Estimator, num: int, seed: int) -> np.ndarray:
     """Draws from the estimator's proposal."""
     served = _served(p, estimator)
     _, target = _site(p, served, num)
-    with torch.random.fork_rng(devices=[]):
+    with forked_generators():
         torch.manual_seed(seed)
-        return target.push(served.proposal(ops, target)[0].sample()).detach().numpy()
+        return target.push(served.proposal(ops, target)[0].sample()).detach().cpu().numpy()
 
 
 def density(p: Any, x: np.ndarray) -> np.ndarray:
-    return p.log_prob(_tensor(x)).exp().detach().numpy()
+    return p.log_prob(_tensor(x)).exp().detach().cpu().numpy()
 
 
 def _tensor(x: Any) -> torch.Tensor:

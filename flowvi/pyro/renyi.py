@@ -15,7 +15,7 @@ from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import LeaveOneOut
 from flowvi.ops import times
 from flowvi.pyro.handlers import share_subsamples
-from flowvi.pyro.run import Run, run_program, runs
+from flowvi.pyro.run import Run, forked_generators, run_program, runs
 
 
 class TraceFlow_RenyiELBO(RenyiELBO):
@@ -155,7 +155,7 @@ class TraceFlow_RenyiELBO(RenyiELBO):
         Returns:
             A tuple of records that prints as a table.
         """
-        with torch.random.fork_rng(devices=[]):
+        with forked_generators():
             return Description(self._run(model, guide, args, kwargs).attached.random.values())
 
     def _run(self, model, guide, args, kwargs) -> Run:

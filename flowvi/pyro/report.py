@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from flowvi.estimators import Auto, Estimator
 from flowvi.pyro.elbo import TraceFlow_ELBO
-from flowvi.pyro.run import Run
+from flowvi.pyro.run import Run, forked_generators
 from flowvi.report import Candidates, GradientReport, Measured, ParameterGradient, by_label
 
 
@@ -77,7 +77,7 @@ def gradient_report(
     for label, choice in by_label(estimators).items():
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
         served = {d.name: d.estimator for d in elbo.describe(model, guide, *args, **kwargs)}
-        with torch.random.fork_rng(devices=[]), poutine.trace(param_only=True) as used:
+        with forked_generators(), poutine.trace(param_only=True) as used:
             torch.manual_seed(seed)
             run = elbo._run(model, guide, args, kwargs)
             nodes = used.trace.nodes
@@ -89,18 +89,19 @@ def gradient_report(
                 start = perf_counter()
                 loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-                measured.seconds += perf_counter() - start
-                measured.add(dict(zip(leaves, map(_row, gradients, leaves.values()), strict=True)), {})
+                rows = dict(zip(leaves, map(_row, gradients, leaves.values()), strict=True))
+                measured.seconds += perf_counter() - start  # the numbers are there only now: calls to a GPU return before
+                measured.add(rows, {})
                 if weighted:
                     draws = elbo._run(model, guide, args, kwargs).draws
-                    measured.add({}, {name: d.log_weight[None] for name, d in draws.items() if d.log_weight is not None})
+                    measured.add({}, {name: d.log_weight[None].cpu() for name, d in draws.items() if d.log_weight is not None})
         records.extend(measured.records(label, _readers(run, leaves, served), served))
         effective_samples[label], seconds[label] = measured.effective_samples(served), measured.seconds / num_samples
     return GradientReport(tuple(records), effective_samples, seconds, num_samples)
 
 
 def _row(gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:
-    return (torch.zeros_like(leaf) if gradient is None else gradient).detach().reshape(1, -1)
+    return (torch.zeros_like(leaf) if gradient is None else gradient).detach().reshape(1, -1).cpu()
 
 
 def _readers(run: Run, leaves: dict[str, torch.Tensor], served: dict[str, Estimator]) -> dict[str, tuple[str, ...]]:
