@@ -57,7 +57,7 @@ def table(title: str, header: list[str], rows: list[list[Any]]) -> str:
 # ---- one site, at fixed variational parameters
 
 
-def learn(loss: Callable, fixed: dict, learned: dict, steps: int, step_size: float = 0.02, seed: int = 0) -> dict:
+def learn(loss: Callable, fixed: dict, learned: dict, steps: int, step_size: float | Callable = 0.02, seed: int = 0) -> dict:
     """``learned`` after so many steps of Adam on its own gradient of ``loss(key, parameters)``."""
     optimizer = Adam(step_size)
 
@@ -227,6 +227,7 @@ EVERYWHERE = MappingProxyType(
         "AdaptiveFlow": AdaptiveFlow(),
         "AdaptiveFlow, q learned": AdaptiveFlow(q="learned"),
         "RP, quadratic control variate": RP(control_variate="diagonal"),
+        "RP, cubic control variate": RP(control_variate="cubic"),
     }
 )
 
@@ -375,14 +376,18 @@ def svi(name: str, smoke: bool) -> str:
 
 
 def noise(title: str, problem: Problem, ways: dict, setups: dict, runs: dict, smoke: bool) -> str:
-    """The variance of each method's gradient where the pathwise one has come to after some steps."""
+    """The variance of each method's gradient where the pathwise one has come to after some steps.
+
+    What is learned is learned there, by a step size that falls to 0: at a constant one it keeps a noise of its own.
+    """
     steps, n = (5, 20) if smoke else (1000, 1000)
     at = runs["pathwise"](0.03, setups["pathwise"][0], jax.random.key(5), steps)
     found = {}
     for name, (u, _, loss) in setups.items():
         learned = {key: value for key, value in u.items() if key not in at}
         if learned:
-            learned = jax.jit(partial(learn, loss, at, steps=2 * steps))(learned)
+            falling = partial(lambda last, i: 0.02 * (1 - i / last), 8 * steps)
+            learned = jax.jit(partial(learn, loss, at, steps=8 * steps, step_size=falling))(learned)
         v = jax.jit(partial(variances, loss, at, n=n, batch=n))(learned)
         found[name] = np.concatenate([np.ravel(v[key]) for key in sorted(at)])
     others = [name for name in ways if name not in problem.adaptive]

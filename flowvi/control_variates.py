@@ -3,49 +3,64 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 from flowvi.ops import Array, Ops, times
 from flowvi.target import Learned, Target
 
+Kind = Literal["diagonal", "quadratic", "cubic"]
+DIRECTIONS = 4  # of a cubic model, unless there are fewer coordinates
 
-class QuadraticModel:
-    r"""A quadratic model f of the cost at a Gaussian site, whose mean is known, so that grad (E[f] - f(x)) has mean 0.
 
-    With z = (x - loc) / s, where s is the standard deviation of each coordinate, f = b . z + z . B z / 2. In units of s the sample
-    x = loc + L eps moves by dloc + dM eps, with M = L / s, and
+class CostModel:
+    r"""A model of the cost at a Gaussian site, whose mean is known, so that grad (E[f] - f(x)) has mean 0.
 
-        grad (E[f] - f(x)) = <B M, dM> - (b + B z) . dM eps - B z . dloc.
+    With z = (x - loc) / s, where s is the standard deviation of each coordinate, the gradient of f in z is b + h,
 
-    At a mean-field site M is the unit matrix and dM diagonal. The mean is 0 for every matrix B (b + B z then models the gradient of the
-    cost), so that none is made symmetric. b and B are learned by descent on the second moment of the gradient in dloc and dM, which is
-    quadratic in them.
+        h = B z + W q,    q_r = (v_r . z)^2 - E[(v_r . z)^2],
+
+    where W is 0 unless the model is cubic: f = b . z + z . B z / 2. In units of s the sample x = loc + L eps moves by dloc + dM eps,
+    with M = L / s, and
+
+        grad (E[f] - f(x)) = <B M, dM> - (b + h) . dM eps - h . dloc.
+
+    At a mean-field site M is the unit matrix and dM diagonal. The mean is 0 whatever b, B, W and v are, so that b + h may model any
+    gradient of the cost, and none is made symmetric. They descend the second moment of the gradient in dloc and dM, which is quadratic
+    in b, B and W.
 
     Args:
         ops: The operations of the backend.
         target: A Normal, whose coordinates are those of the site's event, or a MultivariateNormal.
-        diagonal: Whether B is diagonal.
+        kind: ``"diagonal"``: B is diagonal; ``"quadratic"``: it is full; ``"cubic"``: there are W and up to four directions v too.
     """
 
-    def __init__(self, ops: Ops, target: Target, diagonal: bool):
+    def __init__(self, ops: Ops, target: Target, kind: Kind):
         if target.family not in ("Normal", "MultivariateNormal"):
             target.refuse(
-                "RP's control variate needs a distribution under which the mean of a quadratic cost is known, expected Normal or "
+                "RP's control variate needs a distribution under which the mean of a polynomial cost is known, expected Normal or "
                 f"MultivariateNormal, found {target.family}; use RP() without it."
             )
-        self.ops, self.target, self.diagonal = ops, target, diagonal
+        self.ops, self.target, self.diagonal = ops, target, kind == "diagonal"
         self.full_rank = target.family == "MultivariateNormal"
         batch_ndim = len(target.batch_shape) if self.full_rank else target.batch_ndim
         self.shape = (*target.shape[:batch_ndim], math.prod(target.shape[batch_ndim:]))
+        self.directions = min(DIRECTIONS, self.shape[-1]) if kind == "cubic" else 0
 
     def learns(self) -> dict[str, Learned]:
-        """The coefficients, which are 0 at first: a row for each coordinate, b before B."""
-        target, size = self.target, self.shape[-1]
-        own = (size, 2 if self.diagonal else 1 + size)
+        """The coefficients, a row for each coordinate: b, B, W and v. They are 0 at first, except for the directions, cosine waves."""
+        ops, target, size = self.ops, self.target, self.shape[-1]
+        zeros = 2 if self.diagonal else 1 + size + self.directions
+        own = (size, zeros + self.directions)
 
         def initial() -> Array:
             batch = target.element_shape if self.full_rank else target.site_shape
-            zero = self.ops.stop_gradient(1.0 * self.ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
-            return self.ops.broadcast_to(zero, (*batch, *own))
+            zero = ops.stop_gradient(1.0 * ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
+            coefficients = ops.broadcast_to(zero, (*batch, size, zeros))
+            if not self.directions:
+                return coefficients
+            waves = [[math.cos(math.pi * r * (i + 0.5) / size) for r in range(self.directions)] for i in range(size)]
+            unit = ops.broadcast_to(ops.asarray(waves, zero) * (2 / size) ** 0.5, (*batch, size, self.directions))
+            return ops.concatenate([coefficients, unit], -1)
 
         of_event = target.element_shape[len(target.element_shape) - target.extra_ndim :] if self.full_rank else ()
         return {"control_variate": Learned(initial, (*of_event, *own))}
@@ -74,10 +89,10 @@ class QuadraticModel:
 
         With c the cotangent of the control variate (``unit``), the gradient through the sample and by the model is
 
-            g_loc = s v - c B z,    g_M = (s v - c (b + B z)) eps^T + c B M,
+            g_loc = s v - c h,    g_M = (s v - c (b + h)) eps^T + c B M,
 
-        and g is that with the gradient of the site's own log density. h = -2 c g is then the derivative of the sum of g^2 in what c
-        multiplies: by b + B z it is h_M eps, by B z alone h_loc more, by B M it is -h_M.
+        and g is that with the gradient of the site's own log density. k = -2 c g is then the derivative of the sum of g^2 in what c
+        multiplies: by b + h it is k_M eps, by h alone k_loc more, by B M it is -k_M.
         """
         (through, unit), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
         unit = unit[..., None]
@@ -88,14 +103,14 @@ class QuadraticModel:
         self, through: Array, unit: Array, own: Array, loc: Array, s: Array, coefficients: Array, x: Array
     ) -> tuple[Array, ...]:
         z = (x - loc) / s
-        b, bend, curvature = self._model(coefficients, z)
-        of_loc = s * through - unit * bend
-        of_m = (of_loc - unit * b) * z + unit * (curvature if self.diagonal else self.ops.diagonal(curvature))
+        model = self._model(coefficients, z, None)
+        of_loc = s * through - unit * model.bend
+        of_m = (of_loc - unit * model.b) * z + unit * (model.curvature if self.diagonal else self.ops.diagonal(model.curvature))
         twice, score = unit + unit, own * z
-        h_loc = twice * (score - of_loc)
-        h_m = twice * (score * z - of_m - own)
-        of_slope = h_m * z
-        return of_loc / s, of_m / s, self._of_coefficients(of_slope, h_loc + of_slope, z, h_m)
+        k_loc = twice * (score - of_loc)
+        k_m = twice * (score * z - of_m - own)
+        of_slope = k_m * z
+        return of_loc / s, of_m / s, self._of_coefficients(model, of_slope, k_loc + of_slope, z, k_m)
 
     def _of_full_rank(
         self, through: Array, unit: Array, own: Array, loc: Array, factor: Array, coefficients: Array, x: Array
@@ -103,35 +118,46 @@ class QuadraticModel:
         ops = self.ops
         s = (factor**2).sum(-1) ** 0.5
         eps, z, m = ops.solve_lower(factor, x - loc), (x - loc) / s, factor / s[..., None]
-        b, bend, curvature = self._model(coefficients, z)
-        of_loc = s * through - unit * bend
-        bend_m = curvature[..., None] * m if self.diagonal else curvature @ m
-        of_m = (of_loc - unit * b)[..., None] * eps[..., None, :] + unit[..., None] * bend_m
+        model = self._model(coefficients, z, m)
+        of_loc = s * through - unit * model.bend
+        bend_m = model.curvature[..., None] * m if self.diagonal else model.curvature @ m
+        of_m = (of_loc - unit * model.b)[..., None] * eps[..., None, :] + unit[..., None] * bend_m
         twice, score = unit + unit, own * ops.solve(m.swapaxes(-2, -1), eps)
         on_diagonal = ops.where(ops.eye(m.shape[-1], m), m, 1 + 0 * m)
         inverse = ops.where(ops.eye(m.shape[-1], m), 1 / on_diagonal, 0 * m)
-        h_loc = twice * (score - of_loc)
-        h_m = twice[..., None] * ops.tril(score[..., None] * eps[..., None, :] - of_m - own[..., None] * inverse)
-        of_slope = (h_m * eps[..., None, :]).sum(-1)
-        of_curvature = (h_m * m).sum(-1) if self.diagonal else h_m @ m.swapaxes(-2, -1)
-        return of_loc / s, of_m / s[..., None], self._of_coefficients(of_slope, h_loc + of_slope, z, of_curvature)
+        k_loc = twice * (score - of_loc)
+        k_m = twice[..., None] * ops.tril(score[..., None] * eps[..., None, :] - of_m - own[..., None] * inverse)
+        of_slope = (k_m * eps[..., None, :]).sum(-1)
+        of_curvature = (k_m * m).sum(-1) if self.diagonal else k_m @ m.swapaxes(-2, -1)
+        return of_loc / s, of_m / s[..., None], self._of_coefficients(model, of_slope, k_loc + of_slope, z, of_curvature)
 
-    def _model(self, coefficients: Array, z: Array) -> tuple[Array, Array, Array]:
-        """The vectors b and B z, and B (its diagonal where that is all of it)."""
-        b, curvature = coefficients[..., 0], coefficients[..., 1:]
+    def _model(self, coefficients: Array, z: Array, m: Array | None) -> _Model:
+        """The model at z, whose covariance is M M^T, or the unit matrix."""
+        b, rest = coefficients[..., 0], coefficients[..., 1:]
         if self.diagonal:
-            curvature = curvature[..., 0]
-            return b, curvature * z, curvature
-        return b, (curvature @ z[..., None])[..., 0], curvature
+            return _Model(b, rest[..., 0], rest[..., 0] * z)
+        if not self.directions:
+            return _Model(b, rest, _product(rest, z))
+        v, slope = rest[..., -self.directions :], rest[..., : -self.directions]
+        spread = v if m is None else m @ (m.swapaxes(-2, -1) @ v)
+        along = _product_from_the_left(z, v)
+        squares = along * along - (v * spread).sum(-2)
+        bend = _product(slope, self.ops.concatenate([z, squares], -1))
+        return _Model(b, slope[..., : -self.directions], bend, _Cubic(slope[..., -self.directions :], along, squares, spread))
 
-    def _of_coefficients(self, of_b: Array, of_bend: Array, z: Array, of_curvature: Array) -> Array:
-        """The derivative in all coefficients from those in b and in B z, and minus that in B (or its diagonal) by itself."""
+    def _of_coefficients(self, model: _Model, of_b: Array, of_bend: Array, z: Array, of_curvature: Array) -> Array:
+        """The derivative in all coefficients from those in b and in h, and minus that in B (or its diagonal) by itself."""
         ops = self.ops
         if self.diagonal:
             return ops.stack([of_b, of_bend * z - of_curvature], -1)
         if not self.full_rank:
             of_curvature = ops.diagonal_matrix(of_curvature)
-        return ops.concatenate([of_b[..., None], of_bend[..., None] * z[..., None, :] - of_curvature], -1)
+        parts = [of_b[..., None], _outer(of_bend, z) - of_curvature]
+        if (cubic := model.cubic) is not None:
+            of_squares = _product_from_the_left(of_bend, cubic.weights)
+            of_directions = _row(of_squares + of_squares) * (_outer(z, cubic.along) - cubic.spread)
+            parts += [_outer(of_bend, cubic.squares), of_directions]
+        return ops.concatenate(parts, -1)
 
     def _flat(self, a: Array, x: Array) -> Array:
         """An array of the shape of x with its coordinates in one dim."""
@@ -139,6 +165,40 @@ class QuadraticModel:
 
     def _in_shape(self, a: Array, shape: tuple[int, ...]) -> Array:
         return a if a.shape == shape else self.ops.broadcast_to(a, shape)
+
+
+class _Cubic(NamedTuple):
+    """W, v . z, q, and the covariance of z times v."""
+
+    weights: Array
+    along: Array
+    squares: Array
+    spread: Array
+
+
+class _Model(NamedTuple):
+    """b, B (its diagonal where that is all of it) and h."""
+
+    b: Array
+    curvature: Array
+    bend: Array
+    cubic: _Cubic | None = None
+
+
+def _row(a: Array) -> Array:
+    return a if a.ndim == 1 else a[..., None, :]
+
+
+def _outer(a: Array, b: Array) -> Array:
+    return a[..., None] * _row(b)
+
+
+def _product(matrix: Array, vector: Array) -> Array:
+    return matrix @ vector if vector.ndim == 1 else (matrix @ vector[..., None])[..., 0]
+
+
+def _product_from_the_left(vector: Array, matrix: Array) -> Array:
+    return vector @ matrix if vector.ndim == 1 else (vector[..., None, :] @ matrix)[..., 0, :]
 
 
 def _reshaped(a: Array, shape: tuple[int, ...]) -> Array:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from flowvi.control_variates import QuadraticModel
+from flowvi.control_variates import CostModel, Kind
 from flowvi.fields import Field
 from flowvi.ops import Array, Ops, times
 from flowvi.target import Learned, Tangents, Target, broadcasts, unknown_parameter
@@ -228,7 +228,7 @@ class RP(Estimator):
     u is the velocity of the host's own sampler and psi = 0. With a proposal, the sampler is inverted at the sample of q: through a
     known standardization of the family (location-scale, LogNormal, MultivariateNormal, ...) or through the cdf of a scalar.
 
-    With a control variate, :math:`\nabla_\theta (E_p[f] - f(T(\epsilon;\theta)))` is added, where f is a quadratic model of the
+    With a control variate, :math:`\nabla_\theta (E_p[f] - f(T(\epsilon;\theta)))` is added, where f is a polynomial model of the
     cost, whose mean under a Normal is known. Its coefficients are learned while SVI runs, by the user's own optimizer and from the
     same backward pass: they descend the second moment of the gradient in the site's parameters. They are parameters of the program,
     so that in NumPyro the guide is passed to ``SVI`` as ``flowvi.numpyro.adaptive(guide, elbo)``.
@@ -241,7 +241,8 @@ class RP(Estimator):
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
         force: Trust the derivative of the host's sampler where its flag denies that there is one.
         control_variate: ``"quadratic"``: the model couples all coordinates of the site's event, and has their number squared of
-            coefficients; ``"diagonal"``: each by itself. None: no control variate.
+            coefficients; ``"diagonal"``: each by itself; ``"cubic"``: the quadratic one, with up to four directions along which the
+            curvature changes. None: no control variate.
 
     Raises:
         TypeError: A control variate that does not exist, or one beside ``q``.
@@ -260,11 +261,11 @@ class RP(Estimator):
 
     q: Callable[[Any], Any] | None = None
     force: bool = field(default=False, kw_only=True)
-    control_variate: Literal["quadratic", "diagonal"] | None = field(default=None, kw_only=True)
+    control_variate: Kind | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
-        if self.control_variate not in ("quadratic", "diagonal", None):
-            raise TypeError(f"RP: expected control_variate='quadratic', 'diagonal' or None, found {self.control_variate!r}.")
+        if self.control_variate not in ("cubic", "quadratic", "diagonal", None):
+            raise TypeError(f"RP: expected control_variate='cubic', 'quadratic', 'diagonal' or None, found {self.control_variate!r}.")
         if self.control_variate is not None and self.q is not None:
             raise TypeError("RP takes a control variate or q, found both; the mean of the control variate is known under p only.")
 
@@ -281,10 +282,10 @@ class RP(Estimator):
         return True
 
     def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
-        return {} if self.control_variate is None else QuadraticModel(ops, target, self.control_variate == "diagonal").learns()
+        return {} if self.control_variate is None else CostModel(ops, target, self.control_variate).learns()
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
-        model = None if self.control_variate is None else QuadraticModel(ops, target, self.control_variate == "diagonal")
+        model = None if self.control_variate is None else CostModel(ops, target, self.control_variate)
         if model is None or target.learned is None:  # its coefficients are 0 then
             return ImplicitRP(target.standardization(ops)).attach(ops, target, x)
         value, control = model.attach(x)

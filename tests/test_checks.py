@@ -488,7 +488,7 @@ PASSING = {
     "an event of a transform": (stick_breaking, lambda h: Flow(loc=half)),
     "RP through a transform": (stick_breaking, lambda h: RP()),
     "a flow that is learned": (lambda h: h.dist.Normal(h.array(0.3), h.array(1.2)), lambda h: AdaptiveFlow(start=0.4, q="learned")),
-    "a control variate": (vector, lambda h: RP(control_variate="quadratic")),
+    "a control variate": (vector, lambda h: RP(control_variate="cubic")),
     "Bernoulli": (lambda h: h.dist.Bernoulli(logits=h.array(0.4)), lambda h: LR()),
     "Categorical": (lambda h: h.dist.Categorical(probs=h.array([0.4, 0.2, 0.4])), lambda h: LR()),
     "Poisson": (lambda h: h.dist.Poisson(h.array(2.0)), lambda h: LR(q=proposals.tempered(2.0))),

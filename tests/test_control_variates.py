@@ -1,4 +1,4 @@
-"""Learned quadratic control variates: of mean 0 for every coefficient, without noise where the cost is quadratic, trained by E[g^2]."""
+"""Learned control variates: of mean 0 for every coefficient, without noise where the cost is as they model it, trained by E[g^2]."""
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +71,20 @@ def quartic(host, x):
     return quadratic(host, x) - 0.1 * (x**4).sum() + host.math.sin(x[0] * x[2])
 
 
-def coefficients(diagonal=False):
-    rng = np.random.default_rng(3)
-    return {"x.control_variate": rng.normal(size=(3, 2 if diagonal else 4))}
+KINDS = {"diagonal": 2, "quadratic": 4, "cubic": 10}  # and the number of coefficients of a coordinate
+
+
+def coefficients(kind="quadratic"):
+    values = np.random.default_rng(3).normal(size=(3, KINDS[kind]))
+    values[:, 4:] *= 0.4
+    return {"x.control_variate": values}
+
+
+def slope(kind, learned, z, covariance):
+    """b, h at the rows of z, and B, from their definition."""
+    b, matrix = learned[:, 0], np.diag(learned[:, 1]) if kind == "diagonal" else learned[:, 1:4]
+    weights, v = (learned[:, 4:7], learned[:, 7:]) if kind == "cubic" else np.zeros((2, 3, 1))
+    return b, z @ matrix.T + ((z @ v) ** 2 - np.diag(v.T @ covariance @ v)) @ weights.T, matrix
 
 
 @pytest.mark.parametrize("family", list(FACTORS))
@@ -93,12 +104,69 @@ def test_no_noise_is_left_of_a_quadratic_cost(host, family):
         assert close == [learned is best] * 2
 
 
+@pytest.mark.parametrize("family", list(FACTORS))
+def test_no_noise_is_left_of_a_cubic_cost(host, family):
+    """A cost whose slope is that of the model, along one direction."""
+    direction = np.array([0.5, -0.3, 0.4])
+
+    def guide():
+        loc, factor = host.param("loc", host.array(LOC)), host.param("factor", host.array(FACTORS[family]))
+        host.sample("x", fn(host, family, loc, factor).mask(False))
+
+    def model():
+        x = host.sample("x", fn(host, family, host.array(LOC), host.array(FACTORS[family])).mask(False))
+        host.factor("cost", (host.array(direction) @ x) ** 3)
+
+    s = SCALES[family]
+    covariance = np.diag(SCALE**2) if family == "Normal" else TRIL @ TRIL.T
+    mean, u = direction @ LOC, s * direction  # the slope in z is 3 (mean + u . z)^2 u
+    best = np.zeros((3, 10))
+    best[:, 0] = 3 * (mean**2 + direction @ covariance @ direction) * u
+    best[:, 1:4], best[:, 4], best[:, 7] = 6 * mean * np.outer(u, u), 3 * u, u
+    params = {"loc": LOC, "factor": FACTORS[family]}
+    options = {"estimators": {"x": RP(control_variate="cubic")}}
+    found = [loss_and_gradients(host, params | {"x.control_variate": best}, model, guide, seed, **options)[1] for seed in range(3)]
+    np.testing.assert_allclose(found[0]["loc"], -best[:, 0] / s, rtol=1e-10)
+    for g in found[1:]:
+        for name in params:
+            np.testing.assert_allclose(g[name], found[0][name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", list(FACTORS))
+def test_at_one_point(host, family, kind):
+    """Without a cost the gradient in loc and factor is that of E[f] - f(x), from its definition."""
+    learned = coefficients(kind)
+    zero = {name: 0 * value for name, value in learned.items()}
+    params = {"loc": LOC, "factor": FACTORS[family]}
+    model, guide = program(host, family, lambda host, x: 0 * x.sum())
+    options = {"estimators": {"x": RP(control_variate=kind)}, "entropy": "stl"}
+    with_model, plain = (loss_and_gradients(host, params | at, model, guide, 4, **options)[1] for at in (learned, zero))
+    tril, s = (np.diag(SCALE) if family == "Normal" else TRIL), SCALES[family]
+    m = tril / s[:, None]
+    # eps from the gradient of a linear cost in factor, which is its slope times eps
+    with_cost, guide = program(host, family, lambda host, x: -x.sum())
+    tilted = loss_and_gradients(host, params | zero, with_cost, guide, 4, **options)[1]
+    eps = (tilted["factor"] - plain["factor"]) if family == "Normal" else (tilted["factor"] - plain["factor"])[-1]
+    b, h, matrix = slope(kind, *learned.values(), eps @ m.T, m @ m.T)
+    of_m = np.tril(matrix @ m - np.outer(b + h, eps))
+    of_factor = (np.diag(of_m) if family == "Normal" else of_m) / (s if family == "Normal" else s[:, None])
+    np.testing.assert_allclose(with_model["loc"] - plain["loc"], h / s, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(with_model["factor"] - plain["factor"], -of_factor, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("particles", [1, 4])
-@pytest.mark.parametrize("kind", ["quadratic", "diagonal"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_is_zero_for_every_coefficient(host, kind, particles):
-    """Without a cost only the control variate is left, whose variance is known."""
-    (learned,) = coefficients(kind == "diagonal").values()
-    b, matrix = learned[:, 0], np.diag(learned[:, 1]) if kind == "diagonal" else learned[:, 1:]
+    """Without a cost only the control variate is left, whose mean and variance are known by quadrature."""
+    (learned,) = coefficients(kind).values()
+    nodes, weights = np.polynomial.hermite_e.hermegauss(5)
+    z = np.stack(np.meshgrid(nodes, nodes, nodes), -1).reshape(-1, 3)
+    weights = np.prod(np.meshgrid(weights, weights, weights), 0).ravel() / weights.sum() ** 3
+    b, h, matrix = slope(kind, learned, z, np.eye(3))
+    exact = np.concatenate([-h, np.diag(matrix) - (b + h) * z], 1) / np.tile(SCALE, 2)
+    np.testing.assert_allclose(weights @ exact, 0, atol=1e-12)
+    variance = weights @ exact**2 / particles
     substitute = numpyro.handlers.substitute if host.name == "numpyro" else pyro.poutine.substitute
 
     def guide(h, t):
@@ -111,22 +179,21 @@ def test_the_mean_is_zero_for_every_coefficient(host, kind, particles):
 
     n = 10_000
     samples = host.gradients(Program(guide, model, (*LOC, *SCALE)), n, particles=particles, estimators={"x": RP(control_variate=kind)})
-    diagonal = np.diag(matrix)
-    variance = np.concatenate([(matrix**2).sum(1), b**2 + (matrix**2).sum(1) + diagonal**2]) / np.tile(SCALE, 2) ** 2 / particles
     assert np.all(np.abs(samples.mean(0)) < 5 * np.sqrt(variance / n))
     squares = samples**2
     assert np.all(np.abs(squares.mean(0) - variance) < 5 * squares.std(0) / np.sqrt(n))
-    unmatched = samples - np.concatenate([np.zeros(3), diagonal / SCALE])  # the model's mean left out
+    unmatched = samples - np.concatenate([np.zeros(3), np.diag(matrix) / SCALE])  # the model's mean left out
     assert np.any(np.abs(unmatched.mean(0)) > 5 * np.sqrt(variance / n))
 
 
 @pytest.mark.parametrize("entropy", ["full", "stl", "analytic"])
-@pytest.mark.parametrize("kind", ["quadratic", "diagonal"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", list(FACTORS))
 def test_coefficients_descend_the_second_moment(host, family, kind, entropy):
-    """The derivative of the squared gradient in loc and factor, in units of the standard deviation, by differences (it is quadratic).
+    """The derivative of the squared gradient in loc and factor, in units of the standard deviation, by differences.
 
-    A divergence in closed form is not random, so that it does not matter that its gradient is left out.
+    It is quadratic in the coefficients, of fourth order in the directions. A divergence in closed form is not random, so that it does
+    not matter that its gradient is left out.
     """
     model, guide = program(host, family, quartic, weight=1.7)
     options = {"estimators": {"x": RP(control_variate=kind)}, "entropy": entropy}
@@ -140,14 +207,14 @@ def test_coefficients_descend_the_second_moment(host, family, kind, entropy):
         _, g = loss_and_gradients(host, params | learned, model, guide, **options)
         return sum(((units[name] * (g[name] - fixed[name])) ** 2).sum() for name in params)
 
-    at = coefficients(kind == "diagonal")
+    at = coefficients(kind)
     (name,) = at
     _, g = loss_and_gradients(host, params | at, model, guide, **options)
-    for i in (0, at[name].size - 1):
+    for i in (0, 2 * KINDS[kind] - 1, 6, at[name].size - 1)[: 4 if kind == "cubic" else 2]:
         step = np.zeros(at[name].size)
         step[i] = 1.0
-        above, below = (second_moment({name: at[name] + sign * step.reshape(at[name].shape)}) for sign in (1, -1))
-        np.testing.assert_allclose(g[name].ravel()[i], (above - below) / 2, rtol=1e-8)
+        f = [second_moment({name: at[name] + by * step.reshape(at[name].shape)}) for by in (-2, -1, 1, 2)]
+        np.testing.assert_allclose(g[name].ravel()[i], (f[0] - 8 * f[1] + 8 * f[2] - f[3]) / 12, rtol=1e-8)
 
 
 def test_nothing_else_changes(host):
@@ -252,8 +319,8 @@ def test_learned_in_pyro():
 
 
 def test_refusals(host):
-    with pytest.raises(TypeError, match="RP: expected control_variate='quadratic', 'diagonal' or None, found 'cubic'"):
-        RP(control_variate="cubic")
+    with pytest.raises(TypeError, match="RP: expected control_variate='cubic', 'quadratic', 'diagonal' or None, found 'quartic'"):
+        RP(control_variate="quartic")
     with pytest.raises(TypeError, match="RP takes a control variate or q, found both"):
         RP(lambda p: p, control_variate="quadratic")
     guide = lambda: host.sample("x", host.dist.Gamma(host.array(2.0), host.array(1.0)))

@@ -72,7 +72,7 @@ ESTIMATORS = {
         Flow(scale=curved, q=wide, baseline="plate"),
     ],
 }
-LEARNERS = [AdaptiveFlow(bumps=1), AdaptiveFlow(bumps=0, q=wide), RP(control_variate="quadratic"), RP(control_variate="diagonal")]
+LEARNERS = [AdaptiveFlow(bumps=1), AdaptiveFlow(bumps=0, q=wide), RP(control_variate="cubic"), RP(control_variate="diagonal")]
 
 
 class Latent(NamedTuple):
