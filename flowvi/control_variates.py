@@ -140,10 +140,10 @@ class CostModel:
             return _Model(b, rest, _product(rest, z))
         v, slope = rest[..., -self.directions :], rest[..., : -self.directions]
         spread = v if m is None else m @ (m.swapaxes(-2, -1) @ v)
-        along = _product_from_the_left(z, v)
-        squares = along * along - (v * spread).sum(-2)
+        excess = _outer(z, _product_from_the_left(z, v)) - spread
+        squares = (v * excess).sum(-2)
         bend = _product(slope, self.ops.concatenate([z, squares], -1))
-        return _Model(b, slope[..., : -self.directions], bend, _Cubic(slope[..., -self.directions :], along, squares, spread))
+        return _Model(b, slope[..., : -self.directions], bend, _Cubic(slope[..., -self.directions :], squares, excess))
 
     def _of_coefficients(self, model: _Model, of_b: Array, of_bend: Array, z: Array, of_curvature: Array) -> Array:
         """The derivative in all coefficients from those in b and in h, and minus that in B (or its diagonal) by itself."""
@@ -155,8 +155,7 @@ class CostModel:
         parts = [of_b[..., None], _outer(of_bend, z) - of_curvature]
         if (cubic := model.cubic) is not None:
             of_squares = _product_from_the_left(of_bend, cubic.weights)
-            of_directions = _row(of_squares + of_squares) * (_outer(z, cubic.along) - cubic.spread)
-            parts += [_outer(of_bend, cubic.squares), of_directions]
+            parts += [_outer(of_bend, cubic.squares), _row(of_squares + of_squares) * cubic.excess]
         return ops.concatenate(parts, -1)
 
     def _flat(self, a: Array, x: Array) -> Array:
@@ -168,12 +167,11 @@ class CostModel:
 
 
 class _Cubic(NamedTuple):
-    """W, v . z, q, and the covariance of z times v."""
+    """W, q, and (z z^T - E[z z^T]) v, of which q_r is the product with v_r, and half of the derivative in it."""
 
     weights: Array
-    along: Array
     squares: Array
-    spread: Array
+    excess: Array
 
 
 class _Model(NamedTuple):
