@@ -122,7 +122,7 @@ class CostModel:
         of_loc = s * through - unit * model.bend
         bend_m = model.curvature[..., None] * m if self.diagonal else model.curvature @ m
         of_m = (of_loc - unit * model.b)[..., None] * eps[..., None, :] + unit[..., None] * bend_m
-        twice, score = unit + unit, own * ops.solve(m.swapaxes(-2, -1), eps)
+        twice, score = unit + unit, own * ops.solve_upper(m.swapaxes(-2, -1), eps)
         on_diagonal = ops.where(ops.eye(m.shape[-1], m), m, 1 + 0 * m)
         inverse = ops.where(ops.eye(m.shape[-1], m), 1 / on_diagonal, 0 * m)
         k_loc = twice * (score - of_loc)

@@ -82,7 +82,7 @@ def _multivariate_normal(name: str, linear: Callable[[Ops, Any, Array, Array], A
         terms += [] if dtril is None else [linear(ops, p, dtril, eps)]
         if null is not None:
             a = null(p, dtheta)
-            terms.append(_times((a - a.mT) / 2, ops.solve(ops.broadcast_to(p.scale_tril.mT, (*x.shape, x.shape[-1])), eps)))
+            terms.append(_times((a - a.mT) / 2, ops.solve_upper(p.scale_tril.mT, eps)))
         return _total(terms) if terms else ops.asarray(0.0, x)
 
     said = "" if null is None else f"null={getattr(null, '__name__', null)}"

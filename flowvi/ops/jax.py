@@ -69,8 +69,16 @@ def solve(a, b):
 
 
 def solve_lower(a, b):
+    return _solve_triangular(a, b, lower=True)
+
+
+def solve_upper(a, b):
+    return _solve_triangular(a, b, lower=False)
+
+
+def _solve_triangular(a, b, lower):
     a = jnp.broadcast_to(a, b.shape + b.shape[-1:])
-    return solve_triangular(a, b[..., None], lower=True)[..., 0]
+    return solve_triangular(a, b[..., None], lower=lower)[..., 0]
 
 
 def log_abs_det(a):

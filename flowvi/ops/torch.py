@@ -108,6 +108,10 @@ def solve_lower(a, b):
     return torch.linalg.solve_triangular(a, b.unsqueeze(-1), upper=False).squeeze(-1)
 
 
+def solve_upper(a, b):
+    return torch.linalg.solve_triangular(a, b.unsqueeze(-1), upper=True).squeeze(-1)
+
+
 def log_abs_det(a):
     return torch.linalg.slogdet(a)[1]
 
