@@ -283,27 +283,20 @@ class _SkewSlice(Density):
 
     def sample(self, ops, parts, draws, uniforms):
         (p,), (x,), (height, side, _) = parts, draws, uniforms
-        mode = self._mode(ops, p, x)
+        mode = _mode(ops, p, x)
         level = p.log_prob(x if self.by == "mass" else mode) + ops.log(height)
         return self._end(ops, p, mode, level, side >= (0.0 if PEAKED[type(p).__name__].falls else 0.5))
 
     def log_prob(self, ops, parts, x):
         (p,) = parts
-        mode, falls = self._mode(ops, p, x), PEAKED[type(p).__name__].falls
+        mode, falls = _mode(ops, p, x), PEAKED[type(p).__name__].falls
         level, slope = ops.derivative(p.log_prob, x, live=False)
-        log_q = level + ops.log(abs(slope))
+        log_q = level + ops.log(abs(slope)) + 0 * mode  # not a number without a mode, whatever the host makes of one
         if self.by == "height":
             log_q = log_q - p.log_prob(mode)
         else:
             log_q = log_q + ops.log(abs(x - (mode if falls else self._end(ops, p, mode, level, x < mode))))
         return log_q if falls else log_q - math.log(2.0)
-
-    def _mode(self, ops: Ops, p: Any, x: Array) -> Array:
-        peak = PEAKED[type(p).__name__]
-        mode = peak.mode(ops, p) + 0 * x
-        for name in peak.shapes:
-            mode = ops.where(getattr(p, name) + 0 * x > 1, mode, math.nan)
-        return mode
 
     def _end(self, ops: Ops, p: Any, mode: Array, level: Array, upper: Array) -> Array:
         """The end where log p is ``level``: by bisection in log units from the end of the support, or from the mode if it has none."""
@@ -327,15 +320,30 @@ class _SkewSlice(Density):
         return place(ops.iterate(halve, 60, (near, far))[0])
 
 
+def _mode(ops: Ops, p: Any, x: Array) -> Array:
+    """The mode, in the shape of x; not a number where there is none inside, or none that can be told from an end."""
+    peak = PEAKED[type(p).__name__]
+    mode = peak.mode(ops, p) + 0 * x
+    for name in peak.shapes:
+        mode = ops.where(getattr(p, name) + 0 * x > 1, mode, math.nan)
+    for bound in () if peak.falls else peak.support:
+        mode = ops.where(abs(mode - bound) > math.exp(-REACH), mode, math.nan)
+    return mode
+
+
 def _slice(name: str, by: str, epsilon: float) -> Proposal:
     def q(p: Any) -> Any:
         family = type(p).__name__
         if family not in UNIMODAL and family not in PEAKED:
             _refuse(name, [*UNIMODAL, *PEAKED], p)
-        for shape in PEAKED[family].shapes if family in PEAKED else ():
-            peaked = (getattr(p, shape) > 1).all()
-            _host(p).ops.check(peaked, f"{name} needs a {family} with a peak inside its support, with {shape} above 1.")
-        return _host(p).Proposal(_Slice(by) if family in UNIMODAL else _SkewSlice(by), p)
+        host = _host(p)
+        if family in UNIMODAL:
+            return host.Proposal(_Slice(by), p)
+        if not (peak := PEAKED[family]).falls:
+            known = host.ops.all_finite(_mode(host.ops, p, 0 * peak.mode(host.ops, p)))
+            shapes = " and ".join(f"{shape} above 1" for shape in peak.shapes) or "not next to an end"
+            host.ops.check(known, f"{name} needs a {family} with a peak inside its support, {shapes}.")
+        return host.Proposal(_SkewSlice(by), p)
 
     return _perhaps_defensive(f"{name}(epsilon=", q, epsilon)
 

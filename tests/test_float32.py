@@ -1,5 +1,6 @@
 """Single precision: every kind of estimator keeps the dtype and the mean."""
 
+import jax
 import numpy as np
 import numpyro
 import pyro
@@ -8,7 +9,7 @@ import torch
 from cases import HALF_NORMAL, half_normal, one, square
 from hosts import HOSTS
 
-from flowvi import LR, RP, Flow, ImplicitRP
+from flowvi import LR, RP, Flow, ImplicitRP, proposals
 
 N = 40_000
 LOC, SCALE = 0.5, 1.2
@@ -83,3 +84,29 @@ def test_pyro_keeps_the_double_precision_of_a_program(single, kind, q, particles
         return [*theta.grad.tolist(), loss.item()]
 
     np.testing.assert_allclose(gradient(torch.float32), gradient(torch.float64), rtol=1e-12)
+
+
+SKEW = {"Gamma": (1.1, 1.2), "Beta": (1.1, 1.4), "LogNormal": (0.3, 2.0), "Gumbel": (0.3, 1.2), "HalfCauchy": (1.2,)}
+
+
+@pytest.mark.parametrize("by", ["mass", "height"])
+@pytest.mark.parametrize("family", SKEW)
+def test_slices_of_skew_densities(host, single, family, by):
+    """The mean of the weight p/q is 1."""
+    p = getattr(host.dist, family)(*map(host.array, SKEW[family]))
+    q = getattr(proposals, f"slice_by_{by}")()(p).expand((N,))
+    x = q.sample(jax.random.key(1)) if host.name == "numpyro" else q.sample()
+    weight = np.exp(np.asarray(p.log_prob(x) - q.log_prob(x)))
+    assert weight.dtype == np.float32
+    assert abs(weight.mean() - 1) < 5 * weight.std() / np.sqrt(N) + 1e-5
+
+
+def test_a_mode_that_is_0_in_single_precision(host, single):
+    """That of a wide LogNormal, exp(loc - scale^2): there is no density then, rather than a wrong one, and none under jit."""
+    for q in (proposals.slice_by_mass(), proposals.slice_by_height()):
+        with pytest.raises(ValueError, match=r"slice_by_(mass|height) needs a LogNormal with a peak .*, not next to an end"):
+            q(host.dist.LogNormal(host.array(0.0), host.array(11.0)))
+        if host.name == "numpyro":
+            log_prob = jax.jit(lambda scale, q=q: q(host.dist.LogNormal(0.0, scale)).log_prob(0.3))
+            assert np.isfinite(log_prob(2.0))
+            assert np.isnan(log_prob(11.0))

@@ -255,7 +255,9 @@ def test_slices_need_a_mode_inside(host, family, theta):
     """Under jit, where nothing is known of the parameters, there are no samples of a density that there is not."""
     q, family = proposals.slice_by_mass(), getattr(host.dist, family)
     theta = {k: host.array(v) for k, v in theta.items()}
-    with pytest.raises(ValueError, match=f"slice_by_mass needs a {family.__name__} with a peak .* with concentration1? above 1"):
+    with pytest.raises(
+        ValueError, match=f"slice_by_mass needs a {family.__name__} with a peak inside its support, concentration1? above 1"
+    ):
         q(family(**theta))
     if host.name == "numpyro":
         samples, weight = jax.jit(lambda t: (q(family(**t)).expand((5,)).sample(jax.random.key(0)), q(family(**t)).log_prob(0.3)))(
