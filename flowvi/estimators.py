@@ -242,7 +242,8 @@ class RP(Estimator):
         force: Trust the derivative of the host's sampler where its flag denies that there is one.
         control_variate: ``"quadratic"``: the model couples all coordinates of the site's event, and has their number squared of
             coefficients; ``"diagonal"``: each by itself; ``"cubic"``: the quadratic one, with up to four directions along which the
-            curvature changes. None: no control variate.
+            curvature changes. A batch dim is no event, also outside of a plate (as NumPyro's AutoDiagonalNormal has one): nothing is
+            coupled along it. None: no control variate.
 
     Raises:
         TypeError: A control variate that does not exist, or one beside ``q``.

@@ -199,6 +199,7 @@ def _perhaps_defensive(name: str, q: Proposal, epsilon: float) -> Proposal:
 # ---- slice integrals and the optimal density of a location
 
 REACH = 85.0  # of a bisection in log units: exp(-85) is the smallest uniform number, and exp(85) a number, in single precision
+NEAR = 60.0  # likewise, from the mode towards an end of the support: weights beyond are below exp(-NEAR)
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,8 @@ class _SkewSlice(Density):
             if math.isinf(bound):
                 sides.append((mode, sign + 0 * mode, -REACH + 0 * mode, REACH))
             else:
-                sides.append((bound + 0 * mode, -sign + 0 * mode, ops.log(abs(bound - mode)), -REACH))
+                near = ops.log(abs(bound - mode))
+                sides.append((bound + 0 * mode, -sign + 0 * mode, near, ops.where(near > NEAR - REACH, near - NEAR, -REACH + 0 * near)))
         origin, sign, near, far = (ops.where(upper, b + 0 * mode, a + 0 * mode) for a, b in zip(*sides, strict=True))
 
         def place(log_distance):
@@ -314,7 +316,8 @@ class _SkewSlice(Density):
         def halve(bracket):
             near, far = bracket
             middle = (near + far) / 2
-            inside = p.log_prob(place(middle)) > level
+            log_p = p.log_prob(place(middle))
+            inside = (log_p > level) & (log_p < math.inf)  # infinite is what NumPyro's InverseGamma makes of a 0 in single precision
             return ops.where(inside, middle, near), ops.where(inside, far, middle)
 
         return place(ops.iterate(halve, 60, (near, far))[0])
@@ -356,8 +359,10 @@ def slice_by_mass(epsilon: float = 0.2) -> Proposal:
 
     **Requirements**: Normal, Laplace, Logistic, Cauchy, StudentT or Gumbel, meant for LR in ``loc``; or, for any parameter with the
     default ``epsilon``, LogNormal, InverseGamma, Exponential, HalfNormal, HalfCauchy, and Gamma, Weibull or Beta with a mode inside the
-    support. At ``epsilon=0`` q vanishes at the mode: the variance is then finite for LR in ``loc`` only (its fourth moment is not),
-    infinite for every other parameter and for every pathwise field.
+    support. At ``epsilon=0`` q vanishes at the mode: the variance is then finite for LR in a ``loc`` that shifts p (the fourth moment
+    is not), infinite for every other parameter and for every pathwise field. The weight of an event is the product of those of its
+    coordinates: more than a few cost more than they gain. In single precision p/q has only the digits of the host's log p, which for a
+    Gamma of a concentration above 1,000 are too few.
 
     Args:
         epsilon: The share of p that is mixed in, see :func:`defensive`; 0 for the pure density.
@@ -366,7 +371,8 @@ def slice_by_mass(epsilon: float = 0.2) -> Proposal:
         The function q.
 
     Raises:
-        ValueError: At the first run, for another family, or without a mode inside the support.
+        ValueError: At the first run, for another family, or without a mode inside the support. Under jit, where parameters are not
+            known, the loss is not a number then.
 
     Example:
         >>> import flowvi
@@ -385,8 +391,9 @@ def slice_by_height(epsilon: float = 0.2) -> Proposal:
     For a Normal this is |z| p sqrt(pi / 2), the double-sided Rayleigh density. It is the optimal density of LR in ``loc``
     for an unknown bounded cost, ``optimal("loc")``. Where p only falls, as an Exponential does, q = |p'| / max p.
 
-    **Requirements**: those of :func:`slice_by_mass`. At ``epsilon=0`` q vanishes at the mode: the variance is then finite for LR in
-    ``loc`` if it is at q = p, and infinite for every other parameter and for every pathwise field. An Exponential alone is its own q.
+    **Requirements**: those of :func:`slice_by_mass`. At ``epsilon=0`` q vanishes at the mode: the variance is then finite for LR in a
+    ``loc`` that shifts p if it is at q = p, infinite for every other parameter and for every pathwise field. An Exponential alone is
+    its own q.
 
     Args:
         epsilon: The share of p that is mixed in, see :func:`defensive`; 0 for the pure density.
@@ -395,7 +402,7 @@ def slice_by_height(epsilon: float = 0.2) -> Proposal:
         The function q.
 
     Raises:
-        ValueError: At the first run, for another family, or without a mode inside the support.
+        ValueError: As :func:`slice_by_mass`.
 
     Example:
         >>> import flowvi

@@ -89,3 +89,10 @@ def test_the_generator_of_a_gpu_is_put_back(monkeypatch, name):
     assert state[0].item() == 7
     torch.manual_seed(3)
     assert state[0].item() != 7
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_gpu_that_is_not_in_use_gets_no_seed(monkeypatch, name):
+    """Torch keeps a seed for when it will be, which could not be taken back."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a seed for a GPU"))
+    TOOLS[name]()

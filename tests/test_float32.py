@@ -86,7 +86,15 @@ def test_pyro_keeps_the_double_precision_of_a_program(single, kind, q, particles
     np.testing.assert_allclose(gradient(torch.float32), gradient(torch.float64), rtol=1e-12)
 
 
-SKEW = {"Gamma": (1.1, 1.2), "Beta": (1.1, 1.4), "LogNormal": (0.3, 2.0), "Gumbel": (0.3, 1.2), "HalfCauchy": (1.2,)}
+SKEW = {
+    "Gamma": (1.1, 1.2),
+    "Beta": (1.1, 1.4),
+    "LogNormal": (0.3, 2.0),
+    "Gumbel": (0.3, 1.2),
+    "HalfCauchy": (1.2,),
+    "InverseGamma": (3.0, 0.1),  # whose log density in NumPyro is infinite below 1e-19
+    "Weibull": (50.0, 1.05),  # many of whose left ends are next to 0
+}
 
 
 @pytest.mark.parametrize("by", ["mass", "height"])

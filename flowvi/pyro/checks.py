@@ -13,7 +13,7 @@ import torch
 import flowvi.ops.torch as ops
 from flowvi.pyro.distributions import PyroTarget as Target
 from flowvi.pyro.distributions import unwrap
-from flowvi.pyro.run import forked_generators
+from flowvi.pyro.run import forked_generators, seed_generators
 
 __all__ = ["Distribution", "Target", "array", "jacobian", "lengths", "means", "ops", "path", "precise", "sample", "unwrap", "values"]
 
@@ -67,11 +67,11 @@ def means(f: Callable[[torch.Tensor, range], torch.Tensor], size: int, chunks: i
 
 def sample(target: Any, q: Any, seed: int) -> torch.Tensor:
     """Draws of x, of the full shape, from p or from an expanded proposal, as flowvi draws them."""
-    torch.manual_seed(seed)
+    seed_generators(seed)
     return q.expand(target.batch_shape).sample()
 
 
 def path(fn: Any, seed: int) -> torch.Tensor:
     """A draw by the host's own sampler, with its derivative."""
-    torch.manual_seed(seed)
+    seed_generators(seed)
     return fn()

@@ -12,7 +12,7 @@ import flowvi.ops.torch as ops
 from flowvi.estimators import Estimator, attach
 from flowvi.plot import At
 from flowvi.pyro.distributions import PyroTarget
-from flowvi.pyro.run import forked_generators
+from flowvi.pyro.run import forked_generators, seed_generators
 
 
 def at(move: Callable[[Any], Any], estimator: Estimator, x: np.ndarray, t: float, f: Callable[[Any], Any], seed: int) -> At:
@@ -33,7 +33,7 @@ def at(move: Callable[[Any], Any], estimator: Estimator, x: np.ndarray, t: float
         return f(value), score
 
     with forked_generators():
-        torch.manual_seed(seed)
+        seed_generators(seed)
         (phi, _), (slope, psi) = torch.autograd.functional.jvp(run, _tensor(t), torch.ones(()))
     value, weight = detached
     return At(served.uses_sampler, *(a.cpu().numpy() for a in (value, phi, slope, psi, weight)))
@@ -44,7 +44,7 @@ def sample(p: Any, estimator: Estimator, num: int, seed: int) -> np.ndarray:
     served = _served(p, estimator)
     _, target = _site(p, served, num)
     with forked_generators():
-        torch.manual_seed(seed)
+        seed_generators(seed)
         return target.push(served.proposal(ops, target)[0].sample()).detach().cpu().numpy()
 
 

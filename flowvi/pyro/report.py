@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from flowvi.estimators import Auto, Estimator
 from flowvi.pyro.elbo import TraceFlow_ELBO
-from flowvi.pyro.run import Run, forked_generators
+from flowvi.pyro.run import Run, forked_generators, seed_generators
 from flowvi.report import Candidates, GradientReport, Measured, ParameterGradient, by_label
 
 
@@ -78,7 +78,7 @@ def gradient_report(
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
         served = {d.name: d.estimator for d in elbo.describe(model, guide, *args, **kwargs)}
         with forked_generators(), poutine.trace(param_only=True) as used:
-            torch.manual_seed(seed)
+            seed_generators(seed)
             run = elbo._run(model, guide, args, kwargs)
             nodes = used.trace.nodes
             parameters: dict[str, Any] = {name: nodes[name]["value"] for name in nodes if name not in run.attached.learned}

@@ -31,6 +31,11 @@ def forked_generators() -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0))
 
 
+def seed_generators(seed: int) -> None:
+    """As ``torch.manual_seed``, but for GPUs that are not in use, whose generators :func:`forked_generators` could not put back."""
+    (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(seed)
+
+
 def runs(elbo: ELBO, run: Callable[..., Run], model, guide, args, kwargs) -> Iterator[Run]:
     """The runs of an objective's particles: a loop of them, or one in which they are a plate."""
     if not elbo.vectorize_particles:
