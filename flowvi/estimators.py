@@ -138,7 +138,13 @@ class Estimator(ABC):
 
     def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:
         """The sampling density (detached, of the shape of x) and whether it may leave the support of p."""
-        return (target.p0, False) if self.q is None else target.cover(ops, self.q(target.p0))
+        if self.q is None:
+            return target.p0, False
+        try:
+            q = self.q(target.p0)
+        except ValueError as error:
+            target.refuse(str(error))
+        return target.cover(ops, q)
 
     @abstractmethod
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:

@@ -267,6 +267,20 @@ def test_slices_need_a_mode_inside(host, family, theta):
         assert np.isnan(weight)
 
 
+def test_what_a_proposal_refuses_names_the_site(host):
+    program = chain(0.3, {"x": lambda h, t, v: h.dist.Gamma(0.5 + 0 * t[0], t[0])}, {"x": lambda h, t, v: v["x"]})
+    for q, message in ((proposals.student_t(4.0), "student_t is for"), (proposals.slice_by_mass(), "slice_by_mass needs a Gamma")):
+        with pytest.raises(ValueError, match=f"^site 'x': {message}"):
+            run(host, program, LR(q=q))
+
+
+def run(host, program, estimator):
+    """Once, with known parameters."""
+    model, guide = (lambda: program.model(host, [host.array(0.3)])), (lambda: program.guide(host, [host.array(0.3)]))
+    elbo = host.flow.TraceFlow_ELBO(estimators={"x": estimator})
+    return elbo.loss(jax.random.key(0), {}, model, guide) if host.name == "numpyro" else elbo.loss(model, guide)
+
+
 def test_defensive_needs_a_share():
     with pytest.raises(ValueError, match="epsilon between 0 and 1, found 1.5"):
         proposals.defensive(lambda p: p, 1.5)
