@@ -19,8 +19,8 @@ class CostModel:
 
         h = B z + W q,    q_r = (v_r . z)^2 - E[(v_r . z)^2],
 
-    where W is 0 unless the model is cubic: f = b . z + z . B z / 2. In units of s the sample x = loc + L eps moves by dloc + dM eps,
-    with M = L / s, and
+    which without W, as it is unless the model is cubic, and for a symmetric B is that of f = b . z + z . B z / 2. In units of s the
+    sample x = loc + L eps moves by dloc + dM eps, with M = L / s, and
 
         grad (E[f] - f(x)) = <B M, dM> - (b + h) . dM eps - h . dloc.
 

@@ -202,6 +202,18 @@ REACH = 85.0  # of a bisection in log units: exp(-85) is the smallest uniform nu
 NEAR = 60.0  # likewise, from the mode towards an end of the support: weights beyond are below exp(-NEAR)
 
 
+def _bisect(ops: Ops, inside: Callable[[Array], Array], near: Array, far: Array) -> tuple[Array, Array]:
+    """The bracket of the point between ``near``, which is inside, and ``far`` at which one gets outside."""
+
+    def halve(bracket):
+        near, far = bracket
+        middle = (near + far) / 2
+        within = inside(middle)
+        return ops.where(within, middle, near), ops.where(within, far, middle)
+
+    return ops.iterate(halve, 60, (near, far))
+
+
 @dataclass(frozen=True)
 class _Family:
     """A symmetric density f of a location-scale family: |d log f / dz|, and the z > 0 where f / f(0) is v."""
@@ -278,19 +290,20 @@ PEAKED = {
 
 @dataclass(frozen=True)
 class _SkewSlice(Density):
-    """The ends of the slices of a density with a :class:`_Peak`, found by bisection; by mass or by height."""
+    """The ends of the slices of a density with a peak, found by bisection; by mass or by height."""
 
     by: str
+    peak: _Peak
 
     def sample(self, ops, parts, draws, uniforms):
         (p,), (x,), (height, side, _) = parts, draws, uniforms
-        mode = _mode(ops, p, x)
+        mode = self.mode(ops, p, x)
         level = p.log_prob(x if self.by == "mass" else mode) + ops.log(height)
-        return self._end(ops, p, mode, level, side >= (0.0 if PEAKED[type(p).__name__].falls else 0.5))
+        return self._end(ops, p, mode, level, side >= (0.0 if self.peak.falls else 0.5))
 
     def log_prob(self, ops, parts, x):
         (p,) = parts
-        mode, falls = _mode(ops, p, x), PEAKED[type(p).__name__].falls
+        mode, falls = self.mode(ops, p, x), self.peak.falls
         level, slope = ops.derivative(p.log_prob, x, live=False)
         log_q = level + ops.log(abs(slope)) + 0 * mode  # not a number without a mode, whatever the host makes of one
         if self.by == "height":
@@ -299,10 +312,19 @@ class _SkewSlice(Density):
             log_q = log_q + ops.log(abs(x - (mode if falls else self._end(ops, p, mode, level, x < mode))))
         return log_q if falls else log_q - math.log(2.0)
 
+    def mode(self, ops: Ops, p: Any, x: Array) -> Array:
+        """The mode, in the shape of x; not a number where there is none inside, or none that can be told from an end."""
+        mode = self.peak.mode(ops, p) + 0 * x
+        for name in self.peak.shapes:
+            mode = ops.where(getattr(p, name) + 0 * x > 1, mode, math.nan)
+        for bound in () if self.peak.falls else self.peak.support:
+            mode = ops.where(abs(mode - bound) > math.exp(-REACH), mode, math.nan)
+        return mode
+
     def _end(self, ops: Ops, p: Any, mode: Array, level: Array, upper: Array) -> Array:
         """The end where log p is ``level``: by bisection in log units from the end of the support, or from the mode if it has none."""
         sides = []
-        for bound, sign in zip(PEAKED[type(p).__name__].support, (-1.0, 1.0), strict=True):
+        for bound, sign in zip(self.peak.support, (-1.0, 1.0), strict=True):
             if math.isinf(bound):
                 sides.append((mode, sign + 0 * mode, -REACH + 0 * mode, REACH))
             else:
@@ -313,25 +335,11 @@ class _SkewSlice(Density):
         def place(log_distance):
             return origin + sign * ops.exp(log_distance)
 
-        def halve(bracket):
-            near, far = bracket
-            middle = (near + far) / 2
-            log_p = p.log_prob(place(middle))
-            inside = (log_p > level) & (log_p < math.inf)  # infinite is what NumPyro's InverseGamma makes of a 0 in single precision
-            return ops.where(inside, middle, near), ops.where(inside, far, middle)
+        def inside(log_distance):
+            log_p = p.log_prob(place(log_distance))
+            return (log_p > level) & (log_p < math.inf)  # infinite is what NumPyro's InverseGamma makes of a 0 in single precision
 
-        return place(ops.iterate(halve, 60, (near, far))[0])
-
-
-def _mode(ops: Ops, p: Any, x: Array) -> Array:
-    """The mode, in the shape of x; not a number where there is none inside, or none that can be told from an end."""
-    peak = PEAKED[type(p).__name__]
-    mode = peak.mode(ops, p) + 0 * x
-    for name in peak.shapes:
-        mode = ops.where(getattr(p, name) + 0 * x > 1, mode, math.nan)
-    for bound in () if peak.falls else peak.support:
-        mode = ops.where(abs(mode - bound) > math.exp(-REACH), mode, math.nan)
-    return mode
+        return place(_bisect(ops, inside, near, far)[0])
 
 
 def _slice(name: str, by: str, epsilon: float) -> Proposal:
@@ -342,11 +350,12 @@ def _slice(name: str, by: str, epsilon: float) -> Proposal:
         host = _host(p)
         if family in UNIMODAL:
             return host.Proposal(_Slice(by), p)
-        if not (peak := PEAKED[family]).falls:
-            known = host.ops.all_finite(_mode(host.ops, p, 0 * peak.mode(host.ops, p)))
+        density = _SkewSlice(by, peak := PEAKED[family])
+        if not peak.falls:
+            known = host.ops.all_finite(density.mode(host.ops, p, 0 * peak.mode(host.ops, p)))
             shapes = " and ".join(f"{shape} above 1" for shape in peak.shapes) or "not next to an end"
             host.ops.check(known, f"{name} needs a {family} with a peak inside its support, {shapes}.")
-        return host.Proposal(_SkewSlice(by), p)
+        return host.Proposal(density, p)
 
     return _perhaps_defensive(f"{name}(epsilon=", q, epsilon)
 
@@ -465,15 +474,8 @@ class _OptimalStretch(Density):
         (p,), (side, inside, v) = parts, uniforms
         start = self._log_peak(ops, p, v)
         goal = self._log_mass(ops, p, start) + ops.log(v)
-        inner = inside < 0.5
-
-        def halve(bracket):
-            near, far = bracket
-            middle = (near + far) / 2
-            too_near = self._log_mass(ops, p, middle) > goal
-            return ops.where(too_near, middle, near), ops.where(too_near, far, middle)
-
-        near, far = ops.iterate(halve, 60, (start, start + ops.where(inner, -REACH + 0 * v, REACH + 0 * v)))
+        far = start + ops.where(inside < 0.5, -REACH + 0 * v, REACH + 0 * v)
+        near, far = _bisect(ops, lambda log_z: self._log_mass(ops, p, log_z) > goal, start, far)
         z = ops.exp((near + far) / 2)
         if not self.two_sided:
             return self._unit(p) * z

@@ -414,9 +414,8 @@ PURE = {  # what a density that vanishes inside is for
     **{key: proposals.STRETCHED[key[0]].parameter for key in PROPOSALS if key[1] == "optimal stretch 0"},
 }
 LIGHT = {("Cauchy", "student_t"), ("Laplace", "slice_by_mass 0")}  # whose weights have no second moment
-NO_USE = [
-    key for key, parameter in PURE.items() if parameter == "loc" and key[0] not in (*SYMMETRIC, "Gumbel")
-]  # nor for any parameter
+# The pure slices of a family that no parameter shifts are for none.
+NO_USE = [key for key, parameter in PURE.items() if parameter == "loc" and key[0] not in (*SYMMETRIC, "Gumbel")]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 import flowvi.ops.torch as ops
 from flowvi.pyro.distributions import PyroTarget as Target
 from flowvi.pyro.distributions import unwrap
-from flowvi.pyro.run import forked_generators, seed_generators
+from flowvi.pyro.generators import forked_generators, seed_generators
 
 __all__ = ["Distribution", "Target", "array", "jacobian", "lengths", "means", "ops", "path", "precise", "sample", "unwrap", "values"]
 

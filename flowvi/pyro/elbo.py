@@ -14,7 +14,8 @@ from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import Credit, Dependencies, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
 from flowvi.ops import times, total
 from flowvi.pyro.baselines import annotated_baseline
-from flowvi.pyro.run import Run, forked_generators, run_program, runs
+from flowvi.pyro.generators import forked_generators
+from flowvi.pyro.run import Run, run_program, runs
 from flowvi.tape import weighty
 
 

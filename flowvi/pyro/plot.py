@@ -12,7 +12,7 @@ import flowvi.ops.torch as ops
 from flowvi.estimators import Estimator, attach
 from flowvi.plot import At
 from flowvi.pyro.distributions import PyroTarget
-from flowvi.pyro.run import forked_generators, seed_generators
+from flowvi.pyro.generators import forked_generators, seed_generators
 
 
 def at(move: Callable[[Any], Any], estimator: Estimator, x: np.ndarray, t: float, f: Callable[[Any], Any], seed: int) -> At:

@@ -14,8 +14,9 @@ from flowvi.bounds import BoundParticle, Gradient, bound_particle, renyi_bound, 
 from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import LeaveOneOut
 from flowvi.ops import times
+from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.handlers import share_subsamples
-from flowvi.pyro.run import Run, forked_generators, run_program, runs
+from flowvi.pyro.run import Run, run_program, runs
 
 
 class TraceFlow_RenyiELBO(RenyiELBO):

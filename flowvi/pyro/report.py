@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from flowvi.estimators import Auto, Estimator
 from flowvi.pyro.elbo import TraceFlow_ELBO
-from flowvi.pyro.run import Run, forked_generators, seed_generators
+from flowvi.pyro.generators import forked_generators, seed_generators
+from flowvi.pyro.run import Run
 from flowvi.report import Candidates, GradientReport, Measured, ParameterGradient, by_label
 
 

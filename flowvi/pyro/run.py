@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
@@ -24,16 +24,6 @@ from flowvi.pyro.distributions import PyroTarget, is_masked
 from flowvi.pyro.handlers import attach_estimators, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
 from flowvi.tape import Ancestors, Frame, Route, Site, Tape, Term, control_terms, meet, program_order, weighty
-
-
-def forked_generators() -> AbstractContextManager[None]:
-    """Torch's generators, those of GPUs too, are left as they were."""
-    return torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0))
-
-
-def seed_generators(seed: int) -> None:
-    """As ``torch.manual_seed``, but for GPUs that are not in use, whose generators :func:`forked_generators` could not put back."""
-    (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(seed)
 
 
 def runs(elbo: ELBO, run: Callable[..., Run], model, guide, args, kwargs) -> Iterator[Run]:
