@@ -1,21 +1,33 @@
-"""Which estimator serves which site: the five places where one can be said, and their precedence."""
+"""Which estimator each random site gets: the five places where one can be given, and their precedence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from flowvi.closures import identity, reached_from
 from flowvi.estimators import Baseline, Estimator
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
 
 
 class Choice(NamedTuple):
-    """An estimator and where it was said."""
+    """An estimator and where it was given."""
 
     estimator: Estimator
-    said: str
+    source: str
+
+
+class MissingAnnotationError(Exception):
+    """The default estimator was refused at a site before the model, which may name another one, had been read.
+
+    Attributes:
+        refusal: What the default estimator was refused for.
+    """
+
+    def __init__(self, refusal: ValueError):
+        self.refusal = refusal
+        super().__init__(str(refusal))
 
 
 class Assignment:
@@ -28,8 +40,9 @@ class Assignment:
 
     Attributes:
         annotations: The estimators annotated in the model at its last run, by name. The guide runs before the model, so these
-            are known from the run before; ``learn`` says when they were not.
-        met: Names of the sites that were served before.
+            are known from the run before; ``learn`` tells when they were not.
+        has_read_annotations: Whether a run of the model has been read.
+        seen: Names of the sites that had an estimator in an earlier run.
     """
 
     def __init__(self, estimators: Estimators, default: Estimator):
@@ -41,7 +54,8 @@ class Assignment:
         require_estimator(default, "default")
         self.estimators, self.default = estimators, default
         self.annotations: dict[str, Estimator] = {}
-        self.met: set[str] = set()
+        self.has_read_annotations = False
+        self.seen: set[str] = set()
 
     def choose(self, site: Any, alias: str, wrapped: Estimator | None) -> Choice:
         """The estimator of a random site of the guide.
@@ -70,22 +84,26 @@ class Assignment:
 
     def learn(self, annotations: dict[str, Estimator]) -> bool:
         """Take over what the model's run annotated; True if it differs, so that guide and model have to run again."""
-        before, self.annotations = self.annotations, annotations
-        return {k: _identity(v) for k, v in annotations.items()} != {k: _identity(v) for k, v in before.items()}
+        before, self.annotations, self.has_read_annotations = self.annotations, annotations, True
+        if not annotations and not before:
+            return False
+        return {k: identity(v) for k, v in annotations.items()} != {k: identity(v) for k, v in before.items()}
 
     def forget(self, perishable: Callable[[Any], bool]) -> None:
         """Drop what the last run annotated with functions that close over something ``perishable``."""
-        self.annotations = {name: e for name, e in self.annotations.items() if not any(map(perishable, _reached(e, set())))}
+        kept = {name: e for name, e in self.annotations.items() if not any(map(perishable, reached_from(e, set())))}
+        self.has_read_annotations = self.has_read_annotations and len(kept) == len(self.annotations)
+        self.annotations = kept
 
     def verify(self, random: Mapping[str, str], fixed: Iterable[str]) -> None:
-        """Refuse names that meet no random site.
+        """Refuse names of no random site.
 
         Args:
             random: Random sites of the guide, each with its alias.
             fixed: Names of the statements that are no random choice: observed, factors and Deltas.
         """
-        said = [*self.annotations, *(self.estimators if isinstance(self.estimators, Mapping) else ())]
-        for name in said:
+        named = [*self.annotations, *(self.estimators if isinstance(self.estimators, Mapping) else ())]
+        for name in named:
             if name in random or name in random.values():
                 continue
             where = "infer['estimator'] in the model" if name in self.annotations else "estimators"
@@ -93,7 +111,7 @@ class Assignment:
             if name in set(fixed):
                 raise ValueError(
                     f"site '{name}': {where} names a site that is no random choice of the guide (it is observed, a factor or a Delta "
-                    f"of other sites). The random sites are: {sites}; say the estimator at the one from which '{name}' is drawn."
+                    f"of other sites). The random sites are: {sites}; give the estimator to the one from which '{name}' is drawn."
                 )
             raise ValueError(f"site '{name}': {where} names no site of the guide; the random sites are: {sites}.")
 
@@ -114,57 +132,52 @@ def require_estimator(estimator: Any, where: str) -> Estimator:
 def _require_upstream_baseline(estimator: Estimator, name: str) -> Estimator:
     if isinstance(estimator.baseline, Baseline) and estimator.baseline.inputs:
         raise ValueError(
-            f"site '{name}': a baseline with inputs cannot be said in the model, where they may lie downstream of the site; "
-            "say it at the site's statement in the guide."
+            f"site '{name}': a baseline with inputs cannot be given in the model, where they may lie downstream of the site; "
+            "give it at the site's statement in the guide."
         )
     return estimator
 
 
-def _identity(value: Any) -> Any:
-    """Two functions written at the same place with the same closure are the same: an inline lambda is a new object at every run."""
-    if isinstance(value, Estimator | Baseline):
-        return type(value), tuple(_identity(v) for v in vars(value).values())
-    if isinstance(value, tuple):
-        return tuple(_identity(v) for v in value)
-    if hasattr(value, "__code__"):
-        return value.__code__, tuple(id(cell.cell_contents) for cell in value.__closure__ or ())
-    return id(value) if callable(value) else value
-
-
-def _reached(value: Any, seen: set[int]) -> Iterator[Any]:
-    """What the functions of an estimator close over."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    yield value
-    if isinstance(value, Estimator | Baseline):
-        inner: Iterable[Any] = vars(value).values()
-    elif isinstance(value, tuple):
-        inner = value
-    elif isinstance(value, partial):
-        inner = (value.func, *value.args, *value.keywords.values())
-    else:
-        inner = (cell.cell_contents for cell in getattr(value, "__closure__", None) or ())
-    for item in inner:
-        yield from _reached(item, seen)
-
-
 class SiteDescription(NamedTuple):
-    """One random site: its estimator, where that was said, the parameters of its distribution, its plates."""
+    """One random site: its estimator, where that was given, the parameters of its distribution, its plates."""
 
     name: str
     estimator: Estimator
-    said: str
+    source: str
     distribution: str
     parameters: tuple[str, ...]
     plates: tuple[str, ...]
 
 
 class Description(tuple[SiteDescription, ...]):
-    """What each random site gets; prints as a table."""
+    """The random sites of a guide, each with its estimator; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [("site", "estimator", "said in", "distribution", "parameters", "plates")]
-        rows += [(d.name, repr(d.estimator), d.said, d.distribution, ", ".join(d.parameters), ", ".join(d.plates)) for d in self]
+        rows = [("site", "estimator", "given by", "distribution", "parameters", "plates")]
+        rows += [(d.name, repr(d.estimator), d.source, d.distribution, ", ".join(d.parameters), ", ".join(d.plates)) for d in self]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+class Describes:
+    """An objective that tells which estimator each site has."""
+
+    def describe(self, model, guide, *args, **kwargs) -> Description:
+        """Each random site: its estimator, where that was given, its distribution's parameters, its plates.
+
+        Runs guide and model once, in NumPyro at their initial parameters; in Pyro the state of torch's generators is put back.
+
+        Args:
+            model: The model.
+            guide: The guide.
+            *args: Passed to both.
+            **kwargs: Passed to both.
+
+        Returns:
+            A tuple of records that prints as a table.
+        """
+        return Description(self._describe(model, guide, args, kwargs).sites.random.values())
+
+    def _describe(self, model, guide, args, kwargs) -> Any:
+        """A run of the program."""
+        raise NotImplementedError

@@ -14,10 +14,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple, NoReturn
 
+from flowvi.dependence import Frame
 from flowvi.estimators import Draw
 from flowvi.objectives import LeaveOneOut, sum_to
 from flowvi.ops import Array, Ops, times, total
-from flowvi.tape import Frame, Term
+from flowvi.tape import Term
 
 Gradient = Literal["plain", "dreg"]
 

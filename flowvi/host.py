@@ -16,6 +16,8 @@ class Host(Protocol):
         ops: The operations of its arrays.
         distribution: The class from which all of its distributions derive.
         target: Makes the :class:`flowvi.target.Target` of a site: ``target(name, distribution, enters)``.
+        estimated: Its wrapper ``Estimated``.
+        wrappers: The classes that wrap a family without changing it, ``estimated`` among them.
         proposal: Makes a distribution of a :class:`flowvi.proposals.Density`: ``proposal(density, *parts)``.
         student_t: Its Student's t: ``student_t(df, loc, scale)``.
         multivariate_student_t: Its multivariate Student's t: ``multivariate_student_t(df, loc, scale_tril)``.
@@ -29,6 +31,22 @@ class Host(Protocol):
     def distribution(self) -> type: ...
     @property
     def target(self) -> Callable[[str, Any, bool], Any]: ...
+    @property
+    def estimated(self) -> type: ...
+    @property
+    def wrappers(self) -> tuple[type, ...]: ...
+    def unwrap(self, fn: Any, /) -> Any:
+        """The named family inside independent, expanded, masked and estimated distributions."""
+        ...
+
+    def target_of(self, msg: Any, /, enters: bool) -> Any:
+        """The target of the statement of a message."""
+        ...
+
+    def divergence(self, guide: Any, model: Any, /) -> Any:
+        """The divergence of two statements in closed form, scaled and masked as the first; None where the host knows none."""
+        ...
+
     @property
     def proposal(self) -> Callable[..., Any]: ...
     @property

@@ -14,15 +14,13 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from operator import itemgetter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from flowvi.dependence import Ancestor, Frame
 from flowvi.ops import Array, Ops, total
-from flowvi.tape import Ancestor, Frame, Site, Tape
 from flowvi.target import broadcasts
 
 LeaveOneOut = Literal["loo"] | None
-Entropy = Literal["full", "stl", "analytic"]
-Dependencies = Literal["graph", "plates"]
 
 
 class Credit(NamedTuple):
@@ -53,7 +51,7 @@ class Particle(NamedTuple):
 ALL = "all statements"
 
 
-def elbo_particle(ops: Ops, tape: Tape, by_statement: bool = False) -> Particle:
+def elbo_particle(ops: Ops, tape: Any, by_statement: bool = False) -> Particle:
     """Reduce one tape: weigh the costs, sum them, and gather for each score those that depend on its site.
 
     Args:
@@ -97,7 +95,7 @@ class _Share(NamedTuple):
     ancestors: frozenset[Ancestor]
 
 
-def _downstream(scored: list[Site], shares: list[_Share]) -> Iterator[tuple[Site, Array]]:
+def _downstream(scored: list[Any], shares: list[_Share]) -> Iterator[tuple[Any, Array]]:
     """For each site with a score, the sum of the costs to which it leads, over its own plates.
 
     Along a chain each site leads to the costs of the next one and a few more, so that sums are begun where the last one ended.
@@ -225,7 +223,7 @@ def _weight(ops: Ops, weights: dict[str, Array], ancestors: frozenset[Ancestor])
     return ops.exp(sum(sum_to(weights[name], frames) for name, frames in weighted)) if weighted else None
 
 
-def _credit(ops: Ops, weights: dict[str, Array], site: Site, cost: Array, shares: list[_Share]) -> Credit:
+def _credit(ops: Ops, weights: dict[str, Array], site: Any, cost: Array, shares: list[_Share]) -> Credit:
     score = sum_to(site.draw.score, site.frames)
     weight = _weight(ops, weights, site.ancestors)
     if weight is None and site.draw.baseline is None and score.shape == cost.shape:
@@ -239,7 +237,7 @@ def _credit(ops: Ops, weights: dict[str, Array], site: Site, cost: Array, shares
     return Credit(*(None if a is None else ops.broadcast_to(a, shape) for a in (score, cost, weight, baseline)))
 
 
-def _credits_by_parameter(ops: Ops, weights: dict[str, Array], site: Site, cost: Array) -> dict[str, Credit]:
+def _credits_by_parameter(ops: Ops, weights: dict[str, Array], site: Any, cost: Array) -> dict[str, Credit]:
     """A credit for each array of the site's parameters, over the batch dims of x."""
     weight = _weight(ops, weights, site.ancestors)
     credits = {}
@@ -250,7 +248,7 @@ def _credits_by_parameter(ops: Ops, weights: dict[str, Array], site: Site, cost:
     return credits
 
 
-def _mean_of_other_elements(site: Site, shares: list[_Share]) -> Array:
+def _mean_of_other_elements(site: Any, shares: list[_Share]) -> Array:
     """For each element of the site's plates, the mean of the costs of the other elements, as far as they are theirs alone."""
     own = [sum_to(share.cost, site.frames) for share in shares if Ancestor(site.name, site.frames) in share.ancestors]
     size = math.prod(frame.size for frame in site.frames)
@@ -284,7 +282,7 @@ def require_one_order(guide: list[str], model: list[str]) -> None:
             )
 
 
-def require_options(entropy: Entropy, baseline: LeaveOneOut, dependencies: Dependencies) -> None:
+def require_options(entropy: str, baseline: LeaveOneOut, dependencies: str) -> None:
     """Refuse options of an objective that do not exist."""
     for name, found, known in (
         ("entropy", entropy, ("full", "stl", "analytic")),

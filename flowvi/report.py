@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 
-from flowvi.assignment import Estimators
+from flowvi.assignment import Describes, Estimators
 from flowvi.estimators import Estimator
 
 Candidates = Estimators | Mapping[str, Estimators]
@@ -144,9 +144,15 @@ def by_label(estimators: Candidates) -> dict[str, Estimators]:
 
 
 class Measured:
-    """Running moments of the gradients and weights of one candidate."""
+    """Running moments of the gradients and weights of one candidate.
 
-    def __init__(self) -> None:
+    Args:
+        estimators: The estimator of each random site.
+        readers: For each parameter, the sites whose distribution reads it.
+    """
+
+    def __init__(self, estimators: Mapping[str, Estimator], readers: Mapping[str, tuple[str, ...]]) -> None:
+        self.estimators, self.readers = estimators, readers
         self.gradients: dict[str, list[np.ndarray]] = {}
         self.log_weights: dict[str, list[np.ndarray]] = {}
         self.seconds = 0.0
@@ -157,21 +163,36 @@ class Measured:
             for name, array in new.items():
                 mine.setdefault(name, []).append(np.asarray(array, dtype=float))
 
-    def records(
-        self, candidate: str, sites: Mapping[str, tuple[str, ...]], served: Mapping[str, Estimator]
-    ) -> Iterator[ParameterGradient]:
+    def records(self, candidate: str) -> Iterator[ParameterGradient]:
         stacked = {name: np.concatenate(batches) for name, batches in self.gradients.items()}
         variances = {name: g.var(0, ddof=1) for name, g in stacked.items()}
         total = sum(float(v.sum()) for v in variances.values()) or 1.0
         for name, g in stacked.items():
-            estimators = tuple(served[site] for site in sites[name])
+            sites = self.readers[name]
+            estimators = tuple(self.estimators[site] for site in sites)
             share = float(variances[name].sum()) / total
-            yield ParameterGradient(candidate, name, sites[name], estimators, g.mean(0), variances[name], share, len(g))
+            yield ParameterGradient(candidate, name, sites, estimators, g.mean(0), variances[name], share, len(g))
 
-    def effective_samples(self, served: Mapping[str, Estimator]) -> dict[str, float]:
+    def effective_samples(self) -> dict[str, float]:
         """By site; over the elements of a plate it is their mean."""
-        fractions = dict.fromkeys(served, 1.0)
+        fractions = dict.fromkeys(self.estimators, 1.0)
         for name, batches in self.log_weights.items():
             w = np.exp(np.concatenate(batches))
             fractions[name] = float((w.sum(0) ** 2 / (w**2).sum(0)).mean() / len(w))
         return fractions
+
+
+def compare(estimators: Candidates, measure: Callable[[Estimators], Measured], num_samples: int) -> GradientReport:
+    """The report over all candidates, each measured by ``measure``."""
+    measured = {label: measure(choice) for label, choice in by_label(estimators).items()}
+    return GradientReport(
+        tuple(record for label, one in measured.items() for record in one.records(label)),
+        {label: one.effective_samples() for label, one in measured.items()},
+        {label: one.seconds / num_samples for label, one in measured.items()},
+        num_samples,
+    )
+
+
+def estimators_of(elbo: Describes, model, guide, args, kwargs) -> dict[str, Estimator]:
+    """The estimator of each random site."""
+    return {site.name: site.estimator for site in elbo.describe(model, guide, *args, **kwargs)}

@@ -1,36 +1,18 @@
-"""The records of one run of guide and model: all that an objective needs to know."""
+"""The tape of one run: its costs, and the draws that have a score or a weight, each with what it depends on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
+from flowvi.dependence import Ancestor, Frame, Graph, Node, program_order, scored_ancestors
 from flowvi.estimators import Draw
 from flowvi.ops import Array
+from flowvi.run import Run, Statement
 
-
-class Frame(NamedTuple):
-    """One plate around a statement: a batch dim (negative) that its elements do not share."""
-
-    name: str
-    dim: int
-    size: int
-
-
-class Ancestor(NamedTuple):
-    """A random site with a score or a weight, as what depends on it sees it.
-
-    Attributes:
-        name: The site's name.
-        frames: The plates in which each element depends on the site's own element alone; over all others, it depends on all of them.
-    """
-
-    name: str
-    frames: frozenset[Frame]
-
-
-Ancestors = Mapping[str, frozenset[Ancestor]] | None
+Ancestors = Mapping[str, frozenset[Ancestor]]
+Dependencies = Literal["graph", "plates"]
 
 
 class Term(NamedTuple):
@@ -40,8 +22,8 @@ class Term(NamedTuple):
         name: The statement's name.
         frames: Its plates.
         sign: 1 for a statement of the model, -1 for one of the guide.
-        log_density: Any batch shape; a batch dim outside every plate is summed before costs meet.
-        ancestors: The random sites on which the cost depends.
+        log_density: Any batch shape; a batch dim outside every plate is summed before costs are combined.
+        ancestors: The random sites with a score or a weight on which the cost depends.
     """
 
     name: str
@@ -62,7 +44,7 @@ class Site(NamedTuple):
         name: The site's name.
         frames: Its plates.
         draw: What its estimator attached.
-        ancestors: The random sites on which its draw depends, its own included.
+        ancestors: The random sites with a score or a weight on which its draw depends, its own included.
     """
 
     name: str
@@ -78,108 +60,78 @@ class Tape(NamedTuple):
     sites: list[Site]
 
 
-def weighty(draws: Mapping[str, Draw]) -> dict[str, Draw]:
+def scored_draws(draws: Mapping[str, Draw]) -> dict[str, Draw]:
     """The draws that have a score or a weight: those for which dependencies matter."""
     return {name: draw for name, draw in draws.items() if draw.score is not None or draw.log_weight is not None}
 
 
+def costs(run: Run, of_model: Ancestors | None = None, of_guide: Ancestors | None = None) -> list[Term]:
+    """The costs of a run, with the ancestors of each where these are given."""
+    return [*_terms(1, run.model, of_model), *_terms(-1, run.guide, of_guide), *control_terms(run.draws)]
+
+
+def _terms(sign: Literal[1, -1], statements: dict[str, Statement], ancestors: Ancestors | None) -> list[Term]:
+    of = ancestors or {}
+    return [
+        Term(s.name, s.frames, sign, s.log_density, of.get(s.name, frozenset()))
+        for s in statements.values()
+        if s.log_density is not None
+    ]
+
+
 def control_terms(draws: Mapping[str, Draw]) -> list[Term]:
-    """The draws' control variates as costs. Their means are 0 whatever happened before: no score or weight meets them."""
+    """The draws' control variates as costs. Their means are 0 whatever happened before: no score or weight multiplies them."""
     return [Term(name, frozenset(), 1, draw.control, frozenset()) for name, draw in draws.items() if draw.control is not None]
 
 
-class Route(NamedTuple):
-    """A statement as a way for dependence to take.
-
-    Attributes:
-        name: Its name.
-        frames: Its plates.
-        ancestors: Names of the sites of the guide, of every kind but observed, on which it depends; of a draw, its own included.
-    """
-
-    name: str
-    frames: frozenset[Frame]
-    ancestors: frozenset[str]
-
-
-@lru_cache(maxsize=64)  # the same at every step of most programs
-def meet(statements: tuple[Route, ...], draws: tuple[Route, ...], scored: frozenset[str]) -> dict[str, frozenset[Ancestor]]:
-    """For each statement its ancestors that have a score or a weight, each with the plates in which the two meet element by element.
-
-    Elements of a plate are independent, so that these are the plates of both, except one that some site between them is outside of:
-    every element leads to such a site, and it leads to every element.
+def record(run: Run, dependencies: Dependencies) -> Tape:
+    """The tape of a run.
 
     Args:
-        statements: The statements.
-        draws: All sites of the guide that are not observed.
-        scored: The names of those with a score or a weight.
+        run: The run.
+        dependencies: ``"graph"``: what a statement was computed from; ``"plates"``: all that came before it in program order.
     """
-
-    def ancestors(statement: Route) -> Iterator[Ancestor]:
-        before = [draw for draw in draws if draw.name in statement.ancestors]
-        everywhere = statement.frames.intersection(*(draw.frames for draw in before))
-        for site in before:
-            if site.name in scored:
-                frames = statement.frames & site.frames
-                if not frames <= everywhere:
-                    between = (draw.frames for draw in before if draw is not site and site.name in draw.ancestors)
-                    frames = frames.intersection(*between)
-                yield Ancestor(site.name, frames)
-
-    return {statement.name: _one_of(frozenset(ancestors(statement))) for statement in statements}
-
-
-@lru_cache(maxsize=4096)
-def _one_of(ancestors: frozenset[Ancestor]) -> frozenset[Ancestor]:
-    """One object for all sets that are equal, so that it costs nothing to see that they are."""
-    return ancestors
+    draws = scored_draws(run.draws)
+    drawn = frozenset(draws).union(name for name, statement in run.guide.items() if not statement.observed)
+    graph = _by_order(run, drawn)
+    if dependencies == "graph" and draws and not run.many_samples:
+        graph = _by_computation(run, frozenset(draws), drawn, graph)
+    if factors := frozenset(name for name in draws if run.guide[name].observed):
+        # each stands for what the guide has drawn without a statement, on which anything may depend
+        graph = Graph(*({name: names | factors for name, names in of.items()} for of in graph))
+    nodes = _nodes((run.guide[name] for name in run.guide if name in drawn), graph.draws)
+    ancestors = partial(scored_ancestors, draws=nodes, scored=frozenset(draws))
+    of_draws, of_model, of_guide = map(
+        ancestors, (nodes, _nodes(run.model.values(), graph.model), _nodes(run.guide.values(), graph.guide))
+    )
+    sites = [Site(name, run.guide[name].frames, draw, of_draws[name]) for name, draw in draws.items()]
+    return Tape(costs(run, of_model, of_guide), sites)
 
 
-@lru_cache(maxsize=64)  # the same at every step of most programs
-def program_order(
-    guide: tuple[str, ...],
-    model: tuple[str, ...],
-    random: frozenset[str],
-    guide_scans: frozenset[str] = frozenset(),
-    model_scans: frozenset[str] = frozenset(),
-) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
-    """Ancestors of each cost among the ``random`` sites of the guide, as far as the order of statements tells.
-
-    A cost cannot depend on a site that its program had not reached. The model reaches a site of the guide at its own statement of
-    that name, and with it all that the guide had drawn before; auxiliary sites, which the model does not name, count as reached
-    before the model begins.
-
-    Args:
-        guide: The guide's sample statements, in program order.
-        model: The model's.
-        random: Sites of the guide.
-        guide_scans: Statements of the guide that came out of scan or cond; those in a row may depend on each other in any order.
-        model_scans: Statements of the model that did.
-
-    Returns:
-        The ancestors by name, for the statements of the guide and for those of the model.
-    """
-    reached: frozenset[str] = frozenset()
-    of_guide: dict[str, frozenset[str]] = {}
-    for block in _blocks(guide, guide_scans):
-        reached |= frozenset(block) & random
-        of_guide |= dict.fromkeys(block, reached)
-
-    unnamed = random.difference(model)
-    reached = frozenset().union(*(of_guide[name] for name in guide if name in unnamed))
-    of_model: dict[str, frozenset[str]] = {}
-    for block in _blocks(model, model_scans):
-        reached = reached.union(*(of_guide.get(name, frozenset()) for name in block))
-        of_model |= dict.fromkeys(block, reached)
-    return of_guide, of_model
+def _nodes(statements: Iterable[Statement], ancestors: Mapping[str, frozenset[str]]) -> tuple[Node, ...]:
+    return tuple(Node(s.name, s.frames, ancestors[s.name]) for s in statements)
 
 
-def _blocks(names: tuple[str, ...], scans: frozenset[str]) -> list[list[str]]:
-    """Names, grouped: those of ``scans`` that are in a row, and each other one by itself."""
-    groups: list[list[str]] = []
-    for name in names:
-        if groups and name in scans and groups[-1][-1] in scans:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-    return groups
+def _by_order(run: Run, drawn: frozenset[str]) -> Graph:
+    scans = (frozenset(s.name for s in program.values() if s.in_control_flow) for program in (run.guide, run.model))
+    of_guide, of_model = program_order(tuple(run.guide), tuple(run.model), drawn, *scans)
+    return _without_closed_forms(run, Graph(of_guide, of_model, of_guide))
+
+
+def _by_computation(run: Run, scored: frozenset[str], drawn: frozenset[str], order: Graph) -> Graph:
+    """The graph of what was computed from what. For draws inside scan or cond, which it cannot see, the program order counts."""
+    graph = Graph(*({name: names & drawn for name, names in of.items()} for of in run.program.graph(run, scored)))
+    inside = frozenset(name for name in drawn if run.guide[name].in_control_flow)
+    if inside:
+        for of, of_order in zip(graph, order, strict=True):
+            for name in of:
+                reached = of_order[name] & inside
+                of[name] = of[name].union(reached, *(graph.draws[site] for site in reached))
+    return _without_closed_forms(run, graph)
+
+
+def _without_closed_forms(run: Run, graph: Graph) -> Graph:
+    """A divergence in closed form is the expectation over its site, so that it depends on the parents of the two densities only."""
+    if not run.closed_forms:
+        return graph
+    return graph._replace(model=graph.model | {name: (graph.model[name] | graph.guide[name]) - {name} for name in run.closed_forms})

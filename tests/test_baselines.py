@@ -214,7 +214,7 @@ def test_refused_baselines(host):
         h.factor("cost", k)
 
     program = Program(lambda h, t: h.sample("k", h.dist.Bernoulli(t[0])), model, (0.4,))
-    with pytest.raises(ValueError, match="site 'k': a baseline with inputs cannot be said in the model"):
+    with pytest.raises(ValueError, match="site 'k': a baseline with inputs cannot be given in the model"):
         host.gradients(program, 1)
 
 

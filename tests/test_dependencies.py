@@ -17,8 +17,11 @@ import flowvi.numpyro
 import flowvi.pyro
 from flowvi import LR, RP, Auto
 from flowvi.assignment import Assignment
-from flowvi.numpyro.run import Program, run_program
-from flowvi.pyro.run import run_program as run_pyro
+from flowvi.numpyro.run import NumPyroProgram, run_program
+from flowvi.pyro.run import PyroProgram
+from flowvi.run import run
+from flowvi.sites import GuideSites
+from flowvi.tape import record
 
 # ---- the ways from a draw k (of "a") to a cost
 
@@ -113,12 +116,13 @@ def pyro_program(way):
 
 
 def tape_in_numpyro(model, guide, dependencies="graph"):
-    program = Program(jax.random.key(0), {}, model, guide, (), {})
-    return run_program(program, Assignment(None, Auto())).tape(dependencies)
+    program = NumPyroProgram(jax.random.key(0), {}, model, guide, (), {})
+    return record(run_program(program, Assignment(None, Auto())), dependencies)
 
 
 def tape_in_pyro(model, guide, dependencies="graph"):
-    return run_pyro(Assignment(None, Auto()), float("inf"), dependencies, "full", model, guide, (), {}).tape()
+    program = PyroProgram(model, guide, (), {}, float("inf"), follows_tensors=dependencies == "graph")
+    return record(run(program, GuideSites(Assignment(None, Auto()))), dependencies)
 
 
 def ancestors(tape):
@@ -183,9 +187,10 @@ def test_parents_lead_through_parameters(host):
     estimator = LR(q=lambda p: dist.Normal(host.array(0.0), host.array(2.0)))
     assignment = Assignment({"a": estimator, "b": estimator}, Auto())
     if host.name == "numpyro":
-        tape = run_program(Program(jax.random.key(0), {}, model, guide, (), {}), assignment).tape("graph")
+        tape = record(run_program(NumPyroProgram(jax.random.key(0), {}, model, guide, (), {}), assignment), "graph")
     else:
-        tape = run_pyro(assignment, float("inf"), "graph", "full", model, guide, (), {}).tape()
+        program = PyroProgram(model, guide, (), {}, float("inf"), follows_tensors=True)
+        tape = record(run(program, GuideSites(assignment)), "graph")
     assert ancestors(tape)["of b"] == {"a", "b"}
     assert {site.name: names(site) for site in tape.sites} == {"a": {"a"}, "b": {"a", "b"}}
 

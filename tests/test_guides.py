@@ -262,7 +262,7 @@ def test_infer_config_says_an_estimator(host):
     config = lambda site: {"estimator": LR()} if site["name"] == "w" else {}
     guide = handlers(host).infer_config(base_guide, config_fn=config)
     (site,) = host.flow.TraceFlow_ELBO().describe(lambda: base_model(host), lambda: guide(host))
-    assert (site.estimator, site.said) == (LR(), "guide")
+    assert (site.estimator, site.source) == (LR(), "guide")
 
 
 # ---- the face of the objective

@@ -97,6 +97,6 @@ def test_labels():
 
 def test_effective_samples():
     """Kish's (sum w)^2 / sum w^2 as a fraction: equal weights give 1, one weight among n gives 1 / n."""
-    measured = Measured()
+    measured = Measured({"equal": LR(), "one": LR(), "plain": LR()}, {})
     measured.add({}, {"equal": np.zeros((4, 2)), "one": np.array([0.0, -np.inf, -np.inf, -np.inf])})
-    assert measured.effective_samples({"equal": LR(), "one": LR(), "plain": LR()}) == {"equal": 1.0, "one": 0.25, "plain": 1.0}
+    assert measured.effective_samples() == {"equal": 1.0, "one": 0.25, "plain": 1.0}

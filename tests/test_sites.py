@@ -529,7 +529,7 @@ def test_sticking_the_landing_is_unbiased(host, kind):
 
 def described(host, guide, model, **options):
     elbo = host.flow.TraceFlow_ELBO(**options)
-    return {d.name: (type(d.estimator).__name__, d.said) for d in elbo.describe(model, guide)}
+    return {d.name: (type(d.estimator).__name__, d.source) for d in elbo.describe(model, guide)}
 
 
 def annotated(host, guide_infer=None, model_infer=None, wrapper=None):
@@ -574,7 +574,7 @@ def test_a_model_annotation_costs_no_run_after_the_first(host):
 
     elbo = host.flow.TraceFlow_ELBO()
     for expected in (2, 3, 4):
-        assert elbo.describe(model, guide)[0].said == "model"
+        assert elbo.describe(model, guide)[0].source == "model"
         assert len(runs) == expected
 
 

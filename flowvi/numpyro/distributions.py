@@ -115,36 +115,9 @@ class NumPyroTarget(Target):
 
 def unwrap(fn: dist.Distribution) -> dist.Distribution:
     """Take off what does not change the family: independent, expanded, masked, estimated."""
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution | Estimated):
-        fn = fn.base_dist
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist  # type: ignore[attr-defined]
     return fn
-
-
-def masks(fn: dist.Distribution) -> list[Any]:
-    """The masks around the site's family, outermost first."""
-    found = []
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution | Estimated):
-        if isinstance(fn, dist.MaskedDistribution):
-            found.append(fn._mask)
-        fn = fn.base_dist
-    return found
-
-
-def find_estimated(fn: dist.Distribution) -> Estimator | None:
-    """The estimator of the outermost :class:`Estimated` wrapper around the site's family."""
-    while isinstance(
-        fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution | dist.TransformedDistribution | Estimated
-    ):
-        if isinstance(fn, Estimated):
-            return fn.estimator
-        inner = fn.base_dist
-        if isinstance(fn, dist.TransformedDistribution) and find_estimated(inner) is not None:
-            raise ValueError(
-                f"Estimated must wrap the whole {type(fn).__name__}, found it around the base distribution; "
-                "write Estimated(TransformedDistribution(base, transforms), estimator)."
-            )
-        fn = inner
-    return None
 
 
 class Estimated(dist.Distribution):
@@ -224,6 +197,8 @@ class Estimated(dist.Distribution):
     def entropy(self):
         return self.base_dist.entropy()
 
+
+WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, Estimated)
 
 _ATTACHING: ContextVar[bool] = ContextVar("attaching", default=False)
 

@@ -11,13 +11,19 @@ from jax import random
 from numpyro.infer import Trace_ELBO
 
 import flowvi.ops.jax as ops
-from flowvi.assignment import Assignment, Description, Estimators
+from flowvi.assignment import Assignment, Describes, Estimators
+from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
-from flowvi.numpyro.run import Program, Run, require_known, run_program
-from flowvi.objectives import Dependencies, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
+from flowvi.numpyro.host import HOST
+from flowvi.numpyro.run import NumPyroProgram, require_known, run_program
+from flowvi.objectives import LeaveOneOut, Particle, estimate, require_options
+from flowvi.particles import elbo_of
+from flowvi.run import Run
+from flowvi.sites import Entropy
+from flowvi.tape import Dependencies
 
 
-class TraceFlow_ELBO(Trace_ELBO):
+class TraceFlow_ELBO(Describes, Trace_ELBO):
     r"""The ELBO with one gradient estimator per latent site; the ``loss`` of :class:`numpyro.infer.SVI`.
 
     Its value is the host's :math:`-\sum_j W_j f_j` (all weights 1 where every q = p), its derivative
@@ -58,7 +64,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         ...     numpyro.sample("w", dist.Normal(numpyro.param("m", 0.1), 1.0))
         ...     numpyro.sample("k", dist.Bernoulli(logits=numpyro.param("l", 0.0)))
         >>> print(TraceFlow_ELBO(estimators={"w": RP()}).describe(model, guide))
-        site  estimator  said in          distribution     parameters  plates
+        site  estimator  given by         distribution     parameters  plates
         w     RP()       estimators['w']  Normal           loc, scale
         k     LR()       default          BernoulliLogits  logits
 
@@ -90,7 +96,7 @@ class TraceFlow_ELBO(Trace_ELBO):
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         def particle(key):
-            return self._particle(Program(key, param_map, model, guide, args, kwargs))
+            return self._particle(NumPyroProgram(key, param_map, model, guide, args, kwargs, self.multi_sample_guide))
 
         if self.num_particles == 1:
             particles, mutable_state = particle(rng_key)
@@ -101,40 +107,18 @@ class TraceFlow_ELBO(Trace_ELBO):
         elbo = sum(terms.values(), start=jnp.array(0.0)) if self.sum_sites else terms
         return {"loss": jax.tree.map(jnp.negative, elbo), "mutable_state": mutable_state}
 
-    def describe(self, model, guide, *args, **kwargs) -> Description:
-        """Each random site: its estimator, where that was said, its distribution's parameters, its plates.
-
-        Runs guide and model once at their initial parameters.
-
-        Args:
-            model: The model.
-            guide: The guide.
-            *args: Passed to both.
-            **kwargs: Passed to both.
-
-        Returns:
-            A tuple of records that prints as a table.
-        """
-        return Description(self._run(Program(random.key(0), {}, model, guide, args, kwargs)).attached.random.values())
-
-    def _particle(self, program: Program) -> tuple[Particle, dict | None]:
+    def _particle(self, program: NumPyroProgram) -> tuple[Particle, Any]:
         run = self._run(program)
-        particle = (
-            elbo_particle(ops, run.tape(self.dependencies), not self.sum_sites)
-            if run.attached.draws
-            else Particle(run.costs(self.sum_sites), {})
-        )
+        particle = elbo_of(ops, run, self.dependencies, by_statement=not self.sum_sites)
         if not run.mutable_state or self.num_particles == 1:
             return particle, run.mutable_state or None
         warnings.warn("mutable state is currently ignored when num_particles > 1.", stacklevel=2)
         return particle, None
 
-    def _run(self, program: Program) -> Run:
-        result = run_program(program, self.assignment, self.multi_sample_guide, self.entropy)
-        require_known(result.attached, program.param_map)
-        if self.entropy == "stl":
-            result.require_still_supports("entropy='stl'")
-            result.stick_the_landing()
-        elif self.entropy == "analytic":
-            result.use_closed_forms()
-        return result
+    def _describe(self, model, guide, args, kwargs) -> Run:
+        return self._run(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide))
+
+    def _run(self, program: NumPyroProgram) -> Run:
+        run = run_program(program, self.assignment, self.entropy)
+        require_known(run.sites, program.param_map)
+        return apply_entropy(HOST, run, self.entropy)

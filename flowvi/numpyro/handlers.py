@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpyro
 from jax.lax import stop_gradient
-from numpyro.distributions import Delta
-from numpyro.distributions.distribution import Unit
 from numpyro.handlers import trace
 from numpyro.primitives import Messenger
 
 import flowvi.ops.jax as ops
-from flowvi.assignment import Assignment, Choice, SiteDescription, require_estimator, require_random
+from flowvi.assignment import Assignment, Choice
 from flowvi.estimators import LR, Draw, Estimator, attach
-from flowvi.numpyro.distributions import NumPyroTarget, attaching, draw, find_estimated, is_attaching, masks, unwrap
-from flowvi.objectives import Entropy
-
-
-def _fixed(msg) -> str | None:
-    """What the statement is, if it is no random choice."""
-    family = unwrap(msg["fn"])
-    if isinstance(family, Unit):
-        return "a factor"
-    if msg["is_observed"]:
-        return "observed"
-    return "a Delta" if isinstance(family, Delta) else None
+from flowvi.numpyro.distributions import NumPyroTarget, attaching, draw, is_attaching
+from flowvi.numpyro.host import HOST
+from flowvi.sites import GuideSites, Visit, annotation, find_estimated, is_masked, not_random, weight_of_density
+from flowvi.target import Target
 
 
 class attach_estimators(Messenger):
-    """Serve every random site of the guide by its estimator.
+    """Let the estimator of every random site of the guide act where the guide draws."""
 
-    Attributes:
-        random: The random sites in program order, and what each was served by.
-        draws: The draws of the sites to which something is attached.
-        fixed: Names of the statements that are no random choice.
-        learned: Names of the parameters that estimators learn, each with its site.
-        log_probs: The log densities of draws whose scores needed them anyway, not scaled.
-    """
-
-    def __init__(self, fn, assignment: Assignment, entropy: Entropy = "full"):
-        self.assignment, self.entropy = assignment, entropy
-        self.random: dict[str, SiteDescription] = {}
-        self.draws: dict[str, Draw] = {}
-        self.fixed: list[str] = []
-        self.learned: dict[str, str] = {}
+    def __init__(self, fn, sites: GuideSites):
+        self.sites = sites
         self.plate_sizes: dict[str, int] = {}
-        self.log_probs: dict[str, jax.Array] = {}
         super().__init__(fn)
 
     def __call__(self, *args, **kwargs):
@@ -56,42 +35,28 @@ class attach_estimators(Messenger):
     def process_message(self, msg):
         if msg["type"] == "plate":
             self.plate_sizes[msg["name"]] = msg["args"][0]
-        if msg["type"] != "sample":
-            return
-        name, wrapped = msg["name"], find_estimated(msg["fn"])
-        if what := _fixed(msg):
-            require_random(msg, wrapped, what)
-            self.fixed.append(name)
-            return
-        if msg["infer"].get("enumerate"):
-            raise ValueError(
-                f"site '{name}': expected a site that is sampled, found infer['enumerate']; enumerate with TraceEnum_ELBO."
-            )
-        choice = self.assignment.choose(msg, name, wrapped)
-        fn = msg["fn"].expand_by(msg["kwargs"]["sample_shape"])
-        target = NumPyroTarget(name, fn, enters=True)
-        estimator = choice.estimator.resolve(target)
-        if target.transforms and not estimator.enters:
-            target = NumPyroTarget(name, fn, enters=False)
+        elif msg["type"] == "sample":
+            self.sites.visit(HOST, msg, msg["name"], self._draw)
+
+    def _draw(self, msg, visit: Visit) -> Draw | None:
+        name, estimator = msg["name"], visit.estimator
+        target: Any = visit.target
         if msg.get("_control_flow_done"):
-            if not estimator.uses_sampler:
-                self.draws[name] = _draw_in_control_flow(target, choice._replace(estimator=estimator), wrapped, msg["value"])
-            elif wrapped is not None and choice.estimator != wrapped:
-                _refuse_in_control_flow(target, choice)
-        elif msg["value"] is None:
-            if estimator.uses_sampler:
-                if wrapped is not None:
-                    p = target.p.expand(target.batch_shape)
-                    msg["value"] = target.push(p(rng_key=msg["kwargs"]["rng_key"], sample_shape=()))
-            else:
-                target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
-                self.learned |= dict.fromkeys(declare(msg, target, estimator, self.plate_sizes), name)
-                self.draws[name] = drawn = draw(target, estimator, msg["kwargs"]["rng_key"])
-                msg["value"] = drawn.value
-                if drawn.log_prob is not None and not target.transforms and not masks(msg["fn"]):
-                    self.log_probs[name] = drawn.log_prob
-        plates = tuple(frame.name for frame in msg["cond_indep_stack"])
-        self.random[name] = SiteDescription(name, estimator, choice.said, target.family, target.parameters, plates)
+            return _drawn_in_control_flow(msg["value"], visit)
+        if msg["value"] is not None:
+            return None
+        if estimator.uses_sampler:
+            if visit.wrapped is not None:
+                p = target.p.expand(target.batch_shape)
+                msg["value"] = target.push(p(rng_key=msg["kwargs"]["rng_key"], sample_shape=()))
+            return None
+        target.own_density = weight_of_density(msg) if self.sites.entropy == "full" else 0.0
+        self.sites.learned |= dict.fromkeys(declare(msg, target, estimator, self.plate_sizes), name)
+        drawn = draw(target, estimator, msg["kwargs"]["rng_key"])
+        msg["value"] = drawn.value
+        if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
+            self.sites.log_probs[name] = drawn.log_prob
+        return drawn
 
 
 def declare(msg, target: NumPyroTarget, estimator: Estimator, plate_sizes: dict[str, int]) -> list[str]:
@@ -107,19 +72,11 @@ def declare(msg, target: NumPyroTarget, estimator: Estimator, plate_sizes: dict[
     return list(found)
 
 
-def _own_density(msg):
-    """By how much the objective counts the site's log density: its scale, where it is not masked."""
-    weight = 1.0 if msg["scale"] is None else msg["scale"]
-    for mask in masks(msg["fn"]):
-        weight = weight * jnp.asarray(mask, float)
-    return weight
-
-
 class adaptive(Messenger):
     """The guide, with the parameters that its estimators learn as parameters of its own: pass it to ``SVI`` in the guide's place.
 
-    NumPyro's ``SVI`` trains the parameters that it meets when it runs guide and model for the first time, without the objective. An
-    estimator that learns is met there if it is said in the objective, in the guide or by ``Estimated``.
+    NumPyro's ``SVI`` trains the parameters that it finds when it runs guide and model for the first time, without the objective. It
+    finds an estimator that learns if that is given in the objective, in the guide or by ``Estimated``.
 
     **Requirements**: reverse-mode differentiation, since what is learned comes from the backward pass; so no
     ``forward_mode_differentiation``.
@@ -161,31 +118,36 @@ class adaptive(Messenger):
     def process_message(self, msg):
         if msg["type"] == "plate":
             self.plate_sizes[msg["name"]] = msg["args"][0]
-        if msg["type"] != "sample" or msg.get("_control_flow_done") or _fixed(msg) or is_attaching():
+        if msg["type"] != "sample" or msg.get("_control_flow_done") or not_random(HOST, msg) or is_attaching():
             return
-        choice = self.assignment.choose(msg, msg["name"], find_estimated(msg["fn"]))
-        target = NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters=True)
+        choice = self.assignment.choose(msg, msg["name"], find_estimated(HOST, msg["fn"]))
+        target = HOST.target_of(msg, enters=True)
         estimator = choice.estimator.resolve(target)
         declare(msg, target, estimator, self.plate_sizes)
 
 
-def _draw_in_control_flow(target: NumPyroTarget, choice: Choice, wrapped, value) -> Draw:
+def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
     """The draw of a site whose value comes out of scan or cond, where only the wrapper could act while it was drawn."""
-    discrete_lr = wrapped is None and isinstance(choice.estimator, LR) and choice.estimator.q is None and target.is_discrete()
-    if not discrete_lr and (wrapped is None or choice.said != "Estimated"):
-        _refuse_in_control_flow(target, choice)
-    if choice.estimator.learns(ops, target):
+    target, estimator, choice, wrapped = visit
+    if estimator.uses_sampler:
+        if wrapped is not None and choice.estimator != wrapped:
+            _refuse_in_control_flow(target, estimator, choice)
+        return None
+    discrete_lr = wrapped is None and isinstance(estimator, LR) and estimator.q is None and target.is_discrete()
+    if not discrete_lr and (wrapped is None or choice.source != "Estimated"):
+        _refuse_in_control_flow(target, estimator, choice)
+    if estimator.learns(ops, target):
         target.refuse("inside scan or cond the parameters of an estimator that learns are out of reach; use one that does not learn.")
-    if choice.estimator.baseline is not None:
+    if estimator.baseline is not None:
         target.refuse("inside scan or cond the inputs of a baseline are out of reach; use the leave-one-out baseline there.")
-    if choice.estimator.proposal(ops, target)[1]:
+    if estimator.proposal(ops, target)[1]:
         target.refuse("inside scan or cond the support of q must be that of p; choose q from the same family.")
-    return attach(ops, target, choice.estimator, target.pull(stop_gradient(value)))
+    return attach(ops, target, estimator, target.pull(stop_gradient(value)))
 
 
-def _refuse_in_control_flow(target: NumPyroTarget, choice: Choice):
+def _refuse_in_control_flow(target: Target, estimator: Estimator, choice: Choice):
     target.refuse(
-        f"handlers do not reach into scan and cond, so that {choice.estimator} (said in: {choice.said}) cannot act on this draw; "
+        f"handlers do not reach into scan and cond, so that {estimator} (given by: {choice.source}) cannot act on this draw; "
         "write numpyro.sample(name, flowvi.numpyro.Estimated(distribution, estimator)) there."
     )
 
@@ -199,10 +161,7 @@ class read_annotations(Messenger):
 
     def process_message(self, msg):
         if msg["type"] == "sample" and "estimator" in msg["infer"]:
-            if what := _fixed(msg):
-                require_random(msg, None, what)
-            where = f"site '{msg['name']}': infer['estimator']"
-            self.annotations[msg["name"]] = require_estimator(msg["infer"]["estimator"], where)
+            self.annotations[msg["name"]] = annotation(HOST, msg)
 
 
 class mark_draws(Messenger):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpyro.distributions as dist
+from numpyro.distributions import kl_divergence
+from numpyro.distributions.util import scale_and_mask
 
 import flowvi.ops.jax
-from flowvi.numpyro.distributions import NumPyroTarget
+from flowvi.numpyro.distributions import WRAPPERS, Estimated, NumPyroTarget, unwrap
 from flowvi.numpyro.proposals import Proposal
 
 
@@ -16,6 +18,23 @@ class NumPyroHost:
     ops = flowvi.ops.jax
     distribution = dist.Distribution
     target = NumPyroTarget
+    estimated = Estimated
+    wrappers = WRAPPERS
+    unwrap = staticmethod(unwrap)
     proposal = Proposal
     student_t = dist.StudentT
     multivariate_student_t = dist.MultivariateStudentT
+
+    @staticmethod
+    def target_of(msg, enters):
+        return NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters)
+
+    @staticmethod
+    def divergence(guide, model):
+        try:
+            return scale_and_mask(kl_divergence(guide.fn, model.fn), scale=guide.scale)
+        except NotImplementedError:
+            return None
+
+
+HOST = NumPyroHost()

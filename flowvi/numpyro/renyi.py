@@ -9,14 +9,16 @@ from numpyro.handlers import seed
 from numpyro.infer import RenyiELBO
 
 import flowvi.ops.jax as ops
-from flowvi.assignment import Assignment, Description, Estimators
-from flowvi.bounds import Gradient, bound_particle, renyi_bound, require_bound_options
+from flowvi.assignment import Assignment, Describes, Estimators
+from flowvi.bounds import Gradient, renyi_bound, require_bound_options
 from flowvi.estimators import Auto, Estimator
-from flowvi.numpyro.run import Program, run_program
+from flowvi.numpyro.host import HOST
+from flowvi.numpyro.run import NumPyroProgram, run_program
 from flowvi.objectives import LeaveOneOut
+from flowvi.particles import bound_of
 
 
-class TraceFlow_RenyiELBO(RenyiELBO):
+class TraceFlow_RenyiELBO(Describes, RenyiELBO):
     r"""The Rényi or importance-weighted bound with one gradient estimator per latent site; the ``loss`` of :class:`numpyro.infer.SVI`.
 
     Its value is :math:`-\tfrac{1}{1-\alpha} \log \tfrac1K \sum_k e^{(1-\alpha) r_k}`, with r the log ratio of the densities of model
@@ -85,30 +87,11 @@ class TraceFlow_RenyiELBO(RenyiELBO):
         model, guide = (seed(f, plate_key, hide_types=["sample", "prng_key", "control_flow"]) for f in (model, guide))
 
         def particle(key):
-            run = run_program(Program(key, param_map, model, guide, args, kwargs), self._assignment)
-            still = None
-            if self.gradient == "dreg":
-                run.require_still_supports("gradient='dreg'")
-                run.stick_the_landing()
-                still = run.still_terms()
-            return bound_particle(ops, run.terms(), run.attached.draws, still, run.subsampled())
+            program = NumPyroProgram(key, param_map, model, guide, args, kwargs)
+            return bound_of(HOST, run_program(program, self._assignment), self.gradient)
 
         particles, scale = self.vectorize_particles_fn(particle, random.split(rng_key, self.num_particles))
         return -renyi_bound(ops, particles, self.alpha, self.baseline).sum() * scale[0]
 
-    def describe(self, model, guide, *args, **kwargs) -> Description:
-        """Each random site: its estimator, where that was said, its distribution's parameters, its plates.
-
-        Runs guide and model once at their initial parameters.
-
-        Args:
-            model: The model.
-            guide: The guide.
-            *args: Passed to both.
-            **kwargs: Passed to both.
-
-        Returns:
-            A tuple of records that prints as a table.
-        """
-        run = run_program(Program(random.key(0), {}, model, guide, args, kwargs), self._assignment)
-        return Description(run.attached.random.values())
+    def _describe(self, model, guide, args, kwargs):
+        return run_program(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs), self._assignment)

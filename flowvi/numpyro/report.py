@@ -9,16 +9,18 @@ import jax
 import numpyro
 from jax import random
 from jax.flatten_util import ravel_pytree
-from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import SVI
 from numpyro.ops.provenance import eval_provenance
 from tqdm import tqdm
 
+from flowvi.assignment import Estimators
+from flowvi.entropy import held_values
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.handlers import adaptive
-from flowvi.numpyro.run import Program
-from flowvi.report import Candidates, GradientReport, Measured, ParameterGradient, by_label
+from flowvi.numpyro.host import HOST
+from flowvi.numpyro.run import NumPyroProgram
+from flowvi.report import Candidates, GradientReport, Measured, compare, estimators_of
 
 BATCH = 100
 
@@ -81,57 +83,52 @@ def gradient_report(
         Parmas and Sugiyama 2021, eq. 19.
     """
     key = random.key(0) if rng_key is None else rng_key
-    records: list[ParameterGradient] = []
-    effective_samples: dict[str, dict[str, float]] = {}
-    seconds: dict[str, float] = {}
-    for label, choice in by_label(estimators).items():
+
+    def measure(choice: Estimators) -> Measured:
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
         svi = SVI(model, adaptive(guide, elbo), numpyro.optim.SGD(1.0), elbo)
         unconstrained = svi.optim.get_params(svi.init(key, *args, init_params=params, **kwargs).optim_state)
         constrained = svi.constrain_fn(unconstrained)
-        learned = elbo._run(Program(key, constrained, model, guide, args, kwargs)).attached.learned
+
+        def run(key, params=constrained):
+            return elbo._run(NumPyroProgram(key, params, model, guide, args, kwargs))
+
+        learned = run(key).sites.learned
         of_program = {name: value for name, value in unconstrained.items() if name not in learned}
 
-        def gradient(key, svi=svi, of_program=of_program, unconstrained=unconstrained):
+        def gradient(key):
             def loss(of_program):
                 return svi.loss.loss(key, svi.constrain_fn(unconstrained | of_program), model, guide, *args, **kwargs)
 
             return {name: ravel_pytree(g)[0] for name, g in jax.grad(loss)(of_program).items()}
 
-        def log_weights(key, elbo=elbo, constrained=constrained):
-            run = elbo._run(Program(key, constrained, model, guide, args, kwargs))
-            return {name: draw.log_weight for name, draw in run.attached.draws.items() if draw.log_weight is not None}
+        def log_weights(key):
+            return {name: draw.log_weight for name, draw in run(key).draws.items() if draw.log_weight is not None}
 
-        measured = _measure(jax.jit(jax.vmap(gradient)), jax.jit(jax.vmap(log_weights)), key, num_samples, progress_bar)
-        served = {d.name: d.estimator for d in elbo.describe(model, guide, *args, **kwargs)}
-        readers = _readers(guide, {name: constrained[name] for name in of_program}, served, args, kwargs)
-        records.extend(measured.records(label, readers, served))
-        effective_samples[label], seconds[label] = measured.effective_samples(served), measured.seconds / num_samples
-    return GradientReport(tuple(records), effective_samples, seconds, num_samples)
+        estimators = estimators_of(elbo, model, guide, args, kwargs)
+        measured = Measured(estimators, _readers(run, key, {name: constrained[name] for name in of_program}, constrained))
+        size = min(BATCH, num_samples)
+        gradient, log_weights = jax.jit(jax.vmap(gradient)), jax.jit(jax.vmap(log_weights))
+        jax.block_until_ready(gradient(random.split(key, size)))  # compiled before it is timed
+        for begin in tqdm(range(0, num_samples, size), disable=not progress_bar, desc="gradients"):
+            keys = random.split(random.fold_in(key, begin), size)[: num_samples - begin]
+            start = perf_counter()
+            gradients = jax.block_until_ready(gradient(keys))
+            measured.seconds += perf_counter() - start
+            measured.add(gradients, log_weights(keys))
+        return measured
 
-
-def _measure(gradient, log_weights, key, num_samples: int, progress_bar: bool) -> Measured:
-    measured = Measured()
-    size = min(BATCH, num_samples)
-    batches = tqdm(range(0, num_samples, size), disable=not progress_bar, desc="gradients")
-    jax.block_until_ready(gradient(random.split(key, size)))  # compiled before it is timed
-    for begin in batches:
-        keys = random.split(random.fold_in(key, begin), size)[: num_samples - begin]
-        start = perf_counter()
-        gradients = jax.block_until_ready(gradient(keys))
-        measured.seconds += perf_counter() - start
-        measured.add(gradients, log_weights(keys))
-    return measured
+    return compare(estimators, measure, num_samples)
 
 
-def _readers(guide, params, served, args, kwargs) -> dict[str, tuple[str, ...]]:
-    """For each parameter, the sites whose distribution reads it at values that stay where they are."""
-    values = {name: site["value"] for name, site in trace(seed(substitute(guide, data=params), 0)).get_trace(*args, **kwargs).items()}
-    still = {name: values[name] for name in served}
+def _readers(run, key, params, constrained) -> dict[str, tuple[str, ...]]:
+    """For each parameter, the sites whose distribution reads it while all values are held."""
+    first = run(key)
+    values = held_values(HOST, first)
 
-    def parameters_of_sites(**params):
-        run = trace(substitute(seed(guide, 0), data={**still, **params})).get_trace(*args, **kwargs)
-        return {name: jax.tree.leaves(run[name]["fn"]) for name in served}
+    def distributions(**params):
+        again = run(key, constrained | params).again(values, with_model=False)
+        return {name: jax.tree.leaves(again.guide[name].fn) for name in values}
 
-    read = {name: frozenset().union(*names) for name, names in eval_provenance(parameters_of_sites, **params).items()}
+    read = {name: frozenset().union(*names) for name, names in eval_provenance(distributions, **params).items()}
     return {parameter: tuple(name for name, names in read.items() if parameter in names) for parameter in params}

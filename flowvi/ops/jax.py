@@ -132,3 +132,7 @@ def is_close(x, y):
 def check(ok, message):
     if not isinstance(ok, Tracer) and not ok:  # as in NumPyro's own validation, nothing is known of a traced value
         raise ValueError(message)
+
+
+def first_order(x):
+    return x  # TEMPORARY

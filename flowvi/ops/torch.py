@@ -173,3 +173,7 @@ def is_close(x, y):
 def check(ok, message):
     if not ok:
         raise ValueError(message)
+
+
+def first_order(x):
+    return x  # TEMPORARY

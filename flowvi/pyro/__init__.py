@@ -9,10 +9,10 @@ except ImportError as error:
 from flowvi.host import register as _register
 from flowvi.pyro.distributions import Estimated
 from flowvi.pyro.elbo import TraceFlow_ELBO
-from flowvi.pyro.host import PyroHost as _PyroHost
+from flowvi.pyro.host import HOST as _HOST
 from flowvi.pyro.renyi import TraceFlow_RenyiELBO
 from flowvi.pyro.report import gradient_report
 
 __all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "gradient_report"]
 
-_register(_PyroHost())
+_register(_HOST)

@@ -129,36 +129,9 @@ def unwrap(fn: Any) -> Any:
     return fn
 
 
-def masks(fn: Any) -> Iterator[Any]:
-    """The masks around the site's family, outermost first."""
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, dist.MaskedDistribution):
-            yield fn._mask
-        fn = fn.base_dist
-
-
-def is_masked(fn: Any) -> bool:
-    """Whether the log_prob of ``fn`` is masked."""
-    return any(True for _ in masks(fn))
-
-
 def is_partly_reparameterized(p: Any) -> bool:
     """Whether the family says itself what of its sampler is a path and what a score, such as a rejection sampler."""
     return getattr(type(p), "score_parts", dist.Distribution.score_parts) is not dist.Distribution.score_parts
-
-
-def find_estimated(fn: Any) -> Estimator | None:
-    """The estimator of the outermost :class:`Estimated` wrapper around the site's family."""
-    while hasattr(fn, "base_dist") and isinstance(fn, WRAPPERS):
-        if isinstance(fn, Estimated):
-            return fn.estimator
-        fn = fn.base_dist
-    if hasattr(fn, "base_dist") and find_estimated(fn.base_dist) is not None:
-        raise ValueError(
-            f"Estimated must wrap the whole {type(fn).__name__}, found it around the base distribution; "
-            "write Estimated(TransformedDistribution(base, transforms), estimator)."
-        )
-    return None
 
 
 def _detach(value: Any) -> Any:

@@ -6,20 +6,26 @@ from collections.abc import Iterator
 
 import torch
 from pyro.infer import Trace_ELBO
+from pyro.poutine.util import prune_subsample_sites
 from pyro.util import warn_if_nan
 
 import flowvi.ops.torch as ops
-from flowvi.assignment import Assignment, Description, Estimators
+from flowvi.assignment import Assignment, Describes, Estimators
+from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
-from flowvi.objectives import Credit, Dependencies, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
+from flowvi.objectives import Credit, LeaveOneOut, Particle, estimate, require_options
 from flowvi.ops import times, total
+from flowvi.particles import elbo_of
 from flowvi.pyro.baselines import annotated_baseline
 from flowvi.pyro.generators import forked_generators
-from flowvi.pyro.run import Run, run_program, runs
-from flowvi.tape import weighty
+from flowvi.pyro.host import HOST
+from flowvi.pyro.run import PyroProgram, programs
+from flowvi.run import Run, run
+from flowvi.sites import Entropy, GuideSites
+from flowvi.tape import Dependencies
 
 
-class TraceFlow_ELBO(Trace_ELBO):
+class TraceFlow_ELBO(Describes, Trace_ELBO):
     r"""The ELBO with one gradient estimator per latent site; the ``loss`` of :class:`pyro.infer.SVI`.
 
     Its value is the host's :math:`-\sum_j W_j f_j` (all weights 1 where every q = p), its derivative
@@ -67,7 +73,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         ...     pyro.sample("k", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))))
         >>> pyro.clear_param_store()
         >>> print(TraceFlow_ELBO(estimators={"w": RP()}).describe(model, guide))
-        site  estimator  said in          distribution  parameters     plates
+        site  estimator  given by         distribution  parameters     plates
         w     RP()       estimators['w']  Normal        loc, scale
         k     LR()       default          Bernoulli     probs, logits
         >>> pyro.clear_param_store()
@@ -164,57 +170,37 @@ class TraceFlow_ELBO(Trace_ELBO):
         warn_if_nan(total, "loss")  # type: ignore[call-overload]
         return total
 
-    def describe(self, model, guide, *args, **kwargs) -> Description:
-        """Each random site: its estimator, where that was said, its distribution's parameters, its plates.
-
-        Runs guide and model once; the state of torch's generator is put back.
-
-        Args:
-            model: The model.
-            guide: The guide.
-            *args: Passed to both.
-            **kwargs: Passed to both.
-
-        Returns:
-            A tuple of records that prints as a table.
-        """
-        with forked_generators():
-            return Description(self._run(model, guide, args, kwargs).attached.random.values())
-
     def _losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         """Scalars that add up to the loss. Each can be differentiated by itself, so that its graph can be freed."""
         looped = []
-        for run in runs(self, self._run, model, guide, args, kwargs):
-            if not weighty(run.draws):  # nothing has a score or a weight, so that it does not matter what depends on what
-                yield times(-run.log_ratio(), 1 / self.num_particles)
-                continue
-            particle = elbo_particle(ops, run.tape())
-            _take_annotated_baselines(particle.credits, run.guide_trace)
+        for program in programs(self, model, guide, args, kwargs, follows_tensors=self.dependencies == "graph"):
+            run = self._run(program)
+            particle = elbo_of(ops, run, self.dependencies)
+            _take_annotated_baselines(particle.credits, program.traces[1])
             if self.vectorize_particles:
                 yield _loss(estimate(ops, particle, self.num_particles, self.baseline))
             elif self.num_particles > 1 and self.baseline is not None and particle.credits:
                 looped.append(particle)
             else:
-                yield _loss(estimate(ops, particle, 1, self.baseline)) / self.num_particles
+                yield times(_loss(estimate(ops, particle, 1, self.baseline)), 1 / self.num_particles)
         if looped:
             yield _loss(estimate(ops, _stack(looped), self.num_particles, self.baseline))
 
     def _get_trace(self, model, guide, args, kwargs):
-        result = self._run(model, guide, args, kwargs)
-        return result.model_trace, result.guide_trace
+        program = PyroProgram(model, guide, args, kwargs, self.max_plate_nesting)
+        self._run(program)
+        return tuple(map(prune_subsample_sites, program.traces))
 
-    def _run(self, model, guide, args, kwargs) -> Run:
-        result = run_program(self.assignment, self.max_plate_nesting, self.dependencies, self.entropy, model, guide, args, kwargs)
-        if self.entropy == "stl":
-            result.require_still_supports("entropy='stl'")
-            result.stick_the_landing()
-        elif self.entropy == "analytic":
-            result.use_closed_forms()
-        return result
+    def _describe(self, model, guide, args, kwargs):
+        with forked_generators():
+            return self._run(PyroProgram(model, guide, args, kwargs, self.max_plate_nesting))
+
+    def _run(self, program: PyroProgram) -> Run:
+        return apply_entropy(HOST, run(program, GuideSites(self.assignment, self.entropy)), self.entropy)
 
 
 def _loss(terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    return -total(list(terms.values()))
+    return -total(list(terms.values())) if terms else torch.zeros(())
 
 
 def _take_annotated_baselines(credits: dict[str, Credit], guide_trace) -> None:

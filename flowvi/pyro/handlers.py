@@ -5,129 +5,90 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
-import torch
-from pyro.distributions import Delta, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_subsample
 
 import flowvi.ops.torch as ops
-from flowvi.assignment import Assignment, SiteDescription, require_estimator, require_random
 from flowvi.estimators import Draw, Estimator
-from flowvi.objectives import Entropy
 from flowvi.pyro.baselines import require_baseline_options
-from flowvi.pyro.distributions import (
-    PyroTarget,
-    draw,
-    find_estimated,
-    is_kind,
-    is_masked,
-    is_partly_reparameterized,
-    masks,
-    unwrap,
-)
-
-
-def _fixed(msg) -> str | None:
-    """What the statement is, if it is no random choice."""
-    family = unwrap(msg["fn"])
-    if is_kind(family, Unit):
-        return "a factor"
-    if msg["is_observed"]:
-        return "observed"
-    return "a Delta" if is_kind(family, Delta) else None
+from flowvi.pyro.distributions import draw, is_partly_reparameterized
+from flowvi.pyro.host import HOST
+from flowvi.sites import GuideSites, Visit, annotation, is_masked, weight_of_density
 
 
 class attach_estimators(Messenger):
-    """Serve every random site of the guide by its estimator.
+    """Let the estimator of every random site of the guide act where the guide draws."""
 
-    Attributes:
-        random: The random sites in program order, and what each was served by.
-        aliases: For each random site, the model site for which it stands.
-        draws: The draws of the sites to which something is attached.
-        fixed: Names of the statements that are no random choice.
-        learned: Names of the parameters that estimators learn.
-    """
-
-    def __init__(self, assignment: Assignment, entropy: Entropy = "full"):
+    def __init__(self, sites: GuideSites):
         super().__init__()
-        self.assignment, self.entropy = assignment, entropy
-        self.learned: list[str] = []
-        self.random: dict[str, SiteDescription] = {}
-        self.aliases: dict[str, str] = {}
-        self.draws: dict[str, Draw] = {}
-        self.fixed: list[str] = []
+        self.sites = sites
 
     def _pyro_sample(self, msg):
         if site_is_subsample(msg):
             return
-        name, wrapped = msg["name"], find_estimated(msg["fn"])
-        if what := _fixed(msg):
-            require_random(msg, wrapped, what)
-            self.fixed.append(name)
-            if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
-                self.draws[name] = Draw(msg["value"], score=msg["fn"].log_prob(msg["value"]))
-            return
-        if msg["infer"].get("enumerate"):
-            raise ValueError(
-                f"site '{name}': expected a site that is sampled, found infer['enumerate']; enumerate with TraceEnum_ELBO."
-            )
-        if "baseline" in msg["infer"]:
-            require_baseline_options(name, msg["infer"]["baseline"])
-        alias = name.removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else name
-        choice = self.assignment.choose(msg, alias, wrapped)
-        target = PyroTarget(name, msg["fn"], enters=True)
-        estimator = choice.estimator.resolve(target)
-        if estimator.baseline is not None and "baseline" in msg["infer"]:
-            target.refuse(f"expected one baseline, found {estimator.baseline} and infer['baseline']; keep one of them.")
-        if target.transforms and not estimator.enters:
-            target = PyroTarget(name, msg["fn"], enters=False)
-        if msg["value"] is None:
-            self._draw(msg, target, estimator, wrapped)
-        plates = tuple(frame.name for frame in msg["cond_indep_stack"])
-        self.random[name] = SiteDescription(name, estimator, choice.said, target.family, target.parameters, plates)
-        self.aliases[name] = alias
+        # the site of an autoguide that stands for a model site of the other name
+        alias = msg["name"].removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else msg["name"]
+        what = self.sites.visit(HOST, msg, alias, self._draw)
+        if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
+            self.sites.draws[msg["name"]] = Draw(msg["value"], score=msg["fn"].log_prob(msg["value"]))
 
-    def _draw(self, msg, target, estimator, wrapped):
-        name = msg["name"]
+    def _draw(self, msg, visit: Visit) -> Draw | None:
+        target: Any = visit.target
+        estimator: Any = visit.estimator
+        if "baseline" in msg["infer"]:
+            require_baseline_options(msg["name"], msg["infer"]["baseline"])
+            if estimator.baseline is not None:
+                target.refuse(f"expected one baseline, found {estimator.baseline} and infer['baseline']; keep one of them.")
+        if msg["value"] is not None:
+            return None
         if not estimator.uses_sampler:
-            target.first_use = name not in self.assignment.met
-            self._declare(msg, target, estimator)
-            self.draws[name] = drawn = draw(target, estimator)
-            self.assignment.met.add(name)
-            msg["value"], msg["done"] = drawn.value, True
-            if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
-                msg["unscaled_log_prob"] = drawn.log_prob  # which Pyro would compute again
-        elif is_partly_reparameterized(target.p):  # a path and a score
+            return self._attach(msg, target, estimator)
+        if is_partly_reparameterized(target.p):  # a path and a score
             p = target.p.expand(target.batch_shape)
             x = p.rsample()
             score = target.to_batch(p.score_parts(x).score_function)
-            self.draws[name] = Draw(target.push(x), score)
-            msg["value"], msg["done"] = self.draws[name].value, True
-        elif wrapped is not None or estimator.force:
+            msg["value"], msg["done"] = target.push(x), True
+            return Draw(msg["value"], score)
+        if visit.wrapped is not None or estimator.force:
             msg["value"], msg["done"] = target.push(target.p.expand(target.batch_shape).rsample()), True
+        return None
+
+    def _attach(self, msg, target, estimator) -> Draw:
+        name, assignment = msg["name"], self.sites.assignment
+        target.first_use = name not in assignment.seen
+        self._declare(msg, target, estimator)
+        drawn = draw(target, estimator)
+        assignment.seen.add(name)
+        msg["value"], msg["done"] = drawn.value, True
+        if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
+            self.sites.log_probs[name] = drawn.log_prob
+        return drawn
 
     def _declare(self, msg, target, estimator):
         """Make what the estimator learns parameters of the program, of which the target gets the values."""
         target.stack = msg["cond_indep_stack"]
         if not (learns := estimator.learns(ops, target)):
             return
-        target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
+        target.own_density = weight_of_density(msg) if self.sites.entropy == "full" else 0.0
         values = {
             name: pyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=len(learned.event_shape))
             for name, learned in learns.items()
         }
         target.take(learns, values)
-        self.learned += [f"{msg['name']}.{name}" for name in learns]
+        self.sites.learned |= {f"{msg['name']}.{name}": msg["name"] for name in learns}
 
 
-def _own_density(msg) -> Any:
-    """By how much the objective counts the site's log density: its scale, where it is not masked."""
-    weight = msg["scale"]
-    for mask in (msg["mask"], *masks(msg["fn"])):
-        if mask is not None:
-            weight = weight * torch.as_tensor(mask)
-    return weight
+class hold_values(Messenger):
+    """Give sites the values that they are to have."""
+
+    def __init__(self, values: dict[str, Any]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg):
+        if msg["name"] in self.values and not (msg["is_observed"] and not site_is_subsample(msg)):
+            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 class replay_and_read(ReplayMessenger):
@@ -143,10 +104,7 @@ class replay_and_read(ReplayMessenger):
 
     def _pyro_sample(self, msg):
         if "estimator" in msg["infer"] and not site_is_subsample(msg):
-            if what := _fixed(msg):
-                require_random(msg, None, what)
-            where = f"site '{msg['name']}': infer['estimator']"
-            self.annotations[msg["name"]] = require_estimator(msg["infer"]["estimator"], where)
+            self.annotations[msg["name"]] = annotation(HOST, msg)
         super()._pyro_sample(msg)
 
 

@@ -6,20 +6,25 @@ from contextlib import nullcontext
 
 import torch
 from pyro.infer import RenyiELBO
+from pyro.poutine.util import prune_subsample_sites
 from pyro.util import warn_if_nan
 
 import flowvi.ops.torch as ops
-from flowvi.assignment import Assignment, Description, Estimators
-from flowvi.bounds import BoundParticle, Gradient, bound_particle, renyi_bound, require_bound_options
+from flowvi.assignment import Assignment, Describes, Estimators
+from flowvi.bounds import BoundParticle, Gradient, renyi_bound, require_bound_options
 from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import LeaveOneOut
 from flowvi.ops import times
+from flowvi.particles import bound_of
 from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.handlers import share_subsamples
-from flowvi.pyro.run import Run, run_program, runs
+from flowvi.pyro.host import HOST
+from flowvi.pyro.run import PyroProgram, programs
+from flowvi.run import Run, run
+from flowvi.sites import GuideSites
 
 
-class TraceFlow_RenyiELBO(RenyiELBO):
+class TraceFlow_RenyiELBO(Describes, RenyiELBO):
     r"""The Rényi or importance-weighted bound with one gradient estimator per latent site; the ``loss`` of :class:`pyro.infer.SVI`.
 
     Its value is :math:`-\tfrac{1}{1-\alpha} \log \tfrac1K \sum_k e^{(1-\alpha) r_k}`, with r the log ratio of the densities of model
@@ -136,43 +141,26 @@ class TraceFlow_RenyiELBO(RenyiELBO):
         """
         stacked = self.num_particles > 1 and self.vectorize_particles
         with nullcontext() if stacked else share_subsamples():
-            particles, scales = zip(*map(self._reduce, runs(self, self._run, model, guide, args, kwargs)), strict=True)
+            particles, scales = zip(*map(self._reduce, programs(self, model, guide, args, kwargs)), strict=True)
         particle = particles[0] if stacked else BoundParticle(*map(_stack, zip(*particles, strict=True)))
         loss = times(-renyi_bound(ops, particle, self.alpha, self.baseline).sum(), scales[0])
         warn_if_nan(loss, "loss")
         return loss
 
-    def describe(self, model, guide, *args, **kwargs) -> Description:
-        """Each random site: its estimator, where that was said, its distribution's parameters, its plates.
-
-        Runs guide and model once; the state of torch's generator is put back.
-
-        Args:
-            model: The model.
-            guide: The guide.
-            *args: Passed to both.
-            **kwargs: Passed to both.
-
-        Returns:
-            A tuple of records that prints as a table.
-        """
+    def _describe(self, model, guide, args, kwargs):
         with forked_generators():
-            return Description(self._run(model, guide, args, kwargs).attached.random.values())
-
-    def _run(self, model, guide, args, kwargs) -> Run:
-        return run_program(self._assignment, self.max_plate_nesting, "plates", "full", model, guide, args, kwargs)
+            return self._run(PyroProgram(model, guide, args, kwargs, self.max_plate_nesting))
 
     def _get_trace(self, model, guide, args, kwargs):
-        result = self._run(model, guide, args, kwargs)
-        return result.model_trace, result.guide_trace
+        program = PyroProgram(model, guide, args, kwargs, self.max_plate_nesting)
+        self._run(program)
+        return tuple(map(prune_subsample_sites, program.traces))
 
-    def _reduce(self, run: Run) -> tuple[BoundParticle, float]:
-        still = None
-        if self.gradient == "dreg":
-            run.require_still_supports("gradient='dreg'")
-            run.stick_the_landing()
-            still = run.still_terms()
-        return bound_particle(ops, run.terms(), run.draws, still, run.subsampled())
+    def _run(self, program: PyroProgram) -> Run:
+        return run(program, GuideSites(self._assignment))
+
+    def _reduce(self, program: PyroProgram) -> tuple[BoundParticle, float]:
+        return bound_of(HOST, self._run(program), self.gradient)
 
 
 def _stack(field: tuple) -> torch.Tensor | None:

@@ -9,11 +9,15 @@ import torch
 from pyro import poutine
 from tqdm import tqdm
 
+from flowvi.assignment import Estimators
+from flowvi.entropy import held_values
 from flowvi.estimators import Auto, Estimator
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import forked_generators, seed_generators
-from flowvi.pyro.run import Run
-from flowvi.report import Candidates, GradientReport, Measured, ParameterGradient, by_label
+from flowvi.pyro.host import HOST
+from flowvi.pyro.run import PyroProgram
+from flowvi.report import Candidates, GradientReport, Measured, compare, estimators_of
+from flowvi.run import Run
 
 
 def gradient_report(
@@ -72,20 +76,19 @@ def gradient_report(
     References:
         Parmas and Sugiyama 2021, eq. 19.
     """
-    records: list[ParameterGradient] = []
-    effective_samples: dict[str, dict[str, float]] = {}
-    seconds: dict[str, float] = {}
-    for label, choice in by_label(estimators).items():
+
+    def measure(choice: Estimators) -> Measured:
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
-        served = {d.name: d.estimator for d in elbo.describe(model, guide, *args, **kwargs)}
+        estimators = estimators_of(elbo, model, guide, args, kwargs)
+        program = PyroProgram(model, guide, args, kwargs, elbo.max_plate_nesting)
         with forked_generators(), poutine.trace(param_only=True) as used:
             seed_generators(seed)
-            run = elbo._run(model, guide, args, kwargs)
+            run = elbo._run(program)
             nodes = used.trace.nodes
-            parameters: dict[str, Any] = {name: nodes[name]["value"] for name in nodes if name not in run.attached.learned}
+            parameters: dict[str, Any] = {name: nodes[name]["value"] for name in nodes if name not in run.sites.learned}
             leaves = {name: parameter.unconstrained() for name, parameter in parameters.items()}
             weighted = any(draw.log_weight is not None for draw in run.draws.values())
-            measured = Measured()
+            measured = Measured(estimators, _readers(run, leaves))
             for _ in tqdm(range(num_samples), disable=not progress_bar, desc="gradients"):
                 start = perf_counter()
                 loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
@@ -94,24 +97,25 @@ def gradient_report(
                 measured.seconds += perf_counter() - start  # the numbers are there only now: calls to a GPU return before
                 measured.add(rows, {})
                 if weighted:
-                    draws = elbo._run(model, guide, args, kwargs).draws
+                    draws = elbo._run(program).draws
                     measured.add({}, {name: d.log_weight[None].cpu() for name, d in draws.items() if d.log_weight is not None})
-        records.extend(measured.records(label, _readers(run, leaves, served), served))
-        effective_samples[label], seconds[label] = measured.effective_samples(served), measured.seconds / num_samples
-    return GradientReport(tuple(records), effective_samples, seconds, num_samples)
+        return measured
+
+    return compare(estimators, measure, num_samples)
 
 
 def _row(gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:
     return (torch.zeros_like(leaf) if gradient is None else gradient).detach().reshape(1, -1).cpu()
 
 
-def _readers(run: Run, leaves: dict[str, torch.Tensor], served: dict[str, Estimator]) -> dict[str, tuple[str, ...]]:
-    """For each parameter, the sites whose distribution reads it at values that stay where they are."""
-    trace = run.still_guide
-    trace.compute_log_prob(lambda name, site: name in served)
+def _readers(run: Run, leaves: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
+    """For each parameter, the sites whose distribution reads it while all values are held."""
+    values = held_values(HOST, run)
+    again = run.again(values, with_model=False)
     readers: dict[str, tuple[str, ...]] = dict.fromkeys(leaves, ())
-    for site in served:
-        log_prob: Any = trace.nodes[site]["log_prob_sum"]
+    for site in values:
+        density: Any = again.guide[site].log_density
+        log_prob = density.sum()
         if log_prob.requires_grad:
             gradients = torch.autograd.grad(log_prob, list(leaves.values()), allow_unused=True, retain_graph=True)
             for name, gradient in zip(leaves, gradients, strict=True):

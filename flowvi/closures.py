@@ -1,0 +1,42 @@
+"""Reading the closures of user functions.
+
+An estimator may hold functions that the model writes inline, as new objects at every run. Whether two runs annotate the same
+estimator, and whether one holds on to something of a run that is over, can only be read off their code and what they close over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from flowvi.estimators import Baseline, Estimator
+
+
+def identity(value: Any) -> Any:
+    """Two functions written at the same place with the same closure are the same: an inline lambda is a new object at every run."""
+    if isinstance(value, Estimator | Baseline):
+        return type(value), tuple(identity(v) for v in vars(value).values())
+    if isinstance(value, tuple):
+        return tuple(identity(v) for v in value)
+    if hasattr(value, "__code__"):
+        return value.__code__, tuple(id(cell.cell_contents) for cell in value.__closure__ or ())
+    return id(value) if callable(value) else value
+
+
+def reached_from(value: Any, seen: set[int]) -> Iterator[Any]:
+    """What the functions of an estimator close over."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    yield value
+    if isinstance(value, Estimator | Baseline):
+        inner: Iterable[Any] = vars(value).values()
+    elif isinstance(value, tuple):
+        inner = value
+    elif isinstance(value, partial):
+        inner = (value.func, *value.args, *value.keywords.values())
+    else:
+        inner = (cell.cell_contents for cell in getattr(value, "__closure__", None) or ())
+    for item in inner:
+        yield from reached_from(item, seen)

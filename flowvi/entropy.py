@@ -1,0 +1,79 @@
+"""How the guide's own log density is differentiated: sticking the landing, divergences in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from flowvi.host import Host
+from flowvi.objectives import require_one_order
+from flowvi.run import Run, Statement
+from flowvi.sites import Entropy, masks
+
+
+def apply_entropy(host: Host, run: Run, entropy: Entropy) -> Run:
+    """The run with the guide's log density differentiated as an objective's ``entropy`` asks."""
+    if entropy == "stl":
+        return stick_the_landing(host, run, "entropy='stl'")
+    return use_closed_forms(host, run) if entropy == "analytic" else run
+
+
+def stick_the_landing(host: Host, run: Run, what: str) -> Run:
+    """Take out of the guide's densities what their own parameters contribute while values, and parents, are held.
+
+    Args:
+        host: The host library.
+        run: The run.
+        what: The option that asks for it, for messages.
+
+    Raises:
+        ValueError: Where the support of a random site moves, so that what is taken out has a mean.
+    """
+    require_fixed_supports(host, run, what)
+    held = run.again(held_values(host, run), with_model=False)
+    tethered = {
+        name: run.guide[name].with_log_density(run.guide[name].log_density - host.ops.tether(held.guide[name].log_density))
+        for name in run.sites.random
+    }
+    return replace(run, guide=run.guide | tethered)
+
+
+def held_values(host: Host, run: Run) -> dict[str, Any]:
+    """The values of the guide's random sites, detached."""
+    return {name: host.ops.stop_gradient(run.guide[name].value) for name in run.sites.random}
+
+
+def require_fixed_supports(host: Host, run: Run, what: str) -> None:
+    """Refuse ``what``, which drops the guide's scores, where the support of a random site moves with a parameter."""
+    for name in run.sites.random:
+        host.target(name, run.guide[name].fn, False).require_still_support(what)
+
+
+def use_closed_forms(host: Host, run: Run) -> Run:
+    """Replace, at each site for which the host knows it, the two log densities by minus their divergence in closed form.
+
+    Raises:
+        ValueError: Where model and guide have latent sites in different orders, so that the divergence may depend on what is drawn
+            from the site.
+    """
+    require_one_order(*([name for name, s in program.items() if not s.observed] for program in (run.guide, run.model)))
+    guide, model = dict(run.guide), dict(run.model)
+    for name in run.sites.random:
+        of_guide, of_model = guide[name], model.get(name)
+        if of_model is None or of_guide.in_control_flow or not _count_alike(of_guide, of_model):
+            continue
+        if (divergence := host.divergence(of_guide, of_model)) is not None:
+            guide[name] = of_guide.with_log_density(None)
+            model[name] = of_model.with_log_density(-divergence)
+    closed = frozenset(name for name in run.sites.random if guide[name].log_density is None)
+    return replace(run, guide=guide, model=model, closed_forms=closed)
+
+
+def _count_alike(one: Statement, other: Statement) -> bool:
+    """Whether the two log densities are known to count alike: a divergence in closed form has one scale and one mask."""
+    scales = (1.0 if s.scale is None else s.scale for s in (one, other))
+    return _same(*scales) and [id(m) for m in (one.mask, *masks(one.fn))] == [id(m) for m in (other.mask, *masks(other.fn))]
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, int | float) and isinstance(other, int | float) and one == other)

@@ -1,0 +1,133 @@
+"""One run of guide and model as plain records, and running it again with some sites held at given values.
+
+An adapter knows how to run a program of its host and writes down what happened; everything that follows reads these records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from flowvi.assignment import Assignment, MissingAnnotationError
+from flowvi.dependence import Frame, Graph
+from flowvi.estimators import Draw, Estimator
+from flowvi.ops import Array
+from flowvi.sites import GuideSites
+
+
+class Statement(NamedTuple):
+    """One sample or factor statement of a run.
+
+    Attributes:
+        name: Its name.
+        frames: Its plates.
+        log_density: Its log density, scaled and masked, of any batch shape; None where another statement stands for it.
+        fn: The host's distribution.
+        value: Its value.
+        observed: Whether its value was given: observations and factors.
+        scale: What the host multiplies the log density by; None for 1.
+        mask: What the host masks the log density by, beside the masks of the distribution itself; None for no mask.
+        in_control_flow: Whether it came out of a scan or cond, where statements may depend on each other in any order.
+        total: The sum of its log density, where the host has computed it.
+    """
+
+    name: str
+    frames: frozenset[Frame]
+    log_density: Array | None
+    fn: Any
+    value: Any
+    observed: bool
+    scale: Any = None
+    mask: Any = None
+    in_control_flow: bool = False
+    total: Array | None = None
+
+    def with_log_density(self, log_density: Array | None) -> Statement:
+        """The same statement, counted differently."""
+        return self._replace(log_density=log_density, total=None)
+
+
+class Program(Protocol):
+    """A model and a guide with their arguments, which an adapter can run."""
+
+    def run(self, sites: GuideSites, values: Mapping[str, Array] | None = None, *, with_model: bool = True) -> Run:
+        """Run the guide, then the model with the guide's values.
+
+        Args:
+            sites: Chooses the estimators and collects what they attach.
+            values: Sites of the guide with the values they are to have. Everything else is drawn with the random numbers of the
+                first run.
+            with_model: Whether to run the model at all.
+        """
+        ...
+
+    def annotations(self) -> dict[str, Estimator]:
+        """The estimators that the model's statements name, read in a run of the host's own, without any estimator."""
+        ...
+
+    def graph(self, run: Run, scored: frozenset[str]) -> Graph:
+        """Which sites of the guide each statement of a ``run`` was computed from; ``scored`` are those that matter."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of guide and model.
+
+    Attributes:
+        program: What was run.
+        guide: The statements of the guide by name, in program order.
+        model: Those of the model.
+        sites: The random sites of the guide, and what their estimators attached.
+        annotations: The estimators that the model's statements name.
+        subsampled: The plates that are subsampled, each with its size over that of the subsample.
+        mutable_state: What the host keeps between steps beside parameters.
+        closed_forms: Sites whose two log densities have been replaced by minus their divergence in closed form.
+        many_samples: Whether the guide's values have a leading dim of samples over which the model was mapped.
+    """
+
+    program: Program
+    guide: dict[str, Statement]
+    model: dict[str, Statement]
+    sites: GuideSites
+    annotations: dict[str, Estimator] = field(default_factory=dict)
+    subsampled: Mapping[str, float] = field(default_factory=dict)
+    mutable_state: Mapping[str, Any] = field(default_factory=dict)
+    closed_forms: frozenset[str] = frozenset()
+    many_samples: bool = False
+
+    @property
+    def draws(self) -> dict[str, Draw]:
+        """The draws of the guide's sites to which something is attached."""
+        return self.sites.draws
+
+    def again(self, values: Mapping[str, Array], *, with_model: bool = True) -> Run:
+        """Run guide and model once more, with the same random numbers and with some sites of the guide at given values.
+
+        Args:
+            values: The sites by name, each with its value. What is drawn before them stays as it is; what depends on them is drawn
+                anew with the random numbers of the first run.
+            with_model: Whether the model runs too.
+        """
+        return self.program.run(GuideSites(self.sites.assignment, self.sites.entropy), values, with_model=with_model)
+
+
+def run(program: Program, sites: GuideSites) -> Run:
+    """Run a program; once more where the model turns out to annotate sites whose estimators the guide did not know yet.
+
+    Args:
+        program: The model and the guide.
+        sites: With the assignment of estimators to sites.
+    """
+    assignment: Assignment = sites.assignment
+    try:
+        result = program.run(sites)
+    except MissingAnnotationError as missing:
+        if not assignment.learn(program.annotations()):
+            raise missing.refusal from None
+        result = program.run(sites.fresh())
+    if assignment.learn(result.annotations):
+        result = program.run(sites.fresh())
+    assignment.verify(result.sites.aliases, result.sites.fixed)
+    return result

@@ -1,0 +1,157 @@
+"""What happens when the guide reaches one of its sites: an estimator is chosen, and attaches derivatives to what is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+from flowvi.assignment import Assignment, Choice, MissingAnnotationError, SiteDescription, require_estimator, require_random
+from flowvi.estimators import Draw, Estimator
+from flowvi.host import Host
+from flowvi.ops import Array
+from flowvi.target import Target
+
+Entropy = Literal["full", "stl", "analytic"]
+
+
+class Visit(NamedTuple):
+    """A random site that the guide has reached.
+
+    Attributes:
+        target: Its distribution as the estimator sees it.
+        estimator: The estimator that acts there.
+        choice: The estimator as it was given, and where.
+        wrapped: The estimator of an ``Estimated`` wrapper around the distribution, if there is one.
+    """
+
+    target: Target
+    estimator: Estimator
+    choice: Choice
+    wrapped: Estimator | None
+
+
+class GuideSites:
+    """The random sites of a guide, filled in as its run reaches them.
+
+    Attributes:
+        assignment: Chooses the estimators.
+        entropy: How the objective differentiates the guide's own log density.
+        random: The random sites in program order, each with its description.
+        aliases: For each random site, the model site for which it stands.
+        draws: The draws of the sites to which something is attached.
+        fixed: Names of the statements that are no random choice.
+        learned: Names of the parameters that estimators learn, each with its site.
+        log_probs: Log densities, not scaled, that the estimators have computed anyway.
+    """
+
+    def __init__(self, assignment: Assignment, entropy: Entropy = "full"):
+        self.assignment, self.entropy = assignment, entropy
+        self.random: dict[str, SiteDescription] = {}
+        self.aliases: dict[str, str] = {}
+        self.draws: dict[str, Draw] = {}
+        self.fixed: list[str] = []
+        self.learned: dict[str, str] = {}
+        self.log_probs: dict[str, Array] = {}
+
+    def fresh(self) -> GuideSites:
+        """The same choices, for another run."""
+        return GuideSites(self.assignment, self.entropy)
+
+    def visit(self, host: Host, msg: Any, alias: str, draw: Callable[[Any, Visit], Draw | None]) -> str | None:
+        """Choose the estimator of a site and let it act.
+
+        Args:
+            host: The host library.
+            msg: The host's message of the statement.
+            alias: The name of the model site for which it stands.
+            draw: ``draw(msg, visit)`` draws at the site; returns what was attached, or None where nothing was.
+
+        Returns:
+            What the statement is, where it is no random choice.
+
+        Raises:
+            MissingAnnotationError: The default estimator cannot act there, and the model may name another one.
+        """
+        name, wrapped = msg["name"], find_estimated(host, msg["fn"])
+        if what := not_random(host, msg):
+            require_random(msg, wrapped, what)
+            self.fixed.append(name)
+            return what
+        if msg["infer"].get("enumerate"):
+            raise ValueError(
+                f"site '{name}': expected a site that is sampled, found infer['enumerate']; enumerate with TraceEnum_ELBO."
+            )
+        choice = self.assignment.choose(msg, alias, wrapped)
+        try:
+            target = host.target_of(msg, True)
+            estimator = choice.estimator.resolve(target)
+            if target.transforms and not estimator.enters:
+                target = host.target_of(msg, False)
+            drawn = draw(msg, Visit(target, estimator, choice, wrapped))
+        except ValueError as refusal:
+            if choice.source == "default" and not self.assignment.has_read_annotations:
+                raise MissingAnnotationError(refusal) from refusal
+            raise
+        if drawn is not None:
+            self.draws[name] = drawn
+        plates = tuple(frame.name for frame in msg["cond_indep_stack"])
+        self.random[name] = SiteDescription(name, estimator, choice.source, target.family, target.parameters, plates)
+        self.aliases[name] = alias
+        return None
+
+
+def not_random(host: Host, msg: Any) -> str | None:
+    """What a statement is, if it is no random choice."""
+    kind = type(host.unwrap(msg["fn"])).__name__
+    if kind == "Unit":
+        return "a factor"
+    if msg["is_observed"]:
+        return "observed"
+    return "a Delta" if kind == "Delta" else None
+
+
+def annotation(host: Host, msg: Any) -> Estimator:
+    """The estimator that a statement of the model names with ``infer={"estimator": ...}``."""
+    if what := not_random(host, msg):
+        require_random(msg, None, what)
+    return require_estimator(msg["infer"]["estimator"], f"site '{msg['name']}': infer['estimator']")
+
+
+def find_estimated(host: Host, fn: Any) -> Estimator | None:
+    """The estimator of the outermost ``Estimated`` wrapper around the site's family."""
+    inside = None  # of what is no wrapper, such as a transformed distribution
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, host.estimated):
+            if inside is not None:
+                family = type(inside).__name__
+                raise ValueError(
+                    f"Estimated must wrap the whole {family}, found it around the base distribution; "
+                    f"write Estimated({family}(...), estimator)."
+                )
+            return fn.estimator  # type: ignore[attr-defined]
+        if inside is None and not isinstance(fn, host.wrappers):
+            inside = fn
+        fn = fn.base_dist
+    return None
+
+
+def masks(fn: Any) -> Iterator[Any]:
+    """The masks of the wrappers around a family, outermost first."""
+    while hasattr(fn, "base_dist"):
+        if type(fn).__name__ == "MaskedDistribution":
+            yield fn._mask
+        fn = fn.base_dist
+
+
+def is_masked(fn: Any) -> bool:
+    """Whether the log density of ``fn`` is masked."""
+    return any(True for _ in masks(fn))
+
+
+def weight_of_density(msg: Any) -> Any:
+    """By how much an objective counts the log density of a statement: its scale, where it is not masked."""
+    weight = 1.0 if msg["scale"] is None else msg["scale"]
+    for mask in (msg.get("mask"), *masks(msg["fn"])):
+        if mask is not None:
+            weight = weight * mask
+    return weight
