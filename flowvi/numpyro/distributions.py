@@ -10,9 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jax import lax
 from jax.core import Tracer
-from jax.custom_batching import custom_vmap
 from jax.lax import stop_gradient
 from multipledispatch import dispatch
 from numpyro.distributions.batch_util import promote_batch_shape
@@ -20,6 +18,7 @@ from numpyro.distributions.transforms import ComposeTransform, Transform
 
 import flowvi.ops.jax as ops
 from flowvi.estimators import Draw, Estimator, attach
+from flowvi.numpyro.materialize import computed_once
 from flowvi.target import Target
 
 
@@ -226,33 +225,6 @@ def propose(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> jax.
 def draw(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> Draw:
     """Draw at a site from the estimator's proposal and attach derivatives and weight."""
     return attach(ops, target, estimator, computed_once(propose(target, estimator, key)))
-
-
-@custom_vmap
-def computed_once(x: jax.Array) -> jax.Array:
-    """Return x, as a value that is kept.
-
-    For CPUs, XLA compiles what is cheap into every loop that reads it, so that much of the sampler would run again in each of them. It
-    does not look into a conditional, and cannot decide one whose condition is behind a barrier.
-    """
-    return lax.platform_dependent(x, cpu=_through_a_branch, default=_same) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-@computed_once.def_vmap
-def _all_at_once(axis_size: int, in_batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
-    return computed_once(x), True
-
-
-def _through_a_branch(x: jax.Array) -> jax.Array:
-    return lax.cond(lax.optimization_barrier(jnp.array(True)), _same, _nan, x)
-
-
-def _same(x: jax.Array) -> jax.Array:
-    return x
-
-
-def _nan(x: jax.Array) -> jax.Array:
-    return jnp.full_like(x, jnp.nan)
 
 
 @promote_batch_shape.register

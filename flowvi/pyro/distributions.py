@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from torch.distributions.kl import kl_divergence, register_kl
 
 import flowvi.ops.torch as ops
 from flowvi.estimators import Draw, Estimator, attach
+from flowvi.pyro.detach import detached, tensors_in
 from flowvi.target import Target
 
 BIASED_SAMPLERS = (
@@ -25,7 +25,6 @@ BIASED_SAMPLERS = (
     dist.MixtureOfDiagNormalsSharedCovariance,
 )
 PLAIN_TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
-HOLDERS = (torch.distributions.Distribution, torch.distributions.Transform, torch.nn.Module)  # of tensors
 TRANSFORMED = (*PLAIN_TRANSFORMED, dist.FoldedDistribution)
 PARTICLES = "num_particles_vectorized"  # as Pyro calls the plate
 
@@ -62,10 +61,10 @@ class PyroTarget(Target):
         return {f.dim: 1 if f.name == PARTICLES else f.full_size or f.size for f in self.stack if f.vectorized}
 
     def detach(self, p):
-        return _detach(p)
+        return detached(p)
 
     def is_live(self, value):
-        return value.requires_grad if isinstance(value, torch.Tensor) else any(map(self.is_live, _tensors(value)))
+        return value.requires_grad if isinstance(value, torch.Tensor) else any(map(self.is_live, tensors_in(value)))
 
     def transformed_base(self):
         base: Any = self.p
@@ -105,7 +104,7 @@ class PyroTarget(Target):
     def expand(self, q):
         if not isinstance(q, torch.distributions.Distribution):
             self.refuse(f"q(p) must return a Pyro distribution, found {type(q).__name__}.")
-        return _detach(q.expand(self.batch_shape))
+        return detached(q.expand(self.batch_shape))
 
     def clip(self, x):
         inside = self.p0.support.check(x)
@@ -132,43 +131,6 @@ def unwrap(fn: Any) -> Any:
 def is_partly_reparameterized(p: Any) -> bool:
     """Whether the family says itself what of its sampler is a path and what a score, such as a rejection sampler."""
     return getattr(type(p), "score_parts", dist.Distribution.score_parts) is not dist.Distribution.score_parts
-
-
-def _detach(value: Any) -> Any:
-    """A copy in which every tensor is detached, through distributions, transforms, modules and containers."""
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    if type(value) in (list, tuple):
-        return type(value)(map(_detach, value))
-    if isinstance(value, dict):
-        return type(value)((k, _detach(v)) for k, v in value.items())
-    if isinstance(value, torch.distributions.transforms._InverseTransform):
-        return _detach(value.inv).inv
-    if isinstance(value, HOLDERS):
-        new: Any = object.__new__(type(value))
-        new.__dict__.update(vars(value))
-        if isinstance(value, torch.distributions.Transform):
-            new._inv = None  # a transform and its inverse hold each other
-        for name, held in vars(new).items():
-            if type(held) not in (bool, torch.Size):
-                new.__dict__[name] = _detach(held)
-        if isinstance(value, torch.distributions.Distribution):
-            new._validate_args = False
-        return new
-    return value
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a transform, or in a tensor itself."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, torch.distributions.transforms._InverseTransform):
-        yield from _tensors(value.inv)
-    elif isinstance(value, torch.distributions.Transform | torch.nn.Module):
-        yield from _tensors({k: v for k, v in vars(value).items() if k not in ("_inv", "_cached_x_y")})
-    elif isinstance(value, list | tuple | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
 
 
 class Estimated(dist.TorchDistribution):
