@@ -17,8 +17,8 @@ from operator import itemgetter
 from typing import Literal, NamedTuple
 
 from flowvi.ops import Array, Ops, total
+from flowvi.shapes import broadcasts
 from flowvi.tape import Ancestor, Frame, Site, Tape
-from flowvi.target import broadcasts
 
 LeaveOneOut = Literal["loo"] | None
 Entropy = Literal["full", "stl", "analytic"]

@@ -16,28 +16,28 @@ from jax.custom_batching import custom_vmap
 from jax.lax import stop_gradient
 from multipledispatch import dispatch
 from numpyro.distributions.batch_util import promote_batch_shape
-from numpyro.distributions.transforms import ComposeTransform, Transform
 
 import flowvi.ops.jax as ops
 from flowvi.estimators import Draw, Estimator, attach
+from flowvi.rebuild import rebuild
 from flowvi.target import Target
 
 
 class NumPyroTarget(Target):
-    """See :class:`flowvi.target.Target`."""
+    """See :class:`flowvi.target.Target`; the ``frames`` have the full sizes of their plates."""
 
-    def __init__(self, name: str, fn: dist.Distribution, enters: bool):
-        self.name = name
-        self.batch_ndim = len(fn.batch_shape)
-        self.transforms: list[Transform] = []
-        self.shape = fn.shape()
-        self.p = unwrap(fn)
-        while enters and type(self.p) is dist.TransformedDistribution:
-            self.shape = ComposeTransform(self.p.transforms).inverse_shape(self.shape)
-            self.transforms = self.p.transforms + self.transforms
-            self.p = unwrap(self.p.base_dist)
-        self.event_ndim = self.p.event_dim
-        self.validate = bool(dist.Distribution._validate_args)
+    plain_transformed = (dist.TransformedDistribution,)
+    transformed = (dist.TransformedDistribution, dist.FoldedDistribution)
+
+    @property
+    def plate_sizes(self):
+        return {frame.dim: frame.size for frame in self.frames}
+
+    def unwrap(self, fn):
+        return unwrap(fn)
+
+    def host_validates(self):
+        return bool(dist.Distribution._validate_args)
 
     def detach(self, p):
         p = jax.tree.map(stop_gradient, p)
@@ -47,22 +47,13 @@ class NumPyroTarget(Target):
     def is_live(self, value):
         return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
-    def transformed_base(self):
-        base: Any = self.p
-        transforms: list[Any] = []
-        while type(base) in (dist.TransformedDistribution, dist.FoldedDistribution):
-            base, transforms = unwrap(base.base_dist), base.transforms + transforms
-        return None if base is self.p else (base, transforms)
-
     def _scores(self, x, names):
-        fixed = {name: getattr(self.p0, name) for name in self.parameters}
         batch_ndim = len(self.p.batch_shape)
         live = [getattr(self.p, name) for name in names]
         live = [jnp.broadcast_to(theta, self.batch_shape + jnp.shape(theta)[batch_ndim:]) for theta in live]
 
         def log_prob(arrays):
-            p = type(self.p)(**fixed | dict(zip(names, arrays, strict=True)), validate_args=False)
-            return p.log_prob(x).sum()
+            return rebuild(self.p0, dict(zip(names, arrays, strict=True)), validate=False).log_prob(x).sum()
 
         return list(zip(map(ops.tether, live), jax.grad(log_prob)(stop_gradient(live)), strict=True))
 

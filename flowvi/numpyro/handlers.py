@@ -69,10 +69,11 @@ class attach_estimators(Messenger):
             )
         choice = self.assignment.choose(msg, name, wrapped)
         fn = msg["fn"].expand_by(msg["kwargs"]["sample_shape"])
-        target = NumPyroTarget(name, fn, enters=True)
+        frames = full_frames(msg, self.plate_sizes)
+        target = NumPyroTarget(name, fn, enters=True, frames=frames)
         estimator = choice.estimator.resolve(target)
         if target.transforms and not estimator.enters:
-            target = NumPyroTarget(name, fn, enters=False)
+            target = NumPyroTarget(name, fn, enters=False, frames=frames)
         if msg.get("_control_flow_done"):
             if not estimator.uses_sampler:
                 self.draws[name] = _draw_in_control_flow(target, choice._replace(estimator=estimator), wrapped, msg["value"])
@@ -84,8 +85,8 @@ class attach_estimators(Messenger):
                     p = target.p.expand(target.batch_shape)
                     msg["value"] = target.push(p(rng_key=msg["kwargs"]["rng_key"], sample_shape=()))
             else:
-                target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
-                self.learned |= dict.fromkeys(declare(msg, target, estimator, self.plate_sizes), name)
+                target, learned = declare(msg, target, estimator, _own_density(msg) if self.entropy == "full" else 0.0)
+                self.learned |= dict.fromkeys(learned, name)
                 self.draws[name] = drawn = draw(target, estimator, msg["kwargs"]["rng_key"])
                 msg["value"] = drawn.value
                 if drawn.log_prob is not None and not target.transforms and not masks(msg["fn"]):
@@ -94,17 +95,20 @@ class attach_estimators(Messenger):
         self.random[name] = SiteDescription(name, estimator, choice.said, target.family, target.parameters, plates)
 
 
-def declare(msg, target: NumPyroTarget, estimator: Estimator, plate_sizes: dict[str, int]) -> list[str]:
-    """Make what the estimator learns parameters of the program, of which the target gets the values; their names."""
-    target.plate_sizes = {frame.dim: plate_sizes.get(frame.name, frame.size) for frame in msg["cond_indep_stack"]}
+def full_frames(msg, plate_sizes: dict[str, int]) -> list:
+    """The plates around a statement, each with its full size."""
+    return [frame._replace(size=plate_sizes.get(frame.name, frame.size)) for frame in msg["cond_indep_stack"]]
+
+
+def declare(msg, target: NumPyroTarget, estimator: Estimator, own_density) -> tuple[NumPyroTarget, list[str]]:
+    """Make what the estimator learns parameters of the program: the target with their values, and their names."""
     learns = estimator.learns(ops, target)
     with trace() as found:  # under `handlers.scope` a parameter gets another name
         values = {
             name: numpyro.param(f"{msg['name']}.{name}", learned.initial(), event_dim=len(learned.event_shape))
             for name, learned in learns.items()
         }
-    target.take(learns, values)
-    return list(found)
+    return target.with_learned(learns, values, own_density), list(found)
 
 
 def _own_density(msg):
@@ -164,9 +168,9 @@ class adaptive(Messenger):
         if msg["type"] != "sample" or msg.get("_control_flow_done") or _fixed(msg) or is_attaching():
             return
         choice = self.assignment.choose(msg, msg["name"], find_estimated(msg["fn"]))
-        target = NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters=True)
-        estimator = choice.estimator.resolve(target)
-        declare(msg, target, estimator, self.plate_sizes)
+        fn = msg["fn"].expand_by(msg["kwargs"]["sample_shape"])
+        target = NumPyroTarget(msg["name"], fn, enters=True, frames=full_frames(msg, self.plate_sizes))
+        declare(msg, target, choice.estimator.resolve(target), own_density=0.0)
 
 
 def _draw_in_control_flow(target: NumPyroTarget, choice: Choice, wrapped, value) -> Draw:

@@ -109,7 +109,7 @@ class Run:
     def require_still_supports(self, what: str):
         """Refuse ``what``, which drops the guide's scores, where the support of a random site moves."""
         for name in self.attached.random:
-            NumPyroTarget(name, self.guide_trace[name]["fn"], enters=False).require_still_support(what)
+            NumPyroTarget(name, self.guide_trace[name]["fn"], enters=False).require_fixed_support(what)
 
     def stick_the_landing(self):
         """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""

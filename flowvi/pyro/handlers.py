@@ -76,12 +76,13 @@ class attach_estimators(Messenger):
             require_baseline_options(name, msg["infer"]["baseline"])
         alias = name.removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else name
         choice = self.assignment.choose(msg, alias, wrapped)
-        target = PyroTarget(name, msg["fn"], enters=True)
+        frames, first_use = msg["cond_indep_stack"], name not in self.assignment.met
+        target = PyroTarget(name, msg["fn"], enters=True, frames=frames, first_use=first_use)
         estimator = choice.estimator.resolve(target)
         if estimator.baseline is not None and "baseline" in msg["infer"]:
             target.refuse(f"expected one baseline, found {estimator.baseline} and infer['baseline']; keep one of them.")
         if target.transforms and not estimator.enters:
-            target = PyroTarget(name, msg["fn"], enters=False)
+            target = PyroTarget(name, msg["fn"], enters=False, frames=frames, first_use=first_use)
         if msg["value"] is None:
             self._draw(msg, target, estimator, wrapped)
         plates = tuple(frame.name for frame in msg["cond_indep_stack"])
@@ -91,8 +92,7 @@ class attach_estimators(Messenger):
     def _draw(self, msg, target, estimator, wrapped):
         name = msg["name"]
         if not estimator.uses_sampler:
-            target.first_use = name not in self.assignment.met
-            self._declare(msg, target, estimator)
+            target = self._declare(msg, target, estimator)
             self.draws[name] = drawn = draw(target, estimator)
             self.assignment.met.add(name)
             msg["value"], msg["done"] = drawn.value, True
@@ -108,17 +108,15 @@ class attach_estimators(Messenger):
             msg["value"], msg["done"] = target.push(target.p.expand(target.batch_shape).rsample()), True
 
     def _declare(self, msg, target, estimator):
-        """Make what the estimator learns parameters of the program, of which the target gets the values."""
-        target.stack = msg["cond_indep_stack"]
+        """Make what the estimator learns parameters of the program: the target with their values."""
         if not (learns := estimator.learns(ops, target)):
-            return
-        target.own_density = _own_density(msg) if self.entropy == "full" else 0.0
+            return target
         values = {
             name: pyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=len(learned.event_shape))
             for name, learned in learns.items()
         }
-        target.take(learns, values)
         self.learned += [f"{msg['name']}.{name}" for name in learns]
+        return target.with_learned(learns, values, _own_density(msg) if self.entropy == "full" else 0.0)
 
 
 def _own_density(msg) -> Any:

@@ -128,7 +128,7 @@ class Run:
         if isinstance(poutine.unwrap(self._program[1]), poutine.messenger.Messenger):
             raise ValueError(f"{what} runs the guide again by itself, which a GuideMessenger cannot do; go without it.")
         for name in self.attached.random:
-            PyroTarget(name, self.guide_trace.nodes[name]["fn"], enters=False).require_still_support(what)
+            PyroTarget(name, self.guide_trace.nodes[name]["fn"], enters=False).require_fixed_support(what)
 
     def stick_the_landing(self):
         """Take out of the guide's densities what their parameters contribute at values, and parents, that stay where they are."""
