@@ -52,7 +52,7 @@ SUPPORT = {
     **dict.fromkeys(("HalfNormal", "HalfCauchy", "Exponential", "Gamma", "InverseGamma", "Weibull", "LogNormal"), (0, math.inf)),
 }
 LOGISTIC = 1.2 * 1.5434046384182085
-MODES = (math.exp(0.3 - 1.2**2), 0.7 / 1.2, 1.2 / 2.7, 1.3 * (0.8 / 1.8) ** (1 / 1.8), 0.3)
+MODES = (math.exp(0.3 - 1.2**2), 1.2 / 1.7, 0.7 / 1.2, 1.2 / 2.7, 1.3 * (0.8 / 1.8) ** (1 / 1.8), 0.3)
 BREAKS = (0.3 - LOGISTIC, -0.9, 0.3, 0.71428571428571, 1.2, 1.3, 1.41666666666667, 1.5, 0.3 + LOGISTIC, 4.0, *MODES)
 
 
