@@ -65,12 +65,14 @@ class Target(Shapes, ABC):
 
     # ---- what a host says
 
+    @staticmethod
     @abstractmethod
-    def unwrap(self, fn: Any) -> Any:
+    def unwrap(fn: Any) -> Any:
         """Take off what does not change the family: independent, expanded, masked, estimated."""
 
+    @staticmethod
     @abstractmethod
-    def host_validates(self) -> bool:
+    def host_validates() -> bool:
         """Whether the host's validation is on."""
 
     @abstractmethod

@@ -15,6 +15,8 @@ from test_parity import attached
 
 from flowvi import LR, Flow, fields, proposals
 from flowvi.families import FAMILIES
+from flowvi.host import host_of
+from flowvi.proposals.slices import _SymmetricSlice
 
 N = 20_000
 LOC = {"loc": 0.3, "scale": 1.2}
@@ -291,11 +293,11 @@ def test_a_wrong_density_is_rejected(host):
     """A density that is not that of its sampler puts the estimate where the z-score sees it."""
     case, exact = CASES["normal-scale-square"], EXACT["normal-scale-square"]
 
-    class Wrong(proposals._Slice):
+    class Wrong(_SymmetricSlice):
         def log_prob(self, ops, parts, x):
             return super().log_prob(ops, parts, x) + 0.1
 
-    q = proposals.defensive(lambda p: proposals._host(p).Proposal(Wrong("height"), p))
+    q = proposals.defensive(lambda p: host_of(p).proposal(Wrong("height", FAMILIES["Normal"].peak), p))
     for wrong, estimator in (
         (True, LR(q=q)),
         (False, LR(q=proposals.slice_by_height())),

@@ -23,20 +23,26 @@ from flowvi.rebuild import rebuild
 from flowvi.target import Target
 
 
+def unwrap(fn: dist.Distribution) -> dist.Distribution:
+    """Take off what does not change the family: independent, expanded, masked, estimated."""
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution | Estimated):
+        fn = fn.base_dist
+    return fn
+
+
 class NumPyroTarget(Target):
     """See :class:`flowvi.target.Target`; the ``frames`` have the full sizes of their plates."""
 
     plain_transformed = (dist.TransformedDistribution,)
     transformed = (dist.TransformedDistribution, dist.FoldedDistribution)
+    unwrap = staticmethod(unwrap)
 
     @property
     def plate_sizes(self):
         return {frame.dim: frame.size for frame in self.frames}
 
-    def unwrap(self, fn):
-        return unwrap(fn)
-
-    def host_validates(self):
+    @staticmethod
+    def host_validates():
         return bool(dist.Distribution._validate_args)
 
     def detach(self, p):
@@ -102,13 +108,6 @@ class NumPyroTarget(Target):
     def sample(self, q: Any, key: jax.Array) -> jax.Array:
         """Draw x, of the full shape, from p0 or from an expanded proposal."""
         return stop_gradient(q.expand(self.batch_shape)(rng_key=key, sample_shape=()))
-
-
-def unwrap(fn: dist.Distribution) -> dist.Distribution:
-    """Take off what does not change the family: independent, expanded, masked, estimated."""
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution | Estimated):
-        fn = fn.base_dist
-    return fn
 
 
 def masks(fn: dist.Distribution) -> list[Any]:

@@ -38,21 +38,24 @@ def is_kind(p: Any, kinds: type | tuple[type, ...]) -> bool:
     return _is_subclass(type(p), kinds)  # type: ignore[arg-type]
 
 
+def unwrap(fn: Any) -> Any:
+    """Take off what does not change the family: independent, expanded, masked, estimated."""
+    while hasattr(fn, "base_dist") and isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
 class PyroTarget(Target):
     """See :class:`flowvi.target.Target`."""
 
     plain_transformed = PLAIN_TRANSFORMED
     transformed = TRANSFORMED
+    unwrap = staticmethod(unwrap)
+    host_validates = staticmethod(is_validation_enabled)
 
     @cached_property
     def plate_sizes(self):
         return {f.dim: 1 if f.name == PARTICLES else f.full_size or f.size for f in self.frames if f.vectorized}
-
-    def unwrap(self, fn):
-        return unwrap(fn)
-
-    def host_validates(self):
-        return is_validation_enabled()
 
     def detach(self, p):
         return _detach(p)
@@ -106,13 +109,6 @@ def draw(target: PyroTarget, estimator: Estimator) -> Draw:
         q = q.expand(target.batch_shape)
     x = q.rsample() if q.has_rsample else q.sample()  # as Pyro draws
     return attach(ops, target, estimator, x)
-
-
-def unwrap(fn: Any) -> Any:
-    """Take off what does not change the family: independent, expanded, masked, estimated."""
-    while hasattr(fn, "base_dist") and isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
-    return fn
 
 
 def masks(fn: Any) -> Iterator[Any]:
