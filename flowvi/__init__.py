@@ -3,10 +3,22 @@
 The names here import neither jax nor torch; ``flowvi.numpyro`` and ``flowvi.pyro`` hold the objectives.
 """
 
-from flowvi import fields, proposals
-from flowvi.adaptive import AdaptiveFlow
+from flowvi import families, fields, proposals
 from flowvi.checks import check_estimator
 from flowvi.estimators import LR, RP, Auto, Baseline, Flow, ImplicitRP
+from flowvi.learned.flow import AdaptiveFlow
 
-__all__ = ["LR", "RP", "AdaptiveFlow", "Auto", "Baseline", "Flow", "ImplicitRP", "check_estimator", "fields", "proposals"]
+__all__ = [
+    "LR",
+    "RP",
+    "AdaptiveFlow",
+    "Auto",
+    "Baseline",
+    "Flow",
+    "ImplicitRP",
+    "check_estimator",
+    "families",
+    "fields",
+    "proposals",
+]
 __version__ = "0.1.0"

@@ -46,7 +46,7 @@ def held_values(host: Host, run: Run) -> dict[str, Any]:
 def require_fixed_supports(host: Host, run: Run, what: str) -> None:
     """Refuse ``what``, which drops the guide's scores, where the support of a random site moves with a parameter."""
     for name in run.sites.random:
-        host.target(name, run.guide[name].fn, False).require_still_support(what)
+        host.target(name, run.guide[name].fn, False).require_fixed_support(what)
 
 
 def use_closed_forms(host: Host, run: Run) -> Run:

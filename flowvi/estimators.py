@@ -18,10 +18,13 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from flowvi.control_variates import CostModel, Kind
 from flowvi.fields import Field
+from flowvi.learned.cost_model import CostModel, Kind
+from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops, times
-from flowvi.target import Learned, Tangents, Target, broadcasts, unknown_parameter
+from flowvi.shapes import broadcasts
+from flowvi.tangents import Tangents, unknown_parameter
+from flowvi.target import Target
 
 
 class Draw(NamedTuple):

@@ -39,10 +39,6 @@ class Host(Protocol):
         """The named family inside independent, expanded, masked and estimated distributions."""
         ...
 
-    def target_of(self, msg: Any, /, enters: bool) -> Any:
-        """The target of the statement of a message."""
-        ...
-
     def divergence(self, guide: Any, model: Any, /) -> Any:
         """The divergence of two statements in closed form, scaled and masked as the first; None where the host knows none."""
         ...

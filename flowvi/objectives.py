@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from flowvi.dependence import Ancestor, Frame
 from flowvi.ops import Array, Ops, total
-from flowvi.target import broadcasts
+from flowvi.shapes import broadcasts
 
 LeaveOneOut = Literal["loo"] | None
 

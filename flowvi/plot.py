@@ -25,7 +25,8 @@ import numpy as np
 
 from flowvi.estimators import LR, Estimator
 from flowvi.ops import Array
-from flowvi.target import Support, unknown_parameter
+from flowvi.support import Support
+from flowvi.tangents import unknown_parameter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -57,13 +57,16 @@ class GuideSites:
         """The same choices, for another run."""
         return GuideSites(self.assignment, self.entropy)
 
-    def visit(self, host: Host, msg: Any, alias: str, draw: Callable[[Any, Visit], Draw | None]) -> str | None:
+    def visit(
+        self, host: Host, msg: Any, alias: str, target_of: Callable[[Any, bool], Target], draw: Callable[[Any, Visit], Draw | None]
+    ) -> str | None:
         """Choose the estimator of a site and let it act.
 
         Args:
             host: The host library.
             msg: The host's message of the statement.
             alias: The name of the model site for which it stands.
+            target_of: ``target_of(msg, enters)`` makes the target of the site.
             draw: ``draw(msg, visit)`` draws at the site; returns what was attached, or None where nothing was.
 
         Returns:
@@ -83,10 +86,10 @@ class GuideSites:
             )
         choice = self.assignment.choose(msg, alias, wrapped)
         try:
-            target = host.target_of(msg, True)
+            target = target_of(msg, True)
             estimator = choice.estimator.resolve(target)
             if target.transforms and not estimator.enters:
-                target = host.target_of(msg, False)
+                target = target_of(msg, False)
             drawn = draw(msg, Visit(target, estimator, choice, wrapped))
         except ValueError as refusal:
             if choice.source == "default" and not self.assignment.has_read_annotations:

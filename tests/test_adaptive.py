@@ -21,8 +21,7 @@ from test_parity import TARGETS
 
 import flowvi.numpyro
 import flowvi.pyro
-from flowvi import LR, RP, AdaptiveFlow, Flow, fields
-from flowvi.adaptive import MOVES
+from flowvi import LR, RP, AdaptiveFlow, Flow, families, fields
 from flowvi.estimators import attach
 
 NUMPYRO, PYRO = HOSTS["numpyro"], HOSTS["pyro"]
@@ -36,6 +35,7 @@ FAMILIES = {
     "HalfCauchy": (lambda h, t: h.dist.HalfCauchy(t[0]), (0.8,), 1),
     "Exponential": (lambda h, t: h.dist.Exponential(t[0]), (1.3,), 1),
     "Gamma": (lambda h, t: h.dist.Gamma(t[0], t[1]), (1.7, 1.2), 2),
+    "InverseGamma": (lambda h, t: h.dist.InverseGamma(t[0], t[1]), (2.4, 1.2), 2),
     "Beta": (lambda h, t: h.dist.Beta(t[0], t[1]), (1.6, 2.3), 2),
     "Weibull": (lambda h, t: h.dist.Weibull(t[0], t[1]), (1.2, 1.6), 2),
     "VonMises": (lambda h, t: h.dist.VonMises(t[0], t[1]), (0.5, 1.8), 2),
@@ -84,7 +84,7 @@ def one(family, learned, cost=cost):
 
 
 def scaled(a, family):
-    field = fields.PATHWISE["MixtureSameFamily" if family == "mixture" else family]
+    field = families.FAMILIES["MixtureSameFamily" if family == "mixture" else family].pathwise
     return Flow(fields.scaled(a, field)) if a != 1 else Flow(field)
 
 
@@ -204,8 +204,7 @@ def attached(host, family, learned, estimator):
     ops, target_of = TARGETS[host.name]
 
     def total(theta, learned):
-        target = target_of("x", make(host, theta), True)
-        target.learned = learned
+        target = target_of("x", make(host, theta), True).with_learned({}, learned, 0.0)
         draw = attach(ops, target, estimator, host.array([0.31, 0.62, 0.93]))
         weights = host.array([1.0, -0.5, 2.0])
         return (weights * (draw.value + 0.7 * draw.score - 0.3 * draw.control)).sum()
@@ -223,7 +222,7 @@ def attached(host, family, learned, estimator):
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_hosts_agree(family):
     """At the same x, for every coefficient."""
-    moves = len(MOVES.get(family, ()))
+    moves = 0 if family == "mixture" else len(families.FAMILIES[family].moves)
     learned = coefficients(FAMILIES[family][2], proposal=0 if family == "VonMises" else moves)
     if family == "mixture":  # Pyro normalises logits, so that they are to move alike
         learned = {name: 0 * value + value[0] for name, value in learned.items()}
@@ -593,7 +592,7 @@ def test_refusals(host):
         ),
         (MOST["Normal"][0], (0.3, 0.8), AdaptiveFlow(field=loc_only()), r"site 'x': .* but loc_only\(\) has none for 'scale'; give it"),
         (mvn, (0.3,), AdaptiveFlow(), "site 'x': AdaptiveFlow needs a pathwise field for each .* none for this MultivariateNormal"),
-        (mixture_2d, (0.3, 0.1, 0.2), AdaptiveFlow(), "site 'x': .* flowvi.fields.PATHWISE has none for this MixtureSameFamily"),
+        (mixture_2d, (0.3, 0.1, 0.2), AdaptiveFlow(), "site 'x': .* flowvi.families has none for this MixtureSameFamily"),
         (MOST["Gamma"][0], (2.0, 1.0), AdaptiveFlow(field=fields.scale()), r"site 'x': .* but scale\(\) has none for this Gamma"),
         (
             lambda h, t: mixture(h, t[0]),

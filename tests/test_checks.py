@@ -23,6 +23,7 @@ import flowvi
 from flowvi import LR, RP, AdaptiveFlow, Auto, Flow, ImplicitRP, fields, proposals
 from flowvi.checks import EstimatorError, check_estimator
 from flowvi.estimators import Estimator
+from flowvi.families import FAMILIES
 
 BOTH = ("numpyro", "pyro")
 QUICK = {"num_samples": 5000}
@@ -411,7 +412,7 @@ def test_vector_fields_pass(host, name):
 
 PURE = {  # what a density that vanishes inside is for
     **{key: "loc" for key in PROPOSALS if key[1] in ("slice_by_mass 0", "slice_by_height 0", "optimal loc")},
-    **{key: proposals.STRETCHED[key[0]].parameter for key in PROPOSALS if key[1] == "optimal stretch 0"},
+    **{key: FAMILIES[key[0]].stretch.parameter for key in PROPOSALS if key[1] == "optimal stretch 0"},
 }
 LIGHT = {("Cauchy", "student_t"), ("Laplace", "slice_by_mass 0")}  # whose weights have no second moment
 # The pure slices of a family that no parameter shifts are for none.

@@ -115,7 +115,7 @@ def beta_mixture(h, t):
     return h.dist.MixtureSameFamily(h.dist.Categorical(logits=h.array([0.3, -0.1]) + 0 * shape), components)
 
 
-SMOOTH = tuple(f for f in fields.scalar.LOCATION_SCALE if f != "Laplace")
+SMOOTH = tuple(f for f in fields.location_scale().families if f != "Laplace")
 LOCATION_SCALE = {"loc": 0.3, "scale": 1.2}
 BETA = {"concentration1": 1.6, "concentration0": 0.7}
 TRUNCATED = {"loc": 0.4, "scale": 1.1, "low": -0.8, "high": 1.5}
@@ -129,6 +129,7 @@ ROWS = {
     **family("Gamma", fields.gamma_implicit, positive, POSITIVES, {"concentration": 1.7, "rate": 1.2}),
     **family("Gamma", fields.gamma_g_rep, positive, POSITIVES, {"concentration": 1.7, "rate": 1.2}),
     **family("Gamma", fields.gamma_one_moment, positive, POSITIVES, {"concentration": 1.7, "rate": 1.2}),
+    **family("InverseGamma", fields.inverse_gamma, positive, POSITIVES, {"concentration": 2.4, "rate": 1.2}),
     **family("Weibull", fields.weibull, positive, POSITIVES, {"scale": 1.3, "concentration": 1.8}),
     **family("Kumaraswamy", fields.kumaraswamy, unit, UNITS, BETA),
     **family("Beta", fields.beta_implicit, unit, UNITS, BETA),
@@ -478,7 +479,7 @@ def test_implicit_gamma_over_shapes(host, a):
     """Against JAX's derivative, right to 1e-13, from quantile 1e-6 to 1 - 1e-6."""
     y = np.maximum(special.gammaincinv(a, np.array([1e-6, 0.05, 0.3, 0.5, 0.7, 0.95, 1 - 1e-6])), 1e-250)
     expected = jax.lax.random_gamma_grad(jnp.full(y.shape, a), jnp.asarray(y))
-    u = fields.quadrature._gamma_implicit(TARGETS[host.name][0], host.array(a), host.array(y))
+    u = fields.gamma._gamma_implicit(TARGETS[host.name][0], host.array(a), host.array(y))
     np.testing.assert_allclose(np.asarray(u), expected, rtol=1e-10)
 
 
@@ -490,7 +491,7 @@ def test_implicit_beta_over_shapes(host, a, b):
     x = x[(x > 1e-200) & (x < 1 - 1e-9)]
     step = 0.02 * min(a, a**0.5)
     slope = sum(c * (special.betainc(a + k * step, b, x) - special.betainc(a - k * step, b, x)) for k, c in STENCIL.items()) / step
-    u = np.asarray(fields.quadrature._beta_implicit(TARGETS[host.name][0], *(host.array(v) for v in (a, b, x, 1 - x))))
+    u = np.asarray(fields.beta._beta_implicit(TARGETS[host.name][0], *(host.array(v) for v in (a, b, x, 1 - x))))
     log_flux = a * np.log(x) + b * np.log1p(-x) - special.betaln(a, b)
     np.testing.assert_allclose(-u * np.exp(log_flux), slope, rtol=1e-8, atol=1e-10)
 

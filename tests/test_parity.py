@@ -13,11 +13,11 @@ from scipy.special import digamma
 import flowvi.ops.jax
 import flowvi.ops.torch
 from flowvi import LR, RP, Flow, ImplicitRP
+from flowvi.dependence import Frame, program_order
 from flowvi.estimators import attach
 from flowvi.numpyro.distributions import NumPyroTarget
 from flowvi.objectives import Credit, Particle, estimate, sum_to
 from flowvi.pyro.distributions import PyroTarget
-from flowvi.dependence import Frame, program_order
 
 TARGETS = {"numpyro": (flowvi.ops.jax, NumPyroTarget), "pyro": (flowvi.ops.torch, PyroTarget)}
 LOC, SCALE = np.array([0.3, -0.5, 1.1]), np.array([0.8, 1.2, 0.5])

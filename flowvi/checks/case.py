@@ -12,11 +12,11 @@ import numpy as np
 from flowvi.checks import Build, Parameter, named
 from flowvi.checks.quadrature import SIDE, Chart, Coordinates, integers, nodes
 from flowvi.estimators import Estimator, attach
+from flowvi.family import family_of
 from flowvi.ops import Array
 
 STENCIL = {1: 2 / 3, -1: -2 / 3, 2: -1 / 12, -2: 1 / 12}  # of a first derivative, to order 4
 STEP = 2e-4  # of differences, in the natural unit of each coordinate
-CIRCLES = ("VonMises",)  # Pyro calls their support the real numbers
 LOWER = ("_LowerCholesky", "_LowerTriangular", "_ScaledUnitLowerCholesky", "_SoftplusLowerCholesky")
 SYMMETRIC = ("_PositiveDefinite", "_PositiveSemiDefinite", "_CorrMatrix")
 CHUNKS = 50
@@ -214,7 +214,7 @@ class Case:
 
     @property
     def on_circle(self) -> bool:
-        return self.family in CIRCLES
+        return family_of(self.still.p).circle
 
     @cached_property
     def coordinates(self) -> Coordinates:

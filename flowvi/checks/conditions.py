@@ -15,7 +15,7 @@ from flowvi.checks.coverage import Z
 from flowvi.checks.quadrature import Chart
 from flowvi.estimators import Flow, ImplicitRP
 from flowvi.ops import Array
-from flowvi.target import Tangents, unknown_parameter
+from flowvi.tangents import Tangents, unknown_parameter
 
 QUANTILES = (0.06, 0.2, 0.37, 0.55, 0.75, 0.93)
 NEAR = 28.0  # how far the log of the mass falls on the way to an end of the support

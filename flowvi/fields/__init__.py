@@ -9,20 +9,13 @@ the divergence. Each field serves the families that it names, in both hosts and 
 those of their parameters that carry a derivative. Written once over the operations of a backend.
 """
 
+from flowvi.fields.beta import beta_g_rep, beta_implicit, dirichlet, student_t
+from flowvi.fields.circular import von_mises
 from flowvi.fields.combinators import masked, per_element, scaled, summed
 from flowvi.fields.field import Field, Part
+from flowvi.fields.gamma import gamma_g_rep, gamma_implicit, gamma_one_moment, inverse_gamma
 from flowvi.fields.mixtures import implicit, mixture
 from flowvi.fields.multivariate import multivariate_normal, multivariate_normal_transport
-from flowvi.fields.quadrature import (
-    beta_g_rep,
-    beta_implicit,
-    dirichlet,
-    gamma_g_rep,
-    gamma_implicit,
-    gamma_one_moment,
-    student_t,
-    von_mises,
-)
 from flowvi.fields.scalar import (
     exponential,
     kumaraswamy,
@@ -46,6 +39,7 @@ __all__ = [
     "gamma_implicit",
     "gamma_one_moment",
     "implicit",
+    "inverse_gamma",
     "kumaraswamy",
     "location_scale",
     "log_normal",
@@ -64,26 +58,3 @@ __all__ = [
     "von_mises",
     "weibull",
 ]
-
-PATHWISE: dict[str, Field] = {
-    family: field
-    for field in (
-        location_scale(),
-        scale(),
-        log_normal(),
-        exponential(),
-        weibull(),
-        kumaraswamy(),
-        uniform(),
-        pareto(),
-        truncated_normal(),
-        gamma_implicit(),
-        beta_implicit(),
-        student_t(),
-        von_mises(),
-        mixture(),
-        dirichlet(),
-        multivariate_normal(),
-    )
-    for family in field.families
-}

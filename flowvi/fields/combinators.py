@@ -7,7 +7,7 @@ from typing import Any
 
 from flowvi.fields.field import Field, Velocity, _total
 from flowvi.ops import Array
-from flowvi.target import Tangents
+from flowvi.tangents import Tangents
 
 
 def scaled(a: float | Array, field: Field | Velocity) -> Field:

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from flowvi.ops import Array, Ops
-from flowvi.target import Tangents
+from flowvi.tangents import Tangents
 
 Velocity = Callable[[Array, Any, Tangents], Array]
 Elementwise = Callable[[Ops, Array, Any], Any]

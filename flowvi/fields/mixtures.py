@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from flowvi.family import family_of, served_by
 from flowvi.fields.field import Elementwise, Field, Part, _total
-from flowvi.fields.scalar import SYMMETRIC
 from flowvi.ops import Array, Ops
-from flowvi.target import Tangents
+from flowvi.tangents import Tangents
 
 
 def implicit() -> Field:
@@ -47,10 +47,9 @@ def implicit() -> Field:
 
 def _survival(cdf: Callable[[Array, Any], Array], x: Array, p: Any) -> Array:
     """1 - cdf, for symmetric families (and mixtures of them) without a loss of digits in the right tail."""
-    family = type(p).__name__
-    if family in SYMMETRIC:
+    if family_of(p).symmetric:
         return cdf(2 * p.loc - x, p)
-    if family == "MixtureSameFamily":
+    if type(p).__name__ == "MixtureSameFamily":
         return (_mixing(p).probs * _survival(cdf, x[..., None], _unwrapped(p.component_distribution))).sum(-1)
     return 1 - cdf(x, p)
 
@@ -138,19 +137,16 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
     def parts(p: Any) -> dict[str, Part]:
         return {} if len(p.event_shape) else _mixture_parts(p, components)
 
-    said = [f"orders={orders}"] * (orders is not None) + [f"components={components}"] * (components is not None)
-    families = ("MixtureSameFamily", "MixtureGeneral")
-    return Field(velocity, "pathwise", families=families, name=f"mixture({', '.join(said)})", parts=parts)
+    arguments = [f"orders={orders}"] * (orders is not None) + [f"components={components}"] * (components is not None)
+    return Field(velocity, "pathwise", families=served_by(mixture), name=f"mixture({', '.join(arguments)})", parts=parts)
 
 
 def _mixture_parts(p: Any, field: Field | None) -> dict[str, Part]:
     """The parts of a scalar mixture of one family: logit k, and the parameters of component k."""
     if not hasattr(p, "component_distribution"):
         return {}
-    from flowvi.fields import PATHWISE  # where this module's own fields are too
-
     component = _unwrapped(p.component_distribution)
-    field = field or PATHWISE.get(type(component).__name__)
+    field = field or family_of(component).pathwise
     own = {} if field is None or field.parts is None else field.parts(component)
     if not own:
         return {}

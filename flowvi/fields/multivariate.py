@@ -6,9 +6,10 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+from flowvi.family import served_by
 from flowvi.fields.field import Field, _total
 from flowvi.ops import Array, Ops
-from flowvi.target import Tangents
+from flowvi.tangents import Tangents
 
 Null = Callable[[Any, Tangents], Array]
 
@@ -39,7 +40,7 @@ def multivariate_normal(null: Null | None = None) -> Field:
     def linear(ops: Ops, p: Any, dtril: Array, eps: Array) -> Array:
         return _times(dtril, eps)
 
-    return _multivariate_normal("multivariate_normal", linear, null)
+    return _multivariate_normal("multivariate_normal", served_by(multivariate_normal), linear, null)
 
 
 def multivariate_normal_transport(null: Null | None = None) -> Field:
@@ -71,10 +72,12 @@ def multivariate_normal_transport(null: Null | None = None) -> Field:
         m = v @ ((v.mT @ (half + half.mT) @ v) / (d[..., None, :] + d[..., :, None])) @ v.mT
         return _times(m, _times(p.scale_tril, eps))
 
-    return _multivariate_normal("multivariate_normal_transport", linear, null)
+    return _multivariate_normal("multivariate_normal_transport", served_by(multivariate_normal_transport), linear, null)
 
 
-def _multivariate_normal(name: str, linear: Callable[[Ops, Any, Array, Array], Array], null: Null | None) -> Field:
+def _multivariate_normal(
+    name: str, families: tuple[str, ...], linear: Callable[[Ops, Any, Array, Array], Array], null: Null | None
+) -> Field:
     def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
         ops, eps = dtheta.ops, dtheta.ops.solve_lower(p.scale_tril, x - p.loc)
         dloc, dtril = (dtheta.of(attrgetter(part)) for part in ("loc", "scale_tril"))
@@ -85,8 +88,8 @@ def _multivariate_normal(name: str, linear: Callable[[Ops, Any, Array, Array], A
             terms.append(_times((a - a.mT) / 2, ops.solve_upper(p.scale_tril.mT, eps)))
         return _total(terms) if terms else ops.asarray(0.0, x)
 
-    said = "" if null is None else f"null={getattr(null, '__name__', null)}"
-    return Field(velocity, "pathwise", families=("MultivariateNormal",), name=f"{name}({said})")
+    argument = "" if null is None else f"null={getattr(null, '__name__', null)}"
+    return Field(velocity, "pathwise", families=families, name=f"{name}({argument})")
 
 
 def _times(a: Array, x: Array) -> Array:

@@ -7,12 +7,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from flowvi.family import served_by
 from flowvi.fields.field import Elementwise, Field, Part, _of_parts, _parts, _pathwise, _total
 from flowvi.ops import Array, Ops
-from flowvi.target import Tangents
-
-LOCATION_SCALE = ("Normal", "Laplace", "Logistic", "Cauchy", "Gumbel")
-SYMMETRIC = ("Normal", "Laplace", "Logistic", "Cauchy", "StudentT")
+from flowvi.tangents import Tangents
 
 
 def location_scale() -> Field:
@@ -31,7 +29,9 @@ def location_scale() -> Field:
     References:
         Kingma and Welling 2014. Parmas and Sugiyama 2021, section 2.3.
     """
-    return _pathwise("location_scale", LOCATION_SCALE, loc=lambda ops, x, p: 1.0, scale=lambda ops, x, p: (x - p.loc) / p.scale)
+    return _pathwise(
+        "location_scale", served_by(location_scale), loc=lambda ops, x, p: 1.0, scale=lambda ops, x, p: (x - p.loc) / p.scale
+    )
 
 
 def scale() -> Field:
@@ -50,7 +50,7 @@ def scale() -> Field:
     References:
         Kingma and Welling 2014.
     """
-    return _pathwise("scale", ("HalfNormal", "HalfCauchy"), scale=lambda ops, x, p: x / p.scale)
+    return _pathwise("scale", served_by(scale), scale=lambda ops, x, p: x / p.scale)
 
 
 def log_normal() -> Field:
@@ -69,7 +69,9 @@ def log_normal() -> Field:
     References:
         Kingma and Welling 2014.
     """
-    return _pathwise("log_normal", ("LogNormal",), loc=lambda ops, x, p: x, scale=lambda ops, x, p: x * (ops.log(x) - p.loc) / p.scale)
+    return _pathwise(
+        "log_normal", served_by(log_normal), loc=lambda ops, x, p: x, scale=lambda ops, x, p: x * (ops.log(x) - p.loc) / p.scale
+    )
 
 
 def exponential() -> Field:
@@ -88,7 +90,7 @@ def exponential() -> Field:
     References:
         Kingma and Welling 2014.
     """
-    return _pathwise("exponential", ("Exponential",), rate=_rate)
+    return _pathwise("exponential", served_by(exponential), rate=_rate)
 
 
 def _rate(ops: Ops, x: Array, p: Any) -> Array:
@@ -115,7 +117,7 @@ def weibull() -> Field:
     """
     return _pathwise(
         "weibull",
-        ("Weibull",),
+        served_by(weibull),
         scale=lambda ops, x, p: x / p.scale,
         concentration=lambda ops, x, p: -x * ops.log(x / p.scale) / p.concentration,
     )
@@ -146,7 +148,7 @@ def kumaraswamy() -> Field:
 
     return _pathwise(
         "kumaraswamy",
-        ("Kumaraswamy",),
+        served_by(kumaraswamy),
         concentration1=lambda ops, x, p: -x * ops.log(x) / p.concentration1,
         concentration0=u_b,
     )
@@ -172,7 +174,7 @@ def uniform() -> Field:
     """
     return _pathwise(
         "uniform",
-        ("Uniform",),
+        served_by(uniform),
         low=lambda ops, x, p: (p.high - x) / (p.high - p.low),
         high=lambda ops, x, p: (x - p.low) / (p.high - p.low),
     )
@@ -200,7 +202,7 @@ def pareto() -> Field:
     """
     return _pathwise(
         "pareto",
-        ("Pareto",),
+        served_by(pareto),
         scale=lambda ops, x, p: x / p.scale,
         alpha=lambda ops, x, p: -x * ops.log(x / p.scale) / p.alpha,
     )
@@ -269,6 +271,5 @@ def truncated_normal() -> Field:
             dtheta.target.refuse(f"the field truncated_normal() is for a truncated Normal; found one of {type(p.base_dist).__name__}.")
         return field.velocity(x, p, dtheta)
 
-    families = ("TwoSidedTruncatedDistribution", "LeftTruncatedDistribution", "RightTruncatedDistribution")
-    field = _of_parts("truncated_normal()", families, parts)
+    field = _of_parts("truncated_normal()", served_by(truncated_normal), parts)
     return replace(field, velocity=velocity)

@@ -14,29 +14,35 @@ from jax.core import Tracer
 from jax.lax import stop_gradient
 from multipledispatch import dispatch
 from numpyro.distributions.batch_util import promote_batch_shape
-from numpyro.distributions.transforms import ComposeTransform, Transform
 
 import flowvi.ops.jax as ops
 from flowvi.estimators import Draw, Estimator, attach
 from flowvi.numpyro.materialize import computed_once
+from flowvi.rebuild import rebuild
 from flowvi.target import Target
 
 
-class NumPyroTarget(Target):
-    """See :class:`flowvi.target.Target`."""
+def unwrap(fn: dist.Distribution) -> dist.Distribution:
+    """Take off what does not change the family: independent, expanded, masked, estimated."""
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist  # type: ignore[attr-defined]
+    return fn
 
-    def __init__(self, name: str, fn: dist.Distribution, enters: bool):
-        self.name = name
-        self.batch_ndim = len(fn.batch_shape)
-        self.transforms: list[Transform] = []
-        self.shape = fn.shape()
-        self.p = unwrap(fn)
-        while enters and type(self.p) is dist.TransformedDistribution:
-            self.shape = ComposeTransform(self.p.transforms).inverse_shape(self.shape)
-            self.transforms = self.p.transforms + self.transforms
-            self.p = unwrap(self.p.base_dist)
-        self.event_ndim = self.p.event_dim
-        self.validate = bool(dist.Distribution._validate_args)
+
+class NumPyroTarget(Target):
+    """See :class:`flowvi.target.Target`; the ``frames`` have the full sizes of their plates."""
+
+    plain_transformed = (dist.TransformedDistribution,)
+    transformed = (dist.TransformedDistribution, dist.FoldedDistribution)
+    unwrap = staticmethod(unwrap)
+
+    @property
+    def plate_sizes(self):
+        return {frame.dim: frame.size for frame in self.frames}
+
+    @staticmethod
+    def host_validates():
+        return bool(dist.Distribution._validate_args)
 
     def detach(self, p):
         p = jax.tree.map(stop_gradient, p)
@@ -46,22 +52,13 @@ class NumPyroTarget(Target):
     def is_live(self, value):
         return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
-    def transformed_base(self):
-        base: Any = self.p
-        transforms: list[Any] = []
-        while type(base) in (dist.TransformedDistribution, dist.FoldedDistribution):
-            base, transforms = unwrap(base.base_dist), base.transforms + transforms
-        return None if base is self.p else (base, transforms)
-
     def _scores(self, x, names):
-        fixed = {name: getattr(self.p0, name) for name in self.parameters}
         batch_ndim = len(self.p.batch_shape)
         live = [getattr(self.p, name) for name in names]
         live = [jnp.broadcast_to(theta, self.batch_shape + jnp.shape(theta)[batch_ndim:]) for theta in live]
 
         def log_prob(arrays):
-            p = type(self.p)(**fixed | dict(zip(names, arrays, strict=True)), validate_args=False)
-            return p.log_prob(x).sum()
+            return rebuild(self.p0, dict(zip(names, arrays, strict=True)), validate=False).log_prob(x).sum()
 
         return list(zip(map(ops.tether, live), jax.grad(log_prob)(stop_gradient(live)), strict=True))
 
@@ -110,13 +107,6 @@ class NumPyroTarget(Target):
     def sample(self, q: Any, key: jax.Array) -> jax.Array:
         """Draw x, of the full shape, from p0 or from an expanded proposal."""
         return stop_gradient(q.expand(self.batch_shape)(rng_key=key, sample_shape=()))
-
-
-def unwrap(fn: dist.Distribution) -> dist.Distribution:
-    """Take off what does not change the family: independent, expanded, masked, estimated."""
-    while isinstance(fn, WRAPPERS):
-        fn = fn.base_dist  # type: ignore[attr-defined]
-    return fn
 
 
 class Estimated(dist.Distribution):

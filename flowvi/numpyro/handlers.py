@@ -36,7 +36,10 @@ class attach_estimators(Messenger):
         if msg["type"] == "plate":
             self.plate_sizes[msg["name"]] = msg["args"][0]
         elif msg["type"] == "sample":
-            self.sites.visit(HOST, msg, msg["name"], self._draw)
+            self.sites.visit(HOST, msg, msg["name"], self._target, self._draw)
+
+    def _target(self, msg, enters: bool) -> NumPyroTarget:
+        return target_of(msg, enters, self.plate_sizes)
 
     def _draw(self, msg, visit: Visit) -> Draw | None:
         name, estimator = msg["name"], visit.estimator
@@ -50,8 +53,8 @@ class attach_estimators(Messenger):
                 p = target.p.expand(target.batch_shape)
                 msg["value"] = target.push(p(rng_key=msg["kwargs"]["rng_key"], sample_shape=()))
             return None
-        target.own_density = weight_of_density(msg) if self.sites.entropy == "full" else 0.0
-        self.sites.learned |= dict.fromkeys(declare(msg, target, estimator, self.plate_sizes), name)
+        target, learned = declare(msg, target, estimator, weight_of_density(msg) if self.sites.entropy == "full" else 0.0)
+        self.sites.learned |= dict.fromkeys(learned, name)
         drawn = draw(target, estimator, msg["kwargs"]["rng_key"])
         msg["value"] = drawn.value
         if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
@@ -59,17 +62,21 @@ class attach_estimators(Messenger):
         return drawn
 
 
-def declare(msg, target: NumPyroTarget, estimator: Estimator, plate_sizes: dict[str, int]) -> list[str]:
-    """Make what the estimator learns parameters of the program, of which the target gets the values; their names."""
-    target.plate_sizes = {frame.dim: plate_sizes.get(frame.name, frame.size) for frame in msg["cond_indep_stack"]}
+def target_of(msg, enters: bool, plate_sizes: dict[str, int]) -> NumPyroTarget:
+    """The target of a site, given the full sizes of the plates so far."""
+    frames = [frame._replace(size=plate_sizes.get(frame.name, frame.size)) for frame in msg["cond_indep_stack"]]
+    return NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters, frames=frames)
+
+
+def declare(msg, target: NumPyroTarget, estimator: Estimator, own_density) -> tuple[NumPyroTarget, list[str]]:
+    """Make what the estimator learns parameters of the program: the target with their values, and their names."""
     learns = estimator.learns(ops, target)
     with trace() as found:  # under `handlers.scope` a parameter gets another name
         values = {
             name: numpyro.param(f"{msg['name']}.{name}", learned.initial(), event_dim=len(learned.event_shape))
             for name, learned in learns.items()
         }
-    target.take(learns, values)
-    return list(found)
+    return target.with_learned(learns, values, own_density), list(found)
 
 
 class adaptive(Messenger):
@@ -121,9 +128,8 @@ class adaptive(Messenger):
         if msg["type"] != "sample" or msg.get("_control_flow_done") or not_random(HOST, msg) or is_attaching():
             return
         choice = self.assignment.choose(msg, msg["name"], find_estimated(HOST, msg["fn"]))
-        target = HOST.target_of(msg, enters=True)
-        estimator = choice.estimator.resolve(target)
-        declare(msg, target, estimator, self.plate_sizes)
+        target = target_of(msg, True, self.plate_sizes)
+        declare(msg, target, choice.estimator.resolve(target), own_density=0.0)
 
 
 def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:

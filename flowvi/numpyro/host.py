@@ -26,10 +26,6 @@ class NumPyroHost:
     multivariate_student_t = dist.MultivariateStudentT
 
     @staticmethod
-    def target_of(msg, enters):
-        return NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters)
-
-    @staticmethod
     def divergence(guide, model):
         try:
             return scale_and_mask(kl_divergence(guide.fn, model.fn), scale=guide.scale)

@@ -10,8 +10,6 @@ import numpyro.distributions as dist
 
 import flowvi.ops.jax as ops
 
-StudentT, MultivariateStudentT = dist.StudentT, dist.MultivariateStudentT
-
 
 class Proposal(dist.Distribution):
     """A density over draws of other distributions and three uniform numbers; see :class:`flowvi.proposals.Density`."""

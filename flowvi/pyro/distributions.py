@@ -37,41 +37,30 @@ def is_kind(p: Any, kinds: type | tuple[type, ...]) -> bool:
     return _is_subclass(type(p), kinds)  # type: ignore[arg-type]
 
 
+def unwrap(fn: Any) -> Any:
+    """Take off what does not change the family: independent, expanded, masked, estimated."""
+    while hasattr(fn, "base_dist") and isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
 class PyroTarget(Target):
-    """See :class:`flowvi.target.Target`; ``stack`` holds the plates around the site."""
+    """See :class:`flowvi.target.Target`."""
 
-    stack: tuple[Any, ...] = ()
-
-    def __init__(self, name: str, fn: Any, enters: bool):
-        self.name = name
-        self.batch_ndim = len(fn.batch_shape)
-        self.transforms = []
-        self.shape = fn.batch_shape + fn.event_shape
-        self.p = unwrap(fn)
-        while enters and type(self.p) in PLAIN_TRANSFORMED:
-            for transform in reversed(self.p.transforms):
-                self.shape = transform.inverse_shape(self.shape)
-            self.transforms = self.p.transforms + self.transforms
-            self.p = unwrap(self.p.base_dist)
-        self.event_ndim = len(self.p.event_shape)
-        self.validate = is_validation_enabled()
+    plain_transformed = PLAIN_TRANSFORMED
+    transformed = TRANSFORMED
+    unwrap = staticmethod(unwrap)
+    host_validates = staticmethod(is_validation_enabled)
 
     @cached_property
-    def plate_sizes(self):  # type: ignore[override]
-        return {f.dim: 1 if f.name == PARTICLES else f.full_size or f.size for f in self.stack if f.vectorized}
+    def plate_sizes(self):
+        return {f.dim: 1 if f.name == PARTICLES else f.full_size or f.size for f in self.frames if f.vectorized}
 
     def detach(self, p):
         return detached(p)
 
     def is_live(self, value):
         return value.requires_grad if isinstance(value, torch.Tensor) else any(map(self.is_live, tensors_in(value)))
-
-    def transformed_base(self):
-        base: Any = self.p
-        transforms: list[Any] = []
-        while type(base) in TRANSFORMED:
-            base, transforms = unwrap(base.base_dist), base.transforms + transforms
-        return None if base is self.p else (base, transforms)
 
     def _scores(self, x, names):
         if not torch.is_grad_enabled():
@@ -119,13 +108,6 @@ def draw(target: PyroTarget, estimator: Estimator) -> Draw:
         q = q.expand(target.batch_shape)
     x = q.rsample() if q.has_rsample else q.sample()  # as Pyro draws
     return attach(ops, target, estimator, x)
-
-
-def unwrap(fn: Any) -> Any:
-    """Take off what does not change the family: independent, expanded, masked, estimated."""
-    while hasattr(fn, "base_dist") and isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
-    return fn
 
 
 def is_partly_reparameterized(p: Any) -> bool:

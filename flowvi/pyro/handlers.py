@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 import flowvi.ops.torch as ops
 from flowvi.estimators import Draw, Estimator
 from flowvi.pyro.baselines import require_baseline_options
-from flowvi.pyro.distributions import draw, is_partly_reparameterized
+from flowvi.pyro.distributions import PyroTarget, draw, is_partly_reparameterized
 from flowvi.pyro.host import HOST
 from flowvi.sites import GuideSites, Visit, annotation, is_masked, weight_of_density
 
@@ -29,9 +29,13 @@ class attach_estimators(Messenger):
             return
         # the site of an autoguide that stands for a model site of the other name
         alias = msg["name"].removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else msg["name"]
-        what = self.sites.visit(HOST, msg, alias, self._draw)
+        what = self.sites.visit(HOST, msg, alias, self._target, self._draw)
         if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
             self.sites.draws[msg["name"]] = Draw(msg["value"], score=msg["fn"].log_prob(msg["value"]))
+
+    def _target(self, msg, enters: bool) -> PyroTarget:
+        first_use = msg["name"] not in self.sites.assignment.seen
+        return PyroTarget(msg["name"], msg["fn"], enters, frames=msg["cond_indep_stack"], first_use=first_use)
 
     def _draw(self, msg, visit: Visit) -> Draw | None:
         target: Any = visit.target
@@ -55,28 +59,24 @@ class attach_estimators(Messenger):
         return None
 
     def _attach(self, msg, target, estimator) -> Draw:
-        name, assignment = msg["name"], self.sites.assignment
-        target.first_use = name not in assignment.seen
-        self._declare(msg, target, estimator)
-        drawn = draw(target, estimator)
-        assignment.seen.add(name)
+        name = msg["name"]
+        drawn = draw(self._with_learned(msg, target, estimator), estimator)
+        self.sites.assignment.seen.add(name)
         msg["value"], msg["done"] = drawn.value, True
         if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
             self.sites.log_probs[name] = drawn.log_prob
         return drawn
 
-    def _declare(self, msg, target, estimator):
-        """Make what the estimator learns parameters of the program, of which the target gets the values."""
-        target.stack = msg["cond_indep_stack"]
+    def _with_learned(self, msg, target, estimator):
+        """Make what the estimator learns parameters of the program: the target with their values."""
         if not (learns := estimator.learns(ops, target)):
-            return
-        target.own_density = weight_of_density(msg) if self.sites.entropy == "full" else 0.0
+            return target
         values = {
             name: pyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=len(learned.event_shape))
             for name, learned in learns.items()
         }
-        target.take(learns, values)
         self.sites.learned |= {f"{msg['name']}.{name}": msg["name"] for name in learns}
+        return target.with_learned(learns, values, weight_of_density(msg) if self.sites.entropy == "full" else 0.0)
 
 
 class hold_values(Messenger):

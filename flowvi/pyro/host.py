@@ -27,10 +27,6 @@ class PyroHost:
     multivariate_student_t = dist.MultivariateStudentT
 
     @staticmethod
-    def target_of(msg, enters):
-        return PyroTarget(msg["name"], msg["fn"], enters)
-
-    @staticmethod
     def divergence(guide, model):
         try:
             divergence = kl_divergence(guide.fn, model.fn)

@@ -10,8 +10,6 @@ from torch.distributions import constraints
 
 import flowvi.ops.torch as ops
 
-StudentT, MultivariateStudentT = dist.StudentT, dist.MultivariateStudentT
-
 
 class Proposal(dist.TorchDistribution):
     """A density over draws of other distributions and three uniform numbers; see :class:`flowvi.proposals.Density`."""

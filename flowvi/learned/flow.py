@@ -9,11 +9,15 @@ from functools import partial
 from typing import Any, Literal
 
 from flowvi.estimators import Draw, Estimator, SiteBaseline, _refuse_discrete, _refuse_moving_support, _require_baseline
-from flowvi.fields import PATHWISE, Field, Part
-from flowvi.fields.scalar import LOCATION_SCALE
+from flowvi.family import Standardization, family_of, names
+from flowvi.fields.field import Field, Part
+from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
-from flowvi.proposals import defensive
-from flowvi.target import Learned, Tangents, Target
+from flowvi.proposals.proposal import defensive
+from flowvi.rebuild import build
+from flowvi.standardizations import by_moments
+from flowvi.tangents import Tangents
+from flowvi.target import Target
 
 REACH = 2.0  # the outermost bumps, in standard deviations
 WIDTH = 0.7  # of a bump, in units of the space between two
@@ -34,8 +38,8 @@ class AdaptiveFlow(Estimator):
     yields, by the user's own optimizer. In NumPyro the guide is passed to ``SVI`` as ``flowvi.numpyro.adaptive(guide, elbo)``; in Pyro
     the parameters appear by themselves, as ``"{site}.velocity"``, ``"{site}.control"`` and ``"{site}.proposal"``.
 
-    **Requirements**: a continuous scalar family (or ``to_event`` of one) with a pathwise field in :data:`flowvi.fields.PATHWISE`, a
-    support that does not move, reverse-mode differentiation, and a cost *without jumps*: where the cost jumps, no pathwise field is
+    **Requirements**: a continuous scalar family (or ``to_event`` of one) with a pathwise field in :mod:`flowvi.families`, a support
+    that does not move, reverse-mode differentiation, and a cost *without jumps*: where the cost jumps, no pathwise field is
     right, and the least variance is that of a wrong one (a step under a Normal: the truth is 0.53, what is learned 0). Hold the
     field to 0 at the jumps with ``mask``, or use :class:`flowvi.LR`. With several particles the leave-one-out mean makes learning
     faster, because it takes a constant cost out of the score. As with every score, the elements of a plate must not read each other.
@@ -46,7 +50,7 @@ class AdaptiveFlow(Estimator):
         q: ``"learned"``: p with its location shifted and its positive parameters multiplied, learned too, and mixed with p. Or a
             function ``q(p) -> distribution``, or None for q = p.
         start: The initial value of m: 1 is RP, 0 is LR.
-        field: A pathwise field with parts to start from, instead of the family's in :data:`flowvi.fields.PATHWISE`.
+        field: A pathwise field with parts to start from, instead of the one of the family in :mod:`flowvi.families`.
         mask: ``mask(x, p)``, elementwise: a number by which the field is multiplied, 0 where the cost jumps.
         shared: Whether the elements of the site's plates and event share what is learned, instead of each having its own.
         epsilon: The share of p in the learned q, which keeps the weights below 1/epsilon; 0 for none.
@@ -89,11 +93,11 @@ class AdaptiveFlow(Estimator):
         if self.field is not None and self.field.parts is None:
             raise TypeError(
                 f"AdaptiveFlow needs a pathwise field that is given parameter by parameter, found {self.field}; "
-                "those of flowvi.fields.PATHWISE are, combinations of fields are not."
+                "those of flowvi.families are, combinations of fields are not."
             )
 
     def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
-        parts = self._parts(target)
+        parts = self._pathwise(target)
         shapes: dict[str, tuple[int, ...]] = {
             "velocity": (len(parts), 1 + self.bumps),
             "control": (len(parts), self.bumps + len(parts)),
@@ -120,7 +124,7 @@ class AdaptiveFlow(Estimator):
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         _refuse_moving_support(target, "a field that is learned")
-        parts, dtheta = self._parts(target), Tangents(ops, target)
+        parts, dtheta = self._pathwise(target), Tangents(ops, target)
         tangents = {name: d for name, part in parts.items() if (d := dtheta.of(part.parameter)) is not None}
         if not tangents:
             return Draw(target.push(x))
@@ -140,13 +144,13 @@ class AdaptiveFlow(Estimator):
         step, score, control = target.learn(ops, outputs, learned, fixed, gradient.second_moment)
         return Draw(target.push(x + step), score, control=control)
 
-    def _parts(self, target: Target) -> Mapping[str, Part]:
+    def _pathwise(self, target: Target) -> Mapping[str, Part]:
         """The pathwise field of the family, parameter by parameter."""
         _refuse_discrete(target, "AdaptiveFlow")
-        field = PATHWISE.get(target.family) if self.field is None else self.field
+        field = family_of(target.p).pathwise if self.field is None else self.field
         parts = {} if field is None or field.parts is None else field.parts(target.p0) if target.family in field.families else {}
         if not parts:
-            where = "flowvi.fields.PATHWISE" if self.field is None else self.field
+            where = "flowvi.families" if self.field is None else self.field
             target.refuse(
                 f"AdaptiveFlow needs a pathwise field for each parameter of a scalar family, but {where} has none for this "
                 f"{target.family}; use LR(), RP() or Flow(velocity)."
@@ -161,18 +165,17 @@ class AdaptiveFlow(Estimator):
 
     def _moves(self, target: Target) -> tuple[str, ...]:
         """The parameters that a learned q moves."""
-        if target.family not in MOVES:
-            target.refuse(
-                f"q='learned' is for {', '.join(MOVES)}; found {target.family}. A function q(p) of your own serves any family."
-            )
-        return MOVES[target.family]
+        if not (moves := family_of(target.p).moves):
+            served = ", ".join(names(lambda family: family.moves))
+            target.refuse(f"q='learned' is for {served}; found {target.family}. A function q(p) of your own serves any family.")
+        return moves
 
     def _fields(self, ops: Ops, target: Target, x: Array, parts: list[Part]) -> tuple[Array, ...]:
         """Detached, over x: u' and s of the parts, the bumps and their derivatives (these four with one more dim on the left), mask."""
         p = target.p0
         elementwise: list[tuple[str, Callable[[Array], Any]]] = [
             ("log p", p.log_prob),
-            ("the standardized sample", partial(STANDARD.get(target.family, _by_moments), ops, p)),
+            ("the standardized sample", partial(_standardized, ops, family_of(p).standardized or by_moments, p)),
             *(("the velocity", partial(_velocity, ops, part, p)) for part in parts),
         ]
         if self.mask is not None:
@@ -253,7 +256,7 @@ class _Gradient:
         x, values = rest[0], dict(zip(names, rest[1:], strict=True))
         log_q = _moved(self.ops, family, values, moves, learned["proposal"]).log_prob(x)
         if epsilon:
-            log_p = family(**values, validate_args=False).log_prob(x)
+            log_p = build(family, values).log_prob(x)
             log_q = self.ops.logaddexp(math.log1p(-epsilon) + log_q, math.log(epsilon) + log_p)
         square = (g**2).sum(0)
         if self.extra_ndim:  # the weight is that of the whole event
@@ -273,56 +276,12 @@ def _mask(mask: Callable[[Array, Any], Any], p: Any, x: Array) -> Any:
     return mask(x, p)
 
 
+def _standardized(ops: Ops, standardize: Standardization, p: Any, x: Array) -> Array:
+    return standardize(ops, x, p)
+
+
 def _velocity(ops: Ops, part: Part, p: Any, x: Array) -> Any:
     return part.u(ops, x, p)
-
-
-# ---- the standardized sample, by family
-
-Standardization = Callable[[Ops, Any, Array], Array]
-
-
-def _location_scale(ops: Ops, p: Any, x: Array) -> Array:
-    return (x - p.loc) / p.scale
-
-
-def _by_moments(ops: Ops, p: Any, x: Array) -> Array:
-    return (x - p.mean) / p.variance**0.5
-
-
-def _cube_root(ops: Ops, t: Array, concentration: Any) -> Array:
-    """A Gamma(concentration, 1), nearly standardized (Wilson and Hilferty 1931)."""
-    return 3 * concentration**0.5 * ((t / concentration) ** (1 / 3) - 1) + 1 / (3 * concentration**0.5)
-
-
-STANDARD: dict[str, Standardization] = {
-    **dict.fromkeys((*LOCATION_SCALE, "StudentT"), _location_scale),
-    "LogNormal": lambda ops, p, x: (ops.log(x) - p.loc) / p.scale,
-    "HalfNormal": lambda ops, p, x: (x / p.scale - 0.8) / 0.6,
-    "HalfCauchy": lambda ops, p, x: ops.log(x / p.scale),
-    "Exponential": lambda ops, p, x: _cube_root(ops, x * p.rate, 1.0),
-    "Gamma": lambda ops, p, x: _cube_root(ops, x * p.rate, p.concentration),
-    "Weibull": lambda ops, p, x: _cube_root(ops, (x / p.scale) ** p.concentration, 1.0),
-    "Pareto": lambda ops, p, x: _cube_root(ops, p.alpha * ops.log(x / p.scale), 1.0),
-    "VonMises": lambda ops, p, x: ops.sin(x - p.loc) * p.concentration**0.5,  # as periodic as the cost
-    **dict.fromkeys(
-        ("TwoSidedTruncatedDistribution", "LeftTruncatedDistribution", "RightTruncatedDistribution"),
-        lambda ops, p, x: (x - p.base_dist.loc) / p.base_dist.scale,
-    ),
-}
-
-
-# ---- the learned sampling density
-
-MOVES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((*LOCATION_SCALE, "StudentT", "LogNormal"), ("loc", "scale")),
-    **dict.fromkeys(("HalfNormal", "HalfCauchy"), ("scale",)),
-    "Exponential": ("rate",),
-    "Gamma": ("concentration", "rate"),
-    "Weibull": ("scale", "concentration"),
-    **dict.fromkeys(("Beta", "Kumaraswamy"), ("concentration1", "concentration0")),
-    "VonMises": ("loc", "concentration"),
-}
 
 
 def _moved(ops: Ops, family: type, values: Mapping[str, Array], moves: tuple[str, ...], eta: Array) -> Any:
@@ -334,4 +293,4 @@ def _moved(ops: Ops, family: type, values: Mapping[str, Array], moves: tuple[str
         else:
             unit = values["scale"] if "scale" in values else values["concentration"] ** -0.5
             moved[name] = values[name] + unit * eta[..., i]
-    return family(**moved, validate_args=False)
+    return build(family, moved)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
+from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops, times
-from flowvi.target import Learned, Target
+from flowvi.target import Target
 
 Kind = Literal["diagonal", "quadratic", "cubic"]
 DIRECTIONS = 4  # of a cubic model, unless there are fewer coordinates

@@ -1,0 +1,131 @@
+"""What flowvi knows of a named family of distributions, and the table of the families, which :mod:`flowvi.families` fills.
+
+The two are apart because fields and proposals look families up, and the entries name fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from flowvi.ops import Array, Ops
+
+if TYPE_CHECKING:
+    from flowvi.fields.field import Field
+
+Standardization = Callable[[Ops, Array, Any], Array]
+
+
+@dataclass(frozen=True)
+class SymmetricPeak:
+    """A density f of z = (x - loc) / scale with one peak, symmetric about it.
+
+    Attributes:
+        slope: ``slope(ops, p, z)`` is abs(d log f / dz), for z > 0.
+        level: ``level(ops, p, v)`` is the z > 0 where f / f(0) is v.
+    """
+
+    slope: Callable[[Ops, Any, Array], Array]
+    level: Callable[[Ops, Any, Array], Array]
+
+
+@dataclass(frozen=True)
+class SkewPeak:
+    """A density with one peak that is not symmetric, between fixed ends at which it is 0.
+
+    Attributes:
+        mode: ``mode(ops, p)`` is where the peak is. None: the density falls from the lower end, so that of each slice only the upper
+            end moves.
+        support: The ends.
+        shapes: The parameters that must be above 1, so that there is such a peak.
+    """
+
+    mode: Callable[[Ops, Any], Any] | None
+    support: tuple[float, float] = (0.0, math.inf)
+    shapes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A parameter that stretches the family: x = unit z, or x = loc + unit z if the peak is symmetric, and z has the density f.
+
+    Attributes:
+        parameter: Its name.
+        balance: ``balance(ops, p, z)`` is 1 + z d log f / dz, for z > 0.
+        peak: ``peak(p)`` is the z where that is 0, and z f(z) is largest.
+        unit: ``unit(p)``, in terms of the parameter.
+    """
+
+    parameter: str
+    balance: Callable[[Ops, Any, Array], Array]
+    peak: Callable[[Any], Any] = lambda p: 1.0
+    unit: Callable[[Any], Array] = lambda p: p.scale
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of a family; a column that is empty means that an estimator, or a density, which needs it refuses the family.
+
+    Attributes:
+        name: The name of its class.
+        parameters: The names of its parameters.
+        separate: Whether the score of each array of ``parameters`` can be told from those of the others, as the baseline ``"optimal"``
+            needs it, by the derivative of the host's ``log_prob`` in that array.
+        standardization: S(x, p), whose law is free of the parameters and which increases along the host's sampler; without one,
+            ``RP(q=...)`` takes the cdf.
+        standardized: The sample in units in which it is roughly a standard Normal, for the bumps of ``AdaptiveFlow``; without one, its
+            mean and variance standardize it.
+        moves: The parameters that a learned q moves: ``loc`` is shifted, the others, which are positive, are multiplied.
+        tempered: ``tempered(p, t)`` are the parameters for which the natural ones are those of p divided by t.
+        peak: Of a density with one peak, what its horizontal slices need.
+        stretch: What the optimal density of a scale or a rate needs.
+        vanishing: Whether the tails are so light that the density vanishes at each end to which exp, a sigmoid and the like carry it.
+        circle: Whether it lives on the angles from -pi to pi.
+        fields: The functions of :mod:`flowvi.fields` that make a field for it by name, first the pathwise one that is taken where
+            none is named.
+    """
+
+    name: str
+    parameters: tuple[str, ...] = ()
+    separate: bool = False
+    standardization: Standardization | None = None
+    standardized: Standardization | None = None
+    moves: tuple[str, ...] = ()
+    tempered: Callable[[Any, float], dict[str, Any]] | None = None
+    peak: SymmetricPeak | SkewPeak | None = None
+    stretch: Stretch | None = None
+    vanishing: bool = False
+    circle: bool = False
+    fields: tuple[Callable[[], Field], ...] = ()
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it is symmetric about its ``loc``."""
+        return isinstance(self.peak, SymmetricPeak)
+
+    @cached_property
+    def pathwise(self) -> Field | None:
+        """The pathwise field that is taken where none is named."""
+        return self.fields[0]() if self.fields else None
+
+
+FAMILIES: dict[str, Family] = {}
+_UNKNOWN = Family("unknown")
+
+
+def family_of(p: Any) -> Family:
+    """What is known of the family of a distribution, by the name of its class; for a class without an entry, nothing."""
+    return FAMILIES.get(type(p).__name__, _UNKNOWN)
+
+
+def names(known: Callable[[Family], Any]) -> tuple[str, ...]:
+    """The names of the families of which something is known."""
+    return tuple(family.name for family in FAMILIES.values() if known(family))
+
+
+def served_by(field: Callable[..., Field]) -> tuple[str, ...]:
+    """The names of the families for which a function makes a field."""
+    return names(lambda family: field in family.fields)

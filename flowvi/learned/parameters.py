@@ -1,0 +1,20 @@
+"""What an estimator learns while SVI runs, as the adapters keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flowvi.ops import Array
+
+
+class Learned(NamedTuple):
+    """A parameter that an estimator learns while SVI runs.
+
+    Attributes:
+        initial: Makes its initial value. The dims on the left are those of the site's batch shape, at the full sizes of its plates.
+        event_shape: Of the dims on the right that are no batch dims of the site.
+    """
+
+    initial: Callable[[], Array]
+    event_shape: tuple[int, ...]

@@ -1,0 +1,82 @@
+"""Wider versions of p."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flowvi.family import family_of, names
+from flowvi.host import host_of
+from flowvi.proposals.proposal import Proposal, named, refuse
+from flowvi.rebuild import rebuild
+
+
+def tempered(tau: float) -> Proposal:
+    r"""An overdispersed q of the same exponential family: its natural parameters are those of p divided by ``tau``.
+
+    For a Normal the variance is tau times that of p; a Gamma gets concentration (a - 1) / tau + 1 and rate b / tau.
+
+    **Requirements**: an exponential family (Normal, LogNormal, HalfNormal, MultivariateNormal, Laplace with its loc held, Exponential,
+    Gamma, Beta, Dirichlet, VonMises, Poisson, Bernoulli and Categorical). For tau >= 1 the variance is finite for every
+    parameter and every cost for which it is at q = p; in a Normal from tau > 1/2. A weight over D independent Normal sites multiplies
+    the second moment by (tau / sqrt(2 tau - 1))^D.
+
+    Args:
+        tau: The temperature; 1 is p itself. Of a Normal location at a bounded cost the best is near 2.
+
+    Returns:
+        The function q.
+
+    Raises:
+        ValueError: At the first run, for another family.
+
+    Example:
+        >>> import flowvi
+        >>> flowvi.LR(q=flowvi.proposals.tempered(2.0))
+        LR(q=tempered(2.0))
+
+    References:
+        Ruiz, Titsias and Blei 2016 (overdispersed black-box variational inference).
+    """
+
+    def q(p: Any) -> Any:
+        known = family_of(p)
+        if known.tempered is None:
+            refuse("tempered", names(lambda family: family.tempered), p)
+        return rebuild(p, known.tempered(p, tau))
+
+    return named(f"tempered({tau})", q)
+
+
+def student_t(df: float) -> Proposal:
+    r"""A Student's t with the location and scale of p: q = t_df((x - loc) / scale) / scale.
+
+    **Requirements**: a Normal, Laplace, Logistic, Cauchy, StudentT or MultivariateNormal p. With tails lighter than those of q (Normal,
+    Laplace, Logistic) the weights are bounded, and the variance is finite for every parameter and every cost of polynomial growth.
+
+    Args:
+        df: The degrees of freedom.
+
+    Returns:
+        The function q.
+
+    Raises:
+        ValueError: At the first run, for any other family.
+
+    Example:
+        >>> import flowvi
+        >>> flowvi.RP(flowvi.proposals.student_t(5.0))
+        RP(q=student_t(5.0))
+
+    References:
+        Parmas and Sugiyama 2021, section 3, on the choice of q.
+    """
+
+    def q(p: Any) -> Any:
+        host = host_of(p)
+        if hasattr(p, "scale_tril"):
+            return host.multivariate_student_t(df, p.loc, p.scale_tril)
+        if not family_of(p).symmetric:
+            refuse("student_t", [*names(lambda family: family.symmetric), "MultivariateNormal"], p)
+        return host.student_t(df, p.loc, p.scale)
+
+    return named(f"student_t({df})", q)
