@@ -5,8 +5,9 @@ The names here import neither jax nor torch; ``flowvi.numpyro`` and ``flowvi.pyr
 
 from flowvi import fields, proposals
 from flowvi.adaptive import AdaptiveFlow
+from flowvi.baselines import Baseline
 from flowvi.checks import check_estimator
-from flowvi.estimators import LR, RP, Auto, Baseline, Flow, ImplicitRP
+from flowvi.estimators import LR, RP, Auto, Flow, ImplicitRP
 
 __all__ = ["LR", "RP", "AdaptiveFlow", "Auto", "Baseline", "Flow", "ImplicitRP", "check_estimator", "fields", "proposals"]
 __version__ = "0.1.0"

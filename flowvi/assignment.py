@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from flowvi.estimators import Baseline, Estimator
+from flowvi.baselines import Baseline
+from flowvi.estimators import Estimator
+from flowvi.fields import Field
+from flowvi.fields.field import PerElement
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
 
@@ -122,7 +125,7 @@ def _require_upstream_baseline(estimator: Estimator, name: str) -> Estimator:
 
 def _identity(value: Any) -> Any:
     """Two functions written at the same place with the same closure are the same: an inline lambda is a new object at every run."""
-    if isinstance(value, Estimator | Baseline):
+    if isinstance(value, Estimator | Baseline | Field | PerElement):
         return type(value), tuple(_identity(v) for v in vars(value).values())
     if isinstance(value, tuple):
         return tuple(_identity(v) for v in value)
@@ -137,7 +140,7 @@ def _reached(value: Any, seen: set[int]) -> Iterator[Any]:
         return
     seen.add(id(value))
     yield value
-    if isinstance(value, Estimator | Baseline):
+    if isinstance(value, Estimator | Baseline | Field | PerElement):
         inner: Iterable[Any] = vars(value).values()
     elif isinstance(value, tuple):
         inner = value

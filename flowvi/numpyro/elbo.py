@@ -14,7 +14,16 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.run import Program, Run, require_known, run_program
-from flowvi.objectives import Dependencies, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
+from flowvi.objectives import (
+    Dependencies,
+    Entropy,
+    LeaveOneOut,
+    Particle,
+    elbo_particle,
+    estimate,
+    particle_baseline,
+    require_options,
+)
 
 
 class TraceFlow_ELBO(Trace_ELBO):
@@ -84,7 +93,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         require_options(entropy, baseline, dependencies)
         self.entropy: Entropy = entropy
-        self.baseline: LeaveOneOut = baseline
+        self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
         self.assignment = Assignment(estimators, default)
 
@@ -97,8 +106,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         else:
             keys = random.split(rng_key, self.num_particles)
             particles, mutable_state = self.vectorize_particles_fn(particle, keys)
-        terms = estimate(ops, particles, self.num_particles, self.baseline)
-        elbo = sum(terms.values(), start=jnp.array(0.0)) if self.sum_sites else terms
+        elbo = estimate(ops, particles, self.num_particles, self.baseline)
         return {"loss": jax.tree.map(jnp.negative, elbo), "mutable_state": mutable_state}
 
     def describe(self, model, guide, *args, **kwargs) -> Description:

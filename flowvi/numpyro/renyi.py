@@ -10,10 +10,9 @@ from numpyro.infer import RenyiELBO
 
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Description, Estimators
-from flowvi.bounds import Gradient, bound_particle, renyi_bound, require_bound_options
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.run import Program, run_program
-from flowvi.objectives import LeaveOneOut
+from flowvi.objectives import Gradient, LeaveOneOut, bound_particle, renyi_bound, require_bound_options
 
 
 class TraceFlow_RenyiELBO(RenyiELBO):

@@ -21,7 +21,7 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import NumPyroTarget, masks
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, read_annotations
-from flowvi.objectives import ALL, Dependencies, Entropy, require_one_order
+from flowvi.objectives import Dependencies, Entropy, require_one_order
 from flowvi.tape import Ancestors, Frame, Route, Site, Tape, Term, control_terms, meet, program_order, weighty
 
 
@@ -159,14 +159,14 @@ class Run:
 
         return jax.vmap(log_probs)(random.split(self._model_seed, samples[0]), latents), traces[0]
 
-    def costs(self, sum_sites: bool) -> dict[str, jax.Array]:
+    def costs(self, sum_sites: bool) -> jax.Array | dict[str, jax.Array]:
         """The costs where nothing is attached to any site: those of the host's own ELBO, in the host's own arithmetic."""
         zero = jnp.array(0.0)
         costs = {
             name: self.model_log_probs.get(name, zero).sum() - self.guide_log_probs.get(name, zero).sum()
             for name in {**self.model_log_probs, **self.guide_log_probs}
         }
-        return {ALL: sum(costs.values(), start=zero)} if sum_sites else costs
+        return sum(costs.values(), start=zero) if sum_sites else costs
 
     def tape(self, dependencies: Dependencies) -> Tape:
         """The run's records."""

@@ -11,9 +11,18 @@ from pyro.util import warn_if_nan
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
-from flowvi.objectives import Credit, Dependencies, Entropy, LeaveOneOut, Particle, elbo_particle, estimate, require_options
-from flowvi.ops import times, total
-from flowvi.pyro.baselines import annotated_baseline
+from flowvi.objectives import (
+    Dependencies,
+    Entropy,
+    LeaveOneOut,
+    elbo_particle,
+    estimate,
+    particle_baseline,
+    require_options,
+    stack_particles,
+)
+from flowvi.ops import times
+from flowvi.pyro.baselines import annotated_baselines
 from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.run import Run, run_program, runs
 from flowvi.tape import weighty
@@ -107,7 +116,7 @@ class TraceFlow_ELBO(Trace_ELBO):
         )
         require_options(entropy, baseline, dependencies)
         self.entropy: Entropy = entropy
-        self.baseline: LeaveOneOut = baseline
+        self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
         self.assignment = Assignment(estimators, default)
 
@@ -188,16 +197,17 @@ class TraceFlow_ELBO(Trace_ELBO):
             if not weighty(run.draws):  # nothing has a score or a weight, so that it does not matter what depends on what
                 yield times(-run.log_ratio(), 1 / self.num_particles)
                 continue
-            particle = elbo_particle(ops, run.tape())
-            _take_annotated_baselines(particle.credits, run.guide_trace)
+            tape = run.tape()
+            annotated = annotated_baselines(run.guide_trace, (site.name for site in tape.sites))
+            particle = elbo_particle(ops, tape, baselines=annotated)
             if self.vectorize_particles:
-                yield _loss(estimate(ops, particle, self.num_particles, self.baseline))
-            elif self.num_particles > 1 and self.baseline is not None and particle.credits:
+                yield -estimate(ops, particle, self.num_particles, self.baseline)
+            elif self.num_particles > 1 and self.baseline is not None and particle.scores:
                 looped.append(particle)
             else:
-                yield _loss(estimate(ops, particle, 1, self.baseline)) / self.num_particles
+                yield -estimate(ops, particle, 1, self.baseline) / self.num_particles
         if looped:
-            yield _loss(estimate(ops, _stack(looped), self.num_particles, self.baseline))
+            yield -estimate(ops, stack_particles(ops, looped), self.num_particles, self.baseline)
 
     def _get_trace(self, model, guide, args, kwargs):
         result = self._run(model, guide, args, kwargs)
@@ -211,25 +221,3 @@ class TraceFlow_ELBO(Trace_ELBO):
         elif self.entropy == "analytic":
             result.use_closed_forms()
         return result
-
-
-def _loss(terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    return -total(list(terms.values()))
-
-
-def _take_annotated_baselines(credits: dict[str, Credit], guide_trace) -> None:
-    """Take over into ``credits`` the baselines that the guide says in Pyro's own way."""
-    for name, credit in credits.items():
-        if name in guide_trace.nodes and (options := guide_trace.nodes[name]["infer"].get("baseline")):
-            credits[name] = credit._replace(baseline=annotated_baseline(name, options, credit.cost))
-
-
-def _stack(particles: list[Particle]) -> Particle:
-    """Particles of a loop as one, along a new first axis; a site is stacked over the particles that ran it."""
-    names = dict.fromkeys(name for particle in particles for name in particle.costs)
-    costs = {name: sum(particle.costs.get(name, 0.0) for particle in particles) for name in names}
-    credits = {}
-    for name in dict.fromkeys(name for particle in particles for name in particle.credits):
-        fields = zip(*(particle.credits[name] for particle in particles if name in particle.credits), strict=True)
-        credits[name] = Credit(*(None if field[0] is None else torch.stack(field) for field in fields))
-    return Particle(costs, credits)

@@ -10,9 +10,8 @@ from pyro.util import warn_if_nan
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Description, Estimators
-from flowvi.bounds import BoundParticle, Gradient, bound_particle, renyi_bound, require_bound_options
 from flowvi.estimators import Auto, Estimator
-from flowvi.objectives import LeaveOneOut
+from flowvi.objectives import BoundParticle, Gradient, LeaveOneOut, bound_particle, renyi_bound, require_bound_options
 from flowvi.ops import times
 from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.handlers import share_subsamples

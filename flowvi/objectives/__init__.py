@@ -1,0 +1,35 @@
+"""Objectives: from the records of a run to a loss and a surrogate whose derivative is the estimator."""
+
+from flowvi.objectives.bounds import BoundParticle, bound_particle, renyi_bound, shared_plates
+from flowvi.objectives.elbo import Particle, elbo_particle, estimate, stack_particles
+from flowvi.objectives.options import (
+    Dependencies,
+    Entropy,
+    Gradient,
+    LeaveOneOut,
+    particle_baseline,
+    require_bound_options,
+    require_one_order,
+    require_options,
+)
+from flowvi.objectives.plates import sum_to
+
+__all__ = [
+    "BoundParticle",
+    "Dependencies",
+    "Entropy",
+    "Gradient",
+    "LeaveOneOut",
+    "Particle",
+    "bound_particle",
+    "elbo_particle",
+    "estimate",
+    "particle_baseline",
+    "renyi_bound",
+    "require_bound_options",
+    "require_one_order",
+    "require_options",
+    "shared_plates",
+    "stack_particles",
+    "sum_to",
+]
