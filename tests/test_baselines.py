@@ -1,5 +1,7 @@
 """Baselines of a site's own: they stay out of every gradient but their own, and Pyro's way to say them keeps its meaning."""
 
+import pickle
+from dataclasses import FrozenInstanceError, replace
 from functools import partial
 
 import equinox
@@ -216,6 +218,20 @@ def test_refused_baselines(host):
     program = Program(lambda h, t: h.sample("k", h.dist.Bernoulli(t[0])), model, (0.4,))
     with pytest.raises(ValueError, match="site 'k': a baseline with inputs cannot be said in the model"):
         host.gradients(program, 1)
+
+
+def test_names_are_turned_into_baselines_once():
+    for name in ("plate", "optimal"):
+        estimator = LR(baseline=name)
+        assert repr(estimator) == f"LR(baseline='{name}')"
+        assert estimator == LR(baseline=estimator.baseline) != LR()
+        assert pickle.loads(pickle.dumps(estimator)) == estimator
+        assert hash(replace(estimator, q=abs)) == hash(LR(name, abs))
+    assert LR("plate") != LR("optimal")
+    with pytest.raises(FrozenInstanceError):
+        estimator.baseline = None
+    with pytest.raises(TypeError, match="LR: expected baseline=flowvi.Baseline.* found 'mean'"):
+        LR(baseline="mean")
 
 
 def test_a_baseline_in_scan_is_refused():

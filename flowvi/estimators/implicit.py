@@ -34,15 +34,15 @@ class ImplicitRP(Estimator):
 
     Example:
         The gradient of E[3 x] under a Logistic, in its scale: with eps the standardized sample, it is 3 eps, whose standard deviation
-        is 3 pi / sqrt(3).
+        is 3 pi / sqrt(3) = 5.44.
 
         >>> import numpyro.distributions as dist
         >>> from flowvi import ImplicitRP, plot
         >>> def standardize(x, p):
         ...     return (x - p.loc) / p.scale
         >>> samples = plot.gradient_samples(dist.Logistic(0.5, 2.0), ImplicitRP(standardize), "scale", lambda x: 3.0 * x)
-        >>> round(float(samples.std()), 1)
-        5.4
+        >>> bool(abs(samples.std() - 5.44) < 0.2)
+        True
 
     References:
         Figurnov, Mohamed and Mnih 2018; Ruiz, Titsias and Blei 2016 (``exact=False``). Parmas and Sugiyama 2021, section 2.3.
