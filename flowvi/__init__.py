@@ -4,8 +4,9 @@ The names here import neither jax nor torch; ``flowvi.numpyro`` and ``flowvi.pyr
 """
 
 from flowvi import families, fields, proposals
+from flowvi.baselines import Baseline
 from flowvi.checks import check_estimator
-from flowvi.estimators import LR, RP, Auto, Baseline, Flow, ImplicitRP
+from flowvi.estimators import LR, RP, Auto, Flow, ImplicitRP
 from flowvi.learned.flow import AdaptiveFlow
 
 __all__ = [

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from flowvi.baselines import Baseline
 from flowvi.closures import identity, reached_from
-from flowvi.estimators import Baseline, Estimator
+from flowvi.estimators import Estimator
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
 

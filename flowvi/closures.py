@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from flowvi.estimators import Baseline, Estimator
+from flowvi.baselines import Baseline
+from flowvi.estimators import Estimator
+from flowvi.fields.field import Field, PerElement
 
 
 def identity(value: Any) -> Any:
     """Two functions written at the same place with the same closure are the same: an inline lambda is a new object at every run."""
-    if isinstance(value, Estimator | Baseline):
+    if isinstance(value, Estimator | Baseline | Field | PerElement):
         return type(value), tuple(identity(v) for v in vars(value).values())
     if isinstance(value, tuple):
         return tuple(identity(v) for v in value)
@@ -30,7 +32,7 @@ def reached_from(value: Any, seen: set[int]) -> Iterator[Any]:
         return
     seen.add(id(value))
     yield value
-    if isinstance(value, Estimator | Baseline):
+    if isinstance(value, Estimator | Baseline | Field | PerElement):
         inner: Iterable[Any] = vars(value).values()
     elif isinstance(value, tuple):
         inner = value

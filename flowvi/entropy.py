@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from flowvi.host import Host
-from flowvi.objectives import require_one_order
 from flowvi.run import Run, Statement
 from flowvi.sites import Entropy, masks
 
@@ -35,7 +34,7 @@ def stick_the_landing(host: Host, run: Run, what: str) -> Run:
         name: run.guide[name].with_log_density(run.guide[name].log_density - host.ops.tether(held.guide[name].log_density))
         for name in run.sites.random
     }
-    return replace(run, guide=run.guide | tethered)
+    return replace(run, guide=run.guide | tethered, held_entropy=True)
 
 
 def held_values(host: Host, run: Run) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def use_closed_forms(host: Host, run: Run) -> Run:
         ValueError: Where model and guide have latent sites in different orders, so that the divergence may depend on what is drawn
             from the site.
     """
-    require_one_order(*([name for name, s in program.items() if not s.observed] for program in (run.guide, run.model)))
+    _require_one_order(*([name for name, s in program.items() if not s.observed] for program in (run.guide, run.model)))
     guide, model = dict(run.guide), dict(run.model)
     for name in run.sites.random:
         of_guide, of_model = guide[name], model.get(name)
@@ -77,3 +76,18 @@ def _count_alike(one: Statement, other: Statement) -> bool:
 
 def _same(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, int | float) and isinstance(other, int | float) and one == other)
+
+
+def _require_one_order(guide: list[str], model: list[str]) -> None:
+    """Refuse closed-form divergences where the latent sites of guide and model come in different orders.
+
+    The divergence at a site is the expectation over the site given its parents; a parent in the model must not come after it in the
+    guide.
+    """
+    in_guide, in_model = ([name for name in one if name in other] for one, other in ((guide, model), (model, guide)))
+    for first, second in zip(in_guide, in_model, strict=True):
+        if first != second:
+            raise ValueError(
+                f"site '{first}': entropy='analytic' needs the latent sites in one order in guide and model, expected {in_model} as in "
+                f"the model, found {in_guide}; reorder the guide, or use entropy='full'."
+            )

@@ -84,6 +84,7 @@ class Run:
         subsampled: The plates that are subsampled, each with its size over that of the subsample.
         mutable_state: What the host keeps between steps beside parameters.
         closed_forms: Sites whose two log densities have been replaced by minus their divergence in closed form.
+        held_entropy: Whether what the guide's parameters contribute at held values has been taken out.
         many_samples: Whether the guide's values have a leading dim of samples over which the model was mapped.
     """
 
@@ -95,12 +96,18 @@ class Run:
     subsampled: Mapping[str, float] = field(default_factory=dict)
     mutable_state: Mapping[str, Any] = field(default_factory=dict)
     closed_forms: frozenset[str] = frozenset()
+    held_entropy: bool = False
     many_samples: bool = False
 
     @property
     def draws(self) -> dict[str, Draw]:
         """The draws of the guide's sites to which something is attached."""
         return self.sites.draws
+
+    @property
+    def is_pathwise(self) -> bool:
+        """Whether every derivative is that of the host's own samplers, so that all orders are right."""
+        return not self.draws and not self.held_entropy
 
     def again(self, values: Mapping[str, Array], *, with_model: bool = True) -> Run:
         """Run guide and model once more, with the same random numbers and with some sites of the guide at given values.

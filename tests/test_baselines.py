@@ -1,5 +1,7 @@
 """Baselines of a site's own: they stay out of every gradient but their own, and Pyro's way to say them keeps its meaning."""
 
+import pickle
+from dataclasses import FrozenInstanceError, replace
 from functools import partial
 
 import equinox
@@ -24,7 +26,7 @@ from test_parity import TARGETS, integers
 import flowvi.numpyro
 import flowvi.pyro
 from flowvi import LR, RP, Baseline, Flow
-from flowvi.objectives import _best_of_others
+from flowvi.baselines import _best_of_others
 
 THETA = (0.4, -0.3, 0.7, 0.2)  # m, l, w, b
 
@@ -216,6 +218,20 @@ def test_refused_baselines(host):
     program = Program(lambda h, t: h.sample("k", h.dist.Bernoulli(t[0])), model, (0.4,))
     with pytest.raises(ValueError, match="site 'k': a baseline with inputs cannot be given in the model"):
         host.gradients(program, 1)
+
+
+def test_names_are_turned_into_baselines_once():
+    for name in ("plate", "optimal"):
+        estimator = LR(baseline=name)
+        assert repr(estimator) == f"LR(baseline='{name}')"
+        assert estimator == LR(baseline=estimator.baseline) != LR()
+        assert pickle.loads(pickle.dumps(estimator)) == estimator
+        assert hash(replace(estimator, q=abs)) == hash(LR(name, abs))
+    assert LR("plate") != LR("optimal")
+    with pytest.raises(FrozenInstanceError):
+        estimator.baseline = None
+    with pytest.raises(TypeError, match="LR: expected baseline=flowvi.Baseline.* found 'mean'"):
+        LR(baseline="mean")
 
 
 def test_a_baseline_in_scan_is_refused():
@@ -482,7 +498,7 @@ def test_optimal_baselines_are_unbiased(host, q, vectorize):
 
 def test_optimal_baselines_are_refused(host):
     program = one((0.3,), lambda h, loc: h.dist.Normal(loc, h.array(1.0)), lambda h, x: x**2)
-    with pytest.raises(ValueError, match=r"site 'x, parameter 0': baseline='optimal' needs several particles, found 1"):
+    with pytest.raises(ValueError, match=r"site 'x': baseline='optimal' needs several particles, found 1"):
         host.gradients(program, 1, estimators={"x": LR(baseline="optimal")})
     with pytest.raises(TypeError, match="Flow has no baseline='optimal'"):
         Flow(loc=lambda x, p: 0.5, baseline="optimal")

@@ -1,5 +1,6 @@
 """The library of velocity fields: transport equation, flux, unbiasedness and parity, without sampling."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -632,3 +633,16 @@ def test_mixture_of_components_far_apart(host):
         figure = plot.velocity(moved(a(0.0)), estimator, moved, x=[-3.1, -2.9, 2.9, 3.1])
         np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [1, 1, 0, 0], atol=1e-12)
         plt.close(figure)
+
+
+def test_flow_holds_one_field():
+    """Whichever form its constructor was given."""
+    by_name, by_field = Flow(loc=abs, scale=round), Flow(fields.per_element(loc=abs, scale=round))
+    assert by_name == by_field
+    assert hash(by_name) == hash(by_field)
+    assert repr(by_name) == "Flow(velocity=per_element(loc=abs, scale=round))"
+    proposed = Flow(loc=abs, scale=round, q=max)
+    assert proposed != by_name
+    assert proposed.at_p() == by_name
+    assert Flow(max, divergence=min) == Flow(fields.Field(max, min, name="max"))
+    assert pickle.loads(pickle.dumps(by_name)) == by_name

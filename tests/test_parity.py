@@ -14,9 +14,10 @@ import flowvi.ops.jax
 import flowvi.ops.torch
 from flowvi import LR, RP, Flow, ImplicitRP
 from flowvi.dependence import Frame, program_order
+from flowvi.baselines import ParticleMean, Score
 from flowvi.estimators import attach
 from flowvi.numpyro.distributions import NumPyroTarget
-from flowvi.objectives import Credit, Particle, estimate, sum_to
+from flowvi.objectives import Particle, estimate, sum_to
 from flowvi.pyro.distributions import PyroTarget
 
 TARGETS = {"numpyro": (flowvi.ops.jax, NumPyroTarget), "pyro": (flowvi.ops.torch, PyroTarget)}
@@ -219,9 +220,9 @@ def test_leave_one_out_of_particles_with_weights():
     mean_of_others = np.array([[4.0, 3.0], [3.5, 2.5], [1.5, 0.5]])
 
     def term(score, baseline):
-        return estimate(flowvi.ops.jax, Particle({"f": jnp.ones(3)}, {"f": Credit(score, cost, weight, None)}), 3, baseline)["f"]
+        return estimate(flowvi.ops.jax, Particle(jnp.ones(3), {"f": (Score(score, cost, weight),)}), 3, baseline)
 
-    for baseline, gain in (("loo", cost - weight * mean_of_others), (None, cost)):
+    for baseline, gain in ((ParticleMean(), cost - weight * mean_of_others), (None, cost)):
         value, tangent = jax.jvp(partial(term, baseline=baseline), (jnp.full((3, 2), 7.0),), (score,))
         assert value == 1.0  # a score adds nothing to it
         np.testing.assert_allclose(tangent, (score * gain).sum() / 3)

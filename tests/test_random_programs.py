@@ -24,6 +24,7 @@ from hosts import HOSTS, Program
 
 from flowvi import LR, RP, AdaptiveFlow, Baseline, Flow, ImplicitRP
 from flowvi.dependence import Ancestor
+from flowvi.baselines import PlateMean
 
 THETA = (0.4, -0.3, 0.7, 0.2)
 PLATES = {"a": -1, "b": -2}  # each of two elements
@@ -167,7 +168,7 @@ def made(seed: int, host: str, elements: int = 5, normals: int = 2, deltas: bool
         model.insert(int(rng.integers(first, len(model) + 1)), name)
     estimators = {}
     for name, latent in random_sites(latents).items():
-        fits = [e for e in ESTIMATORS[latent.family] if e.baseline != "plate" or (latent.plates and host == "numpyro")]
+        fits = [e for e in ESTIMATORS[latent.family] if not isinstance(e.baseline, PlateMean) or (latent.plates and host == "numpyro")]
         estimators[name] = fits[rng.integers(len(fits))]
     entropies = ["full", "stl"] + ["analytic"] * (in_model == [name for name in kept if name in in_model])
     options = {"dependencies": str(rng.choice(["graph", "plates"])), "entropy": str(rng.choice(entropies))}

@@ -54,7 +54,7 @@ def conditions(case: Case) -> Iterator[Condition]:
         if not covered.holds:
             return
     if not by_sampler:
-        if isinstance(estimator, Flow) and estimator.velocity is not None:
+        if isinstance(estimator, Flow) and estimator.velocity.elementwise is None:
             yield _linear(case, x)
         if isinstance(estimator, ImplicitRP) and estimator.standardization is not None:
             yield _standardization(case, x)
@@ -159,7 +159,7 @@ class _Numbers(Tangents):
 def _linear(case: Case, x: np.ndarray) -> Condition:
     """Whether velocity(x, p, dtheta) is 0 at 0, and adds up."""
     assert isinstance(case.estimator, Flow)
-    name, velocity, live = "linear in dtheta", case.estimator._field.velocity, case.shaped(x)
+    name, velocity, live = "linear in dtheta", case.estimator.velocity.velocity, case.shaped(x)
     target = case.target(case.moved(), len(x))
 
     def dx(direction: np.ndarray) -> np.ndarray:

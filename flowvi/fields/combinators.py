@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flowvi.fields.field import Field, Velocity, _total
+from flowvi.fields.field import Field, PerElement, Velocity, _total, at_element, name_of
 from flowvi.ops import Array
 from flowvi.tangents import Tangents
 
@@ -74,7 +74,7 @@ def masked(m: Callable[[Array, Any], Array], field: Field | Velocity) -> Field:
     field = _as_field(field)
 
     def mask(x: Array, p: Any, dtheta: Tangents) -> Array:
-        return dtheta.ops.asarray(m(x, p), x) if len(p.event_shape) else _elementwise(m, x, p, dtheta, "the mask")
+        return dtheta.ops.asarray(m(x, p), x) if len(p.event_shape) else at_element(m, x, p, dtheta, "the mask")
 
     def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
         return _per_event(mask(x, p, dtheta), p) * field.velocity(x, p, dtheta)
@@ -84,7 +84,7 @@ def masked(m: Callable[[Array, Any], Array], field: Field | Velocity) -> Field:
         gradient_term = ops.tether(mask(x + u, p, dtheta))
         return ops.stop_gradient(mask(x, p, dtheta)) * _divergence(field, x, p, dtheta) + gradient_term
 
-    return _combined(f"masked({getattr(m, '__name__', m)}, {field})", velocity, divergence, field)
+    return _combined(f"masked({name_of(m)}, {field})", velocity, divergence, field)
 
 
 def summed(*fields: Field | Velocity) -> Field:
@@ -104,7 +104,7 @@ def summed(*fields: Field | Velocity) -> Field:
     Example:
         >>> from flowvi import Flow, fields
         >>> Flow(fields.summed(fields.per_element(loc=lambda x, p: 1.0), fields.per_element(scale=lambda x, p: 0.5 * x)))
-        Flow(velocity=summed(per_element(loc), per_element(scale)))
+        Flow(velocity=summed(per_element(loc=<lambda>), per_element(scale=<lambda>)))
 
     References:
         Parmas and Sugiyama 2021, eq. 19, which is affine in u.
@@ -123,7 +123,7 @@ def summed(*fields: Field | Velocity) -> Field:
 def per_element(**u: Callable[[Array, Any], Array]) -> Field:
     r"""The field of ``Flow(loc=..., scale=...)``, as a value that can be combined: u = sum_i u_i(x, p) dtheta_i.
 
-    psi follows by automatic derivatives.
+    psi follows by automatic derivatives. ``Flow(loc=u)`` is ``Flow(per_element(loc=u))``.
 
     **Requirements**: a scalar family (or independent ones), and functions that read x at one coordinate only.
 
@@ -139,26 +139,14 @@ def per_element(**u: Callable[[Array, Any], Array]) -> Field:
     Example:
         >>> from flowvi import Flow, fields
         >>> Flow(fields.scaled(2.0, fields.per_element(loc=lambda x, p: 0.5)))
-        Flow(velocity=scaled(2.0, per_element(loc)))
+        Flow(velocity=scaled(2.0, per_element(loc=<lambda>)))
 
     References:
         Parmas and Sugiyama 2021, eq. 19.
     """
-
-    def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
-        return _total(_elementwise(u_of, x, p, dtheta, f"the velocity of '{name}'") * getattr(dtheta, name) for name, u_of in u.items())
-
-    return Field(velocity, name=f"per_element({', '.join(u)})")
-
-
-def _elementwise(f: Callable[[Array, Any], Array], x: Array, p: Any, dtheta: Tangents, what: str) -> Array:
-    """``f(x, p)`` in the shape of x, refused where it reads x at another coordinate."""
-
-    def in_shape(x: Array, p: Any) -> Array:
-        return dtheta.target.in_shape(dtheta.ops, f(x, p), x, what)
-
-    dtheta.target.check_elementwise(dtheta.ops, in_shape, x, what)
-    return in_shape(x, p)
+    elements = PerElement(tuple(u.items()))
+    arguments = ", ".join(f"{name}={name_of(u_of)}" for name, u_of in u.items())
+    return Field(elements, name=f"per_element({arguments})", elementwise=elements)
 
 
 def _as_field(field: Field | Velocity) -> Field:

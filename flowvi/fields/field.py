@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from flowvi.ops import Array, Ops
-from flowvi.tangents import Tangents
+from flowvi.ops import Array, Ops, times
+from flowvi.shapes import broadcasts
+from flowvi.tangents import Tangents, unknown_parameter
+from flowvi.target import Target
 
 Velocity = Callable[[Array, Any, Tangents], Array]
 Elementwise = Callable[[Ops, Array, Any], Any]
@@ -24,6 +27,88 @@ class Part(NamedTuple):
 
     parameter: Callable[[Any], Array]
     u: Elementwise
+
+
+@dataclass(frozen=True)
+class PerElement:
+    """The velocity u = sum_i u_i(x, p) dtheta_i, where each u_i is elementwise in x.
+
+    It is called as any other velocity where a field is combined with others; at a site of its own :meth:`attach` is faster.
+
+    Attributes:
+        u: The functions u_i, each with the name of its parameter.
+    """
+
+    u: tuple[tuple[str, Callable[[Array, Any], Array]], ...]
+
+    def __call__(self, x: Array, p: Any, dtheta: Tangents) -> Array:
+        """The sum."""
+        return _total(at_element(u, x, p, dtheta, f"the velocity of '{name}'") * getattr(dtheta, name) for name, u in self.u)
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array | None]:
+        """The velocity, of value 0 and linear in dtheta, and what has its divergence as its tangent (None for constant fields).
+
+        The divergence of an elementwise u_i is u_i'(x) dtheta_i: the derivative of u_i along dtheta_i.
+        """
+        if chart := target.chart():
+            target.refuse(
+                f"a field per parameter cannot stay on a support of lower dimension ({chart}); "
+                "use Flow(velocity) with a dx that is tangent to it."
+            )
+        velocity = divergence = None
+        parameters, p0 = target.parameters, target.p0
+        for name, u in self.u:
+            if name not in parameters:
+                target.refuse(unknown_parameter(target.p, name))
+            theta = ops.asarray(getattr(target.p, name), x)
+            if not broadcasts(theta.shape, x.shape):
+                target.refuse(
+                    f"parameter '{name}' of shape {tuple(theta.shape)} does not act coordinate by coordinate on x of shape "
+                    f"{tuple(x.shape)}; use the general form Flow(velocity)."
+                )
+
+            at_x = u(x, p0)
+            if isinstance(at_x, (int, float)):  # a constant field
+                moved = times(theta, at_x)
+            else:
+                what = f"the velocity of '{name}'"
+                at_x = target.in_shape(ops, at_x, x, what)
+                target.check_elementwise(ops, u, x, what)
+                if target.validate and target.first_use:
+                    require_finite(ops, target, ops.derivative(partial(_as_array, ops, target, u), x, live=False)[1])
+                along = target.in_shape(ops, u(x + ops.tether(theta), p0), x, what)
+                if target.is_live(at_x):  # u reads a live parameter by itself, which moves no probability
+                    along, at_x = along - at_x, ops.stop_gradient(at_x)
+                divergence = along if divergence is None else divergence + along
+                moved = at_x * theta
+            velocity = moved if velocity is None else velocity + moved
+        velocity = ops.tether(velocity)
+        require_finite(ops, target, velocity)
+        return velocity, None if divergence is None else target.sum_event(divergence)
+
+
+def _as_array(ops: Ops, target: Target, u: Callable[[Array, Any], Array], x: Array) -> Array:
+    return ops.asarray(u(x, target.p0), x)
+
+
+def at_element(f: Callable[[Array, Any], Array], x: Array, p: Any, dtheta: Tangents, what: str) -> Array:
+    """``f(x, p)`` in the shape of x, refused where it reads x at another coordinate."""
+
+    def in_shape(x: Array, p: Any) -> Array:
+        return dtheta.target.in_shape(dtheta.ops, f(x, p), x, what)
+
+    dtheta.target.check_elementwise(dtheta.ops, in_shape, x, what)
+    return in_shape(x, p)
+
+
+def require_finite(ops: Ops, target: Target, a: Array | None) -> None:
+    """Of a velocity, of its divergence or its slope; None is 0."""
+    if target.validate and a is not None:
+        target.check(ops, ops.all_finite(a), "the velocity field or its divergence is NaN or infinite at a sample.")
+
+
+def name_of(function: Any) -> str:
+    return getattr(function, "__name__", repr(function))
 
 
 @dataclass(frozen=True)
@@ -43,6 +128,7 @@ class Field:
         name: What it is called in messages.
         parts: Of a pathwise field that is elementwise: from p (detached) to the :class:`Part` of each parameter by name, of which u
             is the sum (empty: none for this p); None where it has no such form.
+        elementwise: Of a field that is given by one function ``u(x, p)`` for each parameter: these functions; None otherwise.
 
     Example:
         >>> from flowvi import Flow, fields
@@ -61,9 +147,11 @@ class Field:
     families: tuple[str, ...] = ()
     name: str = ""
     parts: Callable[[Any], Mapping[str, Part]] | None = None
+    elementwise: PerElement | None = None
 
     def __repr__(self) -> str:
-        return self.name or f"Field({getattr(self.velocity, '__name__', self.velocity)})"
+        """The field by its name."""
+        return self.name or f"Field({name_of(self.velocity)})"
 
 
 # ---- fields of families, parameter by parameter

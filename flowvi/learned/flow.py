@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from flowvi.estimators import Draw, Estimator, SiteBaseline, _refuse_discrete, _refuse_moving_support, _require_baseline
+from flowvi.baselines import Baseline, BaselineField
+from flowvi.estimators import Draw, Estimator, refuse_discrete, refuse_moving_support
 from flowvi.family import Standardization, family_of, names
 from flowvi.fields.field import Field, Part
 from flowvi.learned.parameters import Learned
@@ -80,10 +81,9 @@ class AdaptiveFlow(Estimator):
     mask: Callable[[Array, Any], Array] | None = None
     shared: bool = False
     epsilon: float = 0.1
-    baseline: SiteBaseline = None
+    baseline: Baseline | Literal["plate"] | None = BaselineField()  # type: ignore[assignment]  # noqa: RUF009
 
     def __post_init__(self):
-        _require_baseline(self.baseline, "AdaptiveFlow")
         if self.bumps < 0:
             raise ValueError(f"AdaptiveFlow: expected a number of bumps, 0 or more, found {self.bumps}.")
         if not 0 <= self.epsilon < 1:
@@ -123,7 +123,7 @@ class AdaptiveFlow(Estimator):
         return target.cover(ops, defensive(lambda p: q, self.epsilon)(target.expand(target.p0)) if self.epsilon else q)
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
-        _refuse_moving_support(target, "a field that is learned")
+        refuse_moving_support(target, "a field that is learned")
         parts, dtheta = self._pathwise(target), Tangents(ops, target)
         tangents = {name: d for name, part in parts.items() if (d := dtheta.of(part.parameter)) is not None}
         if not tangents:
@@ -146,7 +146,7 @@ class AdaptiveFlow(Estimator):
 
     def _pathwise(self, target: Target) -> Mapping[str, Part]:
         """The pathwise field of the family, parameter by parameter."""
-        _refuse_discrete(target, "AdaptiveFlow")
+        refuse_discrete(target, "AdaptiveFlow")
         field = family_of(target.p).pathwise if self.field is None else self.field
         parts = {} if field is None or field.parts is None else field.parts(target.p0) if target.family in field.families else {}
         if not parts:

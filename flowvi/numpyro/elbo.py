@@ -16,8 +16,7 @@ from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.run import NumPyroProgram, require_known, run_program
-from flowvi.objectives import LeaveOneOut, Particle, estimate, require_options
-from flowvi.particles import elbo_of
+from flowvi.objectives import LeaveOneOut, Particle, elbo_of, estimate, particle_baseline, require_options
 from flowvi.run import Run
 from flowvi.sites import Entropy
 from flowvi.tape import Dependencies
@@ -90,7 +89,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         require_options(entropy, baseline, dependencies)
         self.entropy: Entropy = entropy
-        self.baseline: LeaveOneOut = baseline
+        self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
         self.assignment = Assignment(estimators, default)
 
@@ -103,8 +102,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         else:
             keys = random.split(rng_key, self.num_particles)
             particles, mutable_state = self.vectorize_particles_fn(particle, keys)
-        terms = estimate(ops, particles, self.num_particles, self.baseline)
-        elbo = sum(terms.values(), start=jnp.array(0.0)) if self.sum_sites else terms
+        elbo = estimate(ops, particles, self.num_particles, self.baseline)
         return {"loss": jax.tree.map(jnp.negative, elbo), "mutable_state": mutable_state}
 
     def _particle(self, program: NumPyroProgram) -> tuple[Particle, Any]:

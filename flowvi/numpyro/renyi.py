@@ -10,12 +10,10 @@ from numpyro.infer import RenyiELBO
 
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Describes, Estimators
-from flowvi.bounds import Gradient, renyi_bound, require_bound_options
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.run import NumPyroProgram, run_program
-from flowvi.objectives import LeaveOneOut
-from flowvi.particles import bound_of
+from flowvi.objectives import Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
 
 
 class TraceFlow_RenyiELBO(Describes, RenyiELBO):

@@ -1,7 +1,7 @@
 """Array and autodiff functions that an adapter hands to the core: one module per backend, each a screenful."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Array = Any
 SecondMoment = Callable[[tuple[Array, ...], dict[str, Array], tuple[Array, ...]], Array]
@@ -14,13 +14,41 @@ def times(a: Array, factor: float) -> Array:
     return a if factor == 1 else a * factor
 
 
+def no_second_derivative(what: str) -> ValueError:
+    """The error of :meth:`Ops.first_order`."""
+    return ValueError(
+        f"flowvi: the loss is a surrogate, which has no second derivative because of {what}; "
+        "only programs whose sites are all pathwise have one."
+    )
+
+
 def total(arrays: Sequence[Array]) -> Array:
     """The sum of one or more arrays, without the addition of 0 with which that of Python begins."""
     return sum(arrays[1:], arrays[0])
 
 
+@runtime_checkable
+class ArrayMethods(Protocol):
+    """What the core asks of an array itself, besides operators and indexing as in NumPy."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def mT(self) -> Array:  # noqa: N802
+        """The last two dims swapped."""
+        ...
+
+    def reshape(self, shape: tuple[int, ...], /) -> Array: ...
+    def swapaxes(self, axis1: int, axis2: int, /) -> Array: ...
+    def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Array: ...
+    def cumsum(self, axis: int) -> Array: ...
+    def all(self) -> Array: ...
+
+
 class Ops(Protocol):
-    """What the core asks of a backend. Arrays also need operators, ``.shape``, ``.ndim``, ``.sum`` and ``.reshape``."""
+    """What the core asks of a backend; of its arrays it asks :class:`ArrayMethods`."""
 
     def asarray(self, x: Any, like: Array, /) -> Array:
         """``x`` as an array of the backend, with the dtype and device of ``like``."""
@@ -108,6 +136,10 @@ class Ops(Protocol):
         self, outputs: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...], second_moment: SecondMoment, /
     ) -> tuple[Array, ...]:
         """``outputs`` as they are. Going backward, ``learned`` gets the gradient of ``second_moment(cotangents, learned, fixed)``."""
+        ...
+
+    def first_order(self, loss: Array, what: str, /) -> Array:
+        """The scalar ``loss``, with its first derivative; the second raises a ValueError that says ``what`` has none."""
         ...
 
     def ramp(self, x: Array, /) -> Array:

@@ -1,5 +1,7 @@
 """The operations of the core over JAX arrays."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from jax.numpy import broadcast_to, concatenate, cos, exp, expm1, log, log1p, lo
 from jax.numpy.linalg import eigh  # noqa: F401
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import digamma, i0e, i1e, ndtr, polygamma  # noqa: F401
+
+from flowvi.ops import no_second_derivative
 
 
 def broadcast_shapes(*shapes):
@@ -111,6 +115,27 @@ def learn(outputs, learned, fixed, second_moment):
     return with_pullback(outputs, (outputs, learned), fixed, pullback)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def first_order(loss, what):
+    return loss
+
+
+@first_order.defjvp
+def _first_derivative(what, primals, tangents):
+    return primals[0], tangents[0] * _one(primals[0], what)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _one(x, what):
+    """1, as long as nobody differentiates a first derivative again."""
+    return jnp.ones_like(x)
+
+
+@_one.defjvp
+def _second_derivative(what, primals, tangents):
+    raise no_second_derivative(what)
+
+
 def ramp(x):
     return jnp.linspace(0.2, 0.8, x.size, dtype=x.dtype).reshape(x.shape)
 
@@ -132,7 +157,3 @@ def is_close(x, y):
 def check(ok, message):
     if not isinstance(ok, Tracer) and not ok:  # as in NumPyro's own validation, nothing is known of a traced value
         raise ValueError(message)
-
-
-def first_order(x):
-    return x  # TEMPORARY

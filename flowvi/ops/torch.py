@@ -8,6 +8,8 @@ from torch import broadcast_to, concatenate, cos, exp, expm1, log, log1p, logadd
 from torch.linalg import eigh  # noqa: F401
 from torch.special import digamma, i0e, i1e, log_softmax, ndtr  # noqa: F401
 
+from flowvi.ops import no_second_derivative
+
 
 def broadcast_shapes(*shapes):
     return shapes[0] if len(set(shapes)) == 1 else torch.broadcast_shapes(*shapes)  # torch's is slow
@@ -158,6 +160,37 @@ def learn(outputs, learned, fixed, second_moment):
     return with_pullback(values, (*outputs, *learned.values()), fixed, pullback)
 
 
+def first_order(loss, what):
+    return _FirstOrder.apply(loss, what)
+
+
+class _FirstOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, what):
+        ctx.what = what
+        ctx.save_for_backward(loss)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        if torch.is_grad_enabled():  # with create_graph=True
+            cotangent = _NoDerivative.apply(cotangent, *ctx.saved_tensors, ctx.what)
+        return cotangent, None
+
+
+class _NoDerivative(torch.autograd.Function):
+    """The cotangent as it is, in a graph with the loss, so that whoever differentiates it again comes by here."""
+
+    @staticmethod
+    def forward(ctx, cotangent, loss, what):
+        ctx.what = what
+        return cotangent.view_as(cotangent)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise no_second_derivative(ctx.what)
+
+
 def ramp(x):
     return torch.linspace(0.2, 0.8, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)
 
@@ -173,7 +206,3 @@ def is_close(x, y):
 def check(ok, message):
     if not ok:
         raise ValueError(message)
-
-
-def first_order(x):
-    return x  # TEMPORARY

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro.distributions.util import detach
 
-from flowvi.objectives import require_plate_shape
+from flowvi.baselines import Fitted, MakeScores, Score, SiteCosts, make_score, require_plate_shape
+from flowvi.ops import Ops
 
 OPTIONS = {"nn_baseline", "nn_baseline_input", "use_decaying_avg_baseline", "baseline_beta", "baseline_value"}
 
@@ -20,8 +23,19 @@ def require_baseline_options(name: str, options: dict[str, Any]) -> None:
         raise ValueError(f"site '{name}': infer['baseline'] takes nn_baseline or baseline_value, found both.")
 
 
-def annotated_baseline(name: str, options: dict[str, Any], cost: torch.Tensor) -> torch.Tensor:
-    """The baseline of a site whose score meets ``cost``; the decaying average of the costs moves on, except under ``no_grad``.
+def annotated_baselines(guide_trace, names: Iterable[str]) -> dict[str, MakeScores]:
+    """The baselines that the guide annotates at the sites of these names."""
+    infer = {name: guide_trace.nodes[name]["infer"] for name in names}
+    return {name: partial(_annotated, of_site["baseline"]) for name, of_site in infer.items() if of_site.get("baseline")}
+
+
+def _annotated(options: dict[str, Any], ops: Ops, costs: SiteCosts) -> tuple[Score, ...]:
+    score = make_score(ops, *costs[:4])
+    return (score._replace(baseline=Fitted(_value(costs.name, options, score.cost))),)
+
+
+def _value(name: str, options: dict[str, Any], cost: torch.Tensor) -> torch.Tensor:
+    """The baseline of a site whose score multiplies ``cost``; the decaying average of the costs moves on, except under ``no_grad``.
 
     Args:
         name: The site's name; the average is the parameter ``__baseline_avg_downstream_cost_<name>``, where Pyro keeps it.

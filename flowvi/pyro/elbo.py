@@ -13,10 +13,9 @@ import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Describes, Estimators
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
-from flowvi.objectives import Credit, LeaveOneOut, Particle, estimate, require_options
-from flowvi.ops import times, total
-from flowvi.particles import elbo_of
-from flowvi.pyro.baselines import annotated_baseline
+from flowvi.objectives import LeaveOneOut, Particle, elbo_of, estimate, particle_baseline, require_options, stack_particles
+from flowvi.ops import times
+from flowvi.pyro.baselines import annotated_baselines
 from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.host import HOST
 from flowvi.pyro.run import PyroProgram, programs
@@ -113,7 +112,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         )
         require_options(entropy, baseline, dependencies)
         self.entropy: Entropy = entropy
-        self.baseline: LeaveOneOut = baseline
+        self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
         self.assignment = Assignment(estimators, default)
 
@@ -175,16 +174,19 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         looped = []
         for program in programs(self, model, guide, args, kwargs, follows_tensors=self.dependencies == "graph"):
             run = self._run(program)
-            particle = elbo_of(ops, run, self.dependencies)
-            _take_annotated_baselines(particle.credits, program.traces[1])
+            annotated = annotated_baselines(program.traces[1], run.draws)
+            particle = elbo_of(ops, run, self.dependencies, baselines=annotated)
             if self.vectorize_particles:
-                yield _loss(estimate(ops, particle, self.num_particles, self.baseline))
-            elif self.num_particles > 1 and self.baseline is not None and particle.credits:
+                yield self._loss(particle, self.num_particles)
+            elif self.num_particles > 1 and self.baseline is not None and particle.scores:
                 looped.append(particle)
             else:
-                yield times(_loss(estimate(ops, particle, 1, self.baseline)), 1 / self.num_particles)
+                yield times(self._loss(particle, 1), 1 / self.num_particles)
         if looped:
-            yield _loss(estimate(ops, _stack(looped), self.num_particles, self.baseline))
+            yield self._loss(stack_particles(ops, looped), self.num_particles)
+
+    def _loss(self, particles: Particle, num_particles: int) -> torch.Tensor:
+        return -torch.as_tensor(estimate(ops, particles, num_particles, self.baseline))
 
     def _get_trace(self, model, guide, args, kwargs):
         program = PyroProgram(model, guide, args, kwargs, self.max_plate_nesting)
@@ -197,25 +199,3 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _run(self, program: PyroProgram) -> Run:
         return apply_entropy(HOST, run(program, GuideSites(self.assignment, self.entropy)), self.entropy)
-
-
-def _loss(terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    return -total(list(terms.values())) if terms else torch.zeros(())
-
-
-def _take_annotated_baselines(credits: dict[str, Credit], guide_trace) -> None:
-    """Take over into ``credits`` the baselines that the guide says in Pyro's own way."""
-    for name, credit in credits.items():
-        if name in guide_trace.nodes and (options := guide_trace.nodes[name]["infer"].get("baseline")):
-            credits[name] = credit._replace(baseline=annotated_baseline(name, options, credit.cost))
-
-
-def _stack(particles: list[Particle]) -> Particle:
-    """Particles of a loop as one, along a new first axis; a site is stacked over the particles that ran it."""
-    names = dict.fromkeys(name for particle in particles for name in particle.costs)
-    costs = {name: sum(particle.costs.get(name, 0.0) for particle in particles) for name in names}
-    credits = {}
-    for name in dict.fromkeys(name for particle in particles for name in particle.credits):
-        fields = zip(*(particle.credits[name] for particle in particles if name in particle.credits), strict=True)
-        credits[name] = Credit(*(None if field[0] is None else torch.stack(field) for field in fields))
-    return Particle(costs, credits)

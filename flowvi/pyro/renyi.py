@@ -11,11 +11,9 @@ from pyro.util import warn_if_nan
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Describes, Estimators
-from flowvi.bounds import BoundParticle, Gradient, renyi_bound, require_bound_options
 from flowvi.estimators import Auto, Estimator
-from flowvi.objectives import LeaveOneOut
+from flowvi.objectives import BoundParticle, Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
 from flowvi.ops import times
-from flowvi.particles import bound_of
 from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.handlers import share_subsamples
 from flowvi.pyro.host import HOST

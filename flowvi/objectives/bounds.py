@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from flowvi.dependence import Frame
+from flowvi.entropy import held_values, stick_the_landing
 from flowvi.estimators import Draw
-from flowvi.objectives import LeaveOneOut, sum_to
+from flowvi.host import Host
+from flowvi.objectives.options import Gradient, LeaveOneOut
+from flowvi.objectives.plates import sum_to
 from flowvi.ops import Array, Ops, times, total
-from flowvi.tape import Term
-
-Gradient = Literal["plain", "dreg"]
+from flowvi.run import Run
+from flowvi.tape import Term, costs
 
 
 class BoundParticle(NamedTuple):
@@ -29,12 +31,12 @@ class BoundParticle(NamedTuple):
     Attributes:
         log_ratio: The log density of the model less that of the guide, live.
         score: The scores of all sites, added up, whose value has no meaning; None where no site has one.
-        still: What the parameters contribute to the log ratio at values that stay where they are; None except for ``"dreg"``.
+        at_fixed_draws: What the parameters contribute to the log ratio at detached draws; None except for ``"dreg"``.
     """
 
     log_ratio: Array
     score: Array | None
-    still: Array | None
+    at_fixed_draws: Array | None
 
 
 def shared_plates(terms: Iterable[Term], subsampled: Mapping[str, float]) -> tuple[frozenset[Frame], float]:
@@ -53,8 +55,27 @@ def shared_plates(terms: Iterable[Term], subsampled: Mapping[str, float]) -> tup
     return shared, math.prod(subsampled.values())
 
 
-def bound_particle(
-    ops: Ops, terms: list[Term], draws: Mapping[str, Draw], still: list[Term] | None, subsampled: Mapping[str, float]
+def bound_of(host: Host, run: Run, gradient: Gradient) -> tuple[BoundParticle, float]:
+    """Reduce a run to its log ratio; also the factor of subsampling, by which the bound is to be multiplied.
+
+    Args:
+        host: The host library.
+        run: The run.
+        gradient: ``"dreg"`` takes one more run of guide and model.
+    """
+    at_fixed_draws = None
+    if gradient == "dreg":
+        run = stick_the_landing(host, run, "gradient='dreg'")
+        again = run.again(held_values(host, run))
+        at_fixed_draws = [term for term in costs(again) if term.sign > 0 or term.name not in run.sites.random]
+    particle, scale = _bound_particle(host.ops, costs(run), run.draws, at_fixed_draws, run.subsampled)
+    if run.is_pathwise and gradient == "plain":
+        return particle, scale
+    return BoundParticle(*(None if a is None else host.ops.first_order(a, "its estimators") for a in particle)), scale
+
+
+def _bound_particle(
+    ops: Ops, terms: list[Term], draws: Mapping[str, Draw], at_fixed_draws: list[Term] | None, subsampled: Mapping[str, float]
 ) -> tuple[BoundParticle, float]:
     """Reduce one run; also the factor of subsampling, by which the bound is to be multiplied.
 
@@ -62,7 +83,7 @@ def bound_particle(
         ops: The operations of the backend.
         terms: The costs.
         draws: The draws of the sites with a score or a weight.
-        still: The costs at values that stay where they are, for ``"dreg"``.
+        at_fixed_draws: The costs at detached draws, for ``"dreg"``.
         subsampled: The plates that are subsampled, each with its size over that of the subsample.
 
     Raises:
@@ -75,7 +96,7 @@ def bound_particle(
             _refuse(name, "a control variate has mean 0 under an ELBO only; use TraceFlow_ELBO, or an estimator that does not learn.")
         if draw.baseline is not None:
             _refuse(name, "the bound has a baseline of its own, the leave-one-out bound; remove the baseline of the estimator.")
-        if still is not None and draw.score is not None:
+        if at_fixed_draws is not None and draw.score is not None:
             _refuse(name, "gradient='dreg' needs sites without a score; use RP() or ImplicitRP(), or gradient='plain'.")
     shared, scale = shared_plates(terms, subsampled)
 
@@ -86,8 +107,8 @@ def bound_particle(
     shape = ops.broadcast_shapes(*(sum_to(term.log_density, shared).shape for term in terms))
     log_ratio = times(shared_sum(term.cost for term in terms), 1 / scale)
     score = shared_sum(draw.score for draw in draws.values() if draw.score is not None)
-    path = None if still is None else shared_sum(term.cost for term in still)
-    return BoundParticle(log_ratio, score, None if path is None else times(path, 1 / scale)), scale
+    direct = None if at_fixed_draws is None else shared_sum(term.cost for term in at_fixed_draws)
+    return BoundParticle(log_ratio, score, None if direct is None else times(direct, 1 / scale)), scale
 
 
 def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: LeaveOneOut) -> Array:
@@ -99,17 +120,17 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
         alpha: The order; 0 is the importance-weighted bound.
         baseline: ``"loo"`` subtracts from the bound, where it multiplies a particle's score, the bound without that particle.
     """
-    log_ratio, score, still = particles
+    log_ratio, score, at_fixed_draws = particles
     num_particles = log_ratio.shape[0]
 
     def bound(log_ratios: Array, axis: int) -> Array:
         return times(ops.logsumexp(times(log_ratios, 1 - alpha), axis) - math.log(num_particles), 1 / (1 - alpha))
 
-    if still is not None:
+    if at_fixed_draws is not None:
         value = ops.stop_gradient(bound(log_ratio, 0))
         w = ops.exp((1 - alpha) * (ops.stop_gradient(log_ratio) - value)) / num_particles
-        path = ops.tether(log_ratio - still)
-        return value + ((alpha * w + (1 - alpha) * w**2) * path + w * ops.tether(still)).sum(0)
+        path = ops.tether(log_ratio - at_fixed_draws)
+        return value + ((alpha * w + (1 - alpha) * w**2) * path + w * ops.tether(at_fixed_draws)).sum(0)
     value = bound(log_ratio, 0)
     if score is None:
         return value
@@ -124,11 +145,3 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
 
 def _refuse(name: str, message: str) -> NoReturn:
     raise ValueError(f"site '{name}': {message}")
-
-
-def require_bound_options(baseline: LeaveOneOut, gradient: Gradient) -> None:
-    """Refuse options of a bound that do not exist."""
-    if baseline not in ("loo", None):
-        raise ValueError(f"baseline: expected 'loo' or None, found {baseline!r}.")
-    if gradient not in ("plain", "dreg"):
-        raise ValueError(f"gradient: expected 'plain' or 'dreg', found {gradient!r}.")

@@ -1,0 +1,18 @@
+"""Gradient estimators: what happens at one site. One module for each.
+
+Every estimator here is one choice of a velocity field u and a sampling density q in the probability-flow estimator
+
+    E_i = w [ u_i . grad phi + psi_i phi ],    w = p / q,    psi_i = div u_i + u_i . grad_x log p + d_theta_i log p
+
+of Parmas and Sugiyama (AISTATS 2021, eq. 19), where phi is everything the program does with the sample. ("Probability flow" is
+the mass that moves with the parameters. It is neither the ODE of diffusion models nor a normalizing flow.)
+"""
+
+from flowvi.estimators.auto import Auto
+from flowvi.estimators.estimator import Draw, Estimator, attach, refuse_discrete, refuse_moving_support
+from flowvi.estimators.flow import Flow
+from flowvi.estimators.implicit import ImplicitRP
+from flowvi.estimators.lr import LR
+from flowvi.estimators.rp import RP
+
+__all__ = ["LR", "RP", "Auto", "Draw", "Estimator", "Flow", "ImplicitRP", "attach", "refuse_discrete", "refuse_moving_support"]

@@ -1,0 +1,134 @@
+"""The protocol of an estimator, and what it makes of a draw.
+
+An estimator never draws: the host does. :func:`attach` returns the same number with the right derivatives, a score and a weight.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+from flowvi.baselines import MakeScores, SiteBaseline
+from flowvi.learned.parameters import Learned
+from flowvi.ops import Array, Ops
+from flowvi.target import Target
+
+
+class Draw(NamedTuple):
+    """A drawn value with its derivatives attached.
+
+    Attributes:
+        value: The value of the site; its tangent is the velocity.
+        score: Batch shape of the site, with the tangent psi; its value has no meaning. None where psi is identically 0.
+        log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
+        log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the score needed it anyway.
+        baseline: Makes the records of the score after the run, with the estimator's own baseline; None where it has none.
+        control: Batch shape of the site, value 0 and a tangent of mean 0, which the objective adds to its costs; None where absent.
+    """
+
+    value: Array
+    score: Array | None = None
+    log_weight: Array | None = None
+    log_prob: Array | None = None
+    baseline: MakeScores | None = None
+    control: Array | None = None
+
+
+class Estimator(ABC):
+    """One gradient estimator for one site: the protocol of :class:`LR`, :class:`RP`, :class:`ImplicitRP`, :class:`Flow`.
+
+    An estimator is a frozen dataclass.
+
+    Attributes:
+        q: A function ``q(p) -> distribution`` that proposes the samples, or None for q = p.
+        enters: Whether it acts on the base sample of a plain ``TransformedDistribution`` (or on the outermost value).
+        uses_sampler: Whether the derivative is that of the host's own sampler, so that there is nothing to attach.
+        baseline: What is subtracted from the costs that multiply the score, or None to leave that to the objective.
+    """
+
+    q: Callable[[Any], Any] | None
+    baseline: SiteBaseline | None = None
+    enters: bool = True
+
+    @property
+    def uses_sampler(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        """The arguments that differ from their defaults, functions by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]
+        arguments = (f"{name}={getattr(value, '__name__', repr(value))}" for name, value in values.items() if value is not None)
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def resolve(self, target: Target) -> Estimator:
+        """The estimator that acts at ``target``: itself, except for :class:`Auto`."""
+        return self
+
+    def psi_is_zero(self, target: Target) -> bool:
+        """Whether the score term is absent."""
+        return False
+
+    def at_p(self) -> Estimator:
+        """The same field, with samples drawn from p itself."""
+        return self if self.q is None else replace(self, q=None)  # type: ignore[type-var]
+
+    def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
+        """The parameters that it learns at ``target``, by name; the host keeps them and hands them in as ``target.learned``."""
+        return {}
+
+    def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:
+        """The sampling density (detached, of the shape of x) and whether it may leave the support of p."""
+        if self.q is None:
+            return target.p0, False
+        try:
+            q = self.q(target.p0)
+        except ValueError as error:
+            target.refuse(str(error))
+        return target.cover(ops, q)
+
+    @abstractmethod
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        """Attach derivatives to a detached sample ``x`` of the proposal; :func:`attach` adds the weight."""
+
+
+def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
+    """The draw at ``target`` for a sample ``x`` of the estimator's proposal, weight and baseline included."""
+    x = ops.stop_gradient(x)
+    if estimator.q is None:
+        return _with_baseline(ops, target, estimator, x, estimator.attach(ops, target, x))
+    q, leaves_support = estimator.proposal(ops, target)
+    log_q = ops.stop_gradient(q.log_prob(x))
+    if leaves_support:
+        inside, x = target.clip(x)
+        log_weight = ops.where(inside, target.p0.log_prob(x) - log_q, ops.asarray(-float("inf"), x))
+    else:
+        log_weight = target.p0.log_prob(x) - log_q
+    log_weight = target.to_batch(ops.stop_gradient(log_weight))
+    if target.validate:
+        ok = ops.all_finite(ops.exp(log_weight))
+        target.check(ops, ok, "the weight p/q is not finite; the density of q must be positive wherever that of p is.")
+    draw = estimator.attach(ops, target, x)
+    if draw.control is not None:
+        draw = draw._replace(control=ops.exp(log_weight) * draw.control)
+    return _with_baseline(ops, target, estimator, x, draw._replace(log_weight=log_weight))
+
+
+def _with_baseline(ops: Ops, target: Target, estimator: Estimator, x: Array, draw: Draw) -> Draw:
+    if estimator.baseline is None or draw.score is None:
+        return draw
+    return draw._replace(baseline=estimator.baseline.at_draw(ops, target, x, draw.score))
+
+
+def refuse_moving_support(target: Target, what: str) -> None:
+    if bounds := target.moving_bounds():
+        target.refuse(
+            f"{what} is biased where the support moves with a parameter, but that of {target.family} moves with {', '.join(bounds)} "
+            "(a traced bound counts as live); use RP() or ImplicitRP(), or make the bound a constant."
+        )
+
+
+def refuse_discrete(target: Target, what: str) -> None:
+    if target.is_discrete():
+        target.refuse(f"{what} needs a continuous distribution, but {target.family} is discrete; use LR().")

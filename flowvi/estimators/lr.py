@@ -1,0 +1,58 @@
+"""The likelihood ratio estimator: no velocity, all score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flowvi.baselines import Baseline, BaselineField
+from flowvi.estimators.estimator import Draw, Estimator, refuse_moving_support
+from flowvi.ops import Array, Ops
+from flowvi.target import Target
+
+
+@dataclass(frozen=True, repr=False)
+class LR(Estimator):
+    r"""Likelihood ratio (score function, REINFORCE): :math:`E = w\,\phi(x)\,\nabla_\theta \log p(x;\theta)`.
+
+    u = 0 and psi is the score. It acts on the outermost value of the site.
+
+    **Requirements**: ``log_prob`` differentiable in the parameters, and a support that does not move with them. The cost may be
+    anything, discontinuous or a black box, as long as its jumps do not move with the parameters either.
+
+    Args:
+        baseline: Subtracted from the costs instead of the objective's leave-one-out mean over particles; ``"plate"`` is the mean
+            over the other elements of the site's plates of the costs that are theirs alone, which needs no second particle;
+            ``"optimal"`` is for each parameter the one of least variance, E[psi^2 phi] / E[psi^2], estimated from the other
+            particles (a vector that belongs to one event, such as logits, counts as one parameter). With few particles that estimate
+            is noisy, and the leave-one-out mean may be better.
+        q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
+
+    Raises:
+        TypeError: ``baseline`` is neither a :class:`~flowvi.Baseline` nor one of the names.
+        ValueError: At the first run, naming the site, where the support moves with a live parameter; ``"plate"`` without a plate;
+            ``"optimal"`` with a single particle, or for a family whose parameters it does not know.
+
+    Example:
+        The gradient of E[3 x] under a Bernoulli, in its probability: 3 / 0.4 where x is 1, and 0 where it is 0.
+
+        >>> import numpyro.distributions as dist
+        >>> from flowvi import LR, plot
+        >>> samples = plot.gradient_samples(dist.Bernoulli(probs=0.4), LR(), "probs", lambda x: 3.0 * x)
+        >>> sorted(set(samples.round(4).tolist()))
+        [0.0, 7.5]
+
+    References:
+        Williams 1992; Ranganath, Gerrish and Blei 2014; Weaver and Tao 2001 (``"optimal"``). Parmas and Sugiyama 2021, eq. 19 with
+        u = 0.
+    """
+
+    baseline: Baseline | Literal["plate", "optimal"] | None = BaselineField(optimal=True)  # type: ignore[assignment]  # noqa: RUF009
+    q: Callable[[Any], Any] | None = None
+    enters = False
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        refuse_moving_support(target, "LR")
+        log_prob = target.to_batch(target.p.log_prob(x))
+        return Draw(target.push(x), log_prob, log_prob=log_prob)

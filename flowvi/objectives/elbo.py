@@ -1,0 +1,247 @@
+"""The ELBO: from a tape to its value and the surrogate whose derivative is the estimator.
+
+The surrogate is the composition rule of several dependent sites, in its form with baselines,
+
+    S = sum_j sg(W_j) f_j + tether( sum_s score_s sg( sum_{j after s} W_j f_j - W_{<=s} b_s ) ),
+
+with W_j the product of the weights of cost j's ancestors and b_s a baseline. In plates, a score and a weight multiply costs
+element by element as far as :class:`~flowvi.dependence.Ancestor` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from flowvi.baselines import MakeScores, ParticleMean, Score, SiteCosts, make_score
+from flowvi.dependence import Ancestor, Frame
+from flowvi.objectives.plates import sum_to
+from flowvi.ops import Array, Ops, total
+from flowvi.run import Run, Statement
+from flowvi.tape import Dependencies, Site, Tape, control_terms, record, scored_draws
+
+ATTACHED = "what is attached to its draws"
+
+
+class Particle(NamedTuple):
+    """One run, reduced; arrays only.
+
+    Attributes:
+        costs: The sum of its weighted costs, a scalar; or such a sum for each statement by name.
+        scores: For each site with a score, its records: one, or one for each array of parameters.
+    """
+
+    costs: Array | dict[str, Array] | None
+    scores: dict[str, tuple[Score, ...]]
+
+
+def elbo_of(
+    ops: Ops, run: Run, dependencies: Dependencies, *, by_statement: bool = False, baselines: Mapping[str, MakeScores] | None = None
+) -> Particle:
+    """Reduce a run to its weighted costs and its scores.
+
+    Args:
+        ops: The operations of the backend.
+        run: The run.
+        dependencies: How to tell which costs depend on which site.
+        by_statement: Whether to keep the costs of each statement apart.
+        baselines: Baselines that the program itself annotates, by site; an estimator's own goes before them.
+    """
+    if scored_draws(run.draws):
+        particle = _of_tape(ops, record(run, dependencies), by_statement, baselines)
+    else:
+        particle = Particle(_unweighted(run, by_statement), {})
+    if run.is_pathwise or particle.scores or by_statement or particle.costs is None:  # `estimate` sees to scores
+        return particle
+    return particle._replace(costs=ops.first_order(particle.costs, ATTACHED))
+
+
+def _unweighted(run: Run, by_statement: bool) -> Array | dict[str, Array] | None:
+    """The costs where no site has a score or a weight, so that it does not matter what depends on what."""
+    costs: dict[str, Array] = {}
+    for name in {**run.model, **run.guide}:
+        of_model, of_guide = _sum(run.model.get(name)), _sum(run.guide.get(name))
+        if of_guide is None and of_model is not None:
+            costs[name] = of_model
+        elif of_guide is not None:
+            costs[name] = -of_guide if of_model is None else of_model - of_guide
+    for term in control_terms(run.draws):
+        costs[term.name] = costs[term.name] + term.cost.sum() if term.name in costs else term.cost.sum()
+    return costs if by_statement else total(list(costs.values())) if costs else None
+
+
+def _sum(statement: Statement | None) -> Array | None:
+    if statement is None or statement.log_density is None:
+        return None
+    return statement.log_density.sum() if statement.total is None else statement.total
+
+
+def _of_tape(ops: Ops, tape: Tape, by_statement: bool, baselines: Mapping[str, MakeScores] | None) -> Particle:
+    """Weigh the costs, sum them, and gather for each score those that depend on its site."""
+    weights = {site.name: site.draw.log_weight for site in tape.sites if site.draw.log_weight is not None}
+    groups: dict[tuple, Array] = {}  # costs with the same ancestors, in the same plates, are one cost
+    for term in tape.terms:
+        log_density = sum_to(term.log_density, term.frames)
+        key = (term.name if by_statement else None, term.frames, term.ancestors, log_density.shape)
+        if key not in groups:
+            groups[key] = log_density if term.sign > 0 else -log_density
+        else:
+            groups[key] = groups[key] + log_density if term.sign > 0 else groups[key] - log_density
+    sums: dict[Any, Array] = {}
+    costs: list[_Cost] = []
+    for (name, _, ancestors, _), cost in groups.items():
+        weight = _weight(ops, weights, ancestors)
+        if weight is not None:
+            cost = ops.where(weight > 0, weight * cost, weight)
+        if ancestors:
+            costs.append(_Cost(ops.stop_gradient(cost), ancestors))
+        cost = cost.sum() if cost.ndim else cost
+        sums[name] = sums[name] + cost if name in sums else cost
+    scores: dict[str, tuple[Score, ...]] = {}
+    for site, cost in _downstream([site for site in tape.sites if site.draw.score is not None], costs):
+        score, weight = sum_to(site.draw.score, site.frames), _weight(ops, weights, site.ancestors)
+        if make_scores := site.draw.baseline or (baselines and baselines.get(site.name)):
+            num_elements = math.prod(frame.size for frame in site.frames)
+            of_site = make_scores(ops, SiteCosts(site.name, score, cost, weight, num_elements, partial(_own_costs, site, costs)))
+        else:
+            of_site = (make_score(ops, site.name, score, cost, weight),)
+        scores[site.name] = of_site
+    return Particle(sums if by_statement else sums[None], scores)
+
+
+class _Cost(NamedTuple):
+    """A detached cost, and the sites on which it depends."""
+
+    value: Array
+    ancestors: frozenset[Ancestor]
+
+
+def _weight(ops: Ops, weights: dict[str, Array], ancestors: frozenset[Ancestor]) -> Array | None:
+    """The product of the ancestors' weights: elementwise in the plates of the :class:`Ancestor`, joint over the others."""
+    weighted = sorted((ancestor for ancestor in ancestors if ancestor.name in weights), key=itemgetter(0)) if weights else ()
+    return ops.exp(sum(sum_to(weights[name], frames) for name, frames in weighted)) if weighted else None
+
+
+def _own_costs(site: Site, costs: list[_Cost]) -> Array:
+    """For each element of the site's plates, the costs that depend on that element alone."""
+    own = [sum_to(cost.value, site.frames) for cost in costs if Ancestor(site.name, site.frames) in cost.ancestors]
+    return total(own) if own else 0.0 * sum_to(site.draw.score, site.frames)
+
+
+# ---- the costs that depend on a site
+
+
+def _downstream(scored: list[Site], costs: list[_Cost]) -> Iterator[tuple[Site, Array]]:
+    """For each site with a score, the sum of the costs that depend on it, over its own plates.
+
+    Along a chain, what depends on one site is what depends on the next and a few costs besides, so that each sum starts from the last.
+    """
+    sums: list[Array] = []
+    sites, ancestors = tuple((site.name, site.frames) for site in scored), tuple(cost.ancestors for cost in costs)
+    for index, start, added in _plan(sites, ancestors):
+        summands = [sum_to(costs[i].value, frames) for i, frames in added]
+        sums.append(total(summands if start is None else [sums[start], *summands]))
+        yield scored[index], sums[-1]
+
+
+class _Sum(NamedTuple):
+    """How to sum the costs that depend on a site.
+
+    Attributes:
+        site: Its index.
+        start: The index of the sum from which to start; None for 0.
+        added: What to add: costs by index, each with the plates in which it depends on the site element by element.
+    """
+
+    site: int
+    start: int | None
+    added: tuple[tuple[int, frozenset[Frame]], ...]
+
+
+@lru_cache(maxsize=64)  # the same at every step of most programs
+def _plan(scored: tuple[tuple[str, frozenset[Frame]], ...], ancestors: tuple[frozenset[Ancestor], ...]) -> tuple[_Sum, ...]:
+    """The sums for all sites, in the order in which they are made."""
+    dependents = _dependents(ancestors)
+    indices = [i for i, (name, _) in enumerate(scored) if name in dependents]
+    last: dict[frozenset[Frame], tuple[int, frozenset[tuple[int, frozenset[Frame]]]]] = {}
+    sums: list[_Sum] = []
+    for index in sorted(indices, key=lambda i: len(dependents[scored[i][0]])):
+        name, frames = scored[index]
+        start, summed = last.get(frames, (None, frozenset()))
+        if not summed <= dependents[name]:
+            start, summed = None, frozenset()
+        last[frames] = len(sums), dependents[name]
+        sums.append(_Sum(index, start, tuple(sorted(dependents[name] - summed, key=itemgetter(0)))))
+    return tuple(sums)
+
+
+def _dependents(ancestors: tuple[frozenset[Ancestor], ...]) -> dict[str, frozenset[tuple[int, frozenset[Frame]]]]:
+    """For each site, the costs of which it is an ancestor, by index, each with the plates of the :class:`Ancestor`."""
+    found: dict[str, set[tuple[int, frozenset[Frame]]]] = {}
+    for i, sites in enumerate(ancestors):
+        costs = {frames: (i, frames) for _, frames in sites}  # one object for all sites, because sets of these are compared
+        for name, frames in sites:
+            found.setdefault(name, set()).add(costs[frames])
+    return {name: frozenset(costs) for name, costs in found.items()}
+
+
+# ---- all particles
+
+
+def stack_particles(ops: Ops, particles: list[Particle]) -> Particle:
+    """Particles of a loop as one, along a new first axis; a site is stacked over the particles that ran it. Costs are summed."""
+    names = dict.fromkeys(name for particle in particles for name in particle.scores)
+    scores = {
+        name: tuple(_stacked(ops, same) for same in zip(*(p.scores[name] for p in particles if name in p.scores), strict=True))
+        for name in names
+    }
+    return Particle(total([particle.costs for particle in particles]), scores)
+
+
+def _stacked(ops: Ops, records: tuple) -> Any:
+    """Arrays, or nested records of arrays, as one with a new first axis."""
+    first = records[0]
+    if isinstance(first, tuple):
+        return type(first)(*(_stacked(ops, field) for field in zip(*records, strict=True)))
+    return None if first is None else ops.stack(list(records), 0)
+
+
+def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: ParticleMean | None) -> Any:
+    """The objective, averaged over particles, with the derivative of the estimator and that of the baselines' squared errors.
+
+    Args:
+        ops: The operations of the backend.
+        particles: With several particles, every array of a score has them along its first axis; costs may be summed over them.
+        num_particles: How many there are.
+        baseline: That of the scores that have none of their own.
+
+    Returns:
+        A scalar; or scalars by statement, where the costs are given so, whose sum has the value of the objective and the derivative
+        of the estimator.
+    """
+    default = baseline if num_particles > 1 else None
+    costs, scores = particles
+    terms = {name: [_term(ops, name, score, num_particles, default) for score in of_site] for name, of_site in scores.items()}
+    if not isinstance(costs, dict):
+        return _average(ops, costs, [term for of_site in terms.values() for term in of_site], num_particles)
+    return {name: _average(ops, costs.get(name), terms.get(name, []), num_particles) for name in {**costs, **terms}}
+
+
+def _term(ops: Ops, name: str, score: Score, num_particles: int, default: ParticleMean | None) -> Array:
+    """A scalar whose tangent is the score times its costs less the baseline; its value has no meaning."""
+    baseline = default if score.baseline is None else score.baseline
+    term = score.score * score.cost if baseline is None else baseline.term(ops, name, score, num_particles)
+    return term.sum() if term.ndim else term
+
+
+def _average(ops: Ops, cost: Array | None, score_terms: list[Array], num_particles: int) -> Array:
+    parts = [] if cost is None else [cost.sum() if cost.ndim else cost]
+    if score_terms:
+        parts.append(ops.tether(total(score_terms)))
+    if not parts:  # a program without a statement
+        return 0.0
+    average = total(parts) / num_particles if num_particles > 1 else total(parts)
+    return ops.first_order(average, ATTACHED) if score_terms else average

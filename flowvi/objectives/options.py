@@ -1,0 +1,36 @@
+"""The options of objectives: what they may be, and where they are refused."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from flowvi.baselines import ParticleMean
+from flowvi.sites import Entropy
+from flowvi.tape import Dependencies
+
+LeaveOneOut = Literal["loo"] | None
+Gradient = Literal["plain", "dreg"]
+
+
+def particle_baseline(baseline: LeaveOneOut) -> ParticleMean | None:
+    """The baseline of an ELBO's scores that have none of their own."""
+    return ParticleMean() if baseline == "loo" else None
+
+
+def require_options(entropy: Entropy, baseline: LeaveOneOut, dependencies: Dependencies) -> None:
+    """Refuse options of an objective that do not exist."""
+    for name, found, known in (
+        ("entropy", entropy, ("full", "stl", "analytic")),
+        ("baseline", baseline, ("loo", None)),
+        ("dependencies", dependencies, ("graph", "plates")),
+    ):
+        if found not in known:
+            raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, found {found!r}.")
+
+
+def require_bound_options(baseline: LeaveOneOut, gradient: Gradient) -> None:
+    """Refuse options of a bound that do not exist."""
+    if baseline not in ("loo", None):
+        raise ValueError(f"baseline: expected 'loo' or None, found {baseline!r}.")
+    if gradient not in ("plain", "dreg"):
+        raise ValueError(f"gradient: expected 'plain' or 'dreg', found {gradient!r}.")
