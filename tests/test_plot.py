@@ -207,10 +207,17 @@ def test_refusals(host, normal):
 
 
 def test_imports():
-    """Neither ``import flowvi`` nor the module itself imports matplotlib or a host; without matplotlib it says what to install."""
-    loaded = "print([name for name in ('flowvi.plot', 'matplotlib', 'jax', 'torch') if sys.modules.get(name)])"
+    """Neither ``import flowvi`` nor the modules themselves import matplotlib or a host, and each says what it misses."""
+    names = ("flowvi.plot", "flowvi.checks", "matplotlib", "jax", "torch", "numpy")
+    loaded = f"print([name for name in {names} if sys.modules.get(name)])"
     assert run((), f"import flowvi\n{loaded}") == "[]"
-    assert run((), f"import flowvi.plot\n{loaded}") == "['flowvi.plot']"
+    assert run((), f"import flowvi.plot\n{loaded}") == "['flowvi.plot', 'numpy']"
+    assert run((), f"from flowvi import check_estimator\n{loaded}") == "['flowvi.checks', 'numpy']"
+    for draw in ("plot.velocity(dist.Normal(0.0, 1.0), LR(), 'loc')", "check_estimator(dist.Normal(0.0, 1.0), LR())"):
+        code = "import numpyro.distributions as dist\nfrom flowvi import LR, check_estimator, plot\ntry:\n"
+        assert "import flowvi.pyro or flowvi.numpyro first" in run(
+            (), f"{code}    {draw}\nexcept TypeError as error:\n    print(error)"
+        )
     draw = "plot.velocity(dist.Normal(0.0, 1.0), LR(), 'loc')"
     imports = "import numpyro.distributions as dist\nimport flowvi.numpyro\nfrom flowvi import LR, plot\n"
     code = f"{imports}try:\n    {draw}\nexcept ImportError as error:\n"
