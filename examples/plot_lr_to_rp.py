@@ -19,6 +19,8 @@ import numpyro.distributions
 import pyro.distributions
 import torch
 
+import flowvi.numpyro
+import flowvi.pyro  # noqa: F401
 from flowvi import Flow, fields, plot
 
 HOSTS = {"NumPyro": (numpyro.distributions.Normal(0.0, 1.0), jnp), "Pyro": (pyro.distributions.Normal(0.0, 1.0), torch)}

@@ -18,6 +18,8 @@ import numpy as np
 import numpyro.distributions
 import pyro.distributions
 
+import flowvi.numpyro
+import flowvi.pyro  # noqa: F401
 from flowvi import LR, RP, Flow, fields, plot
 
 

@@ -3,11 +3,16 @@
 The names here import neither jax nor torch; ``flowvi.numpyro`` and ``flowvi.pyro`` hold the objectives.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from flowvi import families, fields, proposals
 from flowvi.baselines import Baseline
-from flowvi.checks import check_estimator
 from flowvi.estimators import LR, RP, Auto, Flow, ImplicitRP
 from flowvi.learned.flow import AdaptiveFlow
+
+if TYPE_CHECKING:
+    from flowvi.checks import check_estimator
 
 __all__ = [
     "LR",
@@ -23,3 +28,11 @@ __all__ = [
     "proposals",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``flowvi.checks`` when it is first asked for: it needs NumPy, which comes with a host."""
+    if name not in ("checks", "check_estimator"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    checks = import_module("flowvi.checks")
+    return checks if name == "checks" else checks.check_estimator

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
-from flowvi.ops import Ops
+from flowvi.ops import Array, Ops
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Host(Protocol):
     """One of the host libraries, Pyro or NumPyro, as the core sees it.
+
+    The properties are what the core builds with. The methods are for tools that look at one distribution outside of a program
+    (:mod:`flowvi.checks`, :mod:`flowvi.plot`): they carry numbers to and from NumPy, draw with a seed, and differentiate.
 
     Attributes:
         name: ``"numpyro"`` or ``"pyro"``.
@@ -21,6 +28,7 @@ class Host(Protocol):
         proposal: Makes a distribution of a :class:`flowvi.proposals.Density`: ``proposal(density, *parts)``.
         student_t: Its Student's t: ``student_t(df, loc, scale)``.
         multivariate_student_t: Its multivariate Student's t: ``multivariate_student_t(df, loc, scale_tril)``.
+        compiles: Whether it compiles a function once for each shape of its arguments, so that few shapes are better than many.
     """
 
     @property
@@ -35,10 +43,6 @@ class Host(Protocol):
     def estimated(self) -> type: ...
     @property
     def wrappers(self) -> tuple[type, ...]: ...
-    def unwrap(self, fn: Any, /) -> Any:
-        """The named family inside independent, expanded, masked and estimated distributions."""
-        ...
-
     def divergence(self, guide: Any, model: Any, /) -> Any:
         """The divergence of two statements in closed form, scaled and masked as the first; None where the host knows none."""
         ...
@@ -49,6 +53,50 @@ class Host(Protocol):
     def student_t(self) -> Callable[..., Any]: ...
     @property
     def multivariate_student_t(self) -> Callable[..., Any]: ...
+    @property
+    def compiles(self) -> bool: ...
+
+    def unwrap(self, p: Any, /) -> Any:
+        """The distribution inside independent, expanded, masked and ``Estimated`` wrappers, with a batch shape of its own."""
+        ...
+
+    def array(self, x: Any, /) -> Array:
+        """Numbers as an array, floats in the default precision; an array keeps its derivatives."""
+        ...
+
+    def numpy(self, x: Any, /) -> np.ndarray:
+        """The numbers of an array, or of what NumPy takes."""
+        ...
+
+    def precise(self) -> AbstractContextManager[None]:
+        """Double precision, and the host's own validation off."""
+        ...
+
+    def sample(self, target: Any, q: Any, seed: int, /) -> Array:
+        """Detached draws of x, of the shape of ``target``, from ``q`` expanded to it; the host's random state stays as it was."""
+        ...
+
+    def rsample(self, p: Any, seed: Any, /) -> Array:
+        """A draw by the host's own sampler, of batch and event shape, with its derivative; the random state stays as it was.
+
+        ``seed`` is a whole number or an array of one.
+        """
+        ...
+
+    def values(self, f: Callable[..., list[Array]], size: int, /) -> Callable[..., list[np.ndarray]]:
+        """The arrays ``f(eta, *arrays)`` at eta = 0, of shape (size,) and live, as a function of the arrays."""
+        ...
+
+    def jacobian(self, f: Callable[..., list[Array]], size: int, /) -> Callable[..., list[np.ndarray]]:
+        """The derivatives of the arrays ``f(eta, *arrays)`` in eta at 0 (last axis), as a function of the arrays."""
+        ...
+
+    def derivative(self, f: Callable[[Array], tuple[Array, ...]], t: float, /) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The arrays ``f(t)`` of a number t, and their derivatives in it, however many numbers they hold.
+
+        Nothing is compiled, so that ``f`` sees which of its numbers do not move.
+        """
+        ...
 
 
 _HOSTS: list[Host] = []

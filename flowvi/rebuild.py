@@ -40,15 +40,17 @@ def build(family: type, values: Mapping[str, Any]) -> Any:
     return family(**values, validate_args=False)
 
 
-def parameters(p: Any) -> dict[str, Parameter]:
+def parameters(p: Any, wanted: Collection[str] = ()) -> dict[str, Parameter]:
     """Every continuous parameter of a distribution and of the distributions inside it, by its full name.
+
+    Of parameters of which only one is given, such as probs and logits, there is the ``wanted`` one, or else the one that was given.
 
     Example:
         >>> import numpyro.distributions as dist
         >>> list(parameters(dist.MixtureSameFamily(dist.Categorical(logits=[0.2, 0.1]), dist.Normal([0.0, 1.0], 1.0))))
         ['mixing_distribution.logits', 'component_distribution.loc', 'component_distribution.scale']
     """
-    return dict(_named("", p))
+    return dict(_named("", p, wanted))
 
 
 def arguments(p: Any, wanted: Collection[str] = ()) -> dict[str, Any]:
@@ -79,14 +81,14 @@ def _inside(prefix: str, name: str) -> str:
     return prefix if name == "base_dist" else f"{prefix}{name}."
 
 
-def _named(prefix: str, p: Any) -> Iterator[tuple[str, Parameter]]:
-    for name, part in arguments(p).items():
+def _named(prefix: str, p: Any, wanted: Collection[str]) -> Iterator[tuple[str, Parameter]]:
+    for name, part in arguments(p, wanted).items():
         if hasattr(part, "log_prob"):
-            yield from _named(_inside(prefix, name), part)
+            yield from _named(_inside(prefix, name), part, wanted)
         elif isinstance(part, list | tuple):
             for i, item in enumerate(part):
                 if hasattr(item, "log_prob"):
-                    yield from _named(f"{prefix}{name}[{i}].", item)
+                    yield from _named(f"{prefix}{name}[{i}].", item, wanted)
         elif name in p.arg_constraints and not _is_discrete(p.arg_constraints[name]):
             yield prefix + name, Parameter(part, p.arg_constraints[name])
 

@@ -435,6 +435,11 @@ def exp_transformed(h):
     return h.dist.TransformedDistribution(normal(h), [h.dist.transforms.ExpTransform()])
 
 
+def affine(h):
+    """Of a base without a reparameterized sampler, so that LR acts on the outermost value."""
+    return h.dist.TransformedDistribution(von_mises(h), [h.dist.transforms.AffineTransform(1.0, 2.0)])
+
+
 def stick_breaking(h):
     base = h.dist.Normal(h.array([0.3, 0.1]), h.array([0.7, 1.0])).to_event(1)
     return h.dist.TransformedDistribution(base, [h.dist.transforms.StickBreakingTransform()])
@@ -485,6 +490,7 @@ PASSING = {
     "a batch": (lambda h: h.dist.Normal(h.array([0.3, 1.0]), h.array(1.2)).to_event(1), lambda h: Flow(fields.location_scale())),
     "a transform": (exp_transformed, lambda h: Flow(loc=half)),
     "LR through a transform": (exp_transformed, lambda h: LR()),
+    "Auto through a transform": (affine, lambda h: Auto()),
     "an event of a transform": (stick_breaking, lambda h: Flow(loc=half)),
     "RP through a transform": (stick_breaking, lambda h: RP()),
     "a flow that is learned": (lambda h: h.dist.Normal(h.array(0.3), h.array(1.2)), lambda h: AdaptiveFlow(start=0.4, q="learned")),
@@ -571,7 +577,7 @@ def test_arguments(host):
         check_estimator(normal(host), LR(), ["mean"])
     with pytest.raises(TypeError, match="a function with its arguments by name"):
         check_estimator(lambda loc: host.dist.Normal(loc, 1.0), LR())
-    with pytest.raises(TypeError, match="expected a distribution of Pyro or NumPyro, or a function that returns one; found float"):
+    with pytest.raises(TypeError, match="expected a distribution of Pyro or NumPyro, found float"):
         check_estimator(lambda loc: loc, LR(), {"loc": 0.3})
     with pytest.raises(TypeError, match="has no parameter to check"):
         check_estimator(normal(host), LR(), [])

@@ -10,6 +10,9 @@ from scipy import stats
 from test_imports import run
 
 from flowvi import LR, RP, Auto, Flow, ImplicitRP, fields, plot, proposals
+from flowvi.host import host_of
+from flowvi.plot.arguments import paths
+from flowvi.plot.flows import carry
 
 matplotlib.use("agg")
 
@@ -34,6 +37,12 @@ def normal(host):
 
 def lines(ax):
     return {line.get_label(): np.stack(line.get_data()) for line in ax.lines}
+
+
+def carried(p, parameter, estimator, x, **options):
+    host = host_of(p)
+    (path,) = paths(host, p, parameter)
+    return carry(host, path.move, estimator, x, 0.5, **options)
 
 
 def close(found, expected, atol=1e-10):
@@ -118,7 +127,7 @@ def test_flow_lines(host, normal, label, a):
     close(edges[:, 0], stats.norm(LOC, SCALE).ppf(np.arange(1, 8) / 8), 0.01)  # quantiles, from the density on a grid
     close(edges[:, 1], LOC)
     close(ends, np.stack([edges[:, 0] + a * 0.5, np.full(7, LOC + 0.5)], -1))
-    _, mass = plot._carry(plot._host(normal), plot._paths(normal, "loc")[0].move, HALF, X, 0.5)
+    _, mass = carried(normal, "loc", HALF, X)
     p, moved = stats.norm(LOC, SCALE), stats.norm(LOC + 0.5, SCALE)
     close(mass[-1], moved.logpdf(X + 0.25) - p.logpdf(X), 1e-6)
     x, density = before.lines[0].get_data()
@@ -130,7 +139,7 @@ def test_single_precision():
     """What is given in double precision is not taken for the draws of a sampler."""
     torch.set_default_dtype(torch.float32)
     p = pyro.distributions.Normal(LOC, SCALE)
-    places, mass = plot._carry(plot._host(p), plot._paths(p, "loc")[0].move, HALF, X, 0.5)
+    places, mass = carried(p, "loc", HALF, X)
     close(places[-1], X + 0.25, 1e-6)
     close(mass[-1], stats.norm(LOC + 0.5, SCALE).logpdf(X + 0.25) - stats.norm(LOC, SCALE).logpdf(X), 1e-5)
 
@@ -138,10 +147,9 @@ def test_single_precision():
 def test_flow_lines_of_a_sampler(host):
     """The sampler of a Gamma moves mass as its exact field does; its field is interpolated between draws."""
     p = host.dist.Gamma(host.array(2.0), host.array(1.0))
-    (path,) = plot._paths(p, "concentration")
     levels = np.linspace(0.1, 0.9, 7)
     x = stats.gamma(2.0).ppf(levels)
-    places, mass = plot._carry(plot._host(p), path.move, RP(), x, 0.5, steps=2)
+    places, mass = carried(p, "concentration", RP(), x, steps=2)
     close(places[-1], stats.gamma(2.5).ppf(levels), 2e-3)
     close(mass, 0)
 
@@ -199,10 +207,18 @@ def test_refusals(host, normal):
 
 
 def test_imports():
-    """Neither ``import flowvi`` nor the module itself imports matplotlib or a host; without matplotlib it says what to install."""
-    loaded = "print([name for name in ('flowvi.plot', 'matplotlib', 'jax', 'torch') if sys.modules.get(name)])"
+    """Neither ``import flowvi`` nor the modules themselves import matplotlib or a host, and each says what it misses."""
+    names = ("flowvi.plot", "flowvi.checks", "matplotlib", "jax", "torch", "numpy")
+    loaded = f"print([name for name in {names} if sys.modules.get(name)])"
     assert run((), f"import flowvi\n{loaded}") == "[]"
-    assert run((), f"import flowvi.plot\n{loaded}") == "['flowvi.plot']"
+    assert run((), f"import flowvi.plot\n{loaded}") == "['flowvi.plot', 'numpy']"
+    assert run((), f"from flowvi import check_estimator\n{loaded}") == "['flowvi.checks', 'numpy']"
+    for draw in ("plot.velocity(dist.Normal(0.0, 1.0), LR(), 'loc')", "check_estimator(dist.Normal(0.0, 1.0), LR())"):
+        code = "import numpyro.distributions as dist\nfrom flowvi import LR, check_estimator, plot\ntry:\n"
+        assert "import flowvi.pyro or flowvi.numpyro first" in run(
+            (), f"{code}    {draw}\nexcept TypeError as error:\n    print(error)"
+        )
     draw = "plot.velocity(dist.Normal(0.0, 1.0), LR(), 'loc')"
-    code = f"import numpyro.distributions as dist\nfrom flowvi import LR, plot\ntry:\n    {draw}\nexcept ImportError as error:\n"
+    imports = "import numpyro.distributions as dist\nimport flowvi.numpyro\nfrom flowvi import LR, plot\n"
+    code = f"{imports}try:\n    {draw}\nexcept ImportError as error:\n"
     assert "pip install 'flowvi[report]'" in run(("matplotlib",), code + "    print(error.__notes__)")

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import kl_divergence
+from numpyro.distributions.distribution import validation_enabled
 from numpyro.distributions.util import scale_and_mask
 
 import flowvi.ops.jax
@@ -31,6 +39,39 @@ class NumPyroHost:
             return scale_and_mask(kl_divergence(guide.fn, model.fn), scale=guide.scale)
         except NotImplementedError:
             return None
+
+    compiles = True
+    array = staticmethod(jnp.asarray)
+    numpy = staticmethod(np.asarray)
+
+    @contextmanager
+    def precise(self) -> Iterator[None]:
+        with jax.enable_x64(True), validation_enabled(False):
+            yield
+
+    def sample(self, target: NumPyroTarget, q: Any, seed: int) -> jax.Array:
+        return target.sample(q, jax.random.key(seed))
+
+    def rsample(self, p: Any, seed: Any) -> jax.Array:
+        return p(rng_key=jax.random.key(seed), sample_shape=())
+
+    def values(self, f: Callable[..., list[jax.Array]], size: int) -> Callable[..., list[np.ndarray]]:
+        run = jax.jit(f)
+        return lambda *arrays: [np.asarray(a) for a in run(jnp.zeros(size), *arrays)]
+
+    def jacobian(self, f: Callable[..., list[jax.Array]], size: int) -> Callable[..., list[np.ndarray]]:
+        @jax.jit
+        def run(*arrays: jax.Array) -> list[jax.Array]:
+            def along(e: jax.Array) -> list[jax.Array]:
+                return jax.jvp(lambda eta: f(eta, *arrays), (jnp.zeros(size),), (e,))[1]
+
+            return jax.vmap(along, out_axes=-1)(jnp.eye(size))
+
+        return lambda *arrays: [np.asarray(derivative) for derivative in run(*arrays)]
+
+    def derivative(self, f: Callable[[jax.Array], tuple[jax.Array, ...]], t: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        values, derivatives = jax.jvp(f, (jnp.asarray(t, float),), (jnp.ones(()),))
+        return [np.asarray(a) for a in values], [np.asarray(a) for a in derivatives]
 
 
 HOST = NumPyroHost()

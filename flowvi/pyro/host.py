@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -9,6 +15,7 @@ from torch.distributions.kl import kl_divergence
 
 import flowvi.ops.torch
 from flowvi.pyro.distributions import WRAPPERS, Estimated, PyroTarget, unwrap
+from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.proposals import Proposal
 
 
@@ -33,6 +40,59 @@ class PyroHost:
         except NotImplementedError:
             return None
         return scale_and_mask(torch.as_tensor(divergence).expand(guide.fn.batch_shape), guide.scale, guide.mask)
+
+    compiles = False
+
+    def array(self, x: Any) -> torch.Tensor:
+        x = torch.as_tensor(x)
+        return x.to(torch.get_default_dtype()) if x.is_floating_point() else x
+
+    def numpy(self, x: Any) -> np.ndarray:
+        return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+
+    @contextmanager
+    def precise(self) -> Iterator[None]:
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with pyro.validation_enabled(False), torch.enable_grad():
+                yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+    def sample(self, target: PyroTarget, q: Any, seed: int) -> torch.Tensor:
+        with forked_generators():
+            seed_generators(seed)
+            return q.expand(target.batch_shape).sample().detach()
+
+    def rsample(self, p: Any, seed: Any) -> torch.Tensor:
+        with forked_generators():
+            seed_generators(int(seed))
+            return p.rsample() if p.has_rsample else p.sample()
+
+    def values(self, f: Callable[..., list[torch.Tensor]], size: int) -> Callable[..., list[np.ndarray]]:
+        return lambda *arrays: [self.numpy(a) for a in f(torch.zeros(size, requires_grad=True), *arrays)]
+
+    def jacobian(self, f: Callable[..., list[torch.Tensor]], size: int) -> Callable[..., list[np.ndarray]]:
+        """In reverse mode: not every derivative of torch can be differentiated again, as :meth:`derivative` does."""
+
+        def run(*arrays: torch.Tensor) -> list[np.ndarray]:
+            eta = torch.zeros(size, requires_grad=True)
+            return [np.stack([_gradient(e, eta) for e in y.reshape(-1)]).reshape((*y.shape, size)) for y in f(eta, *arrays)]
+
+        return run
+
+    def derivative(self, f: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], t: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        at = torch.as_tensor(t, dtype=torch.get_default_dtype())
+        values, derivatives = torch.autograd.functional.jvp(f, at, torch.ones(()))
+        return [self.numpy(a) for a in values], [self.numpy(a) for a in derivatives]
+
+
+def _gradient(y: torch.Tensor, eta: torch.Tensor) -> np.ndarray:
+    if not y.requires_grad:
+        return np.zeros(eta.shape)
+    (gradient,) = torch.autograd.grad(y, eta, retain_graph=True, allow_unused=True)
+    return np.zeros(eta.shape) if gradient is None else gradient.cpu().numpy()
 
 
 HOST = PyroHost()

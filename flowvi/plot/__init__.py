@@ -1,0 +1,22 @@
+r"""Pictures of estimators: how mass flows, u and psi, proposals and weights, and histograms of gradients.
+
+Each function takes a distribution of either host, with one event of one or two dimensions and no batch, and one estimator or a mapping
+from labels to estimators, and returns a matplotlib figure. What is drawn is read off the estimator: it is attached at given x as at a
+site, and the draw is differentiated along the parameter. Where it is the host's own sampler (``RP()``), x are draws of that sampler.
+
+A *parameter* is the name of one with a single element, such as ``"loc"``; or a function ``move(t)`` that returns the distribution,
+moved by a number t of the host, which serves vectors, matrices and mixtures::
+
+    lambda t: dist.MultivariateNormal(loc + t * direction, scale_tril=scale_tril)
+
+The adapter of the distribution's host has to be imported, ``import flowvi.numpyro`` or ``import flowvi.pyro``. This module needs
+matplotlib, ``pip install 'flowvi[report]'``, when it draws; ``import flowvi`` does not import it.
+"""
+
+from flowvi.plot.densities import proposal
+from flowvi.plot.flows import flow
+from flowvi.plot.histograms import gradient_samples, gradients
+from flowvi.plot.style import COLORS, STYLE
+from flowvi.plot.velocities import velocity
+
+__all__ = ["COLORS", "STYLE", "flow", "gradient_samples", "gradients", "proposal", "velocity"]
