@@ -160,9 +160,14 @@ class PyroHost:
 HOSTS = {"numpyro": NumPyroHost(), "pyro": PyroHost()}
 
 
-def z_scores(samples, exact):
-    """Of the mean of ``samples`` (n, dim), with the standard error that they show."""
-    return (samples.mean(0) - exact) / (samples.std(0) / np.sqrt(len(samples)) + 1e-12)
+def z_scores(samples, exact, variance=None):
+    """Of the mean of ``samples`` (n, dim), with the exact ``variance`` or the standard error that they show, in double precision."""
+    samples = np.asarray(samples, np.float64)
+    if variance is None:
+        standard_error = samples.std(0) / np.sqrt(len(samples)) + 1e-12
+    else:
+        standard_error = np.sqrt(np.maximum(np.asarray(variance), 1e-12) / len(samples))
+    return (samples.mean(0) - np.asarray(exact)) / standard_error
 
 
 def expected_under(program, host, exact, n=40_000, **options):

@@ -11,13 +11,13 @@ import pyro
 import pyro.distributions as pyro_dist
 import pytest
 import torch
+from attached import TARGETS
 from cases import CASES, EXACT, mixture
 from hosts import HOSTS, Program, chain, z_scores
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
-from test_control_variates import loss_and_gradients
-from test_parity import TARGETS
+from programs import loss_and_gradients
 
 import flowvi.numpyro
 import flowvi.pyro

@@ -14,12 +14,12 @@ import pyro
 import pyro.distributions as pyro_dist
 import pytest
 import torch
+from attached import TARGETS, integers
 from cases import one
 from hosts import HOSTS, Program, chain
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 from pyro.infer import TraceGraph_ELBO
-from test_parity import TARGETS, integers
 
 import flowvi.numpyro
 import flowvi.pyro

@@ -13,11 +13,11 @@ import numpyro.distributions
 import pyro.distributions
 import pytest
 import torch
+from field_rows import ROWS, VECTORS, normal_mixture
 from hosts import HOSTS
-from test_fields import ROWS, VECTORS, normal_mixture
-from test_proposals import ROWS as PROPOSALS
-from test_proposals import SYMMETRIC
-from test_proposals import distribution as made
+from proposal_rows import ROWS as PROPOSALS
+from proposal_rows import SYMMETRIC
+from proposal_rows import distribution as made
 
 import flowvi
 from flowvi import LR, RP, AdaptiveFlow, Auto, Flow, ImplicitRP, fields, proposals

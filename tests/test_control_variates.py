@@ -13,6 +13,7 @@ import torch
 from hosts import HOSTS, Program
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
+from programs import loss_and_gradients
 
 import flowvi.numpyro
 import flowvi.pyro
@@ -25,21 +26,6 @@ LOC, SCALE = np.array([0.3, -0.2, 0.1]), np.array([0.5, 0.8, 1.1])
 TRIL = np.array([[0.5, 0.0, 0.0], [0.3, 0.7, 0.0], [-0.2, 0.1, 0.9]])
 FACTORS = {"Normal": SCALE, "MultivariateNormal": TRIL}
 SCALES = {"Normal": SCALE, "MultivariateNormal": np.sqrt((TRIL**2).sum(-1))}
-
-
-def loss_and_gradients(host, params, model, guide, seed=0, **options):
-    """The loss and its gradients, by name; what is not among ``params`` has its initial value."""
-    elbo = host.flow.TraceFlow_ELBO(**options)
-    params = {name: host.array(value) for name, value in params.items()}
-    if host.name == "numpyro":
-        loss, gradients = jax.value_and_grad(lambda params: elbo.loss(jax.random.key(seed), params, model, guide))(params)
-        return float(loss), {name: np.asarray(g) for name, g in gradients.items()}
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    for name, value in params.items():
-        pyro.param(name, value)
-    loss = elbo.loss_and_grads(model, guide)
-    return loss, {name: pyro.param(name).grad.numpy() for name in params}
 
 
 def fn(host, family, loc, factor):

@@ -11,185 +11,31 @@ import pyro
 import pytest
 import torch
 from hosts import HOSTS, Program
+from programs import (
+    DATA,
+    ESTIMATORS,
+    INIT,
+    MIXED,
+    PROGRAMS,
+    assert_same,
+    begin,
+    bind,
+    both,
+    fit,
+    library,
+    m,
+    mixed,
+    normal,
+    observe,
+    plain,
+    s,
+    svi,
+)
 from pyro.nn import PyroModule, PyroParam
 
 import flowvi.numpyro
 import flowvi.pyro
-from flowvi import LR, RP, Flow, ImplicitRP
-
-INIT = {"m": 0.3, "s": 0.8, "l": [0.1, -0.4, 0.5, 0.2, -0.2, 0.6]}
-DATA = [0.4, -1.1, 0.7, 1.9, 0.2, -0.6]
-
-
-def library(h):
-    return numpyro if h.name == "numpyro" else pyro
-
-
-def handlers(h):
-    return numpyro.handlers if h.name == "numpyro" else pyro.poutine
-
-
-def m(h):
-    return h.param("m", h.array(INIT["m"]))
-
-
-def s(h):
-    return h.param("s", h.array(INIT["s"]), constraint=h.dist.constraints.positive)
-
-
-def normal(h, loc, scale=1.0):
-    return h.dist.Normal(h.array(loc) if isinstance(loc, float) else loc, h.array(scale) if isinstance(scale, float) else scale)
-
-
-def observe(h, loc, name="y", value=1.2):
-    h.sample(name, normal(h, loc, 0.7), obs=h.array(value))
-
-
-def plain():
-    def guide(h):
-        w = h.sample("w", normal(h, m(h), s(h)))
-        h.sample("v", h.dist.LogNormal(0.5 * w, s(h)))
-
-    def model(h):
-        w = h.sample("w", normal(h, 0.0))
-        v = h.sample("v", h.dist.Gamma(h.array(2.0), h.array(1.0)))
-        observe(h, w + v * h.param("b", h.array(0.9)))
-
-    return guide, model
-
-
-def transformed():
-    def guide(h):
-        base = normal(h, m(h), s(h))
-        w = h.sample("w", h.dist.TransformedDistribution(base, [h.dist.transforms.ExpTransform()]))
-        h.sample("v", h.dist.Dirichlet(1.0 + w[..., None] * h.array([1.0, 2.0, 3.0])))
-
-    def model(h):
-        w = h.sample("w", h.dist.Exponential(h.array(1.0)))
-        v = h.sample("v", h.dist.Dirichlet(h.array([1.0, 1.0, 1.0])))
-        observe(h, w * v[..., 0])
-
-    return guide, model
-
-
-def local(h, w, index, loc=None):
-    """Six local sites; the guide gives their locations."""
-    return h.sample("z", normal(h, w if loc is None else loc[..., index], 1.0 if loc is None else s(h)))
-
-
-def subsampled():
-    def plate(h):
-        return library(h).plate("n", 6, subsample_size=4, dim=-1)
-
-    def guide(h):
-        w = h.sample("w", normal(h, m(h), s(h)))
-        with plate(h) as index:
-            local(h, w, index, h.param("l", h.array(INIT["l"])))
-
-    def model(h):
-        w = h.sample("w", normal(h, 0.0))
-        with plate(h) as index:
-            observe(h, local(h, w, index), value=h.array(DATA)[index])
-
-    return guide, model
-
-
-def nested():
-    def site(h, loc, scale):
-        return h.sample("x", h.dist.Normal(loc, scale).expand((3, 2, 4)).to_event(1))
-
-    def guide(h):
-        with h.plate("columns", 2), h.plate("rows", 3, dim=-2):
-            site(h, m(h), s(h))
-
-    def model(h):
-        with h.plate("columns", 2), h.plate("rows", 3, dim=-2):
-            observe(h, site(h, h.array(0.0), h.array(1.0)).sum(-1))
-
-    return guide, model
-
-
-def handled(effect):
-    """A scale or a mask over a global site and over some of six local ones."""
-
-    def guide(h):
-        with effect(h, True):
-            w = h.sample("w", normal(h, m(h), s(h)))
-        with h.plate("n", 6), effect(h, h.array(DATA) > 0):
-            local(h, w, slice(None), h.param("l", h.array(INIT["l"])))
-
-    def model(h):
-        with effect(h, True):
-            w = h.sample("w", normal(h, 0.0))
-        with h.plate("n", 6):
-            with effect(h, h.array(DATA) > 0):
-                z = local(h, w, slice(None))
-            observe(h, z, value=DATA)
-
-    return guide, model
-
-
-def scale(h, where):
-    return handlers(h).scale(scale=2.5)
-
-
-def mask(h, where):
-    return handlers(h).mask(mask=where)
-
-
-def mask_out(h, where):
-    return handlers(h).mask(mask=False if where is True else where)
-
-
-PROGRAMS = {
-    "plain": plain(),
-    "transformed": transformed(),
-    "subsampled plate": subsampled(),
-    "nested plates": nested(),
-    "scale": handled(scale),
-    "mask": handled(mask),
-    "mask out": handled(mask_out),
-}
-
-
-def bind(h, program):
-    """Guide and model as callables without arguments."""
-    return tuple(lambda part=part: part(h) for part in program)
-
-
-def start(h, program):
-    """The parameters of a NumPyro program, by name."""
-    traces = [numpyro.handlers.trace(numpyro.handlers.seed(part, 0)).get_trace() for part in bind(h, program)]
-    return {name: site["value"] for trace in traces for name, site in trace.items() if site["type"] == "param"}
-
-
-def both(h, program, **options):
-    """Loss and gradient of the host's Trace_ELBO and of flowvi's, from the same random numbers."""
-    guide, model = bind(h, program)
-    theirs, ours = library(h).infer.Trace_ELBO(**options), h.flow.TraceFlow_ELBO(**options)
-    if h.name == "numpyro":
-        params = start(h, program)
-
-        def evaluate(params):
-            return [jax.value_and_grad(lambda p, e=e: e.loss(jax.random.key(3), p, model, guide))(params) for e in (theirs, ours)]
-
-        return jax.jit(evaluate)(params)
-
-    def step(elbo):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(3)
-        loss = elbo.loss_and_grads(model, guide)
-        return loss, {name: p.grad.numpy() for name, p in pyro.get_param_store().named_parameters()}
-
-    return step(theirs), step(ours)
-
-
-def assert_same(theirs, ours, rtol=1e-10):
-    theirs, ours = ([np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (theirs, ours))
-    assert len(theirs) == len(ours) > 0
-    for a, b in zip(theirs, ours, strict=True):
-        assert np.isfinite(a).all()
-        np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-14)
+from flowvi import LR, RP
 
 
 def by_chunks(f, keys):
@@ -231,59 +77,6 @@ def test_subclass(host):
 
 
 # A program in which every kind of estimator serves a site.
-
-
-def mixed_guide(h):
-    h.sample("w", normal(h, m(h), s(h)))
-    h.sample("k", h.dist.Bernoulli(logits=h.param("logit", h.array(0.0))))
-    h.sample("z", normal(h, h.param("a", h.array(-1.0)), h.param("b", h.array(0.9), constraint=h.dist.constraints.positive)))
-    h.sample("g", h.dist.Exponential(h.param("r", h.array(1.5), constraint=h.dist.constraints.positive)))
-
-
-def mixed_model(h):
-    w = h.sample("w", normal(h, 0.0))
-    k = h.sample("k", h.dist.Bernoulli(h.array(0.5)))
-    z = h.sample("z", normal(h, 0.5))
-    g = h.sample("g", h.dist.Exponential(h.array(1.0)))
-    with h.plate("n", 2):
-        observe(h, w + 2 * k + z * g, value=[2.4, 2.7])
-
-
-MIXED = (mixed_guide, mixed_model)
-ESTIMATORS = {
-    "w": RP(),
-    "k": LR(),
-    "z": Flow(loc=lambda x, p: 0.5, scale=lambda x, p: 0.5 * (x - p.loc) / p.scale),
-    "g": ImplicitRP(),
-}
-
-
-def mixed(h, **options):
-    return h.flow.TraceFlow_ELBO(estimators=ESTIMATORS, **options)
-
-
-def svi(h, program, elbo, rate=0.03, optimizer=None):
-    guide, model = bind(h, program)
-    if h.name == "numpyro":
-        return numpyro.infer.SVI(model, guide, optimizer or numpyro.optim.Adam(rate), elbo)
-    return pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": rate}), elbo)
-
-
-def begin(run, seed=0):
-    """NumPyro's initial state; compiled, because that is faster."""
-    return jax.jit(run.init)(jax.random.key(seed))
-
-
-def fit(h, program, elbo, steps, **options):
-    """Losses and final parameters of a run of the host's SVI."""
-    run = svi(h, program, elbo)
-    if h.name == "numpyro":
-        result = run.run(jax.random.key(1), steps, **{"progress_bar": False, "init_state": begin(run), **options})
-        return np.asarray(result.losses), result.params
-    pyro.clear_param_store()
-    pyro.set_rng_seed(1)
-    losses = np.array([run.step() for _ in range(steps)])
-    return losses, {name: p.detach().clone() for name, p in pyro.get_param_store().items()}
 
 
 def test_svi_takes_the_same_steps(host):

@@ -3,17 +3,11 @@
 import numpy as np
 import pytest
 from cases import CASES, ELSEWHERE, EXACT, KINDS, elsewhere, one, square
-from hosts import HOSTS
+from hosts import HOSTS, z_scores
 
 from flowvi import LR, RP, Flow
 
 N = 40_000
-
-
-def z_scores(samples, mean, variance):
-    """Of the mean of ``samples`` (n, dim) against the exact mean, with the exact variance."""
-    standard_error = np.sqrt(np.maximum(np.asarray(variance), 1e-12) / len(samples))
-    return (samples.mean(0) - np.asarray(mean)) / standard_error
 
 
 def variance_z_scores(samples, variance):

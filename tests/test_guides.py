@@ -18,15 +18,15 @@ import pyro.infer.reparam
 import pytest
 import torch
 from hosts import HOSTS
+from programs import MIXED, PROGRAMS, assert_same, bind, both, fit, handlers, library, m, normal, observe, s, svi
 from pyro.contrib.autoname import scope as pyro_scope
 from pyro.nn import PyroModule, PyroParam
-from test_drop_in import MIXED, PROGRAMS, PYRO, assert_same, bind, both, fit, handlers, library, m, normal, observe, s, svi
 
 import flowvi.numpyro
 import flowvi.pyro
 from flowvi import LR
 
-NUMPYRO = HOSTS["numpyro"]
+NUMPYRO, PYRO = HOSTS["numpyro"], HOSTS["pyro"]
 DATA = [0.4, -1.1, 0.7]
 
 

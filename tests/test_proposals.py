@@ -7,44 +7,15 @@ import jax
 import numpy as np
 import pytest
 import torch
+from attached import attached
 from cases import CASES, EXACT
-from hosts import HOSTS, chain
-from test_exact import z_scores
-from test_fields import nodes
-from test_parity import attached
+from hosts import HOSTS, chain, z_scores
+from proposal_rows import ROWS, THETA, distribution
+from quadrature import nodes
 
 from flowvi import LR, Flow, fields, proposals
 
 N = 20_000
-LOC = {"loc": 0.3, "scale": 1.2}
-THETA = {
-    **dict.fromkeys(("Normal", "Laplace", "Logistic", "Cauchy", "LogNormal", "Gumbel"), LOC),
-    "StudentT": {"df": 3.5, **LOC},
-    "HalfNormal": {"scale": 1.2},
-    "Exponential": {"rate": 1.4},
-    "Gamma": {"concentration": 1.7, "rate": 1.2},
-    "HalfCauchy": {"scale": 1.2},
-    "InverseGamma": {"concentration": 1.7, "rate": 1.2},
-    "Weibull": {"scale": 1.3, "concentration": 1.8},
-    "Beta": {"concentration1": 1.6, "concentration0": 2.4},
-    "VonMises": {"loc": 0.5, "concentration": 1.8},
-}
-SYMMETRIC = ("Normal", "Laplace", "Logistic", "Cauchy", "StudentT")
-ROWS = {
-    **{(f, f"tempered {t}"): proposals.tempered(t) for f in proposals.TEMPERED if f in THETA for t in (0.7, 2.0)},
-    **{(f, "student_t"): proposals.student_t(4.0) for f in SYMMETRIC},
-    **{
-        (f, f"slice_by_{by} {e}"): getattr(proposals, f"slice_by_{by}")(e)
-        for f in (*SYMMETRIC, *proposals.PEAKED)
-        for by in ("mass", "height")
-        for e in (0, 0.2)
-    },
-    **{(f, "optimal loc"): proposals.optimal("loc", epsilon=0) for f in (*SYMMETRIC, "Gumbel")},
-    **{
-        (f, f"optimal stretch {e}"): proposals.optimal(s.parameter, epsilon=e) for f, s in proposals.STRETCHED.items() for e in (0, 0.1)
-    },
-    ("Normal", "defensive"): proposals.defensive(lambda p: type(p)(p.loc + 1.0, 0.5 * p.scale), epsilon=0.3),
-}
 SUPPORT = {
     "Beta": (0, 1),
     "VonMises": (-math.pi, math.pi),
@@ -53,11 +24,6 @@ SUPPORT = {
 LOGISTIC = 1.2 * 1.5434046384182085
 MODES = (math.exp(0.3 - 1.2**2), 0.7 / 1.2, 1.2 / 2.7, 1.3 * (0.8 / 1.8) ** (1 / 1.8), 0.3)
 BREAKS = (0.3 - LOGISTIC, -0.9, 0.3, 0.71428571428571, 1.2, 1.3, 1.41666666666667, 1.5, 0.3 + LOGISTIC, 4.0, *MODES)
-
-
-def distribution(host, family, shape=()):
-    theta = {k: host.array(np.full(shape, v)) for k, v in THETA[family].items()}
-    return getattr(host.dist, family)(**theta)
 
 
 def density(host, q):
