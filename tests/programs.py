@@ -182,6 +182,9 @@ def assert_same(theirs, ours, rtol=1e-10):
         np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-14)
 
 
+# A program in which every kind of estimator serves a site.
+
+
 def mixed_guide(h):
     h.sample("w", normal(h, m(h), s(h)))
     h.sample("k", h.dist.Bernoulli(logits=h.param("logit", h.array(0.0))))
@@ -248,3 +251,23 @@ def loss_and_gradients(host, params, model, guide, seed=0, **options):
         pyro.param(name, value)
     loss = elbo.loss_and_grads(model, guide)
     return loss, {name: pyro.param(name).grad.numpy() for name in params}
+
+
+def by_chunks(f, keys):
+    return jax.lax.map(f, keys, batch_size=2)
+
+
+OPTIONS = {
+    "numpyro": {
+        "one": {},
+        "four": {"num_particles": 4},
+        "four looped": {"num_particles": 4, "vectorize_particles": False},
+        "four by a function": {"num_particles": 4, "vectorize_particles": by_chunks},
+    },
+    "pyro": {
+        "one": {},
+        "four looped": {"num_particles": 4},
+        "four": {"num_particles": 4, "vectorize_particles": True},
+        "four, nesting said": {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 2},
+    },
+}
