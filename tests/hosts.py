@@ -14,6 +14,7 @@ import numpyro.distributions
 import numpyro.handlers
 import pyro
 import pyro.distributions
+import pytest
 import torch
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 
@@ -158,6 +159,29 @@ class PyroHost:
 
 
 HOSTS = {"numpyro": NumPyroHost(), "pyro": PyroHost()}
+
+
+def each(argnames, values, slow_in_numpyro=lambda value: False, hosts=lambda value: HOSTS):
+    """Parametrizes a test by ``host`` and by ``values``, a sequence or a mapping whose keys are the ids.
+
+    In NumPyro most of the time of a test is compilation: what is slow there is tested in Pyro, and the hosts agree at the same x.
+    """
+    named = values.items() if isinstance(values, Mapping) else ((str(value), value) for value in values)
+    parameters = [
+        pytest.param(
+            HOSTS[host],
+            *((value,) if isinstance(argnames, str) else value),
+            id=f"{host}-{name}",
+            marks=[pytest.mark.slow] if host == "numpyro" and slow_in_numpyro(value) else [],
+        )
+        for name, value in named
+        for host in hosts(value)
+    ]
+    return pytest.mark.parametrize(("host", *((argnames,) if isinstance(argnames, str) else argnames)), parameters)
+
+
+def always(value):
+    return True
 
 
 def z_scores(samples, exact, variance=None):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from attached import TARGETS
 from cases import CASES, EXACT, mixture
-from hosts import HOSTS, Program, chain, z_scores
+from hosts import HOSTS, Program, chain, each, z_scores
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
@@ -88,7 +88,7 @@ def scaled(a, family):
     return Flow(fields.scaled(a, field)) if a != 1 else Flow(field)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@each("family", list(FAMILIES), slow_in_numpyro=lambda family: family not in ("Normal", "mixture"))
 def test_the_start_is_a_blend_of_rp_and_lr(host, family):
     """At the start values every sample is that of LR, of the family's field, and of the field scaled."""
     size, atol = FAMILIES[family][2], 1e-10
@@ -162,7 +162,17 @@ def truth(family, n=200_001):
     return torch.stack(torch.autograd.grad(torch.trapezoid(density * cost(PYRO, x), x), leaf)).numpy()
 
 
-@pytest.mark.parametrize(("family", "particles"), [("Normal", 1), ("Normal", 4), ("Gamma", 1), ("VonMises", 1), ("mixture", 1)])
+@each(
+    ("family", "particles"),
+    {
+        "Normal": ("Normal", 1),
+        "Normal, 4 particles": ("Normal", 4),
+        "Gamma": ("Gamma", 1),
+        "VonMises": ("VonMises", 1),
+        "mixture": ("mixture", 1),
+    },
+    slow_in_numpyro=lambda value: value[0] in ("Gamma", "VonMises"),
+)
 def test_unbiased_for_every_coefficient(host, family, particles):
     learned = coefficients(FAMILIES[family][2])
     samples = host.gradients(one(family, learned), 20_000, particles=particles, estimators={"x": AdaptiveFlow()})
@@ -170,7 +180,7 @@ def test_unbiased_for_every_coefficient(host, family, particles):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
-@pytest.mark.parametrize("family", ["Normal", "Gamma", "VonMises"])
+@each("family", ["Normal", "Gamma", "VonMises"], slow_in_numpyro=lambda family: family != "Normal")
 def test_unbiased_under_a_learned_proposal(host, family, epsilon):
     learned = coefficients(FAMILIES[family][2], proposal=2)
     if family == "Gamma" and epsilon == 0:
@@ -359,7 +369,7 @@ def plate_program(host, size, subsample_size):
     return model, guide
 
 
-@pytest.mark.parametrize("vectorize", [False, True])
+@each("vectorize", [False, True], slow_in_numpyro=lambda vectorize: not vectorize)
 def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
     model, guide = plate_program(host, 6, 2)
     options = {"num_particles": 3, "vectorize_particles": vectorize, "estimators": {"x": AdaptiveFlow(q="learned")}}

@@ -10,9 +10,9 @@ import numpyro.distributions
 import pyro.distributions
 import pytest
 import torch
-from faults import BOTH, FAULTS, dirichlet, exponential, gamma, normal, truncated, uniform, vector, von_mises
+from faults import FAULTS, dirichlet, exponential, gamma, normal, truncated, uniform, vector, von_mises
 from field_rows import ROWS, VECTORS, normal_mixture
-from hosts import HOSTS
+from hosts import HOSTS, each
 from proposal_rows import ROWS as PROPOSALS
 from proposal_rows import SYMMETRIC
 from proposal_rows import distribution as made
@@ -22,15 +22,6 @@ from flowvi import LR, RP, AdaptiveFlow, Auto, Flow, ImplicitRP, fields, proposa
 from flowvi.checks import EstimatorError, check_estimator
 
 QUICK = {"num_samples": 5000}
-
-
-def each(names, slow_in_numpyro, hosts=lambda name: BOTH):
-    """A test for each name and host; in NumPyro, where a test is mostly compilation, some are slow."""
-    return [
-        pytest.param(HOSTS[h], name, id=f"{h}-{name}", marks=[pytest.mark.slow] * (h == "numpyro" and slow_in_numpyro(name)))
-        for name in names
-        for h in hosts(name)
-    ]
 
 
 SLOW_FAULTS = (
@@ -49,7 +40,7 @@ SLOW_FAULTS = (
 )
 
 
-@pytest.mark.parametrize(("host", "name"), each(FAULTS, SLOW_FAULTS.__contains__, lambda name: FAULTS[name].hosts))
+@each("name", list(FAULTS), SLOW_FAULTS.__contains__, lambda name: FAULTS[name].hosts)
 def test_fault(host, name):
     """Each fault fails the condition that is named for it, in the words of the error."""
     fault = FAULTS[name]
@@ -75,14 +66,14 @@ def accepts(host, distribution, estimator, parameters=None, **options):
 QUICK_FIELDS = ("Gamma concentration gamma_implicit()", "Uniform high uniform()", "Normal scale masked")
 
 
-@pytest.mark.parametrize(("host", "name"), each(ROWS, lambda name: name not in QUICK_FIELDS, lambda name: ROWS[name].hosts))
+@each("name", list(ROWS), lambda name: name not in QUICK_FIELDS, lambda name: ROWS[name].hosts)
 def test_fields_pass(host, name):
     row = ROWS[name]
     report = accepts(host, lambda t: row.distribution(host, t), Flow(row.field()), {"t": host.array(row.theta)})
     assert {"boundary flux", "mean of psi", "unbiased"} <= {c.name for c in report.conditions if c.holds}
 
 
-@pytest.mark.parametrize(("host", "name"), each(VECTORS, lambda name: name != "Dirichlet scaled"))
+@each("name", list(VECTORS), lambda name: name != "Dirichlet scaled")
 def test_vector_fields_pass(host, name):
     distribution, field, _ = VECTORS[name]
     accepts(host, lambda t: distribution(host, t), Flow(field()), {"t": host.array(0.1)})
@@ -97,9 +88,7 @@ LIGHT = {("Cauchy", "student_t"), ("Laplace", "slice_by_mass 0")}  # whose weigh
 NO_USE = [key for key, parameter in PURE.items() if parameter == "loc" and key[0] not in (*SYMMETRIC, "Gumbel")]
 
 
-@pytest.mark.parametrize(
-    ("host", "key"), each([key for key in PROPOSALS if key not in NO_USE], lambda key: key != ("Normal", "tempered 2.0"))
-)
+@each("key", [key for key in PROPOSALS if key not in NO_USE], lambda key: key != ("Normal", "tempered 2.0"))
 def test_proposals_pass(host, key):
     parameters = [PURE[key]] if key in PURE else None
     options = {**QUICK, "raise_exception": key not in LIGHT}
@@ -176,7 +165,7 @@ PASSING = {
 QUICK_PASSING = ("Normal RP", "Dirichlet LR", "MultivariateNormal RP", "a batch", "a flow that is learned", "Categorical")
 
 
-@pytest.mark.parametrize(("host", "name"), each(PASSING, lambda name: name not in QUICK_PASSING))
+@each("name", list(PASSING), lambda name: name not in QUICK_PASSING)
 def test_passes(host, name):
     distribution, estimator = PASSING[name]
     accepts(host, distribution(host), estimator(host))

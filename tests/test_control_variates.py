@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as pyro_dist
 import pytest
 import torch
-from hosts import HOSTS, Program
+from hosts import HOSTS, Program, each
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 from programs import loss_and_gradients
@@ -240,7 +240,7 @@ def plate_program(host, size, subsample_size):
     return model, guide
 
 
-@pytest.mark.parametrize("vectorize", [False, True])
+@each("vectorize", [False, True], slow_in_numpyro=lambda vectorize: not vectorize)
 def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
     model, guide = plate_program(host, 6, 2)
     estimators = {"z": RP(control_variate="quadratic"), "k": LR()}

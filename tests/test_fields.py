@@ -10,7 +10,7 @@ import pytest
 import torch
 from attached import TARGETS
 from field_rows import BOTH, ROWS, VECTORS, dirichlet, normal_mixture
-from hosts import HOSTS
+from hosts import HOSTS, always, each
 from matplotlib import pyplot as plt
 from quadrature import STENCIL, nodes
 from scipy import special
@@ -74,11 +74,11 @@ def psi_by_definition(host, distribution, theta, field, x, directions=(1.0,), st
     return psi, divergence(host, distribution, theta, field, x, directions, step) + flow + score
 
 
-def rows():
-    return [pytest.param(HOSTS[host], row, id=f"{host}-{name}") for name, row in ROWS.items() for host in row.hosts]
+ALL_ROWS = each("row", ROWS, hosts=lambda row: row.hosts)
+SLOW_IN_NUMPYRO = each("row", ROWS, slow_in_numpyro=always, hosts=lambda row: row.hosts)
 
 
-@pytest.mark.parametrize(("host", "row"), rows())
+@ALL_ROWS
 def test_transport_equation(host, row):
     """Psi is div u + u . grad log p + d_theta log p: 0 for a pathwise field."""
     tolerance = 10.0**-row.digits
@@ -88,7 +88,7 @@ def test_transport_equation(host, row):
         np.testing.assert_allclose(expected, 0.0, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("host", "row"), rows())
+@SLOW_IN_NUMPYRO
 def test_divergence_against_automatic(host, row):
     """The same field without its closed form has the same psi."""
     x = np.add(row.x, 0.01)
@@ -97,7 +97,7 @@ def test_divergence_against_automatic(host, row):
     np.testing.assert_allclose(at(host, row.distribution, row.theta, automatic, x)[1], psi, rtol=0, atol=10.0**-row.digits)
 
 
-@pytest.mark.parametrize(("host", "row"), rows())
+@ALL_ROWS
 def test_flux(host, row):
     """The flux p (u - v) through each end of the support is 0, v the speed of the end."""
     flux_free = row.field()
@@ -136,7 +136,7 @@ def mean_cost(host, row, theta):
     return (w * np.nan_to_num(np.exp(log_density(host, row, theta, x))) * row.cost(np, x)).sum()
 
 
-@pytest.mark.parametrize(("host", "row"), rows())
+@SLOW_IN_NUMPYRO
 def test_unbiased(host, row):
     """The integral of p (u phi' + psi phi) is the derivative of E[phi]."""
     step = 1e-3
@@ -176,7 +176,7 @@ def test_transport_equation_of_vectors(host, name):
         np.testing.assert_allclose(expected, 0.0, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", [name for name in VECTORS if "summed" not in name])
+@each("name", [name for name in VECTORS if "summed" not in name], slow_in_numpyro=always)
 def test_divergence_of_vectors_against_automatic(host, name):
     distribution, field, x = VECTORS[name]
     psi = at(host, distribution, 0.1, field(), x)[1]
