@@ -2,21 +2,11 @@
 
 import jax
 import numpy as np
-import numpyro
-import pyro
 
 from flowvi import LR, RP, Flow, ImplicitRP
 
 INIT = {"m": 0.3, "s": 0.8, "l": [0.1, -0.4, 0.5, 0.2, -0.2, 0.6]}
 DATA = [0.4, -1.1, 0.7, 1.9, 0.2, -0.6]
-
-
-def library(h):
-    return numpyro if h.name == "numpyro" else pyro
-
-
-def handlers(h):
-    return numpyro.handlers if h.name == "numpyro" else pyro.poutine
 
 
 def m(h):
@@ -69,7 +59,7 @@ def local(h, w, index, loc=None):
 
 def subsampled():
     def plate(h):
-        return library(h).plate("n", 6, subsample_size=4, dim=-1)
+        return h.library.plate("n", 6, subsample_size=4, dim=-1)
 
     def guide(h):
         w = h.sample("w", normal(h, m(h), s(h)))
@@ -120,15 +110,15 @@ def handled(effect):
 
 
 def scale(h, where):
-    return handlers(h).scale(scale=2.5)
+    return h.handlers.scale(scale=2.5)
 
 
 def mask(h, where):
-    return handlers(h).mask(mask=where)
+    return h.handlers.mask(mask=where)
 
 
 def mask_out(h, where):
-    return handlers(h).mask(mask=False if where is True else where)
+    return h.handlers.mask(mask=False if where is True else where)
 
 
 PROGRAMS = {
@@ -147,31 +137,10 @@ def bind(h, program):
     return tuple(lambda part=part: part(h) for part in program)
 
 
-def start(h, program):
-    """The parameters of a NumPyro program, by name."""
-    traces = [numpyro.handlers.trace(numpyro.handlers.seed(part, 0)).get_trace() for part in bind(h, program)]
-    return {name: site["value"] for trace in traces for name, site in trace.items() if site["type"] == "param"}
-
-
 def both(h, program, **options):
     """Loss and gradient of the host's Trace_ELBO and of flowvi's, from the same random numbers."""
     guide, model = bind(h, program)
-    theirs, ours = library(h).infer.Trace_ELBO(**options), h.flow.TraceFlow_ELBO(**options)
-    if h.name == "numpyro":
-        params = start(h, program)
-
-        def evaluate(params):
-            return [jax.value_and_grad(lambda p, e=e: e.loss(jax.random.key(3), p, model, guide))(params) for e in (theirs, ours)]
-
-        return jax.jit(evaluate)(params)
-
-    def step(elbo):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(3)
-        loss = elbo.loss_and_grads(model, guide)
-        return loss, {name: p.grad.numpy() for name, p in pyro.get_param_store().named_parameters()}
-
-    return step(theirs), step(ours)
+    return h.evaluate((h.library.infer.Trace_ELBO(**options), h.flow.TraceFlow_ELBO(**options)), model, guide, seed=3)
 
 
 def assert_same(theirs, ours, rtol=1e-10):
@@ -214,43 +183,14 @@ def mixed(h, **options):
     return h.flow.TraceFlow_ELBO(estimators=ESTIMATORS, **options)
 
 
-def svi(h, program, elbo, rate=0.03, optimizer=None):
+def svi(h, program, elbo, **options):
     guide, model = bind(h, program)
-    if h.name == "numpyro":
-        return numpyro.infer.SVI(model, guide, optimizer or numpyro.optim.Adam(rate), elbo)
-    return pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": rate}), elbo)
-
-
-def begin(run, seed=0):
-    """NumPyro's initial state; compiled, because that is faster."""
-    return jax.jit(run.init)(jax.random.key(seed))
+    return h.svi(model, guide, elbo, **options)
 
 
 def fit(h, program, elbo, steps, **options):
     """Losses and final parameters of a run of the host's SVI."""
-    run = svi(h, program, elbo)
-    if h.name == "numpyro":
-        result = run.run(jax.random.key(1), steps, **{"progress_bar": False, "init_state": begin(run), **options})
-        return np.asarray(result.losses), result.params
-    pyro.clear_param_store()
-    pyro.set_rng_seed(1)
-    losses = np.array([run.step() for _ in range(steps)])
-    return losses, {name: p.detach().clone() for name, p in pyro.get_param_store().items()}
-
-
-def loss_and_gradients(host, params, model, guide, seed=0, **options):
-    """The loss and its gradients, by name; what is not among ``params`` has its initial value."""
-    elbo = host.flow.TraceFlow_ELBO(**options)
-    params = {name: host.array(value) for name, value in params.items()}
-    if host.name == "numpyro":
-        loss, gradients = jax.value_and_grad(lambda params: elbo.loss(jax.random.key(seed), params, model, guide))(params)
-        return float(loss), {name: np.asarray(g) for name, g in gradients.items()}
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    for name, value in params.items():
-        pyro.param(name, value)
-    loss = elbo.loss_and_grads(model, guide)
-    return loss, {name: pyro.param(name).grad.numpy() for name in params}
+    return h.fit(svi(h, program, elbo), steps, **options)
 
 
 def by_chunks(f, keys):

@@ -1,7 +1,6 @@
 """Where an estimator is named: the mapping, an annotation in the guide or the model, the wrapper, the default."""
 
 import numpyro
-import pyro
 import pytest
 from hosts import HOSTS
 from kinds import HALF
@@ -83,8 +82,7 @@ def regression(host, annotate):
 
 
 def autoguide(host, name, model):
-    module = numpyro.infer.autoguide if host.name == "numpyro" else pyro.infer.autoguide
-    guide = getattr(module, name)(model)
+    guide = getattr(host.library.infer.autoguide, name)(model)
     if host.name == "numpyro":
         with numpyro.handlers.seed(rng_seed=0), numpyro.handlers.trace():
             guide()

@@ -10,7 +10,6 @@ from programs import (
     assert_same,
     both,
     fit,
-    library,
     mixed,
     observe,
 )
@@ -32,13 +31,13 @@ def test_the_same_as_trace_elbo(h, program, options):
 
 
 def test_subclass(host):
-    assert issubclass(host.flow.TraceFlow_ELBO, library(host).infer.Trace_ELBO)
-    assert isinstance(host.flow.TraceFlow_ELBO(), library(host).infer.elbo.ELBO)
+    assert issubclass(host.flow.TraceFlow_ELBO, host.library.infer.Trace_ELBO)
+    assert isinstance(host.flow.TraceFlow_ELBO(), host.library.infer.elbo.ELBO)
 
 
 def test_svi_takes_the_same_steps(host):
     theirs, ours = (
-        fit(host, PROGRAMS["subsampled plate"], elbo(2), 5) for elbo in (library(host).infer.Trace_ELBO, host.flow.TraceFlow_ELBO)
+        fit(host, PROGRAMS["subsampled plate"], elbo(2), 5) for elbo in (host.library.infer.Trace_ELBO, host.flow.TraceFlow_ELBO)
     )
     assert_same(theirs, ours)
 

@@ -8,7 +8,6 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from attached import TARGETS
 from field_rows import BOTH, ROWS, VECTORS, dirichlet, normal_mixture
 from hosts import HOSTS, always, each
 from matplotlib import pyplot as plt
@@ -23,11 +22,10 @@ matplotlib.use("agg")
 
 def at(host, distribution, theta, field, x):
     """u, psi, the score and grad log p at each x (n, *event), for n copies of a scalar theta."""
-    ops, target_of = TARGETS[host.name]
     estimator = Flow(field) if field is not None else LR()
 
     def draw(t):
-        drawn = attach(ops, target_of("x", distribution(host, t), enters=True), estimator, host.array(x))
+        drawn = attach(host.ops, host.target("x", distribution(host, t), enters=True), estimator, host.array(x))
         return drawn.value, 0 * t if drawn.score is None else drawn.score
 
     def log_prob(t, x):
@@ -204,7 +202,7 @@ def test_implicit_gamma_over_shapes(host, a):
     """Against JAX's derivative, right to 1e-13, from quantile 1e-6 to 1 - 1e-6."""
     y = np.maximum(special.gammaincinv(a, np.array([1e-6, 0.05, 0.3, 0.5, 0.7, 0.95, 1 - 1e-6])), 1e-250)
     expected = jax.lax.random_gamma_grad(jnp.full(y.shape, a), jnp.asarray(y))
-    u = fields.quadrature._gamma_implicit(TARGETS[host.name][0], host.array(a), host.array(y))
+    u = fields.quadrature._gamma_implicit(host.ops, host.array(a), host.array(y))
     np.testing.assert_allclose(np.asarray(u), expected, rtol=1e-10)
 
 
@@ -216,7 +214,7 @@ def test_implicit_beta_over_shapes(host, a, b):
     x = x[(x > 1e-200) & (x < 1 - 1e-9)]
     step = 0.02 * min(a, a**0.5)
     slope = sum(c * (special.betainc(a + k * step, b, x) - special.betainc(a - k * step, b, x)) for k, c in STENCIL.items()) / step
-    u = np.asarray(fields.quadrature._beta_implicit(TARGETS[host.name][0], *(host.array(v) for v in (a, b, x, 1 - x))))
+    u = np.asarray(fields.quadrature._beta_implicit(host.ops, *(host.array(v) for v in (a, b, x, 1 - x))))
     log_flux = a * np.log(x) + b * np.log1p(-x) - special.betaln(a, b)
     np.testing.assert_allclose(-u * np.exp(log_flux), slope, rtol=1e-8, atol=1e-10)
 
@@ -334,8 +332,7 @@ def test_where_the_mixtures_of_pyro_are_wrong(coordinate, exact, of_pyro):
     torch.manual_seed(0)
     leaf = logits.expand(n, 2).clone().requires_grad_()
     p = host.dist.MixtureSameFamily(host.dist.Categorical(logits=leaf), host.dist.Normal(locs.expand(n, 2, 2), 1.0).to_event(1))
-    ops, target_of = TARGETS["pyro"]
-    draw = attach(ops, target_of("x", p, enters=True), Flow(fields.mixture()), p.sample())
+    draw = attach(host.ops, host.target("x", p, enters=True), Flow(fields.mixture()), p.sample())
     assert draw.score is None
     ours = gradient(draw.value, leaf)
     assert abs(ours.mean() - truth) < 5 * ours.std() / np.sqrt(n)

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from attached import TARGETS, attached
+from attached import attached
 from hosts import HOSTS
 from scipy.special import digamma
 
@@ -121,19 +120,14 @@ def test_divergence_on_the_simplex(host):
     """psi of the replicator field: its divergence in the chart is sum(a) - d x.a, where the ambient trace is another number."""
     x, d = np.array([0.2, 0.5, 0.3]), 3
     concentration = DIRICHLET["concentration"]
-    ops, target_of = TARGETS[host.name]
     for k in range(d):
         e = np.eye(d)[k]
 
         def total(c, e=e):
             fn = host.dist.Dirichlet(host.array(concentration) + c * host.array(e))
-            return attach(ops, target_of("x", fn, enters=True), Flow(replicator), host.array(x)).score
+            return attach(host.ops, host.target("x", fn, enters=True), Flow(replicator), host.array(x)).score
 
-        if host.name == "numpyro":
-            psi = float(jax.grad(total)(0.0))
-        else:
-            c = torch.tensor(0.0, requires_grad=True)
-            psi = float(torch.autograd.grad(total(c), c)[0])
+        psi = host.value_and_gradient(lambda at: total(at["c"]), {"c": 0.0})[1]["c"]
         u = x * (e - x[k])
         score = np.log(x[k]) - (digamma(concentration[k]) - digamma(concentration.sum()))
         expected = 1 - d * x[k] + (u * (concentration - 1) / x).sum() + score
@@ -141,9 +135,8 @@ def test_divergence_on_the_simplex(host):
 
 
 def test_jacobian_of_a_matrix_event(host):
-    ops, _ = TARGETS[host.name]
     x, m = host.array(np.arange(8.0).reshape(2, 2, 2) / 7), host.array([[1.0, 2.0], [3.0, 4.0]])
-    value, jacobian = ops.jacobian(lambda x: m @ x * x, x, 2, live=False)
+    value, jacobian = host.ops.jacobian(lambda x: m @ x * x, x, 2, live=False)
     value, jacobian, x, m = (np.asarray(a) for a in (value, jacobian, x, m))
     np.testing.assert_allclose(value, m @ x * x)
     step = 1e-6

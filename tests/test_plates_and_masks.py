@@ -1,7 +1,6 @@
 """Plates, scales and masks, and factors that are scores; more of them in test_host_bugs.py."""
 
 import numpy as np
-import numpyro
 import pyro
 import pytest
 import torch
@@ -24,7 +23,7 @@ def test_a_cost_outside_the_plate_carries_every_weight(host):
     def model(h, t):
         with h.plate("n", 2):
             z = site(h, t)
-        h.factor("f", z.sum(-1, keepdims=h.name == "pyro") ** 2)
+        h.factor("f", h.over_plate(z) ** 2)
 
     exact = 2 * 2 * (2 * 0.7)
     for estimator in (LR(q=wide), RP(wide), Flow(half_velocity, q=wide)):
@@ -44,7 +43,7 @@ def test_a_scale_for_each_element(host, kind):
 
 
 def masked_by_a_handler(h, d, mask):
-    with numpyro.handlers.mask(mask=mask) if h.name == "numpyro" else pyro.poutine.mask(mask=mask):
+    with h.handlers.mask(mask=mask):
         return h.sample("x", d)
 
 

@@ -6,7 +6,6 @@ from itertools import pairwise
 import jax
 import numpy as np
 import pytest
-import torch
 from attached import attached
 from cases import CASES, EXACT
 from hosts import HOSTS, chain, z_scores
@@ -45,10 +44,7 @@ def cdf(host, family, q, at):
 
 
 def draw(host, q, n, seed=0):
-    if host.name == "numpyro":
-        return np.asarray(q.expand((n,)).sample(jax.random.key(seed)))
-    torch.manual_seed(seed)
-    return q.expand((n,)).sample().numpy()
+    return host.numpy(host.draw(q.expand((n,)), seed=seed))
 
 
 @pytest.mark.parametrize(("family", "name"), ROWS, ids=str)
@@ -185,11 +181,7 @@ DISCRETE = {
 @pytest.mark.parametrize("name", DISCRETE)
 def test_tempered_discrete(host, name):
     p, expected = (make(host) for make in DISCRETE[name])
-    x = (
-        host.array([0.0, 1.0, 1.0])
-        if not name.startswith("Categorical")
-        else (np.array([0, 1]) if host.name == "numpyro" else torch.tensor([0, 1]))
-    )
+    x = host.array([0.0, 1.0, 1.0]) if not name.startswith("Categorical") else host.integers([0, 1])
     np.testing.assert_allclose(np.asarray(proposals.tempered(2.0)(p).log_prob(x)), np.asarray(expected.log_prob(x)), rtol=1e-12)
 
 
@@ -244,7 +236,7 @@ def run(host, program, estimator):
     """Once, with known parameters."""
     model, guide = (lambda: program.model(host, [host.array(0.3)])), (lambda: program.guide(host, [host.array(0.3)]))
     elbo = host.flow.TraceFlow_ELBO(estimators={"x": estimator})
-    return elbo.loss(jax.random.key(0), {}, model, guide) if host.name == "numpyro" else elbo.loss(model, guide)
+    return host.loss(elbo, model, guide)
 
 
 def test_defensive_needs_a_share():
