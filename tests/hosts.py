@@ -128,7 +128,7 @@ class NumPyroHost:
         """As ``jax.value_and_grad``, at named parameters; the gradient as arrays of NumPy."""
         parameters = {name: self.array(value) for name, value in parameters.items()}
         value, gradient = jax.value_and_grad(f, has_aux=has_aux)(parameters)
-        return value, {name: np.asarray(g) for name, g in gradient.items()}
+        return value, {name: np.asarray(gradient[name]) for name in parameters}
 
     @staticmethod
     def loss(elbo, model, guide, seed=0):
