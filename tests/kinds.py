@@ -2,11 +2,21 @@
 
 from flowvi import LR, RP, Flow, ImplicitRP
 
-HALF = Flow(loc=lambda x, p: 0.5, scale=lambda x, p: 0.5 * (x - p.loc) / p.scale)
+
+def half_of_loc(x, p):
+    return 0.5
+
+
+def half_of_scale(x, p):
+    return 0.5 * (x - p.loc) / p.scale
 
 
 def half_velocity(x, p, dtheta):
     return 0.5 * (dtheta.loc + (x - p.loc) / p.scale * dtheta.scale)
+
+
+def half_divergence(x, p, dtheta):
+    return 0.5 * dtheta.scale / p.scale + 0 * x
 
 
 def standardize(x, p):
@@ -21,6 +31,7 @@ def wide(p):
     return type(p)(p.loc, 1.4 * p.scale)
 
 
+HALF = Flow(loc=half_of_loc, scale=half_of_scale)
 KINDS = {
     "LR": LR(),
     "RP": RP(),
@@ -29,7 +40,7 @@ KINDS = {
     "G-Rep": ImplicitRP(shift, exact=False),
     "half": HALF,
     "half, general": Flow(half_velocity),
-    "half, divergence given": Flow(half_velocity, divergence=lambda x, p, dtheta: 0.5 * dtheta.scale / p.scale + 0 * x),
+    "half, divergence given": Flow(half_velocity, divergence=half_divergence),
     "LR, q": LR(q=wide),
     "RP, q": RP(wide),
     "half, q": Flow(half_velocity, q=wide),
