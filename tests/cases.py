@@ -191,18 +191,14 @@ def gamma_rp(h, q):
 def mixture(h, logit):
     logits = h.array([0.0, -0.2, 0.1]) + logit[..., None] * h.array([1.0, 0.0, 0.0])
     components = h.dist.Normal(h.array([-1.5, 0.4, 2.0]), h.array([0.6, 0.9, 0.5]))
-    if h.name == "pyro":
-        components = components.expand(logits.shape)
-    return h.dist.MixtureSameFamily(h.dist.Categorical(logits=logits), components)
+    return h.dist.MixtureSameFamily(h.dist.Categorical(logits=logits), h.components(components, logits.shape))
 
 
 def mixture_2d(h, *logits):
     logits = h.math.stack(logits, -1)
     locs, scales = h.array([[-1.0, 0.4], [0.8, -0.6], [0.1, 1.2]]), h.array([[1.3, 1.1], [0.9, 1.5], [0.7, 0.6]])
     components = h.dist.Normal(locs, scales).to_event(1)
-    if h.name == "pyro":
-        components = components.expand(logits.shape)
-    return h.dist.MixtureSameFamily(h.dist.Categorical(logits=logits), components)
+    return h.dist.MixtureSameFamily(h.dist.Categorical(logits=logits), h.components(components, logits.shape))
 
 
 def mvn(h, t):
@@ -326,7 +322,7 @@ def plate_of_four(local) -> Program:
             if local:
                 h.factor("cost", cost)
         if not local:
-            h.factor("cost", cost.sum(-1, keepdims=True) if h.name == "pyro" else cost.sum(-1))
+            h.factor("cost", h.over_plate(cost))
 
     return Program(guide, model, (0.5,), plates=1)
 

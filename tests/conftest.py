@@ -1,7 +1,6 @@
 """Double precision everywhere, and a ``host`` fixture that runs a test in NumPyro and in Pyro."""
 
 import os
-import re
 from importlib.metadata import version
 
 # Most of the time of the tests goes into compilation: with these and `jax_disable_most_optimizations` it is half as long.
@@ -32,18 +31,3 @@ def _fresh_state():
 @pytest.fixture(params=HOSTS)
 def host(request):
     return HOSTS[request.param]
-
-
-# In NumPyro most of the time of a test is compilation. What these say of it is said in Pyro, and the hosts agree at the same x.
-SLOW_IN_NUMPYRO = re.compile(
-    r"test_divergence_against_automatic\[|test_divergence_of_vectors_against_automatic\[|test_unbiased\[|.*,_graph-"
-    r"|test_the_start_is_a_blend_of_rp_and_lr\[numpyro-(?!Normal|mixture)|test_an_element_of_a_plate_has_coefficients_of_its_own\[.*False"
-    r"|test_unbiased_(for_every_coefficient|under_a_learned_proposal)\[numpyro-(Gamma|VonMises)"
-)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "numpyro-" in item.name and SLOW_IN_NUMPYRO.match(item.name):
-            item.add_marker(pytest.mark.slow)

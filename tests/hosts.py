@@ -14,11 +14,16 @@ import numpyro.distributions
 import numpyro.handlers
 import pyro
 import pyro.distributions
+import pytest
 import torch
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
 
 import flowvi.numpyro
+import flowvi.ops.jax
+import flowvi.ops.torch
 import flowvi.pyro
+from flowvi.numpyro.distributions import NumPyroTarget
+from flowvi.pyro.distributions import PyroTarget
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,15 @@ class ScoreNormal(numpyro.distributions.Normal):
 
 class NumPyroHost:
     name = "numpyro"
+    library = numpyro
+    handlers = numpyro.handlers
     score_normal = ScoreNormal
     dist = numpyro.distributions
+    kl_divergence = staticmethod(numpyro.distributions.kl_divergence)
     math = jnp
     flow = flowvi.numpyro
+    ops = flowvi.ops.jax
+    target = NumPyroTarget
     sample = staticmethod(numpyro.sample)
     factor = staticmethod(numpyro.factor)
     scale = staticmethod(lambda factor: numpyro.handlers.scale(scale=factor))
@@ -80,8 +90,81 @@ class NumPyroHost:
         return jnp.asarray(x, float)
 
     @staticmethod
-    def plate(name, size, dim=-1):
-        return numpyro.plate(name, size, dim=dim)
+    def integers(x):
+        return jnp.asarray(x)
+
+    @staticmethod
+    def index(k):
+        """Draws of a discrete site as an index."""
+        return k
+
+    @staticmethod
+    def numpy(x):
+        return np.asarray(x)
+
+    @staticmethod
+    def plate(name, size, dim=-1, subsample_size=None):
+        return numpyro.plate(name, size, subsample_size, dim)
+
+    @staticmethod
+    def over_plate(x):
+        """The sum over the innermost plate."""
+        return x.sum(-1)
+
+    @staticmethod
+    def components(fn, shape):
+        """A mixture's components, for logits of this shape."""
+        return fn
+
+    def substitute(self, values):
+        """A handler that gives parameters these values."""
+        return numpyro.handlers.substitute(data={name: self.array(value) for name, value in values.items()})
+
+    @staticmethod
+    def draw(fn, shape=(), seed=0):
+        return fn.sample(jax.random.key(seed), shape)
+
+    def value_and_gradient(self, f, parameters, has_aux=False):
+        """As ``jax.value_and_grad``, at named parameters; the gradient as arrays of NumPy."""
+        parameters = {name: self.array(value) for name, value in parameters.items()}
+        value, gradient = jax.value_and_grad(f, has_aux=has_aux)(parameters)
+        return value, {name: np.asarray(gradient[name]) for name in parameters}
+
+    @staticmethod
+    def loss(elbo, model, guide, seed=0):
+        return elbo.loss(jax.random.key(seed), {}, model, guide)
+
+    @staticmethod
+    def differentiable_loss(elbo, model, guide, seed=0):
+        return elbo.loss(jax.random.key(seed), {}, model, guide)
+
+    def loss_and_gradients(self, params, model, guide, seed=0, plates=None, **options):
+        """The loss and its gradients, by name; what is not among ``params`` has its initial value. The plates are ``plates`` deep."""
+        elbo = self.flow.TraceFlow_ELBO(**options)
+        loss, gradients = self.value_and_gradient(lambda params: elbo.loss(jax.random.key(seed), params, model, guide), params)
+        return float(loss), gradients
+
+    @staticmethod
+    def evaluate(elbos, model, guide, seed=0):
+        """Loss and gradients at the initial parameters under each of the objectives, from the same random numbers."""
+        traces = [numpyro.handlers.trace(numpyro.handlers.seed(part, 0)).get_trace() for part in (guide, model)]
+        params = {name: site["value"] for trace in traces for name, site in trace.items() if site["type"] == "param"}
+
+        def evaluate(params):
+            return [jax.value_and_grad(lambda p, e=e: e.loss(jax.random.key(seed), p, model, guide))(params) for e in elbos]
+
+        return jax.jit(evaluate)(params)
+
+    @staticmethod
+    def svi(model, guide, elbo, rate=0.03):
+        return numpyro.infer.SVI(model, guide, numpyro.optim.Adam(rate), elbo)
+
+    @staticmethod
+    def fit(svi, steps, **options):
+        """The losses and the final parameters; the first state is compiled, because that is faster."""
+        state = jax.jit(svi.init)(jax.random.key(0))
+        result = svi.run(jax.random.key(1), steps, **{"progress_bar": False, "init_state": state, **options})
+        return np.asarray(result.losses), result.params
 
     def gradients(self, program, n, seed=0, particles=1, vectorize=True, value=False, **options):
         """``n`` estimates of the gradient of the ELBO, of shape (n, len(theta)); with ``value`` those of the ELBO, (n,)."""
@@ -108,10 +191,15 @@ class NumPyroHost:
 
 class PyroHost:
     name = "pyro"
+    library = pyro
+    handlers = pyro.poutine
     score_normal = NonreparameterizedNormal
     dist = pyro.distributions
+    kl_divergence = staticmethod(torch.distributions.kl_divergence)
     math = torch
     flow = flowvi.pyro
+    ops = flowvi.ops.torch
+    target = PyroTarget
     sample = staticmethod(pyro.sample)
     factor = staticmethod(pyro.factor)
     scale = staticmethod(lambda factor: pyro.poutine.scale(scale=factor))
@@ -124,8 +212,84 @@ class PyroHost:
         return torch.as_tensor(x, dtype=torch.get_default_dtype())
 
     @staticmethod
-    def plate(name, size, dim=-1):
-        return pyro.plate(name, size, dim=dim)
+    def integers(x):
+        return torch.as_tensor(x)
+
+    @staticmethod
+    def index(k):
+        return k.long()
+
+    @staticmethod
+    def numpy(x):
+        return x.detach().numpy()
+
+    @staticmethod
+    def plate(name, size, dim=-1, subsample_size=None):
+        return pyro.plate(name, size, subsample_size, dim=dim)
+
+    @staticmethod
+    def over_plate(x):
+        """The plate's dim is kept, for the replicates to its left."""
+        return x.sum(-1, keepdims=True)
+
+    @staticmethod
+    def components(fn, shape):
+        return fn.expand(shape)
+
+    def substitute(self, values):
+        return pyro.poutine.substitute(data={name: self.array(value) for name, value in values.items()})
+
+    @staticmethod
+    def draw(fn, shape=(), seed=0):
+        pyro.set_rng_seed(seed)
+        return fn.sample(shape)
+
+    def value_and_gradient(self, f, parameters, has_aux=False):
+        leaves = {name: self.array(value).clone().requires_grad_() for name, value in parameters.items()}
+        value = f(leaves)
+        gradients = torch.autograd.grad(value[0] if has_aux else value, list(leaves.values()), materialize_grads=True)
+        return value, {name: g.numpy() for name, g in zip(leaves, gradients, strict=True)}
+
+    @staticmethod
+    def loss(elbo, model, guide, seed=0):
+        pyro.set_rng_seed(seed)
+        return elbo.loss(model, guide)
+
+    @staticmethod
+    def differentiable_loss(elbo, model, guide, seed=0):
+        pyro.set_rng_seed(seed)
+        return elbo.differentiable_loss(model, guide)
+
+    def loss_and_gradients(self, params, model, guide, seed=0, plates=None, **options):
+        if plates is not None:
+            options["max_plate_nesting"] = plates
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        for name, value in params.items():
+            pyro.param(name, self.array(value))
+        loss = self.flow.TraceFlow_ELBO(**options).loss_and_grads(model, guide)
+        return loss, {name: pyro.param(name).grad.numpy() for name in params}
+
+    @staticmethod
+    def evaluate(elbos, model, guide, seed=0):
+        results = []
+        for elbo in elbos:
+            pyro.clear_param_store()
+            pyro.set_rng_seed(seed)
+            loss = elbo.loss_and_grads(model, guide)
+            results.append((loss, {name: p.grad.numpy() for name, p in pyro.get_param_store().named_parameters()}))
+        return results
+
+    @staticmethod
+    def svi(model, guide, elbo, rate=0.03):
+        return pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": rate}), elbo)
+
+    @staticmethod
+    def fit(svi, steps):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        losses = np.array([svi.step() for _ in range(steps)])
+        return losses, {name: p.detach().clone() for name, p in pyro.get_param_store().items()}
 
     def gradients(self, program, n, seed=0, particles=1, vectorize=True, value=False, **options):
         """As in NumPyro, each estimate an element of an outermost plate with its own copy of theta."""
@@ -160,9 +324,37 @@ class PyroHost:
 HOSTS = {"numpyro": NumPyroHost(), "pyro": PyroHost()}
 
 
-def z_scores(samples, exact):
-    """Of the mean of ``samples`` (n, dim), with the standard error that they show."""
-    return (samples.mean(0) - exact) / (samples.std(0) / np.sqrt(len(samples)) + 1e-12)
+def each(argnames, values, slow_in_numpyro=lambda value: False, hosts=lambda value: HOSTS):
+    """Parametrizes a test by ``host`` and by ``values``, a sequence or a mapping whose keys are the ids.
+
+    In NumPyro most of the time of a test is compilation: what is slow there is tested in Pyro, and the hosts agree at the same x.
+    """
+    named = values.items() if isinstance(values, Mapping) else ((str(value), value) for value in values)
+    parameters = [
+        pytest.param(
+            HOSTS[host],
+            *((value,) if isinstance(argnames, str) else value),
+            id=f"{host}-{name}",
+            marks=[pytest.mark.slow] if host == "numpyro" and slow_in_numpyro(value) else [],
+        )
+        for name, value in named
+        for host in hosts(value)
+    ]
+    return pytest.mark.parametrize(("host", *((argnames,) if isinstance(argnames, str) else argnames)), parameters)
+
+
+def always(value):
+    return True
+
+
+def z_scores(samples, exact, variance=None):
+    """Of the mean of ``samples`` (n, dim), with the exact ``variance`` or the standard error that they show, in double precision."""
+    samples = np.asarray(samples, np.float64)
+    if variance is None:
+        standard_error = samples.std(0) / np.sqrt(len(samples)) + 1e-12
+    else:
+        standard_error = np.sqrt(np.maximum(np.asarray(variance), 1e-12) / len(samples))
+    return (samples.mean(0) - np.asarray(exact)) / standard_error
 
 
 def expected_under(program, host, exact, n=40_000, **options):

@@ -12,12 +12,10 @@ import pyro.distributions as pyro_dist
 import pytest
 import torch
 from cases import CASES, EXACT, mixture
-from hosts import HOSTS, Program, chain, z_scores
+from hosts import HOSTS, Program, chain, each, z_scores
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
-from test_control_variates import loss_and_gradients
-from test_parity import TARGETS
 
 import flowvi.numpyro
 import flowvi.pyro
@@ -67,8 +65,7 @@ def start_values(size, start, bumps=5, batch=()):
 
 def at(h, learned):
     """A handler that gives what is learned these values."""
-    substitute = numpyro.handlers.substitute if h.name == "numpyro" else pyro.poutine.substitute
-    return substitute(data={name: h.array(value) for name, value in learned.items()})
+    return h.substitute(learned)
 
 
 def one(family, learned, cost=cost):
@@ -88,7 +85,7 @@ def scaled(a, family):
     return Flow(fields.scaled(a, field)) if a != 1 else Flow(field)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@each("family", list(FAMILIES), slow_in_numpyro=lambda family: family not in ("Normal", "mixture"))
 def test_the_start_is_a_blend_of_rp_and_lr(host, family):
     """At the start values every sample is that of LR, of the family's field, and of the field scaled."""
     size, atol = FAMILIES[family][2], 1e-10
@@ -162,7 +159,17 @@ def truth(family, n=200_001):
     return torch.stack(torch.autograd.grad(torch.trapezoid(density * cost(PYRO, x), x), leaf)).numpy()
 
 
-@pytest.mark.parametrize(("family", "particles"), [("Normal", 1), ("Normal", 4), ("Gamma", 1), ("VonMises", 1), ("mixture", 1)])
+@each(
+    ("family", "particles"),
+    {
+        "Normal": ("Normal", 1),
+        "Normal, 4 particles": ("Normal", 4),
+        "Gamma": ("Gamma", 1),
+        "VonMises": ("VonMises", 1),
+        "mixture": ("mixture", 1),
+    },
+    slow_in_numpyro=lambda value: value[0] in ("Gamma", "VonMises"),
+)
 def test_unbiased_for_every_coefficient(host, family, particles):
     learned = coefficients(FAMILIES[family][2])
     samples = host.gradients(one(family, learned), 20_000, particles=particles, estimators={"x": AdaptiveFlow()})
@@ -170,7 +177,7 @@ def test_unbiased_for_every_coefficient(host, family, particles):
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
-@pytest.mark.parametrize("family", ["Normal", "Gamma", "VonMises"])
+@each("family", ["Normal", "Gamma", "VonMises"], slow_in_numpyro=lambda family: family != "Normal")
 def test_unbiased_under_a_learned_proposal(host, family, epsilon):
     learned = coefficients(FAMILIES[family][2], proposal=2)
     if family == "Gamma" and epsilon == 0:
@@ -201,22 +208,17 @@ def test_a_jump_needs_a_mask(host):
 def attached(host, family, learned, estimator):
     """The derivatives of a sum of the value, the score and the control at three given x, in the parameters and in what is learned."""
     make, theta, _ = FAMILIES[family]
-    ops, target_of = TARGETS[host.name]
 
-    def total(theta, learned):
-        target = target_of("x", make(host, theta), True).with_learned({}, learned, 0.0)
-        draw = attach(ops, target, estimator, host.array([0.31, 0.62, 0.93]))
+    def total(values):
+        target = host.target("x", make(host, [values[str(i)] for i in range(len(theta))]), True)
+        target = target.with_learned({}, {name: values[name] for name in learned}, 0.0)
+        draw = attach(host.ops, target, estimator, host.array([0.31, 0.62, 0.93]))
         weights = host.array([1.0, -0.5, 2.0])
         return (weights * (draw.value + 0.7 * draw.score - 0.3 * draw.control)).sum()
 
-    theta, learned = [host.array(np.full(3, v)) for v in theta], {k.removeprefix("x."): host.array(v) for k, v in learned.items()}
-    if host.name == "numpyro":
-        return [np.asarray(g) for g in jax.tree.leaves(jax.grad(total, (0, 1))(theta, learned))]
-    leaves = [*theta, *(learned[name] for name in sorted(learned))]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    total(theta, learned).backward()
-    return [leaf.grad.numpy() for leaf in leaves]
+    learned = {k.removeprefix("x."): v for k, v in learned.items()}
+    values = {**{str(i): np.full(3, v) for i, v in enumerate(theta)}, **learned}
+    return host.value_and_gradient(total, values)[1].values()
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -253,7 +255,7 @@ def test_coefficients_descend_the_second_moment(host, entropy):
     options = {"estimators": {"x": AdaptiveFlow(q="learned")}, "entropy": entropy}
 
     def gradients(learned):
-        return loss_and_gradients(host, params | learned, model, guide, **options)[1]
+        return host.loss_and_gradients(params | learned, model, guide, **options)[1]
 
     def second_moment(learned):
         g = gradients(learned)
@@ -292,7 +294,7 @@ def test_the_proposal_descends_the_second_moment(host, batch):
         host.factor("cost", total + host.param("one", host.array(0.0)))
 
     params = {"loc": loc, "scale": scale, "one": np.zeros(()), "first": 0 * loc}
-    _, g = loss_and_gradients(host, params | learned, model, guide, estimators={"x": AdaptiveFlow(q="learned", epsilon=0.2)})
+    _, g = host.loss_and_gradients(params | learned, model, guide, estimators={"x": AdaptiveFlow(q="learned", epsilon=0.2)})
     eta = learned["x.proposal"]
     moved_loc, moved_scale = loc + scale * eta[..., 0], scale * np.exp(eta[..., 1])
 
@@ -325,11 +327,9 @@ def test_nothing_else_changes(host):
 
     params = {"loc": 0.4, "scale": 0.8, "w": 1.3}
     for particles, vectorize in ((1, False), (3, False), (3, True)):
-        options = {"num_particles": particles, "vectorize_particles": vectorize}
-        if host.name == "pyro":
-            options["max_plate_nesting"] = 1
+        options = {"num_particles": particles, "vectorize_particles": vectorize, "plates": 1}
         results = [
-            loss_and_gradients(host, params | learned, model, guide, estimators={"x": estimator}, **options)
+            host.loss_and_gradients(params | learned, model, guide, estimators={"x": estimator}, **options)
             for estimator, learned in (
                 (AdaptiveFlow(), coefficients(2, batch=(3,))),
                 (AdaptiveFlow(), start_values(2, 0.2, batch=(3,))),
@@ -345,35 +345,31 @@ def test_nothing_else_changes(host):
 def plate_program(host, size, subsample_size):
     def guide():
         loc = host.param("loc", host.array(np.linspace(-1, 1, size)), event_dim=0)
-        plate = numpyro.plate if host.name == "numpyro" else pyro.plate
-        with plate("data", size, subsample_size=subsample_size) as i:
+        with host.plate("data", size, subsample_size=subsample_size) as i:
             host.sample("x", host.dist.Normal(loc[i], 0.5))
 
     def model():
-        plate = numpyro.plate if host.name == "numpyro" else pyro.plate
-        with plate("data", size, subsample_size=subsample_size):
+        with host.plate("data", size, subsample_size=subsample_size):
             x = host.sample("x", host.dist.Normal(0.0, 1.0))
             host.sample("y", host.dist.Normal(x**2, 1.0), obs=host.array(1.0))
 
     return model, guide
 
 
-@pytest.mark.parametrize("vectorize", [False, True])
+@each("vectorize", [False, True], slow_in_numpyro=lambda vectorize: not vectorize)
 def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
     model, guide = plate_program(host, 6, 2)
-    options = {"num_particles": 3, "vectorize_particles": vectorize, "estimators": {"x": AdaptiveFlow(q="learned")}}
-    if host.name == "pyro":
-        options["max_plate_nesting"] = 1
+    options = {"num_particles": 3, "vectorize_particles": vectorize, "plates": 1, "estimators": {"x": AdaptiveFlow(q="learned")}}
     params = {"loc": np.linspace(-1, 1, 6)}
     learned = start_values(2, 1.0, batch=(6,)) | {"x.proposal": np.zeros((6, 2))}
-    _, g = loss_and_gradients(host, params | learned, model, guide, **options)
+    _, g = host.loss_and_gradients(params | learned, model, guide, **options)
     seen = g["loc"] != 0
     assert 2 <= seen.sum() <= 6
     for name in ("x.velocity", "x.control", "x.proposal"):
         assert np.all((np.abs(g[name]).reshape(6, -1).sum(-1) > 0) == seen)
     shared = start_values(2, 1.0) | {"x.proposal": np.zeros(2)}
     options["estimators"] = {"x": AdaptiveFlow(q="learned", shared=True)}
-    _, of_shared = loss_and_gradients(host, params | shared, model, guide, **options)
+    _, of_shared = host.loss_and_gradients(params | shared, model, guide, **options)
     for name in shared:
         np.testing.assert_allclose(of_shared[name], g[name].sum(0), rtol=1e-10, atol=1e-12)
 
@@ -388,7 +384,7 @@ def test_events_and_transforms(host, wrap):
         loc, scale = t[0][..., None] + h.array(shift) if i is None else t[0] + shift[i], t[1][..., None] if i is None else t[1]
         base = h.dist.Normal(loc, scale)
         if wrap == "transformed":
-            base = h.dist.TransformedDistribution(base, [transforms(h).ExpTransform()])
+            base = h.dist.TransformedDistribution(base, [h.dist.transforms.ExpTransform()])
         return base.to_event(1) if i is None else base
 
     def guide(h, t):
@@ -405,10 +401,6 @@ def test_events_and_transforms(host, wrap):
     plain = Program(lambda h, t: h.sample("x", fn(h, t).mask(False)), model, (0.1, 0.5))
     start, pathwise = (host.gradients(plain, 20, estimators={"x": estimator}) for estimator in (AdaptiveFlow(), RP()))
     np.testing.assert_allclose(start, pathwise, rtol=1e-10)
-
-
-def transforms(h):
-    return numpyro_dist.transforms if h.name == "numpyro" else torch.distributions.transforms
 
 
 def gradient_of_two(wrap, shift):
@@ -619,9 +611,8 @@ def mvn(h, t):
 
 def mixture_2d(h, t):
     components = h.dist.Normal(h.array([[-1.0, 0.4], [0.8, -0.6], [0.1, 1.2]]), 1.0).to_event(1)
-    if h.name == "pyro":
-        components = components.expand((*t[0].shape, 3))
-    return h.dist.MixtureSameFamily(h.dist.Categorical(logits=h.math.stack(list(t), -1)), components)
+    logits = h.math.stack(list(t), -1)
+    return h.dist.MixtureSameFamily(h.dist.Categorical(logits=logits), h.components(components, logits.shape))
 
 
 def test_components_without_a_cdf():

@@ -21,7 +21,6 @@ from hosts import HOSTS, Program, chain
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 from pyro.infer import TraceGraph_ELBO
-from test_parity import TARGETS, integers
 
 import flowvi.numpyro
 import flowvi.pyro
@@ -118,7 +117,7 @@ def local(baseline, shared=0.0):
         with h.plate("i", 4):
             x = h.sample("x", h.dist.Normal(t[0], h.array(1.0)).mask(False))
             h.factor("own", 10.0 + x**2)
-        h.factor("shared", shared * (x.sum(-1, keepdims=True) if h.name == "pyro" else x.sum()) ** 2)
+        h.factor("shared", shared * h.over_plate(x) ** 2)
 
     return Program(guide, model, (0.5,), plates=1)
 
@@ -355,17 +354,16 @@ def test_the_score_is_the_sum_of_its_parts(host, family):
     """What the parts of `LR(baseline="optimal")` carry is the derivative of the log density; each of its own square."""
     if not hasattr(host.dist, family.split()[0]):
         pytest.skip(f"NumPyro has no {family}")
-    _, target_of = TARGETS[host.name]
     parameters, x = APART[family]
     live = {name: np.array(value) for name, value in parameters.items() if name != "total_count"}
-    x = host.array(x) if family.split()[0] != "Categorical" else integers(host, np.array(x, int))
+    x = host.array(x) if family.split()[0] != "Categorical" else host.integers(np.array(x, int))
 
     def target(live):
         fixed = {"total_count": host.array(parameters["total_count"])} if "total_count" in parameters else {}
-        return target_of("x", getattr(host.dist, family.split()[0])(**fixed, **live), enters=True)
+        return host.target("x", getattr(host.dist, family.split()[0])(**fixed, **live), enters=True)
 
-    of_parts = gradient(host, lambda live: sum(score.sum() for score, _ in target(live).scores(x)), live)
-    exact = gradient(host, lambda live: target(live).p.log_prob(x).sum(), live)
+    _, of_parts = host.value_and_gradient(lambda live: sum(score.sum() for score, _ in target(live).scores(x)), live)
+    _, exact = host.value_and_gradient(lambda live: target(live).p.log_prob(x).sum(), live)
     for name in live:
         assert np.any(np.asarray(exact[name]) != 0)
         np.testing.assert_allclose(of_parts[name], exact[name], rtol=1e-10, atol=1e-14)
@@ -374,24 +372,23 @@ def test_the_score_is_the_sum_of_its_parts(host, family):
 @pytest.mark.parametrize("event_ndim", [0, 1])
 def test_the_score_under_a_constant_transform(host, event_ndim):
     """As autoguides have it in NumPyro: the parts are those of the base; under a transform that moves there is none."""
-    _, target_of = TARGETS[host.name]
-    transforms = numpyro_dist.transforms if host.name == "numpyro" else torch.distributions.transforms
+    transforms = host.dist.transforms
     live = {"loc": np.array([0.3, -0.2]), "scale": np.array([0.8, 1.2])}
 
     def target(live, factor=2.0):
         of = [transforms.ExpTransform(), transforms.AffineTransform(1.0, factor)]
         fn = host.dist.TransformedDistribution(host.dist.Normal(live["loc"], live["scale"]), of)
-        return target_of("x", fn.expand([3, 2]).to_event(event_ndim), enters=False)
+        return host.target("x", fn.expand([3, 2]).to_event(event_ndim), enters=False)
 
     x = host.array([[2.1, 1.3], [1.5, 4.0], [3.0, 1.1]])
-    of_parts = gradient(host, lambda live: sum(score.sum() for score, _ in target(live).scores(x)), live)
-    exact = gradient(host, lambda live: target(live).p.log_prob(x).sum(), live)
+    _, of_parts = host.value_and_gradient(lambda live: sum(score.sum() for score, _ in target(live).scores(x)), live)
+    _, exact = host.value_and_gradient(lambda live: target(live).p.log_prob(x).sum(), live)
     for name in live:
         np.testing.assert_allclose(of_parts[name], exact[name], rtol=1e-10)
     with pytest.raises(
         ValueError, match="site 'x': baseline='optimal' knows the parameters of Normal, .*; found TransformedDistribution"
     ):
-        gradient(host, lambda live: target(live, live["factor"]).scores(x)[0][0].sum(), live | {"factor": np.array(2.0)})
+        host.value_and_gradient(lambda live: target(live, live["factor"]).scores(x)[0][0].sum(), live | {"factor": np.array(2.0)})
 
 
 def test_optimal_without_a_derivative_in_pyro():
@@ -408,10 +405,9 @@ def test_optimal_without_a_derivative_in_pyro():
 
 def test_optimal_under_a_transform(host):
     """E[x^2] for x = exp(z), z ~ N(m, s), is exp(2 m + 2 s^2)."""
-    transforms = numpyro_dist.transforms if host.name == "numpyro" else torch.distributions.transforms
 
     def exp_normal(h, m, s):
-        return h.dist.TransformedDistribution(h.dist.Normal(m, s), [transforms.ExpTransform()])
+        return h.dist.TransformedDistribution(h.dist.Normal(m, s), [h.dist.transforms.ExpTransform()])
 
     m, s = 0.2, 0.3
     mean = np.exp(2 * m + 2 * s**2)
@@ -420,21 +416,13 @@ def test_optimal_under_a_transform(host):
     assert np.all(np.abs(samples.mean(0) - (2 * mean, 4 * s * mean)) < 5 * samples.std(0) / np.sqrt(len(samples)))
 
 
-def gradient(host, f, parameters):
-    if host.name == "numpyro":
-        return jax.grad(f)({name: host.array(value) for name, value in parameters.items()})
-    live = {name: host.array(value).requires_grad_() for name, value in parameters.items()}
-    return dict(zip(live, torch.autograd.grad(f(live), list(live.values())), strict=True))
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_best_baseline_of_the_others(host, weighted):
     """For each particle and parameter sum_j w_j^2 psi_j^2 phi_j / sum_j w_j^2 psi_j^2 over the other particles, to rounding."""
-    ops = flowvi.numpyro.elbo.ops if host.name == "numpyro" else flowvi.pyro.elbo.ops
     rng = np.random.default_rng(0)
     psi, cost, weight = rng.normal(size=(4, 3, 2)), rng.normal(size=(4, 3, 2)), rng.exponential(size=(4, 3, 2))
     w = weight if weighted else 1.0
-    found = _best_of_others(ops, host.array(psi**2), host.array(w * cost), host.array(weight) if weighted else None)
+    found = _best_of_others(host.ops, host.array(psi**2), host.array(w * cost), host.array(weight) if weighted else None)
     exact = np.empty_like(psi)
     for k in range(4):
         others = [j for j in range(4) if j != k]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import EXACT, HALF_NORMAL, normal_normal
 from hosts import Program
+from quadrature import gauss, log_normal, slope
 
 import flowvi.numpyro
 import flowvi.pyro
@@ -33,24 +34,6 @@ def quadrature(log_ratio, nodes, num_particles, alpha):
         r = np.array([(1 - alpha) * log_ratio(x) for _, x in particles])
         total += math.prod(w for w, _ in particles) * (np.logaddexp.reduce(r) - math.log(num_particles)) / (1 - alpha)
     return total
-
-
-def slope(f, theta, step=1e-4):
-    """The gradient by central differences of fourth order."""
-    gradient = []
-    for i in range(len(theta)):
-        at = lambda e, i=i: f([t + e * (i == j) for j, t in enumerate(theta)])
-        gradient.append((8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step))
-    return np.array(gradient)
-
-
-def gauss(loc, scale, size=40):
-    z, w = np.polynomial.hermite_e.hermegauss(size)
-    return [(weight, loc + scale * node) for node, weight in zip(z, w / w.sum(), strict=True)]
-
-
-def log_normal(x, loc, scale):
-    return -0.5 * ((x - loc) / scale) ** 2 - math.log(scale) - 0.5 * math.log(2 * math.pi)
 
 
 def normal_bound(theta, num_particles, alpha, size=40):

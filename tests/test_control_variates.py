@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as pyro_dist
 import pytest
 import torch
-from hosts import HOSTS, Program
+from hosts import HOSTS, Program, each
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 
@@ -25,21 +25,6 @@ LOC, SCALE = np.array([0.3, -0.2, 0.1]), np.array([0.5, 0.8, 1.1])
 TRIL = np.array([[0.5, 0.0, 0.0], [0.3, 0.7, 0.0], [-0.2, 0.1, 0.9]])
 FACTORS = {"Normal": SCALE, "MultivariateNormal": TRIL}
 SCALES = {"Normal": SCALE, "MultivariateNormal": np.sqrt((TRIL**2).sum(-1))}
-
-
-def loss_and_gradients(host, params, model, guide, seed=0, **options):
-    """The loss and its gradients, by name; what is not among ``params`` has its initial value."""
-    elbo = host.flow.TraceFlow_ELBO(**options)
-    params = {name: host.array(value) for name, value in params.items()}
-    if host.name == "numpyro":
-        loss, gradients = jax.value_and_grad(lambda params: elbo.loss(jax.random.key(seed), params, model, guide))(params)
-        return float(loss), {name: np.asarray(g) for name, g in gradients.items()}
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    for name, value in params.items():
-        pyro.param(name, value)
-    loss = elbo.loss_and_grads(model, guide)
-    return loss, {name: pyro.param(name).grad.numpy() for name in params}
 
 
 def fn(host, family, loc, factor):
@@ -99,7 +84,7 @@ def test_no_noise_is_left_of_a_quadratic_cost(host, family):
     best = {"x.control_variate": np.column_stack([s * of_loc, -s[:, None] * hessian * s])}
     params = {"loc": LOC, "factor": FACTORS[family]}
     for seed, learned in ((0, best), (1, best), (0, coefficients())):
-        _, g = loss_and_gradients(host, params | learned, model, guide, seed, estimators={"x": RP(control_variate="quadratic")})
+        _, g = host.loss_and_gradients(params | learned, model, guide, seed, estimators={"x": RP(control_variate="quadratic")})
         close = [np.abs(-g["loc"] - of_loc).max() < 1e-10, np.abs(-g["factor"] - of_factor).max() < 1e-10]
         assert close == [learned is best] * 2
 
@@ -125,7 +110,7 @@ def test_no_noise_is_left_of_a_cubic_cost(host, family):
     best[:, 1:4], best[:, 4], best[:, 7] = 6 * mean * np.outer(u, u), 3 * u, u
     params = {"loc": LOC, "factor": FACTORS[family]}
     options = {"estimators": {"x": RP(control_variate="cubic")}}
-    found = [loss_and_gradients(host, params | {"x.control_variate": best}, model, guide, seed, **options)[1] for seed in range(3)]
+    found = [host.loss_and_gradients(params | {"x.control_variate": best}, model, guide, seed, **options)[1] for seed in range(3)]
     np.testing.assert_allclose(found[0]["loc"], -best[:, 0] / s, rtol=1e-10)
     for g in found[1:]:
         for name in params:
@@ -141,12 +126,12 @@ def test_at_one_point(host, family, kind):
     params = {"loc": LOC, "factor": FACTORS[family]}
     model, guide = program(host, family, lambda host, x: 0 * x.sum())
     options = {"estimators": {"x": RP(control_variate=kind)}, "entropy": "stl"}
-    with_model, plain = (loss_and_gradients(host, params | at, model, guide, 4, **options)[1] for at in (learned, zero))
+    with_model, plain = (host.loss_and_gradients(params | at, model, guide, 4, **options)[1] for at in (learned, zero))
     tril, s = (np.diag(SCALE) if family == "Normal" else TRIL), SCALES[family]
     m = tril / s[:, None]
     # eps from the gradient of a linear cost in factor, which is its slope times eps
     with_cost, guide = program(host, family, lambda host, x: -x.sum())
-    tilted = loss_and_gradients(host, params | zero, with_cost, guide, 4, **options)[1]
+    tilted = host.loss_and_gradients(params | zero, with_cost, guide, 4, **options)[1]
     eps = (tilted["factor"] - plain["factor"]) if family == "Normal" else (tilted["factor"] - plain["factor"])[-1]
     b, h, matrix = slope(kind, *learned.values(), eps @ m.T, m @ m.T)
     of_m = np.tril(matrix @ m - np.outer(b + h, eps))
@@ -167,11 +152,10 @@ def test_the_mean_is_zero_for_every_coefficient(host, kind, particles):
     exact = np.concatenate([-h, np.diag(matrix) - (b + h) * z], 1) / np.tile(SCALE, 2)
     np.testing.assert_allclose(weights @ exact, 0, atol=1e-12)
     variance = weights @ exact**2 / particles
-    substitute = numpyro.handlers.substitute if host.name == "numpyro" else pyro.poutine.substitute
 
     def guide(h, t):
         stack = h.math.stack([t[i] + 0.0 for i in range(6)], -1)
-        with substitute(data={"x.control_variate": h.array(learned)}):
+        with h.substitute({"x.control_variate": learned}):
             h.sample("x", h.dist.Normal(stack[..., :3], stack[..., 3:]).to_event(1).mask(False))
 
     def model(h, t):
@@ -201,15 +185,15 @@ def test_coefficients_descend_the_second_moment(host, family, kind, entropy):
     units = {"loc": SCALES[family], "factor": SCALE if family == "Normal" else SCALES[family][:, None]}
     fixed = dict.fromkeys(params, 0.0)
     if entropy == "analytic":
-        fixed = loss_and_gradients(host, params, *program(host, family, lambda host, x: 0 * x.sum(), 1.7), entropy="analytic")[1]
+        fixed = host.loss_and_gradients(params, *program(host, family, lambda host, x: 0 * x.sum(), 1.7), entropy="analytic")[1]
 
     def second_moment(learned):
-        _, g = loss_and_gradients(host, params | learned, model, guide, **options)
+        _, g = host.loss_and_gradients(params | learned, model, guide, **options)
         return sum(((units[name] * (g[name] - fixed[name])) ** 2).sum() for name in params)
 
     at = coefficients(kind)
     (name,) = at
-    _, g = loss_and_gradients(host, params | at, model, guide, **options)
+    _, g = host.loss_and_gradients(params | at, model, guide, **options)
     for i in (0, 2 * KINDS[kind] - 1, 6, at[name].size - 1)[: 4 if kind == "cubic" else 2]:
         step = np.zeros(at[name].size)
         step[i] = 1.0
@@ -219,16 +203,14 @@ def test_coefficients_descend_the_second_moment(host, family, kind, entropy):
 
 def test_nothing_else_changes(host):
     """At coefficients of 0 the loss, and every other gradient, are those of RP, whichever way the particles are run."""
-    model, guide = program(host, "Normal", quartic)
+    # Pyro's particles are a batch dim of x, which quartic does not know
+    model, guide = program(host, "Normal", quartic if host.name == "numpyro" else lambda h, x: (x.sum(-1) - 0.3) ** 2)
     params = {"loc": LOC, "factor": SCALE}
     for particles, vectorize in ((1, False), (3, False), (3, True)):
-        options = {"num_particles": particles, "vectorize_particles": vectorize}
-        if host.name == "pyro":
-            options["max_plate_nesting"] = 0
-            model, guide = program(host, "Normal", lambda h, x: (x.sum(-1) - 0.3) ** 2)
+        options = {"num_particles": particles, "vectorize_particles": vectorize, "plates": 0}
         zero = {name: 0 * value for name, value in coefficients().items()}
-        loss, g = loss_and_gradients(host, params | zero, model, guide, estimators={"x": RP(control_variate="quadratic")}, **options)
-        other, plain = loss_and_gradients(host, params, model, guide, estimators={"x": RP()}, **options)
+        loss, g = host.loss_and_gradients(params | zero, model, guide, estimators={"x": RP(control_variate="quadratic")}, **options)
+        other, plain = host.loss_and_gradients(params, model, guide, estimators={"x": RP()}, **options)
         np.testing.assert_allclose(loss, other, rtol=1e-14)
         for name in params:
             np.testing.assert_allclose(g[name], plain[name], rtol=1e-12)
@@ -240,29 +222,25 @@ def plate_program(host, size, subsample_size):
     def guide():
         host.sample("k", host.dist.Bernoulli(logits=host.param("logit", host.array(0.3))))
         loc = host.param("loc", host.array(np.linspace(-1, 1, size)), event_dim=0)
-        plate = numpyro.plate if host.name == "numpyro" else pyro.plate
-        with plate("data", size, subsample_size=subsample_size) as i:
+        with host.plate("data", size, subsample_size=subsample_size) as i:
             host.sample("z", host.dist.Normal(loc[i], 0.5))
 
     def model():
         k = host.sample("k", host.dist.Bernoulli(0.5))
-        plate = numpyro.plate if host.name == "numpyro" else pyro.plate
-        with plate("data", size, subsample_size=subsample_size):
+        with host.plate("data", size, subsample_size=subsample_size):
             z = host.sample("z", host.dist.Normal(0.0, 1.0))
             host.sample("y", host.dist.Normal(z**2 + k, 1.0), obs=host.array(1.0))
 
     return model, guide
 
 
-@pytest.mark.parametrize("vectorize", [False, True])
+@each("vectorize", [False, True], slow_in_numpyro=lambda vectorize: not vectorize)
 def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
     model, guide = plate_program(host, 6, 2)
     estimators = {"z": RP(control_variate="quadratic"), "k": LR()}
-    options = {"num_particles": 3, "vectorize_particles": vectorize, "estimators": estimators}
-    if host.name == "pyro":
-        options["max_plate_nesting"] = 1
+    options = {"num_particles": 3, "vectorize_particles": vectorize, "plates": 1, "estimators": estimators}
     params = {"loc": np.linspace(-1, 1, 6), "logit": 0.3, "z.control_variate": np.zeros((6, 1, 2))}
-    _, g = loss_and_gradients(host, params, model, guide, **options)
+    _, g = host.loss_and_gradients(params, model, guide, **options)
     seen = g["loc"] != 0
     assert 2 <= seen.sum() <= 6
     assert np.all((np.abs(g["z.control_variate"]) > 0) == seen[:, None, None])
@@ -325,11 +303,11 @@ def test_refusals(host):
         RP(lambda p: p, control_variate="quadratic")
     guide = lambda: host.sample("x", host.dist.Gamma(host.array(2.0), host.array(1.0)))
     with pytest.raises(ValueError, match=r"site 'x': RP's control variate .* expected Normal or MultivariateNormal, found Gamma"):
-        loss_and_gradients(host, {}, guide, guide, estimators={"x": RP(control_variate="quadratic")})
+        host.loss_and_gradients({}, guide, guide, estimators={"x": RP(control_variate="quadratic")})
     model, guide = program(host, "Normal", quadratic)
     bound = host.flow.TraceFlow_RenyiELBO(estimators={"x": RP(control_variate="quadratic")})
     with pytest.raises(ValueError, match="site 'x': a control variate has mean 0 under an ELBO only"):
-        bound.loss(*((jax.random.key(0), {}) if host.name == "numpyro" else ()), model, guide)
+        host.loss(bound, model, guide)
     wrapped = host.flow.Estimated(host.dist.Normal(host.array(0.0), host.array(1.0)), RP(control_variate="quadratic"))
 
     def in_scan():
@@ -338,7 +316,7 @@ def test_refusals(host):
 
     if host.name == "numpyro":
         with pytest.raises(ValueError, match="inside scan or cond the parameters of an estimator that learns are out of reach"):
-            loss_and_gradients(host, {}, in_scan, in_scan)
+            host.loss_and_gradients({}, in_scan, in_scan)
 
 
 @pytest.mark.parametrize("estimator", [RP(control_variate="quadratic"), AdaptiveFlow(), AdaptiveFlow(q="learned")], ids=repr)
@@ -380,7 +358,7 @@ def test_what_another_estimator_has_left_is_refused(host):
     model, guide = program(host, "Normal", quadratic)
     params = {"loc": LOC, "factor": SCALE, "x.control_variate": np.zeros((3, 2))}
     with pytest.raises(ValueError, match=r"site 'x': .*'x.control_variate' has the shape \(3, 4\) .* parameter of that name \(3, 2\)"):
-        loss_and_gradients(host, params, model, guide, estimators={"x": RP(control_variate="quadratic")})
+        host.loss_and_gradients(params, model, guide, estimators={"x": RP(control_variate="quadratic")})
     params["x.velocity"], params["x.control"] = np.zeros((3, 2, 3)), np.zeros((3, 2, 7))
     with pytest.raises(ValueError, match=r"'x.velocity' has the shape \(3, 2, 6\) .* \(3, 2, 3\)"):
-        loss_and_gradients(host, params, model, guide, estimators={"x": AdaptiveFlow()})
+        host.loss_and_gradients(params, model, guide, estimators={"x": AdaptiveFlow()})

@@ -255,9 +255,8 @@ def test_both_modes_have_the_same_mean(host):
 
     def model(h, t):
         a, b = (h.sample(name, h.dist.Bernoulli(h.array(0.5)).mask(False)) for name in "ab")
-        index = (lambda k: k.long()) if h.name == "pyro" else (lambda k: k)
-        h.factor("of a", h.array(TABLE)[index(a)])
-        h.factor("of both", h.array(TABLE)[index(a + b)])
+        h.factor("of a", h.array(TABLE)[h.index(a)])
+        h.factor("of both", h.array(TABLE)[h.index(a + b)])
 
     p = 1 / (1 + np.exp(-logits))
     values = np.array([[table[a] + table[a + b] for b in (0, 1)] for a in (0, 1)])

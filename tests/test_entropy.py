@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import EXACT, KINDS, normal_normal
 from hosts import Program
-from test_bounds import gauss, log_normal, slope
+from quadrature import gauss, log_normal, slope
 
 import flowvi.numpyro
 import flowvi.pyro

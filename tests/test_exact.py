@@ -3,17 +3,11 @@
 import numpy as np
 import pytest
 from cases import CASES, ELSEWHERE, EXACT, KINDS, elsewhere, one, square
-from hosts import HOSTS
+from hosts import HOSTS, each, z_scores
 
 from flowvi import LR, RP, Flow
 
 N = 40_000
-
-
-def z_scores(samples, mean, variance):
-    """Of the mean of ``samples`` (n, dim) against the exact mean, with the exact variance."""
-    standard_error = np.sqrt(np.maximum(np.asarray(variance), 1e-12) / len(samples))
-    return (samples.mean(0) - np.asarray(mean)) / standard_error
 
 
 def variance_z_scores(samples, variance):
@@ -23,11 +17,12 @@ def variance_z_scores(samples, variance):
 
 
 def rows():
+    """The id of each row's test, the case and the row."""
     for name, case in CASES.items():
         for row in EXACT[name.split(",")[0]]["estimators"]:
             label, q = row["estimator"], row["q"]
             if label in case.estimators and q in case.proposals and not elsewhere(name, row):
-                yield pytest.param(name, row, id=f"{name}-{label}-{q}".replace(" ", "_"))
+                yield f"{name}-{label}-{q}".replace(" ", "_"), (name, row)
 
 
 # with one order of the coordinates the field, and so the variance, changes with a constant added to the logits, which Pyro normalises
@@ -35,7 +30,7 @@ NORMALISED = ("telescoping field, coordinates (0,1)", "telescoping field, coordi
 
 
 def test_every_row_is_accounted_for():
-    tested = {(p.values[0].split(",")[0], p.values[1]["estimator"], p.values[1]["q"]) for p in rows()}
+    tested = {(name.split(",")[0], row["estimator"], row["q"]) for _, (name, row) in rows()}
     missing = [
         (case, row["estimator"], row["q"])
         for case, exact in EXACT.items()
@@ -47,7 +42,7 @@ def test_every_row_is_accounted_for():
     assert not unknown
 
 
-@pytest.mark.parametrize(("name", "row"), list(rows()))
+@each(("name", "row"), dict(rows()), slow_in_numpyro=lambda value: value[0].endswith(", graph"))
 def test_row(host, name, row):
     if name == "truncnormal-loc" and host.name == "pyro":
         pytest.skip("Pyro has no truncated Normal")
@@ -78,10 +73,9 @@ def test_row(host, name, row):
 def looped_rows():
     """In NumPyro a loop over particles is one more compilation, so that most rows are left to the slow tests."""
     quick = ("normal-scale-square", "normal-to-bernoulli", "plate4", "elbo-normal-normal-off", "mvn")
-    for parameters in rows():
-        name, row = parameters.values
+    for label, (name, row) in rows():
         marks = [] if name.startswith(quick) and "graph" not in name and row["q"] != "N(loc,(1.4 scale)^2)" else [pytest.mark.slow]
-        yield pytest.param(name, row, id=parameters.id, marks=marks)
+        yield pytest.param(name, row, id=label, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "row"), list(looped_rows()))

@@ -103,7 +103,7 @@ def test_slices_of_skew_densities(host, single, family, by):
     """The mean of the weight p/q is 1."""
     p = getattr(host.dist, family)(*map(host.array, SKEW[family]))
     q = getattr(proposals, f"slice_by_{by}")()(p).expand((N,))
-    x = q.sample(jax.random.key(1)) if host.name == "numpyro" else q.sample()
+    x = host.draw(q, seed=1)
     weight = np.exp(np.asarray(p.log_prob(x) - q.log_prob(x)))
     assert weight.dtype == np.float32
     assert abs(weight.mean() - 1) < 5 * weight.std() / np.sqrt(N) + 1e-5

@@ -18,15 +18,15 @@ import pyro.infer.reparam
 import pytest
 import torch
 from hosts import HOSTS
+from programs import MIXED, PROGRAMS, assert_same, bind, both, fit, m, normal, observe, s, svi
 from pyro.contrib.autoname import scope as pyro_scope
 from pyro.nn import PyroModule, PyroParam
-from test_drop_in import MIXED, PROGRAMS, PYRO, assert_same, bind, both, fit, handlers, library, m, normal, observe, s, svi
 
 import flowvi.numpyro
 import flowvi.pyro
 from flowvi import LR
 
-NUMPYRO = HOSTS["numpyro"]
+NUMPYRO, PYRO = HOSTS["numpyro"], HOSTS["pyro"]
 DATA = [0.4, -1.1, 0.7]
 
 
@@ -103,7 +103,7 @@ AUTOGUIDES = {
 
 
 def make_guide(h, name, model):
-    return (getattr(library(h).infer.autoguide, name) if isinstance(name, str) else name)(model)
+    return (getattr(h.library.infer.autoguide, name) if isinstance(name, str) else name)(model)
 
 
 def of_numpyro(elbos, guide, model, *args):
@@ -142,7 +142,7 @@ def guides_and_particles():
 @pytest.mark.parametrize(("h", "name", "particles"), list(guides_and_particles()))
 def test_autoguides(h, name, particles):
     model = hierarchical(h)
-    theirs, ours = library(h).infer.Trace_ELBO(particles), h.flow.TraceFlow_ELBO(particles)
+    theirs, ours = h.library.infer.Trace_ELBO(particles), h.flow.TraceFlow_ELBO(particles)
     if h is NUMPYRO:
         assert_same(*of_numpyro((theirs, ours), make_guide(h, name, model), model))
     else:
@@ -193,7 +193,7 @@ def two_latents(h):
 
 
 def decentering(h):
-    return {"w": library(h).infer.reparam.LocScaleReparam(0.0)}
+    return {"w": h.library.infer.reparam.LocScaleReparam(0.0)}
 
 
 def scoped(h, part):
@@ -216,16 +216,16 @@ def partly_observed(h, guide):
 
 
 HANDLED = {
-    "block": lambda h: (lambda: handlers(h).block(with_extra, hide=["extra"])(h), lambda: base_model(h)),
-    "reparam": lambda h: (lambda: base_guide(h, "w_decentered"), lambda: handlers(h).reparam(centered, config=decentering(h))(h)),
-    "lift": lambda h: (lambda: lifted_guide(h), lambda: handlers(h).lift(base_model, prior={"b": normal(h, 0.0)})(h)),
+    "block": lambda h: (lambda: h.handlers.block(with_extra, hide=["extra"])(h), lambda: base_model(h)),
+    "reparam": lambda h: (lambda: base_guide(h, "w_decentered"), lambda: h.handlers.reparam(centered, config=decentering(h))(h)),
+    "lift": lambda h: (lambda: lifted_guide(h), lambda: h.handlers.lift(base_model, prior={"b": normal(h, 0.0)})(h)),
     "scope": lambda h: (scoped(h, base_guide), scoped(h, base_model)),
-    "condition": lambda h: (lambda: base_guide(h), lambda: handlers(h).condition(two_latents, data={"v": h.array(0.3)})(h)),
+    "condition": lambda h: (lambda: base_guide(h), lambda: h.handlers.condition(two_latents, data={"v": h.array(0.3)})(h)),
     "condition the guide": lambda h: (
-        lambda: handlers(h).condition(with_extra, data={"extra": h.array(0.3)})(h),
+        lambda: h.handlers.condition(with_extra, data={"extra": h.array(0.3)})(h),
         lambda: base_model(h),
     ),
-    "do": lambda h: (lambda: base_guide(h), lambda: handlers(h).do(two_latents, data={"v": h.array(0.3)})(h)),
+    "do": lambda h: (lambda: base_guide(h), lambda: h.handlers.do(two_latents, data={"v": h.array(0.3)})(h)),
     "obs_mask": lambda h: (lambda: partly_observed(h, True), lambda: partly_observed(h, False)),
 }
 
@@ -260,7 +260,7 @@ def test_sites_that_handlers_make_or_rename(host, handler):
 
 def test_infer_config_says_an_estimator(host):
     config = lambda site: {"estimator": LR()} if site["name"] == "w" else {}
-    guide = handlers(host).infer_config(base_guide, config_fn=config)
+    guide = host.handlers.infer_config(base_guide, config_fn=config)
     (site,) = host.flow.TraceFlow_ELBO().describe(lambda: base_model(host), lambda: guide(host))
     assert (site.estimator, site.source) == (LR(), "guide")
 
@@ -269,7 +269,7 @@ def test_infer_config_says_an_estimator(host):
 
 
 def test_the_hosts_arguments_in_the_hosts_order(host):
-    theirs, ours = (inspect.signature(elbo).parameters.values() for elbo in (library(host).infer.Trace_ELBO, host.flow.TraceFlow_ELBO))
+    theirs, ours = (inspect.signature(elbo).parameters.values() for elbo in (host.library.infer.Trace_ELBO, host.flow.TraceFlow_ELBO))
     assert [(p.name, p.default) for p in theirs] == [(p.name, p.default) for p in ours if p.kind is not p.KEYWORD_ONLY]
 
 
@@ -303,9 +303,9 @@ def test_the_same_complaints(host, what):
     guide, model = bind(host, COMPLAINTS[what])
 
     def evaluate(elbo):
-        elbo.loss(jax.random.key(0), {}, model, guide) if host is NUMPYRO else elbo.loss(model, guide)
+        host.loss(elbo, model, guide)
 
-    theirs, ours = (raised(evaluate, elbo()) for elbo in (library(host).infer.Trace_ELBO, host.flow.TraceFlow_ELBO))
+    theirs, ours = (raised(evaluate, elbo()) for elbo in (host.library.infer.Trace_ELBO, host.flow.TraceFlow_ELBO))
     assert theirs == ours
     assert theirs != ([], None, None)
 
@@ -375,7 +375,7 @@ VALUED = {
 def test_the_value_does_not_depend_on_the_estimator(host, program, options):
     """LR has the value of Trace_ELBO at the same draws."""
     guide, model = bind(host, VALUED[program])
-    elbos = library(host).infer.Trace_ELBO(**options), host.flow.TraceFlow_ELBO(default=LR(), **options)
+    elbos = host.library.infer.Trace_ELBO(**options), host.flow.TraceFlow_ELBO(default=LR(), **options)
     if host is NUMPYRO:
         assert_same(*jax.jit(lambda: [elbo.loss(jax.random.key(3), {}, model, guide) for elbo in elbos])())
         return

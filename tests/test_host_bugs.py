@@ -388,7 +388,7 @@ def test_a_plate_that_is_entered_again(host, outside):
     def guide(h, t):
         with h.plate("n", 2):
             b = h.sample("b", h.dist.Bernoulli(logits=t[0]))
-        total = b.sum(-1, keepdims=h.name == "pyro")
+        total = h.over_plate(b)
         h.sample("g", h.dist.Delta(1.0 * total) if outside == "Delta" else h.dist.Normal(total, h.array(1.0)))
 
     def model(h, t):

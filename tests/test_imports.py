@@ -1,19 +1,9 @@
 """Each part imports without the packages that it does not need, and says what to install where one that it needs is missing."""
 
-import subprocess
-import sys
-
 import pytest
+from processes import run
 
 EVERYTHING = ("jax", "numpyro", "torch", "pyro")
-
-
-def run(blocked, code):
-    """The output of ``code`` in a process of its own in which the ``blocked`` packages cannot be imported."""
-    block = f"import sys; sys.modules.update(dict.fromkeys({tuple(blocked)!r}))\n"
-    result = subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
 
 
 LOADED = "print([name for name in ('jax', 'numpyro', 'torch', 'pyro') if sys.modules.get(name)])"

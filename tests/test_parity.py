@@ -6,21 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from attached import attached
 from hosts import HOSTS
 from scipy.special import digamma
 
 import flowvi.ops.jax
 import flowvi.ops.torch
 from flowvi import LR, RP, Flow, ImplicitRP
-from flowvi.dependence import Frame, program_order
 from flowvi.baselines import ParticleMean, Score
+from flowvi.dependence import Frame, program_order
 from flowvi.estimators import attach
-from flowvi.numpyro.distributions import NumPyroTarget
 from flowvi.objectives import Particle, estimate, sum_to
-from flowvi.pyro.distributions import PyroTarget
 
-TARGETS = {"numpyro": (flowvi.ops.jax, NumPyroTarget), "pyro": (flowvi.ops.torch, PyroTarget)}
 LOC, SCALE = np.array([0.3, -0.5, 1.1]), np.array([0.8, 1.2, 0.5])
 TRIL = np.array([[0.6, 0.0, 0.0], [0.4, 0.8, 0.0], [-0.3, 0.5, 0.9]])
 
@@ -29,41 +26,6 @@ TRIL = np.array([[0.6, 0.0, 0.0], [0.4, 0.8, 0.0], [-0.3, 0.5, 0.9]])
 def _strict_rank_promotion():
     with jax.numpy_rank_promotion("raise"):
         yield
-
-
-def attached(host, family, parameters, estimator, x, wrap=lambda d: d):
-    """The drawn value, the weight, and the derivative of (value * a).sum() + (score * b).sum() in each parameter."""
-    ops, target_of = TARGETS[host.name]
-    estimator = estimator(host)
-
-    def draw(parameters):
-        fn = wrap(getattr(host.dist, family)(**parameters))
-        target = target_of("x", fn, estimator.enters)
-        draw = attach(ops, target, estimator.resolve(target), host.array(x) if np.asarray(x).dtype.kind == "f" else integers(host, x))
-        total = (draw.value * ramp(host, 0.5, 1.5, draw.value)).sum()
-        if draw.score is not None:
-            total = total + (draw.score * ramp(host, -1.0, 2.0, draw.score)).sum()
-        return total, (draw.value, draw.log_weight)
-
-    if host.name == "numpyro":
-        (_, (value, log_weight)), gradient = jax.value_and_grad(draw, has_aux=True)({k: jnp.asarray(v) for k, v in parameters.items()})
-        gradient = {k: np.asarray(v) for k, v in gradient.items()}
-    else:
-        leaves = {k: torch.tensor(v, requires_grad=True) for k, v in parameters.items()}
-        total, (value, log_weight) = draw(leaves)
-        total.backward()
-        gradient = {k: np.zeros(v.shape) if v.grad is None else v.grad.numpy() for k, v in leaves.items()}
-    to_numpy = np.asarray if host.name == "numpyro" else lambda a: a.detach().numpy()
-    return to_numpy(value), None if log_weight is None else to_numpy(log_weight), gradient
-
-
-def ramp(host, low, high, like):
-    shape = tuple(like.shape)
-    return host.array(np.linspace(low, high, int(np.prod(shape)))).reshape(shape)
-
-
-def integers(host, x):
-    return jnp.asarray(x) if host.name == "numpyro" else torch.tensor(x)
 
 
 def lower_q(p):
@@ -159,19 +121,14 @@ def test_divergence_on_the_simplex(host):
     """psi of the replicator field: its divergence in the chart is sum(a) - d x.a, where the ambient trace is another number."""
     x, d = np.array([0.2, 0.5, 0.3]), 3
     concentration = DIRICHLET["concentration"]
-    ops, target_of = TARGETS[host.name]
     for k in range(d):
         e = np.eye(d)[k]
 
         def total(c, e=e):
             fn = host.dist.Dirichlet(host.array(concentration) + c * host.array(e))
-            return attach(ops, target_of("x", fn, enters=True), Flow(replicator), host.array(x)).score
+            return attach(host.ops, host.target("x", fn, enters=True), Flow(replicator), host.array(x)).score
 
-        if host.name == "numpyro":
-            psi = float(jax.grad(total)(0.0))
-        else:
-            c = torch.tensor(0.0, requires_grad=True)
-            psi = float(torch.autograd.grad(total(c), c)[0])
+        psi = host.value_and_gradient(lambda at: total(at["c"]), {"c": 0.0})[1]["c"]
         u = x * (e - x[k])
         score = np.log(x[k]) - (digamma(concentration[k]) - digamma(concentration.sum()))
         expected = 1 - d * x[k] + (u * (concentration - 1) / x).sum() + score
@@ -179,9 +136,8 @@ def test_divergence_on_the_simplex(host):
 
 
 def test_jacobian_of_a_matrix_event(host):
-    ops, _ = TARGETS[host.name]
     x, m = host.array(np.arange(8.0).reshape(2, 2, 2) / 7), host.array([[1.0, 2.0], [3.0, 4.0]])
-    value, jacobian = ops.jacobian(lambda x: m @ x * x, x, 2, live=False)
+    value, jacobian = host.ops.jacobian(lambda x: m @ x * x, x, 2, live=False)
     value, jacobian, x, m = (np.asarray(a) for a in (value, jacobian, x, m))
     np.testing.assert_allclose(value, m @ x * x)
     step = 1e-6

@@ -6,8 +6,8 @@ import pyro
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from processes import run
 from scipy import stats
-from test_imports import run
 
 from flowvi import LR, RP, Auto, Flow, ImplicitRP, fields, plot, proposals
 from flowvi.host import host_of

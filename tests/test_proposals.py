@@ -6,12 +6,11 @@ from itertools import pairwise
 import jax
 import numpy as np
 import pytest
-import torch
+from attached import attached
 from cases import CASES, EXACT
-from hosts import HOSTS, chain
-from test_exact import z_scores
-from test_fields import nodes
-from test_parity import attached
+from hosts import HOSTS, chain, z_scores
+from proposal_rows import ROWS, THETA, distribution
+from quadrature import nodes
 
 from flowvi import LR, Flow, fields, proposals
 from flowvi.families import FAMILIES
@@ -19,35 +18,6 @@ from flowvi.host import host_of
 from flowvi.proposals.slices import _SymmetricSlice
 
 N = 20_000
-LOC = {"loc": 0.3, "scale": 1.2}
-THETA = {
-    **dict.fromkeys(("Normal", "Laplace", "Logistic", "Cauchy", "LogNormal", "Gumbel"), LOC),
-    "StudentT": {"df": 3.5, **LOC},
-    "HalfNormal": {"scale": 1.2},
-    "Exponential": {"rate": 1.4},
-    "Gamma": {"concentration": 1.7, "rate": 1.2},
-    "HalfCauchy": {"scale": 1.2},
-    "InverseGamma": {"concentration": 1.7, "rate": 1.2},
-    "Weibull": {"scale": 1.3, "concentration": 1.8},
-    "Beta": {"concentration1": 1.6, "concentration0": 2.4},
-    "VonMises": {"loc": 0.5, "concentration": 1.8},
-}
-SYMMETRIC = ("Normal", "Laplace", "Logistic", "Cauchy", "StudentT")
-PEAKED = [name for name, f in FAMILIES.items() if f.peak is not None]
-STRETCHES = {name: f.stretch.parameter for name, f in FAMILIES.items() if f.stretch is not None}
-ROWS = {
-    **{(f, f"tempered {t}"): proposals.tempered(t) for f in THETA if FAMILIES[f].tempered for t in (0.7, 2.0)},
-    **{(f, "student_t"): proposals.student_t(4.0) for f in SYMMETRIC},
-    **{
-        (f, f"slice_by_{by} {e}"): getattr(proposals, f"slice_by_{by}")(e)
-        for f in PEAKED
-        for by in ("mass", "height")
-        for e in (0, 0.2)
-    },
-    **{(f, "optimal loc"): proposals.optimal("loc", epsilon=0) for f in (*SYMMETRIC, "Gumbel")},
-    **{(f, f"optimal stretch {e}"): proposals.optimal(parameter, epsilon=e) for f, parameter in STRETCHES.items() for e in (0, 0.1)},
-    ("Normal", "defensive"): proposals.defensive(lambda p: type(p)(p.loc + 1.0, 0.5 * p.scale), epsilon=0.3),
-}
 SUPPORT = {
     "Beta": (0, 1),
     "VonMises": (-math.pi, math.pi),
@@ -56,11 +26,6 @@ SUPPORT = {
 LOGISTIC = 1.2 * 1.5434046384182085
 MODES = (math.exp(0.3 - 1.2**2), 1.2 / 1.7, 0.7 / 1.2, 1.2 / 2.7, 1.3 * (0.8 / 1.8) ** (1 / 1.8), 0.3)
 BREAKS = (0.3 - LOGISTIC, -0.9, 0.3, 0.71428571428571, 1.2, 1.3, 1.41666666666667, 1.5, 0.3 + LOGISTIC, 4.0, *MODES)
-
-
-def distribution(host, family, shape=()):
-    theta = {k: host.array(np.full(shape, v)) for k, v in THETA[family].items()}
-    return getattr(host.dist, family)(**theta)
 
 
 def density(host, q):
@@ -82,10 +47,7 @@ def cdf(host, family, q, at):
 
 
 def draw(host, q, n, seed=0):
-    if host.name == "numpyro":
-        return np.asarray(q.expand((n,)).sample(jax.random.key(seed)))
-    torch.manual_seed(seed)
-    return q.expand((n,)).sample().numpy()
+    return host.numpy(host.draw(q.expand((n,)), seed=seed))
 
 
 @pytest.mark.parametrize(("family", "name"), ROWS, ids=str)
@@ -222,11 +184,7 @@ DISCRETE = {
 @pytest.mark.parametrize("name", DISCRETE)
 def test_tempered_discrete(host, name):
     p, expected = (make(host) for make in DISCRETE[name])
-    x = (
-        host.array([0.0, 1.0, 1.0])
-        if not name.startswith("Categorical")
-        else (np.array([0, 1]) if host.name == "numpyro" else torch.tensor([0, 1]))
-    )
+    x = host.array([0.0, 1.0, 1.0]) if not name.startswith("Categorical") else host.integers([0, 1])
     np.testing.assert_allclose(np.asarray(proposals.tempered(2.0)(p).log_prob(x)), np.asarray(expected.log_prob(x)), rtol=1e-12)
 
 
@@ -281,7 +239,7 @@ def run(host, program, estimator):
     """Once, with known parameters."""
     model, guide = (lambda: program.model(host, [host.array(0.3)])), (lambda: program.guide(host, [host.array(0.3)]))
     elbo = host.flow.TraceFlow_ELBO(estimators={"x": estimator})
-    return elbo.loss(jax.random.key(0), {}, model, guide) if host.name == "numpyro" else elbo.loss(model, guide)
+    return host.loss(elbo, model, guide)
 
 
 def test_defensive_needs_a_share():

@@ -23,8 +23,8 @@ import torch
 from hosts import HOSTS, Program
 
 from flowvi import LR, RP, AdaptiveFlow, Baseline, Flow, ImplicitRP
-from flowvi.dependence import Ancestor
 from flowvi.baselines import PlateMean
+from flowvi.dependence import Ancestor
 
 THETA = (0.4, -0.3, 0.7, 0.2)
 PLATES = {"a": -1, "b": -2}  # each of two elements

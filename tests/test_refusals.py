@@ -229,12 +229,7 @@ def eager(host, distribution, estimator, theta=0.3):
         return run(host, distribution, estimator, theta, n=1)
     program = chain(theta, {"x": lambda h, t, v: distribution(h, *t)}, {})
     elbo = host.flow.TraceFlow_ELBO(estimators={"x": estimator})
-    import jax
-
-    def part(f):
-        return lambda: f(host, [host.array(theta)])
-
-    return elbo.loss(jax.random.key(0), {}, part(program.model), part(program.guide))
+    return host.loss(elbo, *(lambda part=part: part(host, [host.array(theta)]) for part in (program.model, program.guide)))
 
 
 @pytest.mark.parametrize(

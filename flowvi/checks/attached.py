@@ -25,7 +25,7 @@ class Attached:
         """What the estimator attaches at a host's x; its value is that before the site's transforms unless ``pushed``."""
         target = self.site.target_at(eta, len(x))
         if not pushed:
-            target.transforms = []
+            target = target.at_base()
         return attach(self.site.host.ops, target, self.estimator, x)
 
     def field(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

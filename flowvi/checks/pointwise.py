@@ -16,6 +16,7 @@ from flowvi.checks.site import PerturbedSite
 from flowvi.estimators import Flow, ImplicitRP
 from flowvi.ops import Array
 from flowvi.tangents import Tangents, unknown_parameter
+from flowvi.target import Target
 
 QUANTILES = (0.06, 0.2, 0.37, 0.55, 0.75, 0.93)
 

@@ -73,9 +73,7 @@ class PerturbedSite:
         return p.expand((n, *p.batch_shape))
 
     def target_at(self, eta: Any, n: int) -> Target:
-        target = self.host.target("x", self.distribution(eta, n), self.enters)
-        target.validate = False
-        return target
+        return self.host.target("x", self.distribution(eta, n), self.enters, validate=False)
 
     def log_prob(self, eta: np.ndarray, x: np.ndarray) -> np.ndarray:
         padded = self.padded(x)

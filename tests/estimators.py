@@ -1,0 +1,144 @@
+"""Every estimator at a Normal, one row each: ``test_every_estimator.py`` holds all of them to the same. A new estimator is one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from kinds import half_divergence, half_of_loc, half_of_scale, half_velocity, shift, standardize
+
+from flowvi import LR, RP, AdaptiveFlow, Auto, Baseline, Flow, ImplicitRP, proposals
+from flowvi.estimators import Estimator
+
+
+class Refused(NamedTuple):
+    """A site at which an estimator raises: its distribution ``(h, t) -> p``, a part of the message, and the site's ``infer``."""
+
+    distribution: Callable[[Any, Any], Any]
+    message: str
+    infer: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One estimator.
+
+    Attributes:
+        make: Makes the estimator, out of functions that have a name in this module, so that its repr can be evaluated here.
+        refused: Where it is refused.
+        cases: The programs of exact.json, of one site x, at which it is unbiased.
+        particles: The numbers of particles with which it runs.
+        learned: What it learns, by name, with values away from the start for an element of a plate.
+        draws: The density that it draws from, where that is not its ``q``.
+        by_value: Whether two that are made alike are equal. A Baseline may hold arrays, and is equal to itself only.
+    """
+
+    make: Callable[[], Estimator]
+    refused: Refused
+    cases: tuple[str, ...] = ("normal-scale-square", "elbo-normal-normal-off")
+    particles: tuple[int, ...] = (1, 4)
+    learned: Mapping[str, np.ndarray] = field(default_factory=dict)
+    draws: Callable[[Any], Any] | None = None
+    by_value: bool = True
+
+    def coefficients(self, *batch):
+        """What it learns by the name that it has at the site x, for each element of a batch."""
+        return {f"x.{name}": np.broadcast_to(value, (*batch, *np.shape(value))).copy() for name, value in self.learned.items()}
+
+
+# ---- what the rows are made of
+
+
+def wide(p):
+    """A wider Normal; at another family, of which only what is refused is tested, p."""
+    return type(p)(p.loc, 1.4 * p.scale) if type(p).__name__ == "Normal" else p
+
+
+def two():
+    return 2.0
+
+
+def pathwise(x, p, dtheta):
+    return dtheta.loc + (x - p.loc) / p.scale * dtheta.scale
+
+
+def to_the_right(p):
+    return type(p)(p.loc + p.scale * 0.5, p.scale)
+
+
+def mixed(p):
+    """The proposal that AdaptiveFlow learns, with the values of PROPOSAL."""
+    return proposals.defensive(to_the_right, 0.1)(p)
+
+
+def random(*shape):
+    return 0.3 * np.random.default_rng(3).normal(size=shape)
+
+
+PROPOSAL = np.array([0.5, 0.0])
+# The control variate of a parameter reads the scores of those that are live: here only its own, so that one may be held fixed.
+FIELD = {"velocity": random(2, 6), "control": np.concatenate([random(2, 5), np.diag([0.4, -0.3])], 1)}
+
+MOVING = Refused(lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t), "is biased where the support moves")
+DISCRETE = Refused(lambda h, t: h.dist.Bernoulli(logits=t), "needs a continuous distribution, but Bernoulli(Logits)? is discrete")
+NO_SAMPLER = Refused(lambda h, t: h.dist.VonMises(t, h.array(1.0)), "RP needs a reparameterized sampler, but VonMises has none")
+NO_INVERSE = Refused(lambda h, t: h.dist.StudentT(4 + t, h.array(0.0), h.array(1.0)), ".*StudentT for a constant df")
+NO_MODEL = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), ".*expected Normal or MultivariateNormal, found Gamma")
+ENUMERATED = Refused(lambda h, t: h.dist.Bernoulli(logits=t), ".*enumerate", {"enumerate": "parallel"})
+
+WITH_DISCRETE = ("normal-scale-square", "elbo-normal-normal-off", "bernoulli-logit-t0.45")
+IN_A_PLATE = ("plate4-local-cost", "plate4-local-cost, cost outside")
+
+ROWS = {
+    "LR": Row(LR, MOVING, WITH_DISCRETE),
+    "LR, q": Row(lambda: LR(q=wide), MOVING),
+    "LR, baseline": Row(lambda: LR(Baseline(two)), MOVING, WITH_DISCRETE, by_value=False),
+    "LR, plate": Row(lambda: LR("plate"), MOVING, IN_A_PLATE),
+    "LR, optimal": Row(lambda: LR("optimal"), MOVING, WITH_DISCRETE, particles=(4,)),
+    "RP": Row(RP, NO_SAMPLER),
+    "RP, q": Row(lambda: RP(wide), NO_INVERSE),
+    "RP, diagonal": Row(lambda: RP(control_variate="diagonal"), NO_MODEL, learned={"control_variate": random(1, 2)}),
+    "RP, quadratic": Row(lambda: RP(control_variate="quadratic"), NO_MODEL, learned={"control_variate": random(1, 2)}),
+    "RP, cubic": Row(lambda: RP(control_variate="cubic"), NO_MODEL, learned={"control_variate": random(1, 4)}),
+    "ImplicitRP": Row(ImplicitRP, DISCRETE),
+    "ImplicitRP, q": Row(lambda: ImplicitRP(q=wide), DISCRETE),
+    "ImplicitRP, S": Row(lambda: ImplicitRP(standardize), DISCRETE),
+    "ImplicitRP, not exact": Row(lambda: ImplicitRP(shift, exact=False), MOVING),
+    "Flow, per parameter": Row(lambda: Flow(loc=half_of_loc, scale=half_of_scale), MOVING),
+    "Flow, general": Row(lambda: Flow(half_velocity), MOVING),
+    "Flow, q": Row(lambda: Flow(half_velocity, q=wide), MOVING),
+    "Flow, divergence": Row(lambda: Flow(half_velocity, divergence=half_divergence), DISCRETE),
+    "Flow, pathwise": Row(lambda: Flow(pathwise, divergence="pathwise"), DISCRETE),
+    "AdaptiveFlow": Row(AdaptiveFlow, MOVING, learned=FIELD),
+    "AdaptiveFlow, q": Row(lambda: AdaptiveFlow(q="learned"), DISCRETE, learned=FIELD | {"proposal": PROPOSAL}, draws=mixed),
+    "Auto": Row(Auto, ENUMERATED, WITH_DISCRETE),
+}
+
+
+# ---- wrong estimators, each with the one property that it lacks
+
+
+def no_divergence(x, p, dtheta):
+    return 0 * x * dtheta.loc
+
+
+def uneven(x, p, dtheta):
+    """Along loc, and twice as far where scale moves too: each of the two alone is a velocity."""
+    both = dtheta.of(lambda p: p.loc) is not None and dtheta.of(lambda p: p.scale) is not None
+    return (2 if both else 1) * half_velocity(x, p, dtheta)
+
+
+class Offset(LR):
+    def attach(self, ops, target, x):
+        return super().attach(ops, target, x + 1e-12)
+
+
+WRONG = {
+    "unbiased": Row(lambda: Flow(half_velocity, divergence=no_divergence), MOVING),
+    "value": Row(Offset, MOVING),
+    "linear": Row(lambda: Flow(uneven), MOVING),
+    "refused": Row(LR, NO_SAMPLER),
+    "plain": Row(lambda: LR(q=lambda p: p), MOVING),
+}

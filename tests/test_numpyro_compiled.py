@@ -1,0 +1,62 @@
+"""What the adapter of NumPyro does for XLA's sake, and the loss by statement."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as numpyro_dist
+
+import flowvi.numpyro
+import flowvi.pyro
+from flowvi import LR
+
+
+def test_numpyro_keeps_scores_by_statement():
+    """Where the loss is kept by statement, each score is with its own site, so that their sum alone is the estimator."""
+    elbo = flowvi.numpyro.TraceFlow_ELBO(sum_sites=False, default=LR(), dependencies="plates")
+
+    def guide(m, n):
+        numpyro.sample("a", numpyro_dist.Normal(m, 1.0), infer={"is_auxiliary": True})
+        numpyro.sample("x", numpyro_dist.Normal(n, 1.0))
+
+    def model(m, n):
+        numpyro.sample("y", numpyro_dist.Normal(numpyro.sample("x", numpyro_dist.Normal(0.0, 1.0)), 1.0), obs=0.5)
+
+    slopes = jax.jacobian(lambda m, n: elbo.loss_with_mutable_state(jax.random.key(1), {}, model, guide, m, n)["loss"], (0, 1))(
+        0.2, 0.3
+    )
+    of_a, of_x = slopes["a"], slopes["x"]
+    assert of_a[0] != 0 == of_a[1]
+    assert of_x[0] == 0 != of_x[1]
+
+
+def test_numpyro_draws_are_kept(monkeypatch):
+    """XLA for CPUs would run the sampler again in every loop that reads the draw; the numbers are those of the plain draw."""
+
+    def guide(loc):
+        with numpyro.plate("data", 50):
+            numpyro.sample("x", numpyro_dist.Normal(loc, 1.0))
+
+    def model():
+        with numpyro.plate("data", 50):
+            x = numpyro.sample("x", numpyro_dist.Normal(0.0, 1.0))
+            numpyro.sample("y", numpyro_dist.Normal(jnp.sin(x), 0.5), obs=jnp.linspace(-1.0, 1.0, 50))
+
+    def step():
+        elbo = flowvi.numpyro.TraceFlow_ELBO(4, default=LR())
+        loss = jax.value_and_grad(lambda loc, key: elbo.loss(key, {}, model, lambda: guide(loc)))
+        return jax.jit(loss).lower(jnp.zeros(50), jax.random.key(0)).compile()
+
+    kept = step()
+    monkeypatch.setattr(flowvi.numpyro.distributions, "computed_once", lambda x: x)
+    plain = step()
+    for a, b in zip(*(compiled(jnp.zeros(50), jax.random.key(3)) for compiled in (kept, plain)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert len(kept.as_text()) < 0.9 * len(plain.as_text())
+
+
+def test_numpyro_a_kept_draw_is_itself():
+    once, nan = flowvi.numpyro.distributions.computed_once, jnp.array([jnp.nan, -jnp.inf, 2.0])
+    for x in (nan, jnp.stack([nan, 0 * nan]), jnp.zeros((0, 3)), jnp.array(1.5), jnp.arange(3)):
+        for f in (once, jax.jit(once), jax.vmap(once) if x.ndim else once):
+            np.testing.assert_array_equal(f(x), x)
