@@ -13,6 +13,9 @@ from field_rows import normal_mixture
 
 from flowvi import LR, RP, Flow, ImplicitRP, fields, proposals
 from flowvi.estimators import Estimator
+from flowvi.families import FAMILIES
+from flowvi.host import host_of
+from flowvi.proposals.slices import _SymmetricSlice
 
 BOTH = ("numpyro", "pyro")
 
@@ -115,13 +118,13 @@ def wrong_seam(x, p, dtheta):
     return 0.05 * x / dtheta.ops.exp(p.log_prob(x)) * dtheta.concentration + 0 * x * dtheta.loc
 
 
-class WrongSlice(proposals._Slice):
+class WrongSlice(_SymmetricSlice):
     def log_prob(self, ops, parts, x):
         return super().log_prob(ops, parts, x) + 0.1
 
 
 def wrong_proposal(p):
-    return proposals._host(p).Proposal(WrongSlice("height"), p)
+    return host_of(p).proposal(WrongSlice("height", FAMILIES[type(p).__name__].peak), p)
 
 
 def push(x, p, dtheta):

@@ -1,7 +1,6 @@
-import pickle
-
 """The library of velocity fields: transport equation, flux, unbiasedness and parity, without sampling."""
 
+import pickle
 from dataclasses import replace
 
 import jax
