@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
@@ -93,16 +94,24 @@ class NumPyroTarget(Target):
     @contextmanager
     def probe(self, x):
         """Under ``jit`` no value is known, so that made-up numbers stand in for the traced ones."""
-
-        def known(leaf):
-            if not isinstance(leaf, Tracer):
-                return leaf
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                return jnp.ones(leaf.shape, leaf.dtype)
-            return ops.ramp(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-
         with jax.ensure_compile_time_eval():
-            yield known(x), jax.tree.map(known, self.p0)
+            yield _made_up(x), jax.tree.map(_made_up, self.p0)
+
+    def moving_bounds(self):
+        """Under ``jit`` every bound is traced; those on which no parameter and no draw has an influence count as fixed."""
+        bounds, moving_leaves = super().moving_bounds(), _ATTACHING.get()
+        if not bounds or moving_leaves is None:
+            return bounds
+        leaves, tree = jax.tree.flatten(self.p)
+        moves = moving_leaves(self.name, bool(self.transforms))
+        if moves is None or len(moves) != len(leaves):
+            return bounds
+        with jax.ensure_compile_time_eval():
+            p = jax.tree.unflatten(tree, [leaf if moving else _made_up(leaf) for leaf, moving in zip(leaves, moves, strict=True)])
+            return NumPyroTarget(self.name, p, enters=False, validate=False)._bounds_as_they_are()
+
+    def _bounds_as_they_are(self):
+        return super().moving_bounds()
 
     def sample(self, q: Any, key: jax.Array) -> jax.Array:
         """Draw x, of the full shape, from p0 or from an expanded proposal."""
@@ -162,7 +171,7 @@ class Estimated(dist.Distribution):
     def sample(self, key, sample_shape=()):
         name = f"Estimated({type(unwrap(self)).__name__})"  # a distribution does not know the name of its site
         estimator = self.estimator.resolve(NumPyroTarget(name, self.base_dist, enters=True))
-        if not _ATTACHING.get() or estimator.uses_sampler:
+        if not is_attaching() or estimator.uses_sampler:
             return self.base_dist.sample(key, sample_shape)
         fn = self.base_dist.expand_by(sample_shape) if sample_shape else self.base_dist
         target = NumPyroTarget(name, fn, estimator.enters)  # inside scan or cond; elsewhere the handler draws
@@ -189,21 +198,36 @@ class Estimated(dist.Distribution):
 
 WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, Estimated)
 
-_ATTACHING: ContextVar[bool] = ContextVar("attaching", default=False)
+MovingLeaves = Callable[[str, bool], list[bool] | None]
+_ATTACHING: ContextVar[MovingLeaves | None] = ContextVar("attaching", default=None)
 
 
 def is_attaching() -> bool:
-    return _ATTACHING.get()
+    return _ATTACHING.get() is not None
 
 
 @contextmanager
-def attaching(on: bool):
-    """Whether :class:`Estimated` attaches derivatives when it is sampled: only while one of flowvi's objectives runs."""
-    token = _ATTACHING.set(on)
+def attaching(moving_leaves: MovingLeaves | None):
+    """While one of flowvi's objectives runs a program, :class:`Estimated` attaches derivatives when it is sampled.
+
+    Args:
+        moving_leaves: ``moving_leaves(name, enters)`` tells which arrays of a site's family a parameter has an influence on, as
+            :meth:`flowvi.numpyro.run.NumPyroProgram.moving_leaves`; None: no objective runs.
+    """
+    token = _ATTACHING.set(moving_leaves)
     try:
         yield
     finally:
         _ATTACHING.reset(token)
+
+
+def _made_up(leaf: Any) -> Any:
+    """A number in the place of a traced one; what is known stays as it is."""
+    if not isinstance(leaf, Tracer):
+        return leaf
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.ones(leaf.shape, leaf.dtype)
+    return ops.ramp(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
 
 
 def propose(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from numpyro.primitives import Messenger
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Choice
 from flowvi.estimators import LR, Draw, Estimator, attach
-from flowvi.numpyro.distributions import NumPyroTarget, attaching, draw, is_attaching
+from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching
 from flowvi.numpyro.host import HOST
 from flowvi.sites import GuideSites, Visit, annotation, find_estimated, is_masked, not_random, weight_of_density
 from flowvi.target import Target
@@ -23,13 +23,13 @@ from flowvi.target import Target
 class attach_estimators(Messenger):
     """Let the estimator of every random site of the guide act where the guide draws."""
 
-    def __init__(self, fn, sites: GuideSites):
-        self.sites = sites
+    def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves):
+        self.sites, self.moving_leaves = sites, moving_leaves
         self.plate_sizes: dict[str, int] = {}
         super().__init__(fn)
 
     def __call__(self, *args, **kwargs):
-        with attaching(True):
+        with attaching(self.moving_leaves):
             return super().__call__(*args, **kwargs)
 
     def process_message(self, msg):
@@ -190,6 +190,19 @@ class mark_draws(Messenger):
             msg["value"], msg["intermediates"] = msg["fn"](**msg["kwargs"], sample_intermediates=True)
         value = jnp.asarray(msg["value"])
         msg["value"] = value + mark.astype(value.dtype)
+
+
+class mark_every_draw(Messenger):
+    """Add one number to every draw, so that a jaxpr shows what depends on any of them."""
+
+    def __init__(self, fn, mark):
+        self.mark = mark
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        if msg["type"] == "sample" and msg["value"] is None:
+            value = _any_value(msg["fn"], **msg["kwargs"])
+            msg["value"] = value + self.mark.astype(value.dtype)
 
 
 def _any_value(fn, rng_key, sample_shape, **kwargs):

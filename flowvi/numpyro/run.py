@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import random
 from numpyro.distributions.util import scale_and_mask
-from numpyro.handlers import replay, seed, substitute
+from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
 from numpyro.util import _validate_model, check_model_guide_match
@@ -18,7 +18,9 @@ from numpyro.util import _validate_model, check_model_guide_match
 from flowvi.assignment import Assignment
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
-from flowvi.numpyro.handlers import attach_estimators, mark_draws, read_annotations
+from flowvi.numpyro.distributions import NumPyroTarget, attaching
+from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, read_annotations
+from flowvi.numpyro.influence import influenced
 from flowvi.run import Run, Statement, run
 from flowvi.sites import Entropy, GuideSites
 
@@ -39,18 +41,18 @@ class NumPyroProgram:
         guide = self._seeded_guide()
         if values:
             guide = substitute(guide, data=dict(values))
-        log_probs, trace = self._log_probs(attach_estimators(guide, sites), self.param_map)
+        log_probs, guide_trace = self._log_probs(attach_estimators(guide, sites, self.moving_leaves), self.param_map)
         for name, log_prob in sites.log_probs.items():  # so that one derivative is taken of what NumPyro has computed again
-            log_probs[name] = scale_and_mask(log_prob, scale=trace[name]["scale"])
-        statements, mutable_state = _statements(trace, log_probs), _values(trace, "mutable")
+            log_probs[name] = scale_and_mask(log_prob, scale=guide_trace[name]["scale"])
+        statements, mutable_state = _statements(guide_trace, log_probs), _values(guide_trace, "mutable")
         if not with_model:
             return Run(self, statements, {}, sites)
         model = read_annotations(self.model)
         if self.multi_sample:
-            model_log_probs, model_trace = self._map_model(model, trace, mutable_state)
+            model_log_probs, model_trace = self._map_model(model, guide_trace, mutable_state)
         else:
-            model_log_probs, model_trace = self._replay_model(model, trace)
-            check_model_guide_match(model_trace, trace)
+            model_log_probs, model_trace = self._replay_model(model, guide_trace)
+            check_model_guide_match(model_trace, guide_trace)
             _validate_model(model_trace, plate_warning="loose")
             mutable_state |= _values(model_trace, "mutable")
         plates = {name: site["args"] for name, site in model_trace.items() if site["type"] == "plate"}
@@ -59,9 +61,9 @@ class NumPyroProgram:
         return Run(self, statements, of_model, sites, model.annotations, subsampled, mutable_state, many_samples=self.multi_sample)
 
     def annotations(self) -> dict[str, Estimator]:
-        _, trace = self._log_probs(self._seeded_guide(), self.param_map)
+        _, guide_trace = self._log_probs(self._seeded_guide(), self.param_map)
         model = read_annotations(self.model)
-        self._replay_model(model, trace)
+        self._replay_model(model, guide_trace)
         return model.annotations
 
     def graph(self, run: Run, scored: frozenset[str]) -> Graph:
@@ -69,11 +71,33 @@ class NumPyroProgram:
         drawn = [name for name, statement in run.guide.items() if not statement.observed]
 
         def log_probs(**marks):
-            of_guide, trace = self._log_probs(mark_draws(self._seeded_guide(), marks, scored), self.param_map)
-            of_model, _ = self._replay_model(self.model, trace)
-            return of_guide, of_model, {name: trace[name]["value"] for name in marks}
+            of_guide, guide_trace = self._log_probs(mark_draws(self._seeded_guide(), marks, scored), self.param_map)
+            of_model, _ = self._replay_model(self.model, guide_trace)
+            return of_guide, of_model, {name: guide_trace[name]["value"] for name in marks}
 
         return Graph(*eval_provenance(log_probs, **dict.fromkeys(drawn, jnp.zeros(()))))
+
+    def moving_leaves(self, name: str, enters: bool) -> list[bool] | None:
+        """For each array of the family of a site, whether a parameter or a draw of the guide has an influence on it.
+
+        Arguments are data where the program has parameters of its own; otherwise they may be what a derivative is taken of.
+
+        Returns:
+            An answer for each leaf of the family; None for a site that one more run of the guide does not show.
+        """
+
+        def leaves(movers: Any, fixed: Any) -> list[jax.Array]:
+            params, mark, args = movers
+            key, data = fixed
+            args, kwargs = data if args is None else args
+            with block(), attaching(None):
+                marked = mark_every_draw(replace(self, rng_key=key)._seeded_guide(), mark)
+                sites = trace(substitute(marked, data=params)).get_trace(*args, **kwargs)
+            return jax.tree.leaves(NumPyroTarget(name, sites[name]["fn"], enters).p) if name in sites else []
+
+        data = self.args, self.kwargs
+        movers = self.param_map, jnp.zeros(()), None if self.param_map else data
+        return influenced(leaves, movers, (self.rng_key, data if self.param_map else None)) or None
 
     def _seeded_guide(self):
         return seed(self.guide, random.split(self.rng_key)[1])
@@ -100,9 +124,9 @@ class NumPyroProgram:
 
         def log_probs(key, latents):
             with seed(rng_seed=key), substitute(data={**latents, **plates}):
-                log_probs, trace = self._log_probs(model, {**self.param_map, **mutable_state})
-            _validate_model(trace, plate_warning="loose")
-            traces.append(trace)
+                log_probs, model_trace = self._log_probs(model, {**self.param_map, **mutable_state})
+            _validate_model(model_trace, plate_warning="loose")
+            traces.append(model_trace)
             return log_probs
 
         return jax.vmap(log_probs)(random.split(random.split(self.rng_key)[0], samples[0]), latents), traces[0]
