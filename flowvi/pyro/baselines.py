@@ -1,4 +1,4 @@
-"""Pyro's own way to say a baseline: ``infer={"baseline": {...}}``, as for its ``TraceGraph_ELBO``."""
+"""Pyro's own way to annotate a baseline: ``infer={"baseline": {...}}``, as for its ``TraceGraph_ELBO``."""
 
 from __future__ import annotations
 
