@@ -68,7 +68,7 @@ def _named_path(host: Host, p: Any, name: str) -> Path:
             f"parameter '{name}' of {type(p).__name__} cannot be moved by name, expected a single number, "
             f"found shape {start.shape}; give a function move(t) that returns the distribution."
         )
-    return Path(name, float(start), lambda t: rebuild(p, {name: value + t}))
+    return Path(name, float(start.item()), lambda t: rebuild(p, {name: value + t}))
 
 
 def points_along(host: Host, distributions: Sequence[Any], x: Any, *estimators: Estimator) -> list[np.ndarray]:
