@@ -29,8 +29,8 @@ def rebuild(p: Any, changed: Mapping[str, Any], *, validate: bool | None = None)
 
     Example:
         >>> import numpyro.distributions as dist
-        >>> rebuild(dist.Normal(0.5, 2.0).expand([3]), {"scale": 4.0}).variance
-        Array([16., 16., 16.], dtype=float32)
+        >>> rebuild(dist.Normal(0.5, 2.0).expand([3]), {"scale": 4.0}).variance.tolist()
+        [16.0, 16.0, 16.0]
     """
     return _rebuilt("", p, changed, validate)
 
@@ -44,8 +44,10 @@ def parameters(p: Any) -> dict[str, Parameter]:
     """Every continuous parameter of a distribution and of the distributions inside it, by its full name.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> import numpyro.distributions as dist
-        >>> list(parameters(dist.MixtureSameFamily(dist.Categorical(logits=[0.2, 0.1]), dist.Normal([0.0, 1.0], 1.0))))
+        >>> components = dist.Normal(jnp.array([0.0, 1.0]), 1.0)
+        >>> list(parameters(dist.MixtureSameFamily(dist.Categorical(logits=jnp.array([0.2, 0.1])), components)))
         ['mixing_distribution.logits', 'component_distribution.loc', 'component_distribution.scale']
     """
     return dict(_named("", p))
