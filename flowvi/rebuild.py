@@ -29,8 +29,8 @@ def rebuild(p: Any, changed: Mapping[str, Any], *, validate: bool | None = None)
 
     Example:
         >>> import numpyro.distributions as dist
-        >>> rebuild(dist.Normal(0.5, 2.0).expand([3]), {"scale": 4.0}).variance
-        Array([16., 16., 16.], dtype=float32)
+        >>> rebuild(dist.Normal(0.5, 2.0).expand([3]), {"scale": 4.0}).variance.tolist()
+        [16.0, 16.0, 16.0]
     """
     return _rebuilt("", p, changed, validate)
 
@@ -46,8 +46,10 @@ def parameters(p: Any, wanted: Collection[str] = ()) -> dict[str, Parameter]:
     Of parameters of which only one is given, such as probs and logits, there is the ``wanted`` one, or else the one that was given.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> import numpyro.distributions as dist
-        >>> list(parameters(dist.MixtureSameFamily(dist.Categorical(logits=[0.2, 0.1]), dist.Normal([0.0, 1.0], 1.0))))
+        >>> components = dist.Normal(jnp.array([0.0, 1.0]), 1.0)
+        >>> list(parameters(dist.MixtureSameFamily(dist.Categorical(logits=jnp.array([0.2, 0.1])), components)))
         ['mixing_distribution.logits', 'component_distribution.loc', 'component_distribution.scale']
     """
     return dict(_named("", p, wanted))
