@@ -13,7 +13,7 @@ from estimators import ROWS, WRONG
 from hosts import HOSTS, Program, z_scores
 
 import flowvi
-from flowvi import LR
+from flowvi import LR, fields
 
 THETA = {"loc": 0.3, "scale": 0.8}
 
@@ -105,7 +105,7 @@ def refused(host, row):
 
 def plain(row):
     """A value: equal to another that is made alike, and so are what its repr makes and what is pickled; equal ones hash alike."""
-    one, names = row.make(), {**vars(estimators), **vars(flowvi)}
+    one, names = row.make(), {**vars(estimators), **vars(fields), **vars(flowvi)}
     for make in (row.make, lambda: eval(repr(one), names), lambda: pickle.loads(pickle.dumps(one))):
         again = make()
         assert repr(again) == repr(one)
