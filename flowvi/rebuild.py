@@ -122,4 +122,6 @@ def _rebuilt(prefix: str, p: Any, changed: Mapping[str, Any], validate: bool | N
     try:
         return type(p)(**given) if validate is None else type(p)(**given, validate_args=validate)
     except TypeError as error:
-        raise TypeError(f"{type(p).__name__} cannot be built again from {', '.join(given)} ({error}).") from error
+        raise TypeError(
+            f"{type(p).__name__} cannot be built again from {', '.join(given)} ({error}); give a function of its parameters."
+        ) from error
