@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowvi import families, fields, proposals
 from flowvi.baselines import Baseline
-from flowvi.estimators import LR, RP, Auto, Flow, ImplicitRP
+from flowvi.estimators import LR, RP, Auto, Enumerate, Flow, ImplicitRP
 from flowvi.learned.flow import AdaptiveFlow
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = [
     "AdaptiveFlow",
     "Auto",
     "Baseline",
+    "Enumerate",
     "Flow",
     "ImplicitRP",
     "check_estimator",

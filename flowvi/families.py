@@ -10,6 +10,7 @@ import math
 from functools import partial
 from typing import Any
 
+from flowvi import masses
 from flowvi import standardizations as standard
 from flowvi.family import FAMILIES, Family, SkewPeak, Stretch, SymmetricPeak
 from flowvi.fields.beta import beta_g_rep, beta_implicit, dirichlet, student_t
@@ -203,18 +204,23 @@ for _family in (
     ),
     Family("LowRankMultivariateNormal", parameters=("loc", "cov_factor", "cov_diag"), vanishing=True),
     Family("Poisson", parameters=("rate",), separate=True, tempered=lambda p, t: {"rate": p.rate ** (1 / t)}),
-    _of_logits("Bernoulli", tempered=_logits),
-    _of_logits("BernoulliLogits", tempered=_logits),
+    _of_logits("Bernoulli", tempered=_logits, masses=masses.bernoulli),
+    _of_logits("BernoulliLogits", tempered=_logits, masses=masses.bernoulli),
     _of_probs(
         "BernoulliProbs",
+        masses=masses.bernoulli,
         tempered=lambda p, t: {"probs": p.probs ** (1 / t) / (p.probs ** (1 / t) + (1 - p.probs) ** (1 / t))},
     ),
-    _of_logits("Binomial"),
-    _of_logits("BinomialLogits"),
-    _of_probs("BinomialProbs"),
-    _of_logits("Categorical", tempered=_logits),
-    _of_logits("CategoricalLogits", tempered=_logits),
-    _of_probs("CategoricalProbs", tempered=lambda p, t: {"probs": p.probs ** (1 / t) / (p.probs ** (1 / t)).sum(-1, keepdims=True)}),
-    _of_logits("OneHotCategorical"),
+    _of_logits("Binomial", masses=masses.binomial),
+    _of_logits("BinomialLogits", masses=masses.binomial),
+    _of_probs("BinomialProbs", masses=masses.binomial),
+    _of_logits("Categorical", tempered=_logits, masses=masses.categorical),
+    _of_logits("CategoricalLogits", tempered=_logits, masses=masses.categorical),
+    _of_probs(
+        "CategoricalProbs",
+        masses=masses.categorical,
+        tempered=lambda p, t: {"probs": p.probs ** (1 / t) / (p.probs ** (1 / t)).sum(-1, keepdims=True)},
+    ),
+    _of_logits("OneHotCategorical", masses=masses.categorical),
 ):
     FAMILIES[_family.name] = _family

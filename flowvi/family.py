@@ -84,6 +84,8 @@ class Family:
         stretch: What the optimal density of a scale or a rate needs.
         vanishing: Whether the tails are so light that the density vanishes at each end to which exp, a sigmoid and the like carry it.
         circle: Whether it lives on the angles from -pi to pi.
+        masses: ``masses(ops, p, values)``: the probabilities of all values of a finite support, which the host enumerates along the
+            first dim; without it they come from ``log_prob``.
         fields: The functions of :mod:`flowvi.fields` that make a field for it by name, first the pathwise one that is taken where
             none is named.
     """
@@ -99,6 +101,7 @@ class Family:
     stretch: Stretch | None = None
     vanishing: bool = False
     circle: bool = False
+    masses: Callable[[Ops, Any, Array], Array] | None = None
     fields: tuple[Callable[[], Field], ...] = ()
 
     @property

@@ -5,7 +5,7 @@ An adapter knows how to run a program of its host and writes down what happened;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -48,6 +48,23 @@ class Statement(NamedTuple):
         return self._replace(log_density=log_density, total=None)
 
 
+class Replacement(NamedTuple):
+    """Values that a site is to have in some of many runs.
+
+    Attributes:
+        values: Of the shape of the site's value, with the runs on the left.
+        first: The number of the first of these runs.
+        num_runs: How many runs there are in all.
+    """
+
+    values: Array
+    first: int
+    num_runs: int
+
+    def covers(self, i: int) -> bool:
+        return self.first <= i < self.first + self.values.shape[0]
+
+
 class Program(Protocol):
     """A model and a guide with their arguments, which an adapter can run."""
 
@@ -64,6 +81,25 @@ class Program(Protocol):
 
     def annotations(self) -> dict[str, Estimator]:
         """The estimators that the model's statements name, read in a run of the host's own, without any estimator."""
+        ...
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether a derivative may be taken of this run."""
+        ...
+
+    def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> Array:
+        """Uniform numbers between 0 and 1 for a site, which do not depend on what the program draws and do not change it."""
+        ...
+
+    def variants(
+        self, run: Run, replacements: Mapping[str, Replacement], num_runs: int, reduce: Callable[[Run], dict[str, Array]]
+    ) -> dict[str, Array]:
+        """``reduce`` of each of ``num_runs`` runs, with the runs on the left of its arrays.
+
+        Each run draws with the random numbers of the first ``run``; at the sites of ``replacements`` what is drawn is replaced. No
+        derivative is taken.
+        """
         ...
 
     def graph(self, run: Run, scored: frozenset[str]) -> Graph:

@@ -41,6 +41,7 @@ class GuideSites:
         draws: The draws of the sites to which something is attached.
         fixed: Names of the statements that are no random choice.
         learned: Names of the parameters that estimators learn, each with its site.
+        replaced: Values that sites are to have instead of what is drawn.
         log_probs: Log densities, not scaled, that the estimators have computed anyway.
     """
 
@@ -51,6 +52,7 @@ class GuideSites:
         self.draws: dict[str, Draw] = {}
         self.fixed: list[str] = []
         self.learned: dict[str, str] = {}
+        self.replaced: dict[str, Any] = {}
         self.log_probs: dict[str, Array] = {}
 
     def fresh(self) -> GuideSites:

@@ -61,8 +61,12 @@ class Tape(NamedTuple):
 
 
 def scored_draws(draws: Mapping[str, Draw]) -> dict[str, Draw]:
-    """The draws that have a score or a weight: those for which dependencies matter."""
-    return {name: draw for name, draw in draws.items() if draw.score is not None or draw.log_weight is not None}
+    """The draws that have a score, a weight or alternatives: those for which dependencies matter."""
+    return {
+        name: draw
+        for name, draw in draws.items()
+        if draw.score is not None or draw.log_weight is not None or draw.comparison is not None
+    }
 
 
 def costs(run: Run, of_model: Ancestors | None = None, of_guide: Ancestors | None = None) -> list[Term]:

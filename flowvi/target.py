@@ -213,6 +213,16 @@ class Target(Shapes, ABC):
             self.check(ops, ok if isinstance(ok, bool) else ok.all(), message)
         return q, True
 
+    def enumerated_support(self) -> Array:
+        """All values of a finite support, of event shape, with the values on the left."""
+        if not getattr(self.p, "has_enumerate_support", False):
+            self.refuse(f"expected a finite support that the host enumerates, but {self.family} has none; use LR().")
+        try:
+            values = self.p.enumerate_support(expand=False)
+        except NotImplementedError as error:
+            self.refuse(f"the support of this {self.family} cannot be enumerated ({error}); use LR().")
+        return values.reshape((values.shape[0], *self.event_shape))
+
     # ---- what the estimators ask of the family
 
     def standardization(self, ops: Ops) -> Callable[[Array, Any], Array]:

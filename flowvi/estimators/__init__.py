@@ -9,10 +9,23 @@ the mass that moves with the parameters. It is neither the ODE of diffusion mode
 """
 
 from flowvi.estimators.auto import Auto
+from flowvi.estimators.enumerate import Enumerate
 from flowvi.estimators.estimator import Draw, Estimator, attach, refuse_discrete, refuse_moving_support
 from flowvi.estimators.flow import Flow
 from flowvi.estimators.implicit import ImplicitRP
 from flowvi.estimators.lr import LR
 from flowvi.estimators.rp import RP
 
-__all__ = ["LR", "RP", "Auto", "Draw", "Estimator", "Flow", "ImplicitRP", "attach", "refuse_discrete", "refuse_moving_support"]
+__all__ = [
+    "LR",
+    "RP",
+    "Auto",
+    "Draw",
+    "Enumerate",
+    "Estimator",
+    "Flow",
+    "ImplicitRP",
+    "attach",
+    "refuse_discrete",
+    "refuse_moving_support",
+]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
+from flowvi.alternatives import Comparison
 from flowvi.baselines import MakeScores, SiteBaseline
 from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
@@ -25,6 +26,7 @@ class Draw(NamedTuple):
         log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
         log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the score needed it anyway.
         baseline: Makes the records of the score after the run, with the estimator's own baseline; None where it has none.
+        comparison: How the cost is compared at several values of the site; None where it is not.
         control: Batch shape of the site, value 0 and a tangent of mean 0, which the objective adds to its costs; None where absent.
     """
 
@@ -34,6 +36,7 @@ class Draw(NamedTuple):
     log_prob: Array | None = None
     baseline: MakeScores | None = None
     control: Array | None = None
+    comparison: Comparison | None = None
 
 
 class Estimator(ABC):
@@ -44,6 +47,7 @@ class Estimator(ABC):
     Attributes:
         q: A function ``q(p) -> distribution`` that proposes the samples, or None for q = p.
         enters: Whether it acts on the base sample of a plain ``TransformedDistribution`` (or on the outermost value).
+        compares: Whether it compares the cost at several values of its site, so that it runs the program several times.
         uses_sampler: Whether the derivative is that of the host's own sampler, so that there is nothing to attach.
         baseline: What is subtracted from the costs that multiply the score, or None to leave that to the objective.
     """
@@ -51,6 +55,7 @@ class Estimator(ABC):
     q: Callable[[Any], Any] | None
     baseline: SiteBaseline | None = None
     enters: bool = True
+    compares: bool = False
 
     @property
     def uses_sampler(self) -> bool:

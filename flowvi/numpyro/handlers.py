@@ -14,7 +14,7 @@ from numpyro.primitives import Messenger
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Choice
 from flowvi.estimators import LR, Draw, Estimator, attach
-from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching
+from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching, propose
 from flowvi.numpyro.host import HOST
 from flowvi.sites import GuideSites, Visit, annotation, find_estimated, is_masked, not_random, weight_of_density
 from flowvi.target import Target
@@ -55,11 +55,20 @@ class attach_estimators(Messenger):
             return None
         target, learned = declare(msg, target, estimator, weight_of_density(msg) if self.sites.entropy == "full" else 0.0)
         self.sites.learned |= dict.fromkeys(learned, name)
+        if name in self.sites.replaced:
+            self._replace(msg, target, estimator)
+            return None
         drawn = draw(target, estimator, msg["kwargs"]["rng_key"])
         msg["value"] = drawn.value
         if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
             self.sites.log_probs[name] = drawn.log_prob
         return drawn
+
+    def _replace(self, msg, target, estimator) -> None:
+        """Give the site the value that it is to have in this run, instead of what is drawn."""
+        value, active = self.sites.replaced[msg["name"]]
+        drawn = target.push(propose(target, estimator, msg["kwargs"]["rng_key"]))
+        msg["value"] = value if active is None else jnp.where(active, value, drawn)
 
 
 def target_of(msg, enters: bool, plate_sizes: dict[str, int]) -> NumPyroTarget:

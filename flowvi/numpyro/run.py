@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 from jax import random
+from jax.lax import stop_gradient
 from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import block, replay, seed, substitute, trace
 from numpyro.infer.util import compute_log_probs
@@ -21,7 +23,7 @@ from flowvi.estimators import Estimator
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, read_annotations
 from flowvi.numpyro.influence import influenced
-from flowvi.run import Run, Statement, run
+from flowvi.run import Replacement, Run, Statement, run
 from flowvi.sites import Entropy, GuideSites
 
 
@@ -65,6 +67,28 @@ class NumPyroProgram:
         model = read_annotations(self.model)
         self._replay_model(model, guide_trace)
         return model.annotations
+
+    takes_gradients = True
+
+    def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> jax.Array:
+        return random.uniform(random.fold_in(self.rng_key, crc32(name.encode())), shape)
+
+    def variants(
+        self, run: Run, replacements: Mapping[str, Replacement], num_runs: int, reduce: Callable[[Run], dict[str, jax.Array]]
+    ) -> dict[str, jax.Array]:
+        detached = replace(self, param_map=stop_gradient(self.param_map))
+
+        def one(values, active):
+            sites = run.sites.fresh()
+            sites.replaced = {
+                name: (value, None if replacement.values.shape[0] == num_runs else active[name])
+                for (name, replacement), value in zip(replacements.items(), values, strict=True)
+            }
+            return reduce(detached.run(sites))
+
+        values = [_in_all_runs(replacement) for replacement in replacements.values()]
+        active = {name: jnp.array([r.covers(i) for i in range(num_runs)]) for name, r in replacements.items()}
+        return jax.vmap(one)(values, active)
 
     def graph(self, run: Run, scored: frozenset[str]) -> Graph:
         """Which draws a jaxpr of one more run leads from."""
@@ -136,6 +160,13 @@ def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entrop
     """Run a program, its sites with the estimators of an assignment."""
     assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # of a trace that is over
     return run(program, GuideSites(assignment, entropy))
+
+
+def _in_all_runs(replacement: Replacement) -> jax.Array:
+    """The values of a site with a row for each run; those of runs in which it is not replaced do not matter."""
+    values, first, num_runs = replacement
+    rest = num_runs - first - values.shape[0]
+    return jnp.pad(values, [(first, rest), *[(0, 0)] * (values.ndim - 1)], mode="edge")
 
 
 def _statements(trace, log_probs: dict[str, jax.Array]) -> dict[str, Statement]:

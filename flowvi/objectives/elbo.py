@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from flowvi.baselines import MakeScores, ParticleMean, Score, SiteCosts, make_score
 from flowvi.dependence import Ancestor, Frame
+from flowvi.objectives.comparison import compared
 from flowvi.objectives.plates import sum_to
+from flowvi.objectives.weights import weigh, weight_of
 from flowvi.ops import Array, Ops, total
 from flowvi.run import Run, Statement
 from flowvi.tape import Dependencies, Site, Tape, control_terms, record, scored_draws
@@ -51,12 +54,35 @@ def elbo_of(
         baselines: Baselines that the program itself annotates, by site; an estimator's own goes before them.
     """
     if scored_draws(run.draws):
-        particle = _of_tape(ops, record(run, dependencies), by_statement, baselines)
+        run = _without_own_densities(ops, run)
+        tape = record(run, dependencies)
+        particle = _of_tape(ops, tape, by_statement, baselines)
+        if (contribution := compared(ops, run, tape, dependencies)) is not None:
+            particle = particle._replace(costs=_plus(particle.costs, contribution))
     else:
         particle = Particle(_unweighted(run, by_statement), {})
     if run.is_pathwise or particle.scores or by_statement or particle.costs is None:  # `estimate` sees to scores
         return particle
     return particle._replace(costs=ops.first_order(particle.costs, ATTACHED))
+
+
+def _without_own_densities(ops: Ops, run: Run) -> Run:
+    """The run with the guide's log densities detached at sites whose alternatives are the whole derivative of their law."""
+    names = [name for name, draw in run.draws.items() if draw.comparison is not None and draw.comparison.is_whole]
+    detached = {
+        name: run.guide[name].with_log_density(ops.stop_gradient(run.guide[name].log_density))
+        for name in names
+        if run.guide[name].log_density is not None
+    }
+    return replace(run, guide=run.guide | detached) if detached else run
+
+
+def _plus(costs: Any, contribution: Array) -> Any:
+    """The costs and what has the value 0, which in a dict by statement stands with the first."""
+    if not isinstance(costs, dict):
+        return costs + contribution
+    first = next(iter(costs))
+    return costs | {first: costs[first] + contribution}
 
 
 def _unweighted(run: Run, by_statement: bool) -> Array | dict[str, Array] | None:
@@ -93,16 +119,14 @@ def _of_tape(ops: Ops, tape: Tape, by_statement: bool, baselines: Mapping[str, M
     sums: dict[Any, Array] = {}
     costs: list[_Cost] = []
     for (name, _, ancestors, _), cost in groups.items():
-        weight = _weight(ops, weights, ancestors)
-        if weight is not None:
-            cost = ops.where(weight > 0, weight * cost, weight)
+        cost = weigh(ops, weights, ancestors, cost)
         if ancestors:
             costs.append(_Cost(ops.stop_gradient(cost), ancestors))
         cost = cost.sum() if cost.ndim else cost
         sums[name] = sums[name] + cost if name in sums else cost
     scores: dict[str, tuple[Score, ...]] = {}
     for site, cost in _downstream([site for site in tape.sites if site.draw.score is not None], costs):
-        score, weight = sum_to(site.draw.score, site.frames), _weight(ops, weights, site.ancestors)
+        score, weight = sum_to(site.draw.score, site.frames), weight_of(ops, weights, site.ancestors)
         if make_scores := site.draw.baseline or (baselines and baselines.get(site.name)):
             num_elements = math.prod(frame.size for frame in site.frames)
             of_site = make_scores(ops, SiteCosts(site.name, score, cost, weight, num_elements, partial(_own_costs, site, costs)))
@@ -117,12 +141,6 @@ class _Cost(NamedTuple):
 
     value: Array
     ancestors: frozenset[Ancestor]
-
-
-def _weight(ops: Ops, weights: dict[str, Array], ancestors: frozenset[Ancestor]) -> Array | None:
-    """The product of the ancestors' weights: elementwise in the plates of the :class:`Ancestor`, joint over the others."""
-    weighted = sorted((ancestor for ancestor in ancestors if ancestor.name in weights), key=itemgetter(0)) if weights else ()
-    return ops.exp(sum(sum_to(weights[name], frames) for name, frames in weighted)) if weighted else None
 
 
 def _own_costs(site: Site, costs: list[_Cost]) -> Array:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
+from flowvi.dependence import Frame
 from flowvi.ops import Array
-from flowvi.tape import Frame
 
 
 def sum_to(x: Array, frames: Iterable[Frame]) -> Array:

@@ -62,6 +62,10 @@ class Ops(Protocol):
         """``t - stop_gradient(t)``: value 0, derivative of ``t``."""
         ...
 
+    def tangent_of(self, t: Array, /) -> Array:
+        """0 with the derivative of ``t``, as :meth:`tether`; JAX computes nothing where no derivative is taken."""
+        ...
+
     def derivative(self, f: Callable[[Array], Array], x: Array, /, live: bool) -> tuple[Array, Array | None]:
         """``f(x)`` and df/dx of an elementwise f (None: constant); ``live``: with the derivatives of x and of what f closes over."""
         ...

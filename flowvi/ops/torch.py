@@ -29,6 +29,10 @@ def tether(t):
     return t - t.detach()
 
 
+def tangent_of(t):
+    return tether(t)
+
+
 def derivative(f, x, live):
     with torch.enable_grad():
         x = _differentiable(x)

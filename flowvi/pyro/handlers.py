@@ -62,6 +62,9 @@ class attach_estimators(Messenger):
         name = msg["name"]
         drawn = draw(self._with_learned(msg, target, estimator), estimator)
         self.sites.assignment.seen.add(name)
+        if name in self.sites.replaced:  # what is drawn is for the generator's state only
+            msg["value"], msg["done"] = self.sites.replaced[name], True
+            return Draw(msg["value"])
         msg["value"], msg["done"] = drawn.value, True
         if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
             self.sites.log_probs[name] = drawn.log_prob

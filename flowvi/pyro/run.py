@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
@@ -18,9 +20,10 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
+from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.handlers import attach_estimators, hold_values, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
-from flowvi.run import Run, Statement
+from flowvi.run import Replacement, Run, Statement
 from flowvi.sites import GuideSites
 
 
@@ -36,6 +39,7 @@ class PyroProgram:
         max_plate_nesting: As in Pyro, for its checks of shapes.
         follows_tensors: Whether to find out, while the program runs, which draws each tensor is computed from.
         traces: Those of the first run, of the model and of the guide.
+        start: The state of torch's generator when that run began.
     """
 
     model: Callable
@@ -45,9 +49,12 @@ class PyroProgram:
     max_plate_nesting: Any
     follows_tensors: bool = False
     traces: tuple[Any, Any] = field(default=(), repr=False)  # type: ignore[assignment]
+    start: torch.Tensor = field(default_factory=torch.Tensor, repr=False)
     _graph: Graph | None = field(default=None, repr=False)
 
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
+        if values is None:
+            self.start = torch.default_generator.get_state()
         if values is not None:
             return self._run(sites, hold_values({**self._subsamples(), **values}), with_model)
         if not self.follows_tensors:
@@ -59,6 +66,30 @@ class PyroProgram:
 
     def annotations(self) -> dict[str, Estimator]:
         return self._traces(nullcontext(), nullcontext())[2]
+
+    @property
+    def takes_gradients(self) -> bool:
+        return torch.is_grad_enabled()
+
+    def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """From a generator of its own, seeded by the state of torch's generator when the run began."""
+        digest = blake2b(self.start.numpy().tobytes() + name.encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest))
+        value = run.guide[name].value
+        dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+        return torch.rand(shape, generator=generator, dtype=dtype).to(value.device)
+
+    def variants(
+        self, run: Run, replacements: Mapping[str, Replacement], num_runs: int, reduce: Callable[[Run], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        reduced = []
+        with torch.no_grad(), forked_generators():
+            for i in range(num_runs):
+                torch.default_generator.set_state(self.start)
+                sites = run.sites.fresh()
+                sites.replaced = {name: r.values[i - r.first] for name, r in replacements.items() if r.covers(i)}
+                reduced.append(reduce(replace(self).run(sites)))
+        return {name: torch.stack([one[name] for one in reduced]) for name in reduced[0]}
 
     def graph(self, run: Run, scored: frozenset[str]) -> Graph:
         assert self._graph is not None

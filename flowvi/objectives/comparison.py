@@ -1,0 +1,197 @@
+"""What sites with alternatives add to an ELBO: runs of the program with one site changed, and the differences of its costs.
+
+All elements of a plate change in one run where every cost, and every site between, depends on the site element by element. Each other
+element needs a run of its own, a *lane*. Sites that share no cost share their runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flowvi.alternatives import Comparison
+from flowvi.dependence import Ancestor, Frame
+from flowvi.objectives.plates import sum_to
+from flowvi.objectives.weights import weigh
+from flowvi.ops import Array, Ops, total
+from flowvi.run import Replacement, Run
+from flowvi.tape import Dependencies, Tape, Term, record
+
+
+class SitePlan(NamedTuple):
+    """The runs that one site takes.
+
+    Attributes:
+        name: The site's name.
+        comparison: How it compares.
+        frames: The plates whose elements change in one run.
+        costs: The costs that depend on it, by the sign and the name of the statement.
+        num_lanes: The number of elements that cannot share a run.
+        first: The number of its first run.
+        num_runs: How many runs it takes.
+    """
+
+    name: str
+    comparison: Comparison
+    frames: frozenset[Frame]
+    costs: frozenset[tuple[int, str]]
+    num_lanes: int
+    first: int
+    num_runs: int
+
+
+def plan(tape: Tape) -> list[SitePlan]:
+    """The runs of all sites with alternatives. Sites that share no cost take the same runs."""
+    plans: list[SitePlan] = []
+    for name, frames, draw, _ in tape.sites:
+        if draw.comparison is None:
+            continue
+        costs, parallel = set(), frames
+        for term in tape.terms:
+            for ancestor in term.ancestors:
+                if ancestor.name == name:
+                    costs.add((term.sign, term.name))
+                    parallel &= ancestor.frames
+        if not costs:
+            continue
+        lanes = math.prod(_lane_sizes(draw.comparison, parallel))
+        one = draw.comparison.joint or draw.comparison.lanes == "random"
+        plans.append(
+            SitePlan(name, draw.comparison, parallel, frozenset(costs), lanes, 0, 1 if one else lanes * draw.comparison.num_values)
+        )
+    return _sharing_runs(plans)
+
+
+def _sharing_runs(plans: list[SitePlan]) -> list[SitePlan]:
+    """The plans with their first runs: each in the first group none of whose sites shares a cost with it."""
+    groups: list[tuple[set[tuple[int, str]], list[SitePlan]]] = []
+    for one in plans:
+        for costs, members in groups:  # noqa: B007
+            if not costs & one.costs:
+                break
+        else:
+            costs, members = set(), []
+            groups.append((costs, members))
+        costs |= one.costs
+        members.append(one)
+    placed, first = [], 0
+    for _, members in groups:
+        placed += [member._replace(first=first) for member in members]
+        first += max(member.num_runs for member in members)
+    return placed
+
+
+def num_evaluations(plans: list[SitePlan]) -> int:
+    """How many runs of the program all sites take together."""
+    return max((one.first + one.num_runs for one in plans), default=0)
+
+
+def _lane_axes(comparison: Comparison, frames: frozenset[Frame]) -> list[int]:
+    """The batch axes of x whose elements cannot share a run."""
+    batch = len(comparison.x.shape) - comparison.event_ndim
+    parallel = {comparison.batch_ndim + frame.dim for frame in frames}
+    return [axis for axis in range(batch) if axis not in parallel and comparison.x.shape[axis] > 1]
+
+
+def _lane_sizes(comparison: Comparison, frames: frozenset[Frame]) -> list[int]:
+    return [comparison.x.shape[axis] for axis in _lane_axes(comparison, frames)]
+
+
+def compared(ops: Ops, run: Run, tape: Tape, dependencies: Dependencies) -> Array | None:
+    """A scalar of value 0 whose tangent is the gradient of the sites with alternatives; None where there are none."""
+    plans = plan(tape)
+    if not plans or not run.program.takes_gradients:
+        return None
+    num_runs = num_evaluations(plans)
+    replacements, weights = {}, {}
+    for one in plans:
+        values, weights[one.name] = _runs(ops, run, one)
+        replacements[one.name] = Replacement(values, one.first, num_runs)
+    ancestors = {(term.sign, term.name): term.ancestors for term in tape.terms}
+
+    def sums(of: Run) -> dict[str, Array]:
+        """For each site, the weighted costs of a run that depend on it."""
+        terms = _terms(of, ancestors, dependencies)
+        log_weights = {name: draw.log_weight for name, draw in of.draws.items() if draw.log_weight is not None}
+        return {one.name: ops.stop_gradient(_dependent(ops, one, terms, log_weights)) for one in plans}
+
+    first, others = sums(run), run.program.variants(run, replacements, num_runs, sums)
+    contributions = []
+    for one in plans:
+        difference = others[one.name][one.first : one.first + one.num_runs] - first[one.name]
+        weight = weights[one.name]
+        shape = (one.num_runs, *(1,) * (weight.ndim - difference.ndim), *difference.shape[1:])
+        contributions.append((weight * ops.stop_gradient(difference.reshape(shape))).sum())
+    return ops.tangent_of(total(contributions))
+
+
+def _terms(of: Run, ancestors: Mapping[Any, frozenset[Ancestor]], dependencies: Dependencies) -> list[Term]:
+    """The costs of a run with their ancestors; those of the first run, unless the program has taken another branch."""
+    programs = ((1, of.model), (-1, of.guide))
+    statements = {(sign, name) for sign, program in programs for name, s in program.items() if s.log_density is not None}
+    if not statements <= set(ancestors):
+        return record(of, dependencies).terms
+    return [
+        Term(name, s.frames, sign, s.log_density, ancestors[sign, name])  # type: ignore[arg-type]
+        for sign, program in programs
+        for name, s in program.items()
+        if s.log_density is not None
+    ]
+
+
+def _dependent(ops: Ops, site: SitePlan, terms: list[Term], log_weights: dict[str, Array]) -> Array:
+    """The weighted costs that depend on a site, over the plates whose elements change in one run."""
+    found = []
+    for term in terms:
+        if any(ancestor.name == site.name for ancestor in term.ancestors):
+            cost = weigh(ops, log_weights, term.ancestors, sum_to(term.cost, term.frames))
+            found.append(sum_to(cost, site.frames))
+    shape = ops.broadcast_shapes(*(cost.shape for cost in found))
+    return ops.broadcast_to(total(found), shape)
+
+
+def _runs(ops: Ops, run: Run, site: SitePlan) -> tuple[Array, Array]:
+    """The values of a site in each of its runs, and the weight of each, over the plates whose elements change in one run."""
+    comparison, x = site.comparison, site.comparison.x
+    batch = len(x.shape) - comparison.event_ndim
+    extra = 1 if comparison.lanes == "random" else 0
+    count = comparison.num_uniforms + extra
+    uniforms = run.program.uniforms(run, site.name, (count, *x.shape)) if count else x[None]
+    values, weights = comparison.make(uniforms[extra:])
+    m = values.shape[0]
+    if comparison.joint:
+        return values, _over(weights, 1, comparison, site.frames)
+    axes = _lane_axes(comparison, site.frames)
+    unit = ops.eye(site.num_lanes, x)  # a row for each lane
+    lane = unit.reshape((site.num_lanes, *(x.shape[axis] if axis in axes else 1 for axis in range(batch))))
+    of_values = lane.reshape((1, *lane.shape, *(1,) * comparison.event_ndim))
+    changed = ops.where(of_values, values[:, None], x[None, None]).reshape((m * site.num_lanes, *x.shape))
+    zero = 0 * weights[:, None]
+    weight = ops.where(lane[None], weights[:, None], zero)
+    weight = _over(weight.reshape((m * site.num_lanes, *weight.shape[2:])), 1, comparison, site.frames)
+    return (changed, weight) if comparison.lanes == "all" else _one_of(ops, comparison, changed, weight, uniforms[0])
+
+
+def _over(weight: Array, lead: int, comparison: Comparison, frames: frozenset[Frame]) -> Array:
+    """Weights over the batch of x as weights over the batch of the site, summed over all but the plates that change in one run."""
+    parallel = {comparison.batch_ndim + frame.dim for frame in frames}
+    axes = tuple(lead + axis for axis in range(comparison.batch_ndim) if axis not in parallel and weight.shape[lead + axis] > 1)
+    if axes:
+        weight = weight.sum(axis=axes, keepdims=True)
+    own = tuple(range(lead + comparison.batch_ndim, weight.ndim))
+    return weight.sum(axis=own) if own else weight
+
+
+def _one_of(ops: Ops, comparison: Comparison, changed: Array, weight: Array, uniform: Array) -> tuple[Array, Array]:
+    """One of the runs for each element of the plates, drawn with a probability in proportion to its weight, and weighed by it."""
+    size = abs(ops.stop_gradient(weight))
+    whole = size.sum(0)
+    share = ops.where(whole > 0, size / ops.where(whole > 0, whole, 0 * whole + 1), 0 * size + 1 / size.shape[0])
+    below = share.cumsum(0)
+    one = uniform.reshape((*uniform.shape[: comparison.batch_ndim], -1))[..., 0]
+    one = one[tuple(slice(None) if n > 1 else slice(0, 1) for n in share.shape[1:])]
+    chosen = (one < below) & (one >= below - share)
+    weight = ops.where(chosen, weight / ops.where(chosen, share, 0 * share + 1), 0 * weight).sum(0)
+    over_x = chosen.reshape((*chosen.shape, *(1,) * (changed.ndim - chosen.ndim)))
+    return ops.where(over_x, changed, 0 * changed).sum(0)[None], weight[None]
