@@ -90,8 +90,10 @@ class Flow(_FieldEstimator):
             raise TypeError(f"Flow's divergence is a function, 'pathwise' or None; found {divergence!r}.")
         if velocity is None:
             field = per_element(**per_parameter)
+        elif isinstance(velocity, Field):
+            field = velocity
         else:
-            field = velocity if isinstance(velocity, Field) else Field(velocity, divergence, name=name_of(velocity))
+            field = Field(velocity, divergence, name=name_of(velocity) if divergence is None else "")
         super().__init__(field, q, baseline)
 
     def psi_is_zero(self, target: Target) -> bool:

@@ -150,8 +150,9 @@ class Field:
     elementwise: PerElement | None = None
 
     def __repr__(self) -> str:
-        """The field by its name."""
-        return self.name or f"Field({name_of(self.velocity)})"
+        """The field by its name; without one, its velocity and its divergence."""
+        arguments = [self.velocity] if self.divergence is None else [self.velocity, self.divergence]
+        return self.name or f"Field({', '.join(map(name_of, arguments))})"
 
 
 # ---- fields of families, parameter by parameter
