@@ -5,7 +5,7 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
-from flowvi.family import served_by
+from flowvi.family import families_with
 from flowvi.fields.field import Elementwise, Field, _closed, _pathwise
 from flowvi.fields.half_line import integral, width_of
 from flowvi.ops import Array, Ops
@@ -55,7 +55,7 @@ def beta_implicit() -> Field:
     def u_0(ops: Ops, x: Array, p: Any) -> Array:
         return -x * (1 - x) * _beta_implicit(ops, p.concentration0, p.concentration1, 1 - x, x)
 
-    return _pathwise("beta_implicit", served_by(beta_implicit), concentration1=u_1, concentration0=u_0)
+    return _pathwise("beta_implicit", families_with(beta_implicit), concentration1=u_1, concentration0=u_0)
 
 
 def beta_g_rep() -> Field:
@@ -96,7 +96,7 @@ def beta_g_rep() -> Field:
         return u, divergence
 
     return _closed(
-        "beta_g_rep", served_by(beta_g_rep), concentration1=pair(1, "concentration1"), concentration0=pair(-1, "concentration0")
+        "beta_g_rep", families_with(beta_g_rep), concentration1=pair(1, "concentration1"), concentration0=pair(-1, "concentration0")
     )
 
 
@@ -128,7 +128,7 @@ def dirichlet() -> Field:
         pull = d * x * _beta_implicit(ops, p.concentration, rest, x, x.sum(-1)[..., None] - x)
         return pull - x * pull.sum(-1)[..., None]
 
-    return Field(velocity, "pathwise", families=served_by(dirichlet), name="dirichlet()")
+    return Field(velocity, "pathwise", families=families_with(dirichlet), name="dirichlet()")
 
 
 def student_t() -> Field:
@@ -157,5 +157,5 @@ def student_t() -> Field:
         return (x - p.loc) * (0.5 / p.df - 0.25 * _beta_implicit(ops, p.df / 2, half, p.df / (p.df + t2), share))
 
     return _pathwise(
-        "student_t", served_by(student_t), loc=lambda ops, x, p: 1.0, scale=lambda ops, x, p: (x - p.loc) / p.scale, df=u_df
+        "student_t", families_with(student_t), loc=lambda ops, x, p: 1.0, scale=lambda ops, x, p: (x - p.loc) / p.scale, df=u_df
     )

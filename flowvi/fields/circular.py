@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
-from flowvi.family import served_by
+from flowvi.family import families_with
 from flowvi.fields.field import Elementwise, Field, _of_parts, _parts
 from flowvi.ops import Array, Ops
 
@@ -44,7 +44,7 @@ def von_mises(cut: float | None = None) -> Field:
 
     parts = _parts(u if cut is None else {name: partial(without_flux, u_of) for name, u_of in u.items()})
     name = "von_mises()" if cut is None else f"von_mises(cut={cut})"
-    return _of_parts(name, served_by(von_mises), lambda p: parts, rides=False)
+    return _of_parts(name, families_with(von_mises), lambda p: parts, rides=False)
 
 
 def _von_mises_concentration(ops: Ops, x: Array, p: Any) -> Array:

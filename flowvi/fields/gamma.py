@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowvi.family import served_by
+from flowvi.family import families_with
 from flowvi.fields.field import Field, _closed, _pathwise
 from flowvi.fields.half_line import integral, width_of
 from flowvi.fields.scalar import _rate
@@ -56,7 +56,7 @@ def gamma_implicit() -> Field:
     def u(ops: Ops, x: Array, p: Any) -> Array:
         return _gamma_implicit(ops, p.concentration, x * p.rate) / p.rate
 
-    return _pathwise("gamma_implicit", served_by(gamma_implicit), concentration=u, rate=_rate)
+    return _pathwise("gamma_implicit", families_with(gamma_implicit), concentration=u, rate=_rate)
 
 
 def gamma_g_rep() -> Field:
@@ -88,7 +88,7 @@ def gamma_g_rep() -> Field:
 
     return _closed(
         "gamma_g_rep",
-        served_by(gamma_g_rep),
+        families_with(gamma_g_rep),
         concentration=(u, lambda ops, x, p: sum(stretch(ops, x, p))),
         rate=(_rate, lambda ops, x, p: -1 / p.rate + 0 * x),
     )
@@ -120,7 +120,7 @@ def gamma_one_moment() -> Field:
     """
     return _closed(
         "gamma_one_moment",
-        served_by(gamma_one_moment),
+        families_with(gamma_one_moment),
         concentration=(
             lambda ops, x, p: x * ops.polygamma(1, p.concentration),
             lambda ops, x, p: ops.polygamma(1, p.concentration) + 0 * x,
@@ -155,4 +155,4 @@ def inverse_gamma() -> Field:
     def u(ops: Ops, x: Array, p: Any) -> Array:
         return -(x**2) * _gamma_implicit(ops, p.concentration, p.rate / x) / p.rate
 
-    return _pathwise("inverse_gamma", served_by(inverse_gamma), concentration=u, rate=lambda ops, x, p: x / p.rate)
+    return _pathwise("inverse_gamma", families_with(inverse_gamma), concentration=u, rate=lambda ops, x, p: x / p.rate)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from flowvi.family import family_of, served_by
+from flowvi.family import families_with, family_of
 from flowvi.fields.field import Elementwise, Field, Part, _total
 from flowvi.ops import Array, Ops
 from flowvi.tangents import Tangents
@@ -138,7 +138,7 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
         return {} if len(p.event_shape) else _mixture_parts(p, components)
 
     arguments = [f"orders={orders}"] * (orders is not None) + [f"components={components}"] * (components is not None)
-    return Field(velocity, "pathwise", families=served_by(mixture), name=f"mixture({', '.join(arguments)})", parts=parts)
+    return Field(velocity, "pathwise", families=families_with(mixture), name=f"mixture({', '.join(arguments)})", parts=parts)
 
 
 def _mixture_parts(p: Any, field: Field | None) -> dict[str, Part]:

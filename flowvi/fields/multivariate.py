@@ -6,7 +6,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
-from flowvi.family import served_by
+from flowvi.family import families_with
 from flowvi.fields.field import Field, _total
 from flowvi.ops import Array, Ops
 from flowvi.tangents import Tangents
@@ -40,7 +40,7 @@ def multivariate_normal(null: Null | None = None) -> Field:
     def linear(ops: Ops, p: Any, dtril: Array, eps: Array) -> Array:
         return _times(dtril, eps)
 
-    return _multivariate_normal("multivariate_normal", served_by(multivariate_normal), linear, null)
+    return _multivariate_normal("multivariate_normal", families_with(multivariate_normal), linear, null)
 
 
 def multivariate_normal_transport(null: Null | None = None) -> Field:
@@ -72,7 +72,7 @@ def multivariate_normal_transport(null: Null | None = None) -> Field:
         m = v @ ((v.mT @ (half + half.mT) @ v) / (d[..., None, :] + d[..., :, None])) @ v.mT
         return _times(m, _times(p.scale_tril, eps))
 
-    return _multivariate_normal("multivariate_normal_transport", served_by(multivariate_normal_transport), linear, null)
+    return _multivariate_normal("multivariate_normal_transport", families_with(multivariate_normal_transport), linear, null)
 
 
 def _multivariate_normal(

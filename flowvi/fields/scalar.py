@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flowvi.family import served_by
+from flowvi.family import families_with
 from flowvi.fields.field import Elementwise, Field, Part, _of_parts, _parts, _pathwise, _total
 from flowvi.ops import Array, Ops
 from flowvi.tangents import Tangents
@@ -30,7 +30,7 @@ def location_scale() -> Field:
         Kingma and Welling 2014. Parmas and Sugiyama 2021, section 2.3.
     """
     return _pathwise(
-        "location_scale", served_by(location_scale), loc=lambda ops, x, p: 1.0, scale=lambda ops, x, p: (x - p.loc) / p.scale
+        "location_scale", families_with(location_scale), loc=lambda ops, x, p: 1.0, scale=lambda ops, x, p: (x - p.loc) / p.scale
     )
 
 
@@ -50,7 +50,7 @@ def scale() -> Field:
     References:
         Kingma and Welling 2014.
     """
-    return _pathwise("scale", served_by(scale), scale=lambda ops, x, p: x / p.scale)
+    return _pathwise("scale", families_with(scale), scale=lambda ops, x, p: x / p.scale)
 
 
 def log_normal() -> Field:
@@ -70,7 +70,7 @@ def log_normal() -> Field:
         Kingma and Welling 2014.
     """
     return _pathwise(
-        "log_normal", served_by(log_normal), loc=lambda ops, x, p: x, scale=lambda ops, x, p: x * (ops.log(x) - p.loc) / p.scale
+        "log_normal", families_with(log_normal), loc=lambda ops, x, p: x, scale=lambda ops, x, p: x * (ops.log(x) - p.loc) / p.scale
     )
 
 
@@ -90,7 +90,7 @@ def exponential() -> Field:
     References:
         Kingma and Welling 2014.
     """
-    return _pathwise("exponential", served_by(exponential), rate=_rate)
+    return _pathwise("exponential", families_with(exponential), rate=_rate)
 
 
 def _rate(ops: Ops, x: Array, p: Any) -> Array:
@@ -117,7 +117,7 @@ def weibull() -> Field:
     """
     return _pathwise(
         "weibull",
-        served_by(weibull),
+        families_with(weibull),
         scale=lambda ops, x, p: x / p.scale,
         concentration=lambda ops, x, p: -x * ops.log(x / p.scale) / p.concentration,
     )
@@ -148,7 +148,7 @@ def kumaraswamy() -> Field:
 
     return _pathwise(
         "kumaraswamy",
-        served_by(kumaraswamy),
+        families_with(kumaraswamy),
         concentration1=lambda ops, x, p: -x * ops.log(x) / p.concentration1,
         concentration0=u_b,
     )
@@ -174,7 +174,7 @@ def uniform() -> Field:
     """
     return _pathwise(
         "uniform",
-        served_by(uniform),
+        families_with(uniform),
         low=lambda ops, x, p: (p.high - x) / (p.high - p.low),
         high=lambda ops, x, p: (x - p.low) / (p.high - p.low),
     )
@@ -202,7 +202,7 @@ def pareto() -> Field:
     """
     return _pathwise(
         "pareto",
-        served_by(pareto),
+        families_with(pareto),
         scale=lambda ops, x, p: x / p.scale,
         alpha=lambda ops, x, p: -x * ops.log(x / p.scale) / p.alpha,
     )
@@ -271,5 +271,5 @@ def truncated_normal() -> Field:
             dtheta.target.refuse(f"the field truncated_normal() is for a truncated Normal; found one of {type(p.base_dist).__name__}.")
         return field.velocity(x, p, dtheta)
 
-    field = _of_parts("truncated_normal()", served_by(truncated_normal), parts)
+    field = _of_parts("truncated_normal()", families_with(truncated_normal), parts)
     return replace(field, velocity=velocity)

@@ -1,4 +1,4 @@
-"""Torch's random number generators, those of GPUs too: put back, and seeded."""
+"""Restore and seed torch's random number generators, also those of GPUs."""
 
 from contextlib import AbstractContextManager
 
@@ -6,7 +6,7 @@ import torch
 
 
 def forked_generators() -> AbstractContextManager[None]:
-    """They are left as they were."""
+    """A context after which the generators are as they were before."""
     return torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0))
 
 
