@@ -59,6 +59,7 @@ class Flow(_FieldEstimator):
         Halfway between LR and RP for a Normal:
 
         >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
         >>> from flowvi import LR, RP, Flow, plot
         >>> half = Flow(loc=lambda x, p: 0.5, scale=lambda x, p: 0.5 * (x - p.loc) / p.scale)
         >>> samples = [plot.gradient_samples(dist.Normal(0.5, 1.0), e, "loc", lambda x: 3.0 * x) for e in (LR(), half, RP())]

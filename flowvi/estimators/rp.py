@@ -47,6 +47,7 @@ class RP(Estimator):
         The gradient of E[x^2] under a Normal, in its location, is 2 x for each sample.
 
         >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
         >>> from flowvi import RP, plot
         >>> samples = plot.gradient_samples(dist.Normal(0.5, 1.0), RP(), "loc", lambda x: x**2)
         >>> bool(abs(samples.mean() - 1.0) < 0.1), round(float(samples.std()), 1)

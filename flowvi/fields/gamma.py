@@ -45,9 +45,14 @@ def gamma_implicit() -> Field:
         The field of a Gamma.
 
     Example:
-        >>> from flowvi import Flow, fields
-        >>> Flow(fields.gamma_implicit())
-        Flow(velocity=gamma_implicit())
+        E[x] is concentration / rate:
+
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
+        >>> samples = plot.gradient_samples(dist.Gamma(2.0, 4.0), Flow(fields.gamma_implicit()), "concentration", lambda x: x)
+        >>> bool(abs(samples.mean() - 0.25) < 0.01)
+        True
 
     References:
         Figurnov, Mohamed and Mnih 2018; Jankowiak and Obermeyer 2018.
@@ -71,9 +76,14 @@ def gamma_g_rep() -> Field:
         The field of a Gamma.
 
     Example:
-        >>> from flowvi import Flow, fields
-        >>> Flow(fields.gamma_g_rep())
-        Flow(velocity=gamma_g_rep())
+        E[x] is concentration / rate:
+
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
+        >>> samples = plot.gradient_samples(dist.Gamma(2.0, 4.0), Flow(fields.gamma_g_rep()), "concentration", lambda x: x)
+        >>> bool(abs(samples.mean() - 0.25) < 0.01)
+        True
 
     References:
         Ruiz, Titsias and Blei 2016 (the generalized reparameterization gradient), section 3.3.
@@ -111,9 +121,14 @@ def gamma_one_moment() -> Field:
         The field of a Gamma.
 
     Example:
-        >>> from flowvi import Flow, fields
-        >>> Flow(fields.gamma_one_moment())
-        Flow(velocity=gamma_one_moment())
+        E[x] is concentration / rate:
+
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
+        >>> samples = plot.gradient_samples(dist.Gamma(2.0, 4.0), Flow(fields.gamma_one_moment()), "concentration", lambda x: x)
+        >>> bool(abs(samples.mean() - 0.25) < 0.01)
+        True
 
     References:
         Ruiz, Titsias and Blei 2016 (the generalized reparameterization gradient), with the first moment only.
@@ -143,6 +158,7 @@ def inverse_gamma() -> Field:
         A larger rate stretches the samples:
 
         >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
         >>> from flowvi import Flow, check_estimator, fields
         >>> report = check_estimator(dist.InverseGamma(2.5, 1.2), Flow(fields.inverse_gamma()))
         >>> [c.name for c in report.failed]

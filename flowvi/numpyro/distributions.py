@@ -251,9 +251,7 @@ def _kl_divergence(p, q):
     return dist.kl_divergence(*(d.base_dist if isinstance(d, Estimated) else d for d in (p, q)))
 
 
-_kl_divergence.__name__ = (
-    "kl_divergence"  # the name under which NumPyro dispatches; every pair is registered, so that none is ambiguous
-)
+_kl_divergence.__name__ = "kl_divergence"  # the name by which NumPyro dispatches; every pair, so that none is ambiguous
 for _other in (dist.Distribution, dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.Delta):
     dispatch(Estimated, _other)(_kl_divergence)
     dispatch(_other, Estimated)(_kl_divergence)

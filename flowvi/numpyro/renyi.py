@@ -35,8 +35,8 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         vectorize_particles: True for ``jax.vmap``, False for ``jax.lax.map``, or a function ``(fn, keys) -> stacked``.
         baseline: ``"loo"`` subtracts the bound without the particle at every score; None does not.
         gradient: ``"plain"``, or ``"dreg"``: doubly reparameterized, for guides whose sites have no score. With :math:`\bar w` the
-            normalised weights, the path through the samples gets :math:`\alpha \bar w + (1-\alpha) \bar w^2`, and the direct dependence on
-            the parameters :math:`\bar w`. It takes another run of guide and model.
+            normalised weights, the path through the samples gets :math:`\alpha \bar w + (1-\alpha) \bar w^2`, and the direct dependence
+            on the parameters :math:`\bar w`. It takes another run of guide and model.
 
     Raises:
         TypeError: Where something else than an estimator is given for one.

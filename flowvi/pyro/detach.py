@@ -1,7 +1,7 @@
 """Distributions without their derivatives.
 
-Torch cannot copy a distribution with its tensors detached, and a distribution built again from its parameters would lose what a subclass
-keeps besides them. So the copy is made attribute by attribute.
+Torch cannot copy a distribution with its tensors detached, and a distribution built again from its parameters would lose what a
+subclass keeps besides them. So the copy is made attribute by attribute.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         default: The estimator of a site for which none is given.
         baseline: ``"loo"`` subtracts the bound without the particle at every score; None does not.
         gradient: ``"plain"``, or ``"dreg"``: doubly reparameterized, for guides whose sites have no score. With :math:`\bar w` the
-            normalised weights, the path through the samples gets :math:`\alpha \bar w + (1-\alpha) \bar w^2`, and the direct dependence on
-            the parameters :math:`\bar w`. It takes another run of guide and model.
+            normalised weights, the path through the samples gets :math:`\alpha \bar w + (1-\alpha) \bar w^2`, and the direct dependence
+            on the parameters :math:`\bar w`. It takes another run of guide and model.
 
     Raises:
         TypeError: Where something else than an estimator is given for one.

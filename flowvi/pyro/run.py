@@ -113,7 +113,8 @@ class PyroProgram:
         """The subsample that the first run drew at each plate."""
         if isinstance(poutine.unwrap(self.guide), Messenger):
             raise ValueError(
-                "entropy='stl' and gradient='dreg' run the guide again without the model, which a GuideMessenger cannot do; use the default."
+                "entropy='stl' and gradient='dreg' run the guide again without the model, which a GuideMessenger cannot do; "
+                "use entropy='full' and gradient='plain'."
             )
         return {
             name: site["value"]
