@@ -41,7 +41,7 @@ class Assignment:
 
     Attributes:
         annotations: The estimators annotated in the model at its last run, by name. The guide runs before the model, so these
-            come from the previous run; ``learn`` returns whether they have changed since.
+            come from the previous run; ``remember`` returns whether they have changed since.
         has_read_annotations: Whether a run of the model has been read.
         seen: Names of the sites that had an estimator in an earlier run.
     """
@@ -83,7 +83,7 @@ class Assignment:
             return Choice(_require_upstream_baseline(self.annotations[alias], name), "model")
         return Choice(self.default, "default")
 
-    def learn(self, annotations: dict[str, Estimator]) -> bool:
+    def remember(self, annotations: dict[str, Estimator]) -> bool:
         """Store the annotations of a run of the model; True if they have changed, so that guide and model have to run again."""
         before, self.annotations, self.has_read_annotations = self.annotations, annotations, True
         if not annotations and not before:

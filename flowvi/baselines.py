@@ -186,7 +186,7 @@ class PlateMean(SiteBaseline):
     """``"plate"``: the mean over the other elements of the site's plates of the costs that are theirs alone."""
 
     def __repr__(self) -> str:
-        """As the user writes it."""
+        """The name by which the user gives it."""
         return "'plate'"
 
     def at_draw(self, ops: Ops, target: Target, x: Array, score: Array) -> MakeScores:
@@ -198,7 +198,7 @@ class Optimal(SiteBaseline):
     """``"optimal"``: for each array of parameters the constant of least variance, estimated from the other particles."""
 
     def __repr__(self) -> str:
-        """As the user writes it."""
+        """The name by which the user gives it."""
         return "'optimal'"
 
     def at_draw(self, ops: Ops, target: Target, x: Array, score: Array) -> MakeScores:

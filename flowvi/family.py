@@ -1,4 +1,4 @@
-"""What flowvi knows of a named family of distributions, and the table of all families, which :mod:`flowvi.families` fills.
+"""What flowvi knows about a named family of distributions, and the table of all families, which :mod:`flowvi.families` fills.
 
 The two are apart because fields and proposals look families up, and the entries name fields.
 """
@@ -67,7 +67,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a family. An estimator or a sampling density that needs an empty column refuses the family.
+    """What is known about a family. An estimator or a sampling density that needs an empty column refuses the family.
 
     Attributes:
         name: The name of its class.
@@ -116,12 +116,12 @@ _UNKNOWN = Family("unknown")
 
 
 def family_of(p: Any) -> Family:
-    """What is known of the family of a distribution, by the name of its class; for a class without an entry, nothing."""
+    """The entry of a distribution's family, by the name of its class; an empty one for a class without an entry."""
     return FAMILIES.get(type(p).__name__, _UNKNOWN)
 
 
 def names(known: Callable[[Family], Any]) -> tuple[str, ...]:
-    """The names of the families of which something is known."""
+    """The names of the families for which ``known(family)`` is true or not empty."""
     return tuple(family.name for family in FAMILIES.values() if known(family))
 
 

@@ -75,9 +75,9 @@ class Run:
     """One run of guide and model.
 
     Attributes:
-        program: What was run.
+        program: The program.
         guide: The statements of the guide by name, in program order.
-        model: Those of the model.
+        model: The statements of the model.
         sites: The random sites of the guide, and what their estimators attached.
         annotations: The estimators annotated in the model.
         subsampled: The plates that are subsampled, each with its size over that of the subsample.
@@ -130,10 +130,10 @@ def run(program: Program, sites: GuideSites) -> Run:
     try:
         result = program.run(sites)
     except MissingAnnotationError as missing:
-        if not assignment.learn(program.annotations()):
+        if not assignment.remember(program.annotations()):
             raise missing.refusal from None
         result = program.run(sites.fresh())
-    if assignment.learn(result.annotations):
+    if assignment.remember(result.annotations):
         result = program.run(sites.fresh())
     assignment.verify(result.sites.aliases, result.sites.fixed)
     return result

@@ -1,4 +1,4 @@
-"""What happens when the guide reaches one of its sites: an estimator is chosen, and attaches derivatives to what is drawn."""
+"""What happens when the guide reaches one of its sites: an estimator is chosen, and attaches derivatives to the draw."""
 
 from __future__ import annotations
 

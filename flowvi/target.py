@@ -37,7 +37,7 @@ class Target(Shapes, ABC):
         p0: The family with detached parameters; this is the ``p`` that user functions get.
         transforms: The transforms entered, in the order in which they act on x.
         validate: Whether costly checks run.
-        first_use: As given.
+        first_use: Whether the objective reaches this site for the first time.
         learned: The values of the parameters that the estimator learns, see :meth:`with_learned`; None for their initial values.
         own_density: The factor of the site's own log density where the objective differentiates it in its parameters at a fixed x:
             the scale and mask of the cost under ``entropy="full"``, else 0.
@@ -184,7 +184,7 @@ class Target(Shapes, ABC):
         return self.support.discrete
 
     def chart(self) -> str | None:
-        """As :attr:`flowvi.support.Support.chart`."""
+        """See :attr:`flowvi.support.Support.chart`."""
         return self.support.chart
 
     def cover(self, ops: Ops, q: Any) -> tuple[Any, bool]:

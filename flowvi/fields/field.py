@@ -125,7 +125,7 @@ class Field:
         divergence: ``divergence(x, p, dtheta)`` of batch shape; ``"pathwise"`` declares psi = 0; None: automatic.
         rides: Whether u moves with every bound of the support, so that a support that moves with a live parameter causes no bias.
         families: The names of the families that it is for; empty for any.
-        name: What it is called in messages.
+        name: Its name in messages.
         parts: ``parts(p)`` of an elementwise pathwise field is the :class:`Part` of each parameter by name, whose sum is u (empty: none
             for this p). None for any other field.
         elementwise: The functions ``u(x, p)`` of a field that is given by one for each parameter; None otherwise.

@@ -49,7 +49,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             that come after it in program order, which takes no second run.
 
     Raises:
-        TypeError: Where something else than an estimator is given for one.
+        TypeError: Where something that is not an estimator is given as one.
         ValueError: At the first run, naming the site; see the estimators.
 
     Example:

@@ -39,7 +39,7 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
             on the parameters :math:`\bar w`. It takes another run of guide and model.
 
     Raises:
-        TypeError: Where something else than an estimator is given for one.
+        TypeError: Where something that is not an estimator is given as one.
         ValueError: ``alpha`` is 1. At the first run, naming the site: a proposal, an estimator's own baseline, and under
             ``"dreg"`` a site with a score or a moving support.
 

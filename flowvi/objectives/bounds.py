@@ -97,7 +97,7 @@ def _bound_particle(
         if draw.control is not None:
             _refuse(name, "a control variate has mean 0 under an ELBO only; use TraceFlow_ELBO, or an estimator that does not learn.")
         if draw.baseline is not None:
-            _refuse(name, "the bound has a baseline of its own, the leave-one-out bound; remove the baseline of the estimator.")
+            _refuse(name, "the bound has its own baseline, the leave-one-out bound; remove the baseline of the estimator.")
         if at_fixed_draws is not None and draw.score is not None:
             _refuse(name, "gradient='dreg' needs sites without a score; use RP() or ImplicitRP(), or gradient='plain'.")
     shared, scale = shared_plates(terms, subsampled)

@@ -46,7 +46,7 @@ def elbo_of(
     Args:
         ops: The operations of the backend.
         run: The run.
-        dependencies: How to tell which costs depend on which site.
+        dependencies: How to find which costs depend on which site.
         by_statement: Whether to keep the costs of each statement apart.
         baselines: Baselines that the program annotates, by site; the baseline of an estimator takes precedence.
     """

@@ -52,7 +52,7 @@ def read(
     f: Callable[[Array], Array] = _identity,
     seed: int = 0,
 ) -> Reading:
-    """What an estimator does at ``move(t)``, at x; where it is the host's own sampler, at that many of its draws."""
+    """What an estimator does at ``move(t)``, at x; for the host's own sampler, at as many of its draws."""
     estimator = _resolved(host, move(host.array(t)), estimator)
     zero = host.array(np.zeros(len(x)))
 

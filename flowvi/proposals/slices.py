@@ -186,7 +186,7 @@ def slice_by_height(epsilon: float = 0.2) -> Proposal:
         The function q.
 
     Raises:
-        ValueError: As :func:`slice_by_mass`.
+        ValueError: As for :func:`slice_by_mass`.
 
     Example:
         For a Normal, q / p is abs(z) sqrt(pi / 2), here at z = 2:

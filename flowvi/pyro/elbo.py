@@ -57,7 +57,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             step. A draw that leaves torch for good (numpy code, pickles) and comes back is not followed.
 
     Raises:
-        TypeError: Where something else than an estimator is given for one.
+        TypeError: Where something that is not an estimator is given as one.
         ValueError: At the first run, naming the site; see the estimators.
 
     Example:

@@ -11,5 +11,5 @@ def forked_generators() -> AbstractContextManager[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """As ``torch.manual_seed``, but for GPUs that are not in use, whose generators :func:`forked_generators` could not put back."""
+    """``torch.manual_seed``, without GPUs that are not in use, whose generators :func:`forked_generators` could not restore."""
     (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(seed)

@@ -43,7 +43,7 @@ def gradient_report(
         model: The model.
         guide: The guide.
         *args: Passed to both.
-        estimators: As for :class:`TraceFlow_ELBO`; or a mapping from labels to such, to compare candidates side by side.
+        estimators: As for :class:`TraceFlow_ELBO`; or a mapping from labels to these, to compare candidates side by side.
         default: The estimator of a site for which none is given.
         num_samples: How many samples of the gradient.
         seed: Every candidate begins with it; the state of torch's generator is put back.

@@ -35,7 +35,7 @@ class PyroProgram:
         kwargs: Passed to both.
         max_plate_nesting: As in Pyro, for its checks of shapes.
         follows_tensors: Whether to record, while the program runs, from which draws each tensor is computed.
-        traces: Those of the first run, of the model and of the guide.
+        traces: The traces of the first run, of the model and of the guide.
     """
 
     model: Callable
