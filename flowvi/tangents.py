@@ -13,7 +13,7 @@ class Tangents:
 
     Attributes:
         ops: The operations of the backend, for velocity fields that are written for both hosts.
-        target: The site's distribution, a :class:`flowvi.target.Target`.
+        target: The site's distribution, a ``Target``.
         p: The distribution (or the part of it, see :meth:`within`) with live parameters.
         p0: The same with detached parameters.
     """

@@ -37,7 +37,7 @@ class Draw(NamedTuple):
 
 
 class Estimator(ABC):
-    """One gradient estimator for one site: the protocol of :class:`LR`, :class:`RP`, :class:`ImplicitRP`, :class:`Flow`.
+    """One gradient estimator for one site: the protocol of :class:`~flowvi.LR`, :class:`~flowvi.RP` and the others.
 
     An estimator is a frozen dataclass.
 
@@ -63,7 +63,7 @@ class Estimator(ABC):
         return f"{type(self).__name__}({', '.join(arguments)})"
 
     def resolve(self, target: Target) -> Estimator:
-        """The estimator that acts at ``target``: itself, except for :class:`Auto`."""
+        """The estimator that acts at ``target``: itself, except for :class:`~flowvi.Auto`."""
         return self
 
     def psi_is_zero(self, target: Target) -> bool:

@@ -39,7 +39,7 @@ class AdaptiveFlow(Estimator):
     backward pass yields; the user's own optimizer trains them. In NumPyro, pass ``flowvi.numpyro.adaptive(guide, elbo)`` to ``SVI`` as
     the guide. In Pyro they are registered automatically, as ``"{site}.velocity"``, ``"{site}.control"`` and ``"{site}.proposal"``.
 
-    **Requirements**: a continuous scalar family (or ``to_event`` of one) with a pathwise field in :mod:`flowvi.families`, a support
+    **Requirements**: a continuous scalar family (or ``to_event`` of one) with a pathwise field in ``flowvi.families``, a support
     that does not move, reverse-mode differentiation, and a cost *without jumps*: where the cost jumps, no pathwise field is
     right, and the least variance is that of a wrong one (a step under a Normal: the truth is 0.53, what is learned 0). Make the
     field 0 at the jumps with ``mask``, or use :class:`flowvi.LR`. With several particles the leave-one-out mean makes learning
@@ -51,7 +51,7 @@ class AdaptiveFlow(Estimator):
         q: ``"learned"``: p with its location shifted and its positive parameters multiplied by learned amounts, mixed with p. Or a
             function ``q(p) -> distribution``, or None for q = p.
         start: The initial value of m: 1 is RP, 0 is LR.
-        field: A pathwise field with parts to start from, instead of the one of the family in :mod:`flowvi.families`.
+        field: A pathwise field with parts to start from, instead of the one of the family in ``flowvi.families``.
         mask: ``mask(x, p)``, elementwise: a number by which the field is multiplied, 0 where the cost jumps.
         shared: Whether the elements of the site's plates and event share what is learned, instead of each having its own.
         epsilon: The share of p in the learned q, which keeps the weights below 1/epsilon; 0 for none.
