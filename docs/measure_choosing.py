@@ -232,7 +232,7 @@ def moving():
 
 
 def refusal(study):
-    """What is said of LR where it would be biased."""
+    """The error of LR where it would be biased."""
     try:
         gradient_report(study.model, study.guide, default=LR(), num_samples=1)
     except ValueError as error:

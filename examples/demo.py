@@ -3,7 +3,7 @@
     python examples/demo.py            # one to two minutes
     python examples/demo.py --smoke    # seconds: one assignment of each model, too few steps to converge
 
-The estimators are defined once, below the imports, and go unchanged into NumPyro and into Pyro. They serve
+The estimators are defined once, below the imports, and go unchanged into NumPyro and into Pyro. The models are
 
 1. a Bayesian logistic regression (scikit-learn's breast cancer data) under a mean-field Normal guide, and
 2. the eight schools, with a discrete switch between complete and partial pooling.
@@ -220,7 +220,7 @@ SCHOOLS_INITIAL = {
 
 
 def schools_guide(host):
-    """Where the switch says pooled, tau and eta do not meet the data, and the guide draws them from their priors."""
+    """Under complete pooling the data do not depend on tau and eta, and the guide draws them from their priors."""
     param = {name: host.ppl.param(name, host.array(value)) for name, value in SCHOOLS_INITIAL.items()}
     free = 1 - host.ppl.sample("pooled", host.dist.Bernoulli(logits=param["pooled_logits"]))
     host.ppl.sample("mu", host.dist.Normal(param["mu_loc"], host.exp(param["mu_log_scale"])))

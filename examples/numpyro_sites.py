@@ -1,4 +1,4 @@
-"""One gradient estimator per site in NumPyro: said in the model under an autoguide, and said in a guide written by hand.
+"""One gradient estimator per site in NumPyro: given in the model under an autoguide, and in a guide written by hand.
 
 python examples/numpyro_sites.py [--smoke]
 """

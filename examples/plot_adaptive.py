@@ -49,8 +49,8 @@ CANDIDATES = {
 STEPS, NUM_SAMPLES = (10, 20) if "--smoke" in sys.argv else (800, 1000)
 
 # %%
-# What is learned are parameters, ``"x.velocity"`` and others, which the optimizer finds by itself. Here the guide's own
-# parameters are held still (a step size of 0), so that the variances can be compared. The rows of ``"x.velocity"`` are
+# The learned coefficients are parameters, ``"x.velocity"`` and others, which the optimizer finds. Here the guide's own
+# parameters are held fixed (a step size of 0), so that the variances can be compared. The rows of ``"x.velocity"`` are
 # for the parameters loc and scale.
 
 

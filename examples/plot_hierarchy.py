@@ -3,7 +3,7 @@ One estimator per site: eight schools
 =====================================
 
 Eight schools measured the effect of coaching. Is it one effect for all (complete pooling), or does each school have its
-own, around a common mean? A discrete site says which. It needs ``LR``; what the other sites get is a choice, made site
+own, around a common mean? A discrete site decides. It needs ``LR``; what the other sites get is a choice, made site
 by site. This example fits a guide and shows where the noise of the gradient is under three choices, in both hosts.
 """
 
@@ -72,7 +72,7 @@ def guide_of(host, initial):
 
 
 # %%
-# The choices, which serve both hosts: ``LR`` everywhere; ``LR`` for the switch and the schools; ``LR`` for the switch
+# The choices, the same for both hosts: ``LR`` everywhere; ``LR`` for the switch and the schools; ``LR`` for the switch
 # only.
 
 CHOICES = {

@@ -2,7 +2,7 @@
 Sampling from q, and heavy tails
 ================================
 
-Every estimator can draw its samples from a density q of its own and weigh them by w = p/q. A good q lowers the
+Every estimator can draw its samples from another density q and weigh them by w = p/q. A good q lowers the
 variance. A q whose tails are lighter than those of p makes it infinite, which a finite sample may not show. This
 example draws densities and weights, and what becomes of the variance, in both hosts.
 """

@@ -1,4 +1,4 @@
-"""One gradient estimator per site in Pyro: said in the model under an autoguide, and said in a guide written by hand.
+"""One gradient estimator per site in Pyro: given in the model under an autoguide, and in a guide written by hand.
 
 python examples/pyro_sites.py [--smoke]
 """

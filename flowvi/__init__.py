@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``flowvi.checks`` when it is first asked for: it needs NumPy, which comes with a host."""
+    """Import ``flowvi.checks`` when it is first used: it needs NumPy, which comes with a host."""
     if name not in ("checks", "check_estimator"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     checks = import_module("flowvi.checks")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from flowvi.baselines import Baseline
-from flowvi.closures import identity, reached_from
+from flowvi.closures import closed_over, identity
 from flowvi.estimators import Estimator
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
@@ -20,10 +20,10 @@ class Choice(NamedTuple):
 
 
 class MissingAnnotationError(Exception):
-    """The default estimator was refused at a site before the model, which may name another one, had been read.
+    """The default estimator was refused at a site before the model, which may name another one, has been read.
 
     Attributes:
-        refusal: What the default estimator was refused for.
+        refusal: The error of the default estimator.
     """
 
     def __init__(self, refusal: ValueError):
@@ -41,7 +41,7 @@ class Assignment:
 
     Attributes:
         annotations: The estimators annotated in the model at its last run, by name. The guide runs before the model, so these
-            are known from the run before; ``learn`` tells when they were not.
+            come from the previous run; ``remember`` returns whether they have changed since.
         has_read_annotations: Whether a run of the model has been read.
         seen: Names of the sites that had an estimator in an earlier run.
     """
@@ -83,25 +83,25 @@ class Assignment:
             return Choice(_require_upstream_baseline(self.annotations[alias], name), "model")
         return Choice(self.default, "default")
 
-    def learn(self, annotations: dict[str, Estimator]) -> bool:
-        """Take over what the model's run annotated; True if it differs, so that guide and model have to run again."""
+    def remember(self, annotations: dict[str, Estimator]) -> bool:
+        """Store the annotations of a run of the model; True if they have changed, so that guide and model have to run again."""
         before, self.annotations, self.has_read_annotations = self.annotations, annotations, True
         if not annotations and not before:
             return False
         return {k: identity(v) for k, v in annotations.items()} != {k: identity(v) for k, v in before.items()}
 
-    def forget(self, perishable: Callable[[Any], bool]) -> None:
-        """Drop what the last run annotated with functions that close over something ``perishable``."""
-        kept = {name: e for name, e in self.annotations.items() if not any(map(perishable, reached_from(e, set())))}
+    def forget(self, is_stale: Callable[[Any], bool]) -> None:
+        """Drop the annotations of the last run whose functions close over a value that ``is_stale``."""
+        kept = {name: e for name, e in self.annotations.items() if not any(map(is_stale, closed_over(e, set())))}
         self.has_read_annotations = self.has_read_annotations and len(kept) == len(self.annotations)
         self.annotations = kept
 
     def verify(self, random: Mapping[str, str], fixed: Iterable[str]) -> None:
-        """Refuse names of no random site.
+        """Refuse names that belong to no random site.
 
         Args:
             random: Random sites of the guide, each with its alias.
-            fixed: Names of the statements that are no random choice: observed, factors and Deltas.
+            fixed: Names of the statements that are not random choices: observed, factors and Deltas.
         """
         named = [*self.annotations, *(self.estimators if isinstance(self.estimators, Mapping) else ())]
         for name in named:
@@ -118,7 +118,7 @@ class Assignment:
 
 
 def require_random(site: Any, wrapped: Estimator | None, what: str) -> None:
-    """Refuse an estimator at a statement that is no random choice."""
+    """Refuse an estimator at a statement that is not a random choice."""
     if wrapped is not None or "estimator" in site["infer"]:
         raise ValueError(f"site '{site['name']}': an estimator needs a random choice, but this site is {what}; remove the estimator.")
 
@@ -161,7 +161,7 @@ class Description(tuple[SiteDescription, ...]):
 
 
 class Describes:
-    """An objective that tells which estimator each site has."""
+    """An objective that can describe the estimator of each site."""
 
     def describe(self, model, guide, *args, **kwargs) -> Description:
         """Each random site: its estimator, where that was given, its distribution's parameters, its plates.

@@ -1,13 +1,13 @@
 """Baselines: what is subtracted from the costs that a score multiplies.
 
-A baseline b does not change the mean of the gradient if it does not depend on the draw beside whose score it stands. It is asked for at
-three times, each of which has its own objects with one method:
+A baseline b does not change the mean of the gradient if it does not depend on the draw whose score it multiplies. It has three stages,
+each with its own objects with one method:
 
-* at construction, the user says which one: :class:`Baseline`, ``"plate"`` (:class:`PlateMean`) or ``"optimal"``
-  (:class:`Optimal`). Their ``at_draw`` looks at the draw of a site;
-* what ``at_draw`` returns is a function that makes the :class:`Score` records of the site after the run, when its costs are known;
-* these records are arrays only, so that particles can be mapped and stacked. :class:`Fitted`, :class:`BestOfOthers` and the objective's
-  :class:`ParticleMean` make a term of the surrogate of them, when all particles have run.
+* The user chooses one at construction: :class:`Baseline`, ``"plate"`` (:class:`PlateMean`) or ``"optimal"`` (:class:`Optimal`). Its
+  ``at_draw`` is called when a site has been drawn.
+* ``at_draw`` returns a function that makes the :class:`Score` records of the site after the run, when its costs are known.
+* These records hold arrays only, so that particles can be mapped and stacked. When all particles have run, :class:`Fitted`,
+  :class:`BestOfOthers` and the objective's :class:`ParticleMean` turn them into a term of the surrogate.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from flowvi.target import Target
 # ---- records of one run: arrays only
 
 
-class Term(Protocol):
-    """The baseline of one score once all particles have run; a container of arrays."""
+class ScoreBaseline(Protocol):
+    """The baseline of one score after the runs of all particles; a container of arrays."""
 
     def term(self, ops: Ops, name: str, score: Score, num_particles: int) -> Array:
-        """The score times its costs less the baseline, and what trains the baseline; its value has no meaning."""
+        """The score times its costs less the baseline, plus what trains the baseline; its value has no meaning."""
         ...
 
 
@@ -40,13 +40,13 @@ class Score(NamedTuple):
         score: Its tangent is psi; its value has no meaning.
         cost: The weighted costs that depend on the site, detached.
         weight: The weights of the site and its ancestors, multiplied; None where all are 1. It multiplies a baseline.
-        baseline: The site's own baseline; None where it is left to the objective.
+        baseline: The site's baseline; None for that of the objective.
     """
 
     score: Array
     cost: Array
     weight: Array | None = None
-    baseline: Term | None = None
+    baseline: ScoreBaseline | None = None
 
     def weighted(self, baseline: Array) -> Array:
         return baseline if self.weight is None else self.weight * baseline
@@ -74,7 +74,7 @@ class Fitted(NamedTuple):
 
 
 class BestOfOthers(NamedTuple):
-    """The constant that is best for the other particles, given psi^2 in the shape of the score."""
+    """For each particle the constant that is best for the others, given psi^2 in the shape of the score."""
 
     square: Array
 
@@ -99,7 +99,7 @@ def _best_of_others(ops: Ops, square: Array, cost: Array, weight: Array | None) 
 
 
 class SiteCosts(NamedTuple):
-    """What a run tells of one site with a score.
+    """What a run yields for one site with a score.
 
     Attributes:
         name: The site's name.
@@ -163,15 +163,15 @@ def _by_parameter(parts: list[tuple[Array, Array]], ndim: int, ops: Ops, costs: 
     return tuple(Score(part, over(part, costs.cost), over(part, costs.weight), BestOfOthers(square)) for part, square in parts)
 
 
-# ---- what the user asks for
+# ---- what the user chooses
 
 
 class SiteBaseline(ABC):
-    """What an estimator subtracts at its site, instead of what the objective would."""
+    """What an estimator subtracts at its site, instead of the objective's baseline."""
 
     @abstractmethod
     def at_draw(self, ops: Ops, target: Target, x: Array, score: Array) -> MakeScores:
-        """What makes the site's records after the run.
+        """A function that makes the site's records after the run.
 
         Args:
             ops: The operations of the backend.
@@ -186,7 +186,7 @@ class PlateMean(SiteBaseline):
     """``"plate"``: the mean over the other elements of the site's plates of the costs that are theirs alone."""
 
     def __repr__(self) -> str:
-        """As the user writes it."""
+        """The name by which the user gives it."""
         return "'plate'"
 
     def at_draw(self, ops: Ops, target: Target, x: Array, score: Array) -> MakeScores:
@@ -198,7 +198,7 @@ class Optimal(SiteBaseline):
     """``"optimal"``: for each array of parameters the constant of least variance, estimated from the other particles."""
 
     def __repr__(self) -> str:
-        """As the user writes it."""
+        """The name by which the user gives it."""
         return "'optimal'"
 
     def at_draw(self, ops: Ops, target: Target, x: Array, score: Array) -> MakeScores:
@@ -220,7 +220,7 @@ class Baseline(SiteBaseline):
         *inputs: Arrays, or containers of arrays, for ``fn``.
 
     Raises:
-        TypeError: ``fn`` is no function.
+        TypeError: ``fn`` is not a function.
         ValueError: At the first run, naming the site, where b has another shape than the site's plates.
 
     Example:
@@ -282,11 +282,11 @@ class BaselineField:
         self._optimal = optimal
 
     def __get__(self, estimator: Any, owner: type) -> SiteBaseline | None:
-        """The baseline of an estimator; the default, where the class is asked."""
+        """The baseline of an estimator; None for the class itself, which makes None the default."""
         return None if estimator is None else vars(estimator)["baseline"]
 
     def __set__(self, estimator: Any, value: Any) -> None:
-        """Take what the user wrote."""
+        """Turn a name into its object, and refuse anything else."""
         what, baseline = type(estimator).__name__, NAMED.get(value, value) if isinstance(value, str) else value
         if not isinstance(baseline, SiteBaseline | None):
             raise TypeError(f"{what}: expected baseline=flowvi.Baseline(fn, *inputs), 'plate', 'optimal' or None, found {value!r}.")

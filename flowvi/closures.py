@@ -1,7 +1,7 @@
 """Reading the closures of user functions.
 
 An estimator may hold functions that the model writes inline, as new objects at every run. Whether two runs annotate the same
-estimator, and whether one holds on to something of a run that is over, can only be read off their code and what they close over.
+estimator, and whether an estimator keeps a value of a run that is over, can only be read off their code and what they close over.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flowvi.fields.field import Field, PerElement
 
 
 def identity(value: Any) -> Any:
-    """Two functions written at the same place with the same closure are the same: an inline lambda is a new object at every run."""
+    """A key that is equal for equal estimators; two functions are equal if they have the same code and close over the same objects."""
     if isinstance(value, Estimator | Baseline | Field | PerElement):
         return type(value), tuple(identity(v) for v in vars(value).values())
     if isinstance(value, tuple):
@@ -26,8 +26,8 @@ def identity(value: Any) -> Any:
     return id(value) if callable(value) else value
 
 
-def reached_from(value: Any, seen: set[int]) -> Iterator[Any]:
-    """What the functions of an estimator close over."""
+def closed_over(value: Any, seen: set[int]) -> Iterator[Any]:
+    """An estimator, and everything that its functions close over."""
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -41,4 +41,4 @@ def reached_from(value: Any, seen: set[int]) -> Iterator[Any]:
     else:
         inner = (cell.cell_contents for cell in getattr(value, "__closure__", None) or ())
     for item in inner:
-        yield from reached_from(item, seen)
+        yield from closed_over(item, seen)

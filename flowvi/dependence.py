@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Frame(NamedTuple):
-    """One plate around a statement: a batch dim (negative) that its elements do not share."""
+    """One plate around a statement: its name, its (negative) batch dim and its size."""
 
     name: str
     dim: int
@@ -20,7 +20,7 @@ class Ancestor(NamedTuple):
 
     Attributes:
         name: The site's name.
-        frames: The plates in which each element depends on the site's own element alone; over all others, it depends on all of them.
+        frames: The plates in which an element depends on the same element of the site only; in other plates it depends on all.
     """
 
     name: str
@@ -84,7 +84,7 @@ def scored_ancestors(statements: tuple[Node, ...], draws: tuple[Node, ...], scor
 
 @lru_cache(maxsize=4096)
 def _interned(ancestors: frozenset[Ancestor]) -> frozenset[Ancestor]:
-    """One object for all equal sets, so that comparing them costs nothing."""
+    """The same object for equal sets, so that comparing them costs nothing."""
     return ancestors
 
 
@@ -96,17 +96,17 @@ def program_order(
     guide_scans: frozenset[str] = frozenset(),
     model_scans: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
-    """The ancestors of each statement among the ``random`` sites of the guide, as far as the order of statements tells.
+    """The ``random`` sites of the guide on which each statement may depend, going by the order of statements.
 
     A statement cannot depend on a site that its program had not reached. The model reaches a site of the guide at its own statement of
-    that name, and with it all that the guide had drawn before; auxiliary sites, which the model does not name, count as reached
+    that name, and with it everything that the guide had drawn before; auxiliary sites, which the model does not name, count as reached
     before the model begins.
 
     Args:
         guide: The guide's sample statements, in program order.
         model: The model's.
         random: Sites of the guide.
-        guide_scans: Statements of the guide that came out of scan or cond; those in a row may depend on each other in any order.
+        guide_scans: Statements of the guide that came out of scan or cond; adjacent ones may depend on each other in any order.
         model_scans: Statements of the model that did.
 
     Returns:
@@ -128,7 +128,7 @@ def program_order(
 
 
 def _blocks(names: tuple[str, ...], scans: frozenset[str]) -> list[list[str]]:
-    """Names, grouped: those of ``scans`` that are in a row, and each other one by itself."""
+    """Names in groups: adjacent names of ``scans`` together, every other name alone."""
     groups: list[list[str]] = []
     for name in names:
         if groups and name in scans and groups[-1][-1] in scans:

@@ -11,22 +11,22 @@ from flowvi.sites import Entropy, masks
 
 
 def apply_entropy(host: Host, run: Run, entropy: Entropy) -> Run:
-    """The run with the guide's log density differentiated as an objective's ``entropy`` asks."""
+    """Apply the ``entropy`` option of an objective to a run."""
     if entropy == "stl":
         return stick_the_landing(host, run, "entropy='stl'")
     return use_closed_forms(host, run) if entropy == "analytic" else run
 
 
 def stick_the_landing(host: Host, run: Run, what: str) -> Run:
-    """Take out of the guide's densities what their own parameters contribute while values, and parents, are held.
+    """Subtract from the guide's log densities what their parameters contribute at fixed values of the sites and their parents.
 
     Args:
         host: The host library.
         run: The run.
-        what: The option that asks for it, for messages.
+        what: The option, for messages.
 
     Raises:
-        ValueError: Where the support of a random site moves, so that what is taken out has a mean.
+        ValueError: Where the support of a random site moves, so that the mean of what is subtracted is not 0.
     """
     require_fixed_supports(host, run, what)
     held = run.again(held_values(host, run), with_model=False)
@@ -43,7 +43,7 @@ def held_values(host: Host, run: Run) -> dict[str, Any]:
 
 
 def require_fixed_supports(host: Host, run: Run, what: str) -> None:
-    """Refuse ``what``, which drops the guide's scores, where the support of a random site moves with a parameter."""
+    """Refuse the option ``what``, which drops the guide's scores, where the support of a random site moves with a parameter."""
     for name in run.sites.random:
         host.target(name, run.guide[name].fn, False).require_fixed_support(what)
 
@@ -69,7 +69,7 @@ def use_closed_forms(host: Host, run: Run) -> Run:
 
 
 def _count_alike(one: Statement, other: Statement) -> bool:
-    """Whether the two log densities are known to count alike: a divergence in closed form has one scale and one mask."""
+    """Whether the two log densities have the same scale and the same masks, as a divergence in closed form needs."""
     scales = (1.0 if s.scale is None else s.scale for s in (one, other))
     return _same(*scales) and [id(m) for m in (one.mask, *masks(one.fn))] == [id(m) for m in (other.mask, *masks(other.fn))]
 

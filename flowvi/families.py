@@ -1,7 +1,7 @@
-"""The named families of both hosts, one entry each; what the columns mean stands in :class:`flowvi.family.Family`.
+"""The named families of both hosts, one entry each; see :class:`flowvi.family.Family` for the columns.
 
-A family is known by the name of its class, so that one entry serves both hosts. Classes that only one host has, such as NumPyro's
-``BernoulliLogits`` beside Pyro's ``Bernoulli``, have an entry each. ``tests/test_families.py`` says why a column is empty.
+A family is known by the name of its class, so that one entry is for both hosts. Classes that only one host has, such as NumPyro's
+``BernoulliLogits`` beside Pyro's ``Bernoulli``, have an entry each. ``tests/test_families.py`` gives the reason for each empty column.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What flowvi knows of a named family of distributions, and the table of the families, which :mod:`flowvi.families` fills.
+"""What flowvi knows about a named family of distributions, and the table of all families, which :mod:`flowvi.families` fills.
 
 The two are apart because fields and proposals look families up, and the entries name fields.
 """
@@ -67,27 +67,26 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a family; a column that is empty means that an estimator, or a density, which needs it refuses the family.
+    """What is known about a family. An estimator or a sampling density that needs an empty column refuses the family.
 
     Attributes:
         name: The name of its class.
         parameters: The names of its parameters.
-        separate: Whether the score of each array of ``parameters`` can be told from those of the others, as the baseline ``"optimal"``
-            needs it, by the derivative of the host's ``log_prob`` in that array.
+        separate: Whether the derivative of the host's ``log_prob`` in each array of ``parameters`` is the score of that array alone, as
+            the baseline ``"optimal"`` needs it.
         standardization: S(x, p), whose law is free of the parameters and which increases along the host's sampler; without one,
-            ``RP(q=...)`` takes the cdf.
+            ``RP(q=...)`` uses the cdf.
         standardized: The sample in units in which it is roughly a standard Normal, for the bumps of ``AdaptiveFlow``; without one, its
             mean and variance standardize it.
         moves: The parameters that a learned q moves: ``loc`` is shifted, the others, which are positive, are multiplied.
         tempered: ``tempered(p, t)`` are the parameters for which the natural ones are those of p divided by t.
-        peak: Of a density with one peak, what its horizontal slices need.
-        stretch: What the optimal density of a scale or a rate needs.
+        peak: What the horizontal slices of a density with one peak need.
+        stretch: What the optimal sampling density for a scale or a rate needs.
         vanishing: Whether the tails are so light that the density vanishes at each end to which exp, a sigmoid and the like carry it.
         circle: Whether it lives on the angles from -pi to pi.
         masses: ``masses(ops, p, values)``: the probabilities of all values of a finite support, which the host enumerates along the
             first dim; without it they come from ``log_prob``.
-        fields: The functions of :mod:`flowvi.fields` that make a field for it by name, first the pathwise one that is taken where
-            none is named.
+        fields: The functions of :mod:`flowvi.fields` that make a field for it; the first one makes the default pathwise field.
     """
 
     name: str
@@ -111,7 +110,7 @@ class Family:
 
     @cached_property
     def pathwise(self) -> Field | None:
-        """The pathwise field that is taken where none is named."""
+        """The default pathwise field."""
         return self.fields[0]() if self.fields else None
 
 
@@ -120,15 +119,15 @@ _UNKNOWN = Family("unknown")
 
 
 def family_of(p: Any) -> Family:
-    """What is known of the family of a distribution, by the name of its class; for a class without an entry, nothing."""
+    """The entry of a distribution's family, by the name of its class; an empty one for a class without an entry."""
     return FAMILIES.get(type(p).__name__, _UNKNOWN)
 
 
 def names(known: Callable[[Family], Any]) -> tuple[str, ...]:
-    """The names of the families of which something is known."""
+    """The names of the families for which ``known(family)`` is true or not empty."""
     return tuple(family.name for family in FAMILIES.values() if known(family))
 
 
-def served_by(field: Callable[..., Field]) -> tuple[str, ...]:
-    """The names of the families for which a function makes a field."""
+def families_with(field: Callable[..., Field]) -> tuple[str, ...]:
+    """The names of the families whose entry lists a function that makes a field."""
     return names(lambda family: field in family.fields)

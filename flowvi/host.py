@@ -1,4 +1,4 @@
-"""What the core asks of an adapter beyond array functions, and the register of the adapters that have been imported."""
+"""What the core needs from an adapter beyond array functions, and the registry of the adapters that have been imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Host(Protocol):
     """One of the host libraries, Pyro or NumPyro, as the core sees it.
 
-    The properties are what the core builds with. The methods are for tools that look at one distribution outside of a program
+    The core builds objects with the properties. The methods are for tools that look at one distribution outside of a program
     (:mod:`flowvi.checks`, :mod:`flowvi.plot`): they carry numbers to and from NumPy, draw with a seed, and differentiate.
 
     Attributes:
@@ -57,7 +57,7 @@ class Host(Protocol):
     def compiles(self) -> bool: ...
 
     def unwrap(self, p: Any, /) -> Any:
-        """The distribution inside independent, expanded, masked and ``Estimated`` wrappers, with a batch shape of its own."""
+        """The distribution inside independent, expanded, masked and ``Estimated`` wrappers, with its own batch shape."""
         ...
 
     def array(self, x: Any, /) -> Array:
@@ -92,7 +92,7 @@ class Host(Protocol):
         ...
 
     def derivative(self, f: Callable[[Array], tuple[Array, ...]], t: float, /) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The arrays ``f(t)`` of a number t, and their derivatives in it, however many numbers they hold.
+        """The arrays ``f(t)`` of a number t, and their derivatives in t.
 
         Nothing is compiled, so that ``f`` sees which of its numbers do not move.
         """
@@ -111,7 +111,7 @@ def host_of(distribution: Any) -> Host:
     """The host library of a distribution.
 
     Raises:
-        TypeError: It is no distribution of a library whose adapter has been imported.
+        TypeError: It does not belong to a library whose adapter has been imported.
     """
     for host in _HOSTS:
         if isinstance(distribution, host.distribution):

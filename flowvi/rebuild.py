@@ -1,4 +1,4 @@
-"""A distribution made again with other parameters; what it is made from is read off the signature of its class."""
+"""A distribution made again with other parameters; its arguments are read off the signature of its class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Parameter(NamedTuple):
-    """The value of a parameter, and the constraint that it fulfils."""
+    """The value of a parameter, and its constraint."""
 
     value: Any
     constraint: Any = None
@@ -43,7 +43,7 @@ def build(family: type, values: Mapping[str, Any]) -> Any:
 def parameters(p: Any, wanted: Collection[str] = ()) -> dict[str, Parameter]:
     """Every continuous parameter of a distribution and of the distributions inside it, by its full name.
 
-    Of parameters of which only one is given, such as probs and logits, there is the ``wanted`` one, or else the one that was given.
+    Of alternatives such as probs and logits it has only one: the ``wanted`` one, or else the one that was given.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,7 +58,7 @@ def parameters(p: Any, wanted: Collection[str] = ()) -> dict[str, Parameter]:
 def arguments(p: Any, wanted: Collection[str] = ()) -> dict[str, Any]:
     """The arguments from which a distribution can be made again: its parameters and the distributions inside it.
 
-    Of arguments of which only one is given, such as probs and logits, there is the ``wanted`` one, or else the one that was given.
+    Of alternatives such as probs and logits it has only one: the ``wanted`` one, or else the one that was given.
     """
     if _is_wrapper(p):
         return {"base_dist": p.base_dist}
@@ -75,7 +75,7 @@ def _signature(family: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _is_wrapper(p: Any) -> bool:
-    """Independent, expanded, masked, transformed: what has no parameters of its own here."""
+    """Whether p is independent, expanded, masked or transformed, and so has no parameters itself."""
     return not p.arg_constraints and "base_dist" in vars(p)
 
 

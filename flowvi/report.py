@@ -19,7 +19,7 @@ class ParameterGradient:
     """The gradient of the loss in one parameter of the program, over many samples.
 
     Attributes:
-        candidate: The label of the estimators that were in force.
+        candidate: The label of the estimators.
         parameter: The parameter's name.
         sites: The random sites whose distribution reads it.
         estimators: The estimator of each of these sites.
@@ -45,7 +45,7 @@ class ParameterGradient:
 
     @property
     def snr(self) -> float:
-        """The signal-to-noise ratio of one sample, the norm of the mean, less what noise adds to it, over the standard deviation."""
+        """The signal-to-noise ratio of one sample, which is the norm of the mean, corrected for noise, over the standard deviation."""
         signal = max(float((self.mean**2).sum()) - float(self.variance.sum()) / self.num_samples, 0.0)
         return float(np.sqrt(signal)) / self.std if self.std > 0 else float("inf")
 
@@ -137,7 +137,7 @@ class GradientReport:
 
 
 def by_label(estimators: Candidates) -> dict[str, Estimators]:
-    """The candidates by label: one of no name, or those of a mapping whose values are not estimators themselves."""
+    """The candidates by label: a mapping whose values are not estimators, or a single candidate without a label."""
     if isinstance(estimators, Mapping) and not any(isinstance(value, Estimator) for value in estimators.values()):
         return dict(cast(Mapping[str, Estimators], estimators)) or {"": None}
     return {"": cast(Estimators, estimators)}
@@ -158,7 +158,7 @@ class Measured:
         self.seconds = 0.0
 
     def add(self, gradients: Mapping[str, Any], log_weights: Mapping[str, Any]) -> None:
-        """Take in a batch: arrays with the samples along their first axis."""
+        """Add a batch: arrays with the samples along their first axis."""
         for mine, new in ((self.gradients, gradients), (self.log_weights, log_weights)):
             for name, array in new.items():
                 mine.setdefault(name, []).append(np.asarray(array, dtype=float))
@@ -174,7 +174,7 @@ class Measured:
             yield ParameterGradient(candidate, name, sites, estimators, g.mean(0), variances[name], share, len(g))
 
     def effective_samples(self) -> dict[str, float]:
-        """By site; over the elements of a plate it is their mean."""
+        """The effective sample size by site, averaged over the elements of its plates."""
         fractions = dict.fromkeys(self.estimators, 1.0)
         for name, batches in self.log_weights.items():
             w = np.exp(np.concatenate(batches))

@@ -22,12 +22,12 @@ class Statement(NamedTuple):
     Attributes:
         name: Its name.
         frames: Its plates.
-        log_density: Its log density, scaled and masked, of any batch shape; None where another statement stands for it.
+        log_density: Its log density, scaled and masked, of any batch shape; None where it is counted in another statement.
         fn: The host's distribution.
         value: Its value.
         observed: Whether its value was given: observations and factors.
         scale: What the host multiplies the log density by; None for 1.
-        mask: What the host masks the log density by, beside the masks of the distribution itself; None for no mask.
+        mask: What the host masks the log density by, besides the masks of the distribution itself; None for no mask.
         in_control_flow: Whether it came out of a scan or cond, where statements may depend on each other in any order.
         total: The sum of its log density, where the host has computed it.
     """
@@ -44,7 +44,7 @@ class Statement(NamedTuple):
     total: Array | None = None
 
     def with_log_density(self, log_density: Array | None) -> Statement:
-        """The same statement, counted differently."""
+        """The same statement with another log density."""
         return self._replace(log_density=log_density, total=None)
 
 
@@ -73,14 +73,13 @@ class Program(Protocol):
 
         Args:
             sites: Chooses the estimators and collects what they attach.
-            values: Sites of the guide with the values they are to have. Everything else is drawn with the random numbers of the
-                first run.
+            values: Values for some sites of the guide, by name. Everything else is drawn with the random numbers of the first run.
             with_model: Whether to run the model at all.
         """
         ...
 
     def annotations(self) -> dict[str, Estimator]:
-        """The estimators that the model's statements name, read in a run of the host's own, without any estimator."""
+        """The estimators annotated in the model, read in a plain run of the host in which no estimator acts."""
         ...
 
     @property
@@ -103,7 +102,7 @@ class Program(Protocol):
         ...
 
     def graph(self, run: Run, scored: frozenset[str]) -> Graph:
-        """Which sites of the guide each statement of a ``run`` was computed from; ``scored`` are those that matter."""
+        """The sites of the guide from which each statement of a ``run`` was computed; only ``scored`` ones matter."""
         ...
 
 
@@ -112,15 +111,15 @@ class Run:
     """One run of guide and model.
 
     Attributes:
-        program: What was run.
+        program: The program.
         guide: The statements of the guide by name, in program order.
-        model: Those of the model.
+        model: The statements of the model.
         sites: The random sites of the guide, and what their estimators attached.
-        annotations: The estimators that the model's statements name.
+        annotations: The estimators annotated in the model.
         subsampled: The plates that are subsampled, each with its size over that of the subsample.
-        mutable_state: What the host keeps between steps beside parameters.
+        mutable_state: What the host keeps between steps besides parameters.
         closed_forms: Sites whose two log densities have been replaced by minus their divergence in closed form.
-        held_entropy: Whether what the guide's parameters contribute at held values has been taken out.
+        held_entropy: Whether the derivative of the guide's log density at fixed values has been subtracted (sticking the landing).
         many_samples: Whether the guide's values have a leading dim of samples over which the model was mapped.
     """
 
@@ -157,20 +156,20 @@ class Run:
 
 
 def run(program: Program, sites: GuideSites) -> Run:
-    """Run a program; once more where the model turns out to annotate sites whose estimators the guide did not know yet.
+    """Run a program, and run it again if the model annotates estimators that the guide did not know.
 
     Args:
         program: The model and the guide.
-        sites: With the assignment of estimators to sites.
+        sites: Chooses the estimators and collects what they attach.
     """
     assignment: Assignment = sites.assignment
     try:
         result = program.run(sites)
     except MissingAnnotationError as missing:
-        if not assignment.learn(program.annotations()):
+        if not assignment.remember(program.annotations()):
             raise missing.refusal from None
         result = program.run(sites.fresh())
-    if assignment.learn(result.annotations):
+    if assignment.remember(result.annotations):
         result = program.run(sites.fresh())
     assignment.verify(result.sites.aliases, result.sites.fixed)
     return result

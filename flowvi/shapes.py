@@ -47,7 +47,7 @@ class Shapes:
 
     @property
     def element_shape(self) -> tuple[int, ...]:
-        """As :attr:`site_shape`, with the batch dims of x that are event dims of the site."""
+        """Like :attr:`site_shape`, with the batch dims of x that are event dims of the site."""
         extra = self.batch_shape[self.batch_ndim :]
         return (*self.site_shape, *extra) if self.site_shape else _without_ones(extra)
 

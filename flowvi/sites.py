@@ -1,4 +1,4 @@
-"""What happens when the guide reaches one of its sites: an estimator is chosen, and attaches derivatives to what is drawn."""
+"""What happens when the guide reaches one of its sites: an estimator is chosen, and attaches derivatives to the draw."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class GuideSites:
         random: The random sites in program order, each with its description.
         aliases: For each random site, the model site for which it stands.
         draws: The draws of the sites to which something is attached.
-        fixed: Names of the statements that are no random choice.
+        fixed: Names of the statements that are not random choices.
         learned: Names of the parameters that estimators learn, each with its site.
         replaced: Values that sites are to have instead of what is drawn.
-        log_probs: Log densities, not scaled, that the estimators have computed anyway.
+        log_probs: Unscaled log densities that the estimators have computed, so that the host need not.
     """
 
     def __init__(self, assignment: Assignment, entropy: Entropy = "full"):
@@ -72,7 +72,7 @@ class GuideSites:
             draw: ``draw(msg, visit)`` draws at the site; returns what was attached, or None where nothing was.
 
         Returns:
-            What the statement is, where it is no random choice.
+            What the statement is, if it is not a random choice.
 
         Raises:
             MissingAnnotationError: The default estimator cannot act there, and the model may name another one.
@@ -106,7 +106,7 @@ class GuideSites:
 
 
 def not_random(host: Host, msg: Any) -> str | None:
-    """What a statement is, if it is no random choice."""
+    """What a statement is, if it is not a random choice; None if it is one."""
     kind = type(host.unwrap(msg["fn"])).__name__
     if kind == "Unit":
         return "a factor"
@@ -116,7 +116,7 @@ def not_random(host: Host, msg: Any) -> str | None:
 
 
 def annotation(host: Host, msg: Any) -> Estimator:
-    """The estimator that a statement of the model names with ``infer={"estimator": ...}``."""
+    """The estimator that a statement of the model is annotated with, ``infer={"estimator": ...}``."""
     if what := not_random(host, msg):
         require_random(msg, None, what)
     return require_estimator(msg["infer"]["estimator"], f"site '{msg['name']}': infer['estimator']")
@@ -124,7 +124,7 @@ def annotation(host: Host, msg: Any) -> Estimator:
 
 def find_estimated(host: Host, fn: Any) -> Estimator | None:
     """The estimator of the outermost ``Estimated`` wrapper around the site's family."""
-    inside = None  # of what is no wrapper, such as a transformed distribution
+    inside = None  # the outermost distribution that is not a wrapper, such as a transformed one
     while hasattr(fn, "base_dist"):
         if isinstance(fn, host.estimated):
             if inside is not None:
@@ -154,7 +154,7 @@ def is_masked(fn: Any) -> bool:
 
 
 def weight_of_density(msg: Any) -> Any:
-    """By how much an objective counts the log density of a statement: its scale, where it is not masked."""
+    """The factor of a statement's log density in an objective: its scale times its masks."""
     weight = 1.0 if msg["scale"] is None else msg["scale"]
     for mask in (msg.get("mask"), *masks(msg["fn"])):
         if mask is not None:

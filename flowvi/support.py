@@ -1,4 +1,4 @@
-"""Supports as far as they can be compared, and whether they move with a live parameter."""
+"""Supports in a form in which they can be compared, and whether they move with a live parameter."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ THIN_SUPPORTS = {
 
 
 class Support(NamedTuple):
-    """A support as far as it can be compared: coordinates between bounds, or a kind by name.
+    """A support in a form in which it can be compared: coordinates between bounds, or a kind by name.
 
-    Both hosts give their constraints the same class names, so one reading serves both.
+    Both hosts give their constraints the same class names, so that one function reads both.
     """
 
     kind: str
@@ -83,7 +83,7 @@ def moving_bounds(support: Support, transformed: tuple[Any, list[Any]] | None, m
 
     Args:
         support: The support.
-        transformed: Of a distribution that is a transformed one: its base, and its transforms in the order in which they act.
+        transformed: The base of a transformed distribution, and its transforms in the order in which they act; None for another one.
         moves: Whether a bound, or what a transform holds, moves.
     """
     moving = _moving("its", support, moves)
@@ -97,7 +97,7 @@ def moving_bounds(support: Support, transformed: tuple[Any, list[Any]] | None, m
 
 
 def _moved_by(transforms: list[Any], support: Support, moves: Moves) -> list[str]:
-    """The names of the transforms that move the image of a ``support`` that stays."""
+    """The names of the transforms that move the image of a fixed ``support``."""
     moving = []
     for transform in [step for t in transforms for step in _steps(t)]:
         name = type(transform).__name__
@@ -119,6 +119,6 @@ def _moving(whose: str, support: Support, moves: Moves) -> list[str]:
 
 
 def _steps(transform: Any) -> list[Any]:
-    """The transforms of which one is composed; the codomain of a composition is only that of its last one."""
+    """The parts of a composed transform; the codomain of a composition is only that of its last part."""
     transform = getattr(transform, "base_transform", transform)  # of an IndependentTransform
     return [step for t in transform.parts for step in _steps(t)] if hasattr(transform, "parts") else [transform]

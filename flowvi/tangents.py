@@ -12,8 +12,8 @@ class Tangents:
     """Parameter tangents: ``dtheta.loc`` has value 0 and the derivative of the live parameter ``loc``.
 
     Attributes:
-        ops: The operations of the backend, for velocity fields that serve both hosts.
-        target: The site's distribution, a :class:`flowvi.target.Target`.
+        ops: The operations of the backend, for velocity fields that are written for both hosts.
+        target: The site's distribution, a ``Target``.
         p: The distribution (or the part of it, see :meth:`within`) with live parameters.
         p0: The same with detached parameters.
     """

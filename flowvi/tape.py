@@ -93,7 +93,7 @@ def record(run: Run, dependencies: Dependencies) -> Tape:
 
     Args:
         run: The run.
-        dependencies: ``"graph"``: what a statement was computed from; ``"plates"``: all that came before it in program order.
+        dependencies: ``"graph"``: a statement depends on what it was computed from; ``"plates"``: on all statements before it.
     """
     draws = scored_draws(run.draws)
     drawn = frozenset(draws).union(name for name, statement in run.guide.items() if not statement.observed)
@@ -101,7 +101,7 @@ def record(run: Run, dependencies: Dependencies) -> Tape:
     if dependencies == "graph" and draws and not run.many_samples:
         graph = _by_computation(run, frozenset(draws), drawn, graph)
     if factors := frozenset(name for name in draws if run.guide[name].observed):
-        # each stands for what the guide has drawn without a statement, on which anything may depend
+        # stands for draws of the guide that have no statement; anything may depend on them
         graph = Graph(*({name: names | factors for name, names in of.items()} for of in graph))
     nodes = _nodes((run.guide[name] for name in run.guide if name in drawn), graph.draws)
     ancestors = partial(scored_ancestors, draws=nodes, scored=frozenset(draws))
@@ -123,7 +123,7 @@ def _by_order(run: Run, drawn: frozenset[str]) -> Graph:
 
 
 def _by_computation(run: Run, scored: frozenset[str], drawn: frozenset[str], order: Graph) -> Graph:
-    """The graph of what was computed from what. For draws inside scan or cond, which it cannot see, the program order counts."""
+    """The graph of the computation. It cannot see draws inside scan or cond; for these the program order counts."""
     graph = Graph(*({name: names & drawn for name, names in of.items()} for of in run.program.graph(run, scored)))
     inside = frozenset(name for name in drawn if run.guide[name].in_control_flow)
     if inside:
@@ -135,7 +135,7 @@ def _by_computation(run: Run, scored: frozenset[str], drawn: frozenset[str], ord
 
 
 def _without_closed_forms(run: Run, graph: Graph) -> Graph:
-    """A divergence in closed form is the expectation over its site, so that it depends on the parents of the two densities only."""
+    """A divergence in closed form is an expectation over its site, so it depends on the parents of the two densities only."""
     if not run.closed_forms:
         return graph
     return graph._replace(model=graph.model | {name: (graph.model[name] | graph.guide[name]) - {name} for name in run.closed_forms})

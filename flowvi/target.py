@@ -28,7 +28,7 @@ class Target(Shapes, ABC):
         fn: The site's distribution.
         enters: Whether a plain transformed distribution is entered.
         frames: The host's frames of the plates around the site, from which it reads ``plate_sizes``.
-        first_use: Whether the objective meets this site for the first time; the costliest checks run only then.
+        first_use: Whether the objective reaches this site for the first time; the costliest checks run only then.
         validate: Whether costly checks run; None: where the host's validation is on.
 
     Attributes:
@@ -37,10 +37,10 @@ class Target(Shapes, ABC):
         p0: The family with detached parameters; this is the ``p`` that user functions get.
         transforms: The transforms entered, in the order in which they act on x.
         validate: Whether costly checks run.
-        first_use: As given.
-        learned: The values of the parameters that the estimator learns, see :meth:`with_learned`; None where they stay at their start.
-        own_density: By how much the objective differentiates the site's own log density in its parameters at a fixed x: the
-            scale and mask of the cost under ``entropy="full"``, else 0.
+        first_use: Whether the objective reaches this site for the first time.
+        learned: The values of the parameters that the estimator learns, see :meth:`with_learned`; None for their initial values.
+        own_density: The factor of the site's own log density where the objective differentiates it in its parameters at a fixed x:
+            the scale and mask of the cost under ``entropy="full"``, else 0.
         plain_transformed: The host's classes of plain transformed distributions.
         transformed: The host's classes of transformed distributions whose support is that of the base, transformed.
     """
@@ -63,7 +63,7 @@ class Target(Shapes, ABC):
         self.event_ndim = len(self.p.event_shape)
         self.validate = self.host_validates() if validate is None else validate
 
-    # ---- what a host says
+    # ---- what each host implements
 
     @staticmethod
     @abstractmethod
@@ -101,7 +101,7 @@ class Target(Shapes, ABC):
 
     @abstractmethod
     def clip(self, x: Array) -> tuple[Array, Array]:
-        """Which x (over batch dims of ``p``) lie in the support of p, and x with the others put at some point of it."""
+        """Which x (over batch dims of ``p``) lie in the support of p, and x with the others moved to some point of it."""
 
     @abstractmethod
     def _scores(self, x: Array, names: tuple[str, ...]) -> list[tuple[Array, Array]]:
@@ -143,11 +143,11 @@ class Target(Shapes, ABC):
         return self._with(transforms=[])
 
     def transformed_base(self) -> tuple[Any, list[Any]] | None:
-        """Where ``p`` is itself a transformed distribution: its base, and its transforms."""
+        """The base and the transforms of ``p``, if it is itself a transformed distribution."""
         return self._enter(self.transformed) if type(self.p) in self.transformed else None
 
     def _enter(self, kinds: tuple[type, ...]) -> tuple[Any, list[Any]]:
-        """The distribution inside ``p`` that is none of these kinds, and the transforms from it to ``p``."""
+        """The outermost distribution inside ``p`` of no such kind, and the transforms from it to ``p``."""
         base: Any = self.p
         transforms: list[Any] = []
         while type(base) in kinds:
@@ -169,22 +169,22 @@ class Target(Shapes, ABC):
             self.refuse(f"expected a support, but that of {self.family} is left open; give its class a property support.")
 
     def moving_bounds(self) -> list[str]:
-        """The bounds of p's support that move with a live parameter (or cannot be told not to)."""
+        """The bounds of p's support that move with a live parameter, or that may."""
         return moving_bounds(self.support, self.transformed_base(), self.bound_moves)
 
     def require_fixed_support(self, what: str) -> None:
-        """Refuse ``what`` where it is biased: it drops a score whose mean is 0 only under a support that stays."""
+        """Refuse ``what`` where it is biased: it drops a score whose mean is 0 only if the support is fixed."""
         if bounds := self.moving_bounds():
             self.refuse(
                 f"{what} is biased where the support moves with a parameter, but that of {self.family} moves with "
-                f"{', '.join(bounds)} (a traced bound counts as live); go without it, or make the bound a constant."
+                f"{', '.join(bounds)} (or may, where it is traced); remove the option, or make the bound a constant."
             )
 
     def is_discrete(self) -> bool:
         return self.support.discrete
 
     def chart(self) -> str | None:
-        """As :attr:`flowvi.support.Support.chart`."""
+        """See :attr:`flowvi.support.Support.chart`."""
         return self.support.chart
 
     def cover(self, ops: Ops, q: Any) -> tuple[Any, bool]:
@@ -223,7 +223,7 @@ class Target(Shapes, ABC):
             self.refuse(f"the support of this {self.family} cannot be enumerated ({error}); use LR().")
         return values.reshape((values.shape[0], *self.event_shape))
 
-    # ---- what the estimators ask of the family
+    # ---- what the estimators need from the family
 
     def standardization(self, ops: Ops) -> Callable[[Array, Any], Array]:
         """A function S(x, p) with a law free of p's parameters that increases along the host's sampler."""
@@ -238,9 +238,9 @@ class Target(Shapes, ABC):
         return self.cdf
 
     def scores(self, x: Array) -> list[tuple[Array, Array]]:
-        """The score taken apart by arrays of parameters, over the batch of x: value 0 with tangent psi, and psi^2 (detached).
+        """The score of each array of parameters, over the batch of x: value 0 with tangent psi, and psi^2 (detached).
 
-        The mean of each psi is 0, so that each may have a baseline of its own.
+        The mean of each psi is 0, so that each may have its own baseline.
         """
         known = family_of(self.p)
         if not known.separate:
@@ -295,12 +295,12 @@ class Target(Shapes, ABC):
     # ---- what the estimator learns
 
     def with_learned(self, learns: Mapping[str, Learned], values: Mapping[str, Array], own_density: Any) -> Self:
-        """The same target with the values of the parameters that the estimator ``learns``, and the weight of the site's own density."""
+        """The same target with values for the parameters that the estimator ``learns``, and with :attr:`own_density`."""
         for name, (_, event_shape) in learns.items():
             if (found := tuple(shape := values[name].shape)[len(shape) - len(event_shape) :]) != event_shape:
                 self.refuse(
                     f"what the estimator learns as '{self.name}.{name}' has the shape {event_shape} on the right, but the program's "
-                    f"parameter of that name {found}; another estimator has left it there, so clear the parameters or rename the site."
+                    f"parameter of that name {found}; another estimator has registered it, so clear the parameters or rename the site."
                 )
         return self._with(learned=values, own_density=own_density)
 

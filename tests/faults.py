@@ -159,7 +159,7 @@ FAULTS = {
         normal,
         lambda h: Flow(lambda x, p, dtheta: 0.1 * x**2 * dtheta.loc, divergence=lambda x, p, dtheta: 0.1 * x * dtheta.loc),
         "divergence",
-        r"at x = .*, parameter loc: psi .* is .*, expected .* by differences; mend divergence",
+        r"at x = .*, parameter loc: psi .* is .*, expected .* by differences; correct divergence",
     ),
     "a mask without its gradient": Fault(normal, lambda h: Flow(naive_mask()), "divergence", "at x = .*, parameter"),
     "a divergence that does not see x": Fault(

@@ -235,7 +235,7 @@ def test_subsampling_in_pyro():
 
 REFUSED = {
     "a proposal": (RP(lambda p: p), {}, "site 'x': a proposal q would weigh the bound by the joint weight of all particles"),
-    "a baseline": (LR(Baseline(lambda: 1.0)), {}, "site 'x': the bound has a baseline of its own"),
+    "a baseline": (LR(Baseline(lambda: 1.0)), {}, "site 'x': the bound has its own baseline"),
     "a score under dreg": (LR(), {"gradient": "dreg"}, "site 'x': gradient='dreg' needs sites without a score"),
     "another gradient": (RP(), {"gradient": "stl"}, "gradient: expected 'plain' or 'dreg', found 'stl'"),
     "another baseline": (RP(), {"baseline": "vimco"}, "baseline: expected 'loo' or None, found 'vimco'"),

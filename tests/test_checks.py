@@ -218,7 +218,7 @@ def test_all_failures_are_told(host):
     with pytest.raises(AssertionError) as error:
         check_estimator(normal(host), wrong, ("loc",), **QUICK)
     assert all(f"- {c.name}: " in str(error.value) for c in report.failed)
-    assert str(error.value).startswith("Flow(velocity=<lambda>, q=<lambda>) at Normal(loc): ")
+    assert str(error.value).startswith("Flow(velocity=Field(<lambda>, <lambda>), q=<lambda>) at Normal(loc): ")
 
 
 def test_nothing_is_left_behind(host):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from hosts import HOSTS, Program
-from programs import (
+from svi_programs import (
     MIXED,
     OPTIONS,
     PROGRAMS,

@@ -18,9 +18,9 @@ import pyro.infer.reparam
 import pytest
 import torch
 from hosts import HOSTS
-from programs import MIXED, PROGRAMS, assert_same, bind, both, fit, m, normal, observe, s, svi
 from pyro.contrib.autoname import scope as pyro_scope
 from pyro.nn import PyroModule, PyroParam
+from svi_programs import MIXED, PROGRAMS, assert_same, bind, both, fit, m, normal, observe, s, svi
 
 import flowvi.numpyro
 import flowvi.pyro

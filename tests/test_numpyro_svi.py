@@ -8,7 +8,7 @@ import numpy as np
 import numpyro
 import pytest
 from hosts import HOSTS
-from programs import (
+from svi_programs import (
     ESTIMATORS,
     MIXED,
     PROGRAMS,

@@ -7,7 +7,8 @@ import pyro
 import pytest
 import torch
 from hosts import HOSTS
-from programs import (
+from pyro.nn import PyroModule, PyroParam
+from svi_programs import (
     DATA,
     INIT,
     MIXED,
@@ -23,7 +24,6 @@ from programs import (
     s,
     svi,
 )
-from pyro.nn import PyroModule, PyroParam
 
 import flowvi.numpyro
 import flowvi.pyro

@@ -449,13 +449,13 @@ def test_random_bound(seed, host, monkeypatch):
 def test_a_wrong_rule_is_rejected(host, monkeypatch):
     """Here: that two statements in one plate meet element by element whatever lies between them."""
 
-    def meet(statements, draws, scored):
+    def ancestors(statements, draws, scored):
         sites = [draw for draw in draws if draw.name in scored]
         return {
             s.name: frozenset(Ancestor(site.name, s.frames & site.frames) for site in sites if site.name in s.ancestors)
             for s in statements
         }
 
-    monkeypatch.setattr(f"flowvi.{host.name}.run.meet", meet)
+    monkeypatch.setattr("flowvi.tape.scored_ancestors", ancestors)
     with pytest.raises(AssertionError):
         assert_unbiased(made(0, host.name), host.name, monkeypatch)

@@ -27,11 +27,11 @@ def check_estimator(
     seed: int = 0,
     raise_exception: bool = True,
 ) -> EstimatorReport:
-    r"""Check that :math:`E_q\{w\,[u\cdot\nabla\phi + \psi\,\phi]\} = \nabla_\theta E_p[\phi]`, and what it rests on in u, psi and q.
+    r"""Check that :math:`E_q\{w\,[u\cdot\nabla\phi + \psi\,\phi]\} = \nabla_\theta E_p[\phi]`, and its conditions on u, psi and q.
 
     u is the velocity of the estimator's own draw and psi the derivative of its own score, so that what is checked is what runs. Every
-    derivative is compared with finite differences of the host's ``log_prob``, which see what automatic derivatives are
-    told not to. The conditions, by the names under which they are reported:
+    derivative is compared with finite differences of the host's ``log_prob``, which a ``stop_gradient`` or a wrong gradient rule
+    does not affect. The conditions, by the names under which they are reported:
 
     * ``requirements``: what the estimator refuses at its first run (shapes, families, a support that moves).
     * ``support of q``: q is positive wherever p is. ``second moment``: E_q[(w u)^2] and E_q[(w psi)^2] are finite, in the tails and
@@ -62,8 +62,8 @@ def check_estimator(
         parameters: Which parameters carry a derivative: names, such as ``("loc",)``; by default all, the bounds of a support included.
             Those of a part have a longer name, such as ``"component_distribution.loc"``. With a function: its arguments by name.
         tolerance: The largest discrepancy, relative to the size of the terms.
-        num_samples: How many samples where a mean is not an integral or a sum.
-        seed: Of all draws.
+        num_samples: How many samples, where a mean is computed by sampling.
+        seed: The seed of all draws.
         raise_exception: Whether to raise where a condition fails, as ``torch.autograd.gradcheck`` does.
 
     Returns:

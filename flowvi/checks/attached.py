@@ -22,7 +22,7 @@ class Attached:
     estimator: Estimator
 
     def draw(self, eta: Any, x: Array, pushed: bool = False) -> Draw:
-        """What the estimator attaches at a host's x; its value is that before the site's transforms unless ``pushed``."""
+        """What the estimator attaches at a host's x; the transforms of the site are applied to the value only if ``pushed``."""
         target = self.site.target_at(eta, len(x))
         if not pushed:
             target = target.at_base()

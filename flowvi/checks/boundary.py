@@ -18,7 +18,7 @@ FACES = (1e-8, 1e-7, 1e-6)  # distances from a face of the simplex
 
 
 def conditions(attached: Attached, domain: Domain) -> Iterator[Condition]:
-    """Whether u carries mass through an end of a support that is no circle."""
+    """Whether u carries mass through an end of a support that is not a circle."""
     chart = domain.chart
     if chart is None:
         return
@@ -32,7 +32,7 @@ def conditions(attached: Attached, domain: Domain) -> Iterator[Condition]:
 
 
 def seam(attached: Attached, domain: Domain) -> tuple[Condition, bool]:
-    """Whether what leaves a circle through its seam comes in again, and whether anything does."""
+    """Whether the mass that leaves a circle at its seam enters on the other side, and whether there is any."""
     site, chart = attached.site, domain.chart
     assert chart is not None
     flux, _ = _flux(attached, domain, chart)

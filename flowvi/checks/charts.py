@@ -57,7 +57,7 @@ class Chart:
         return np.where(below & above, between, np.where(below, y, np.where(above, -y, 0 * y))).sum(-1)
 
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """The least and the largest y at which a double tells x well apart from a bound."""
+        """The least and the largest y at which a double can distinguish x from a bound."""
         if self.simplex:
             return np.array(-np.inf), np.array(np.inf)
         below, above = np.isfinite(self.low), np.isfinite(self.high)
@@ -68,7 +68,7 @@ class Chart:
         return low, high
 
     def inside(self, x: np.ndarray) -> np.ndarray:
-        """Whether x is told apart from the bounds, and finite."""
+        """Whether x is distinct from the bounds, and finite."""
         with np.errstate(invalid="ignore"):
             ok = np.isfinite(x) & (x > 0 if self.simplex else (x > self.low) & (x < self.high))
         return ok.all(-1)
@@ -83,7 +83,7 @@ class Coordinates:
 
     @classmethod
     def fitted(cls, y: np.ndarray) -> Coordinates:
-        """To samples (n, *batch, d)."""
+        """Coordinates fitted to samples (n, *batch, d)."""
         centre = np.quantile(y, 0.5, axis=0)
         near = np.clip(y, *np.quantile(y, [0.1, 0.9], axis=0)) - centre
         covariance = (near[..., :, None] * near[..., None, :]).mean(0)

@@ -1,4 +1,4 @@
-"""The battery of costs whose mean gradients are checked."""
+"""The costs whose mean gradients are checked."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _around(y: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def sampler(attached: Attached, domain: Domain, costs: Costs, proposed: tuple[np.ndarray, np.ndarray]) -> Condition:
-    """Weighted means of the costs over draws, against those by the rule (the mean weight, where there is none)."""
+    """Weighted means of the costs over draws, compared with those by the rule; without a rule, the mean weight."""
     site, (x, w) = domain.site, proposed
     terms = w * costs.at(x)
     if domain.rule is None:

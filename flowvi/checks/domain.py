@@ -92,7 +92,7 @@ class Domain:
         return np.where((mass > NEGLIGIBLE)[..., None], x, self.middle), mass
 
     def half(self, y: np.ndarray) -> np.ndarray | None:
-        """In two dimensions every other point, as on a chessboard: a rule of its own."""
+        """In two dimensions every other point, as on a chessboard, which is a rule as well."""
         return None if self.site.discrete or y.shape[-1] < 2 else np.indices((SIDE, SIDE)).sum(0).reshape(-1) % 2 == 1
 
     def _sum(self) -> Rule | None:

@@ -16,7 +16,7 @@ from flowvi.checks.report import Condition
 from flowvi.ops import Array
 
 Z = 5.0  # the largest z-score
-CHUNKS = 50  # of the samples, whose means tell the standard error
+CHUNKS = 50  # groups of samples, whose means give the standard error
 
 Means = tuple[np.ndarray, np.ndarray]
 
@@ -54,7 +54,7 @@ def conditions(attached: Attached, domain: Domain, costs: Costs, proposed: tuple
     i = (i[0] + 1, *i[1:])
     who, z = f"parameter {site.labels[i[-1]]}", "" if exact else f" (|z| = {size:.1f})"
     found = f"{who}: at the cost {costs.names[i[0]]} of the {'angle' if site.on_circle else 'standardized value'} the mean estimate is "
-    found += f"{estimate[i]:.6g}, the derivative of the mean cost {truth[i]:.6g} {by}{z}; mend the other conditions first."
+    found += f"{estimate[i]:.6g}, the derivative of the mean cost {truth[i]:.6g} {by}{z}; correct the other conditions first."
     yield condition("unbiased", size, found, who)
 
 

@@ -195,12 +195,12 @@ def elementwise(attached: Attached, x: np.ndarray) -> Condition:
 PSI = {
     "pathwise": (
         "psi is declared 0 (the field as pathwise, or the law of S(x) as free of the parameters); as it was declared it",
-        "give the divergence or leave it to the default, or say exact=False; or mend the field",
+        "give the divergence or leave it to the default, or set exact=False; or correct the field",
     ),
     "score": ("psi", "see log_prob"),
     "divergence": (
         "psi = div u + u . grad log p + d_theta log p",
-        "mend divergence(x, p, dtheta), or leave it out: the default is exact",
+        "correct divergence(x, p, dtheta), or leave it out: the default is exact",
     ),
 }
 

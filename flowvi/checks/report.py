@@ -10,7 +10,7 @@ class Condition:
     """One condition of an unbiased estimator.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         holds: Whether it holds; None where it was not checked.
         found: The largest discrepancy and where it is, or why it was not checked.
     """

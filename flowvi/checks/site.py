@@ -32,8 +32,8 @@ class PerturbedSite:
         start: The parameters at the point to check.
         enters: Whether the estimator acts on the base sample of a plain transformed distribution.
         tolerance: The largest discrepancy, relative to the size of the terms.
-        num_samples: How many samples where a mean is not an integral or a sum.
-        seed: Of all draws.
+        num_samples: How many samples, where a mean is computed by sampling.
+        seed: The seed of all draws.
     """
 
     host: Host
@@ -105,7 +105,7 @@ class PerturbedSite:
         """Points (n, d) for every element of the batch."""
         return np.broadcast_to(k.reshape((len(k), *[1] * len(self.batch), -1)), (len(k), *self.batch, k.shape[-1])).copy()
 
-    # ---- what samples tell
+    # ---- from samples
 
     @cached_property
     def draws(self) -> np.ndarray:

@@ -27,9 +27,9 @@ class Auto(Estimator):
         ...     numpyro.sample("x", dist.Normal(0.0, 1.0))
         ...     numpyro.sample("k", dist.Poisson(2.0))
         >>> print(TraceFlow_ELBO().describe(program, program))  # with the default estimator Auto()
-        site  estimator  said in  distribution  parameters  plates
-        x     RP()       default  Normal        loc, scale
-        k     LR()       default  Poisson       rate
+        site  estimator  given by  distribution  parameters  plates
+        x     RP()       default   Normal        loc, scale
+        k     LR()       default   Poisson       rate
 
     References:
         Schulman, Heess, Weber and Abbeel 2015.

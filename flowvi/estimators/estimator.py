@@ -1,4 +1,4 @@
-"""The protocol of an estimator, and what it makes of a draw.
+"""The protocol of an estimator, and the draw that it returns.
 
 An estimator never draws: the host does. :func:`attach` returns the same number with the right derivatives, a score and a weight.
 """
@@ -24,7 +24,7 @@ class Draw(NamedTuple):
         value: The value of the site; its tangent is the velocity.
         score: Batch shape of the site, with the tangent psi; its value has no meaning. None where psi is identically 0.
         log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
-        log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the score needed it anyway.
+        log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the estimator has computed it.
         baseline: Makes the records of the score after the run, with the estimator's own baseline; None where it has none.
         comparison: How the cost is compared at several values of the site; None where it is not.
         control: Batch shape of the site, value 0 and a tangent of mean 0, which the objective adds to its costs; None where absent.
@@ -40,7 +40,7 @@ class Draw(NamedTuple):
 
 
 class Estimator(ABC):
-    """One gradient estimator for one site: the protocol of :class:`LR`, :class:`RP`, :class:`ImplicitRP`, :class:`Flow`.
+    """One gradient estimator for one site: the protocol of :class:`~flowvi.LR`, :class:`~flowvi.RP` and the others.
 
     An estimator is a frozen dataclass.
 
@@ -48,8 +48,8 @@ class Estimator(ABC):
         q: A function ``q(p) -> distribution`` that proposes the samples, or None for q = p.
         enters: Whether it acts on the base sample of a plain ``TransformedDistribution`` (or on the outermost value).
         compares: Whether it compares the cost at several values of its site, so that it runs the program several times.
-        uses_sampler: Whether the derivative is that of the host's own sampler, so that there is nothing to attach.
-        baseline: What is subtracted from the costs that multiply the score, or None to leave that to the objective.
+        uses_sampler: Whether the derivative is that of the host's own sampler, so that nothing has to be attached.
+        baseline: What is subtracted from the costs that multiply the score; None for the objective's baseline.
     """
 
     q: Callable[[Any], Any] | None
@@ -68,7 +68,7 @@ class Estimator(ABC):
         return f"{type(self).__name__}({', '.join(arguments)})"
 
     def resolve(self, target: Target) -> Estimator:
-        """The estimator that acts at ``target``: itself, except for :class:`Auto`."""
+        """The estimator that acts at ``target``: itself, except for :class:`~flowvi.Auto`."""
         return self
 
     def psi_is_zero(self, target: Target) -> bool:
@@ -80,7 +80,7 @@ class Estimator(ABC):
         return self if self.q is None else replace(self, q=None)  # type: ignore[type-var]
 
     def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
-        """The parameters that it learns at ``target``, by name; the host keeps them and hands them in as ``target.learned``."""
+        """The parameters that it learns at ``target``, by name; the host passes their values as ``target.learned``."""
         return {}
 
     def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:
@@ -130,7 +130,7 @@ def refuse_moving_support(target: Target, what: str) -> None:
     if bounds := target.moving_bounds():
         target.refuse(
             f"{what} is biased where the support moves with a parameter, but that of {target.family} moves with {', '.join(bounds)} "
-            "(a traced bound counts as live); use RP() or ImplicitRP(), or make the bound a constant."
+            "(or may, where it is traced); use RP() or ImplicitRP(), or make the bound a constant."
         )
 
 

@@ -1,4 +1,4 @@
-"""The probability-flow estimator: a velocity field of the user's, with the score that goes with it."""
+"""The probability-flow estimator: the user's velocity field, with the score term that makes it unbiased."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flowvi.target import Target
 
 @dataclass(frozen=True, repr=False)
 class _FieldEstimator(Estimator):
-    """What a :class:`Flow` holds, however its constructor was given the field."""
+    """The fields of a :class:`Flow`, apart from its constructor, which also takes functions per parameter."""
 
     velocity: Field
     q: Callable[[Any], Any] | None = None
@@ -32,7 +32,7 @@ class Flow(_FieldEstimator):
     flow.) Two forms:
 
     * ``Flow(loc=u_loc, scale=u_scale)``: one function ``u(x, p)`` per parameter, elementwise in x. A parameter that is not
-      named has u = 0, that is LR. It is short for ``Flow(fields.per_element(loc=u_loc, scale=u_scale))``.
+      named has u = 0, as in LR. This is short for ``Flow(fields.per_element(loc=u_loc, scale=u_scale))``.
     * ``Flow(velocity)``: ``velocity(x, p, dtheta) -> dx``, for parameters that couple. ``dtheta`` holds a tangent for each
       parameter by name; dx has the shape of x and must be linear in dtheta.
 
@@ -59,6 +59,7 @@ class Flow(_FieldEstimator):
         Halfway between LR and RP for a Normal:
 
         >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
         >>> from flowvi import LR, RP, Flow, plot
         >>> half = Flow(loc=lambda x, p: 0.5, scale=lambda x, p: 0.5 * (x - p.loc) / p.scale)
         >>> samples = [plot.gradient_samples(dist.Normal(0.5, 1.0), e, "loc", lambda x: 3.0 * x) for e in (LR(), half, RP())]
@@ -90,8 +91,10 @@ class Flow(_FieldEstimator):
             raise TypeError(f"Flow's divergence is a function, 'pathwise' or None; found {divergence!r}.")
         if velocity is None:
             field = per_element(**per_parameter)
+        elif isinstance(velocity, Field):
+            field = velocity
         else:
-            field = velocity if isinstance(velocity, Field) else Field(velocity, divergence, name=name_of(velocity))
+            field = Field(velocity, divergence, name=name_of(velocity) if divergence is None else "")
         super().__init__(field, q, baseline)
 
     def psi_is_zero(self, target: Target) -> bool:
@@ -115,7 +118,7 @@ class Flow(_FieldEstimator):
 
 
 def _velocity_and_divergence(ops: Ops, target: Target, field: Field, x: Array) -> tuple[Array, Array | None]:
-    """The velocity and what has its divergence as its tangent, linear in dtheta."""
+    """The velocity, and an array whose tangent is its divergence, linear in dtheta."""
     dtheta = Tangents(ops, target)
     if field.families and target.family not in field.families:
         target.refuse(f"the field {field} is for {', '.join(field.families)}; found {target.family}.")

@@ -37,6 +37,7 @@ class ImplicitRP(Estimator):
         is 3 pi / sqrt(3) = 5.44.
 
         >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
         >>> from flowvi import ImplicitRP, plot
         >>> def standardize(x, p):
         ...     return (x - p.loc) / p.scale

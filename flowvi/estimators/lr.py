@@ -38,6 +38,7 @@ class LR(Estimator):
         The gradient of E[3 x] under a Bernoulli, in its probability: 3 / 0.4 where x is 1, and 0 where it is 0.
 
         >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
         >>> from flowvi import LR, plot
         >>> samples = plot.gradient_samples(dist.Bernoulli(probs=0.4), LR(), "probs", lambda x: 3.0 * x)
         >>> sorted(set(samples.round(4).tolist()))

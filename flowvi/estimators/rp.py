@@ -23,8 +23,8 @@ class RP(Estimator):
 
     With a control variate, :math:`\nabla_\theta (E_p[f] - f(T(\epsilon;\theta)))` is added, where f is a polynomial model of the
     cost, whose mean under a Normal is known. Its coefficients are learned while SVI runs, by the user's own optimizer and from the
-    same backward pass: they descend the second moment of the gradient in the site's parameters. They are parameters of the program,
-    so that in NumPyro the guide is passed to ``SVI`` as ``flowvi.numpyro.adaptive(guide, elbo)``.
+    same backward pass: they minimize the second moment of the gradient in the site's parameters. They are parameters of the program.
+    In NumPyro, pass ``flowvi.numpyro.adaptive(guide, elbo)`` to ``SVI`` as the guide.
 
     **Requirements**: a reparameterized sampler with an unbiased derivative, and a cost without jumps in x (on a circle: a periodic
     one). With ``q``, a known standardization or a differentiable cdf. With ``control_variate``, a Normal or MultivariateNormal and
@@ -33,10 +33,10 @@ class RP(Estimator):
     Args:
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
         force: Trust the derivative of the host's sampler where its flag denies that there is one.
-        control_variate: ``"quadratic"``: the model couples all coordinates of the site's event, and has their number squared of
-            coefficients; ``"diagonal"``: each by itself; ``"cubic"``: the quadratic one, with up to four directions along which the
-            curvature changes. A batch dim is no event, also outside of a plate (as NumPyro's AutoDiagonalNormal has one): nothing is
-            coupled along it. None: no control variate.
+        control_variate: ``"quadratic"``: the model couples all coordinates of the site's event, with a coefficient for each pair;
+            ``"diagonal"``: it couples none; ``"cubic"``: the quadratic model, with up to four directions along which the curvature
+            changes. Nothing is coupled along a batch dim, also outside of a plate (NumPyro's AutoDiagonalNormal has such a dim).
+            None: no control variate.
 
     Raises:
         TypeError: A control variate that does not exist, or one beside ``q``.
@@ -47,6 +47,7 @@ class RP(Estimator):
         The gradient of E[x^2] under a Normal, in its location, is 2 x for each sample.
 
         >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
         >>> from flowvi import RP, plot
         >>> samples = plot.gradient_samples(dist.Normal(0.5, 1.0), RP(), "loc", lambda x: x**2)
         >>> bool(abs(samples.mean() - 1.0) < 0.1), round(float(samples.std()), 1)
@@ -84,7 +85,7 @@ class RP(Estimator):
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         model = None if self.control_variate is None else CostModel(ops, target, self.control_variate)
-        if model is None or target.learned is None:  # its coefficients are 0 then
+        if model is None or target.learned is None:  # without learned values its coefficients are 0
             return ImplicitRP(target.standardization(ops)).attach(ops, target, x)
         value, control = model.attach(x)
         return Draw(target.push(value), control=control)

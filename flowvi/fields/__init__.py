@@ -5,8 +5,8 @@ A velocity field u says how the samples of p move with its parameters. Most fiel
     psi = div u + u . grad_x log p + d_theta log p = 0
 
 so that the estimator has no score term (it is *pathwise*, the reparameterization gradient); for the others psi is computed from
-the divergence. Each field serves the families that it names, in both hosts and whatever the parameterisation, and acts along
-those of their parameters that carry a derivative. Written once over the operations of a backend.
+the divergence. Each field is for the families that its docstring names, in both hosts and in any parameterisation. It acts along the
+parameters that carry a derivative. Fields are written once, over the operations of a backend.
 """
 
 from flowvi.fields.beta import beta_g_rep, beta_implicit, dirichlet, student_t

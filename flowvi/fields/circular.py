@@ -6,7 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
-from flowvi.family import served_by
+from flowvi.family import families_with
 from flowvi.fields.field import Elementwise, Field, _of_parts, _parts
 from flowvi.ops import Array, Ops
 
@@ -28,10 +28,15 @@ def von_mises(cut: float | None = None) -> Field:
         The field of a VonMises.
 
     Example:
-        >>> import math
-        >>> from flowvi import Flow, fields
-        >>> Flow(fields.von_mises(cut=math.pi))
-        Flow(velocity=von_mises(cut=3.141592653589793))
+        E[cos x] is I_1 / I_0, whose derivative at concentration 2 is 0.164:
+
+        >>> import jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
+        >>> samples = plot.gradient_samples(dist.VonMises(0.0, 2.0), Flow(fields.von_mises()), "concentration", jnp.cos)
+        >>> bool(abs(samples.mean() - 0.164) < 0.01)
+        True
 
     References:
         Figurnov, Mohamed and Mnih 2018, for the concentration. Parmas and Sugiyama 2021, eq. 19.
@@ -44,7 +49,7 @@ def von_mises(cut: float | None = None) -> Field:
 
     parts = _parts(u if cut is None else {name: partial(without_flux, u_of) for name, u_of in u.items()})
     name = "von_mises()" if cut is None else f"von_mises(cut={cut})"
-    return _of_parts(name, served_by(von_mises), lambda p: parts, rides=False)
+    return _of_parts(name, families_with(von_mises), lambda p: parts, rides=False)
 
 
 def _von_mises_concentration(ops: Ops, x: Array, p: Any) -> Array:

@@ -25,9 +25,16 @@ def scaled(a: float | Array, field: Field | Velocity) -> Field:
         The field.
 
     Example:
-        >>> from flowvi import Flow, fields
-        >>> Flow(fields.scaled(0.5, fields.location_scale()))
-        Flow(velocity=scaled(0.5, location_scale()))
+        The gradient of E[3 x] in loc, with less and less noise from LR (a = 0) to RP (a = 1):
+
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
+        >>> def noise(a):
+        ...     flow = Flow(fields.scaled(a, fields.location_scale()))
+        ...     return plot.gradient_samples(dist.Normal(0.0, 1.0), flow, "loc", lambda x: 3.0 * x).std()
+        >>> bool(noise(0.0) > noise(0.5) > noise(1.0))
+        True
 
     References:
         Parmas and Sugiyama 2021, eq. 19 with u = a u_RP.
@@ -62,11 +69,17 @@ def masked(m: Callable[[Array, Any], Array], field: Field | Velocity) -> Field:
         ValueError: At the first run, naming the site, where m mixes the coordinates of a scalar family.
 
     Example:
-        >>> from flowvi import Flow, fields
+        P(x > 0) jumps at 0, where the mask is 0; its derivative in loc is 0.399 at loc = 0:
+
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
         >>> def away_from_zero(x, p):
         ...     return x**2 / (1 + x**2)
-        >>> Flow(fields.masked(away_from_zero, fields.location_scale()))
-        Flow(velocity=masked(away_from_zero, location_scale()))
+        >>> flow = Flow(fields.masked(away_from_zero, fields.location_scale()))
+        >>> samples = plot.gradient_samples(dist.Normal(0.0, 1.0), flow, "loc", lambda x: 1.0 * (x > 0))
+        >>> bool(abs(samples.mean() - 0.399) < 0.02)
+        True
 
     References:
         Parmas and Sugiyama 2021, eq. 19 with u = m(x) u_RP.
@@ -90,7 +103,7 @@ def masked(m: Callable[[Array, Any], Array], field: Field | Velocity) -> Field:
 def summed(*fields: Field | Velocity) -> Field:
     r"""The sum of fields: u = sum_k u_k, psi = s + sum_k (psi_k - s), where s is the score.
 
-    It joins fields of different parameters, or adds one that carries no mass (psi_k = s) to a pathwise one. The average of two pathwise
+    It joins fields of different parameters, or adds one that moves no mass (psi_k = s) to a pathwise one. The average of two pathwise
     fields is ``summed(scaled(0.5, f), scaled(0.5, g))``.
 
     **Requirements**: those of every field, and a support that does not move.
@@ -102,9 +115,15 @@ def summed(*fields: Field | Velocity) -> Field:
         The field.
 
     Example:
-        >>> from flowvi import Flow, fields
-        >>> Flow(fields.summed(fields.per_element(loc=lambda x, p: 1.0), fields.per_element(scale=lambda x, p: 0.5 * x)))
-        Flow(velocity=summed(per_element(loc=<lambda>), per_element(scale=<lambda>)))
+        One field for loc and another one for scale. The gradient of E[x^2] in scale is 2 scale:
+
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
+        >>> field = fields.summed(fields.per_element(loc=lambda x, p: 1.0), fields.per_element(scale=lambda x, p: 0.5 * x))
+        >>> samples = plot.gradient_samples(dist.Normal(0.0, 1.5), Flow(field), "scale", lambda x: x**2)
+        >>> bool(abs(samples.mean() - 3.0) < 0.3)
+        True
 
     References:
         Parmas and Sugiyama 2021, eq. 19, which is affine in u.
@@ -121,7 +140,7 @@ def summed(*fields: Field | Velocity) -> Field:
 
 
 def per_element(**u: Callable[[Array, Any], Array]) -> Field:
-    r"""The field of ``Flow(loc=..., scale=...)``, as a value that can be combined: u = sum_i u_i(x, p) dtheta_i.
+    r"""The field of ``Flow(loc=..., scale=...)``, for use in combinations: u = sum_i u_i(x, p) dtheta_i.
 
     psi follows by automatic derivatives. ``Flow(loc=u)`` is ``Flow(per_element(loc=u))``.
 
@@ -138,8 +157,10 @@ def per_element(**u: Callable[[Array, Any], Array]) -> Field:
 
     Example:
         >>> from flowvi import Flow, fields
-        >>> Flow(fields.scaled(2.0, fields.per_element(loc=lambda x, p: 0.5)))
-        Flow(velocity=scaled(2.0, per_element(loc=<lambda>)))
+        >>> def half(x, p):
+        ...     return 0.5
+        >>> Flow(loc=half) == Flow(fields.per_element(loc=half))
+        True
 
     References:
         Parmas and Sugiyama 2021, eq. 19.
@@ -154,7 +175,7 @@ def _as_field(field: Field | Velocity) -> Field:
 
 
 def _combined(name: str, velocity: Velocity, divergence: Velocity, *parts: Field) -> Field:
-    """A combination of fields: for the families that all of them serve, with an automatic divergence where every part has one."""
+    """A combination of fields, for the families that all of them are for; its divergence is automatic if that of every part is."""
     named = [part.families for part in parts if part.families]
     families = tuple(f for f in named[0] if all(f in other for other in named)) if named else ()
     automatic = all(part.divergence is None for part in parts)
@@ -162,7 +183,7 @@ def _combined(name: str, velocity: Velocity, divergence: Velocity, *parts: Field
 
 
 def _divergence(field: Field, x: Array, p: Any, dtheta: Tangents) -> Array:
-    """The divergence; of a pathwise field from its transport equation, - (u . grad log p + d_theta log p)."""
+    """The divergence; for a pathwise field by its transport equation, - (u . grad log p + d_theta log p)."""
     ops, target = dtheta.ops, dtheta.target
     if callable(field.divergence):
         return field.divergence(x, p, dtheta)
@@ -175,5 +196,5 @@ def _divergence(field: Field, x: Array, p: Any, dtheta: Tangents) -> Array:
 
 
 def _per_event(a: Array, p: Any) -> Array:
-    """An array over the batch of x, as one over x."""
+    """An array over the batch of x, in a shape that broadcasts to x."""
     return a.reshape((*a.shape, *(1,) * len(p.event_shape))) if a.ndim else a

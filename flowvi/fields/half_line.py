@@ -1,4 +1,4 @@
-"""Integrals over the half-line of what decays exponentially, by the double-exponential rule."""
+"""Integrals over the half-line of functions that decay exponentially, by the double-exponential rule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NODES, WEIGHTS = _rule()
 
 
 def integral(ops: Ops, f: Callable[[Array], Array], width: Array) -> Array:
-    """The integral over (0, inf) of an f that decays on the scale ``width``; f maps an array with one more axis to the same shape."""
+    """The integral over (0, inf) of an f that decays on the scale ``width``; f keeps the shape of an array with another axis."""
     r = width[..., None] * ops.asarray(NODES, width)
     return width * (f(r) * ops.asarray(WEIGHTS, width)).sum(-1)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from flowvi.family import family_of, served_by
+from flowvi.family import families_with, family_of
 from flowvi.fields.field import Elementwise, Field, Part, _total
 from flowvi.ops import Array, Ops
 from flowvi.tangents import Tangents
@@ -17,7 +17,7 @@ def implicit() -> Field:
 
     It is what ``ImplicitRP()`` does, as a field that can be scaled and masked. It is the only pathwise field without flux at the
     ends of the support, and rides the bounds. For univariate mixtures (``MixtureSameFamily``, NumPyro's ``MixtureGeneral``) it moves
-    the mixing logits and the components at once; :func:`mixture` serves more dimensions.
+    the mixing logits and the components at once; :func:`mixture` works in any number of dimensions.
 
     **Requirements**: a cdf that the host can differentiate in the live parameters; a cost without jumps.
 
@@ -28,9 +28,14 @@ def implicit() -> Field:
         ValueError: At the first run, naming the site: no cdf, or none with a derivative in a live parameter.
 
     Example:
-        >>> from flowvi import Flow, fields
-        >>> Flow(fields.scaled(0.5, fields.implicit()))
-        Flow(velocity=scaled(0.5, implicit()))
+        For a location, u is 1:
+
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
+        >>> samples = plot.gradient_samples(dist.Logistic(0.5, 2.0), Flow(fields.implicit()), "loc", lambda x: 3.0 * x)
+        >>> samples[:3].round(2).tolist()
+        [3.0, 3.0, 3.0]
 
     References:
         Figurnov, Mohamed and Mnih 2018. Parmas and Sugiyama 2021, section 2.3.
@@ -81,9 +86,18 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
         ValueError: At the first run, naming the site: components that are no products, or that have no cdf.
 
     Example:
-        >>> from flowvi import Flow, fields
-        >>> Flow(fields.mixture(orders=[(0, 1), (1, 0)]))
-        Flow(velocity=mixture(orders=[(0, 1), (1, 0)]))
+        E[x] of two Normals at -1 and 1, whose logits are t and 0, has the derivative -1/2 in t at 0:
+
+        >>> import jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
+        >>> def move(t):
+        ...     components = dist.Normal(jnp.array([-1.0, 1.0]), 0.5)
+        ...     return dist.MixtureSameFamily(dist.Categorical(logits=t * jnp.array([1.0, 0.0])), components)
+        >>> samples = plot.gradient_samples(move(0.0), Flow(fields.mixture()), move, lambda x: x)
+        >>> bool(abs(samples.mean() + 0.5) < 0.02)
+        True
 
     References:
         Jankowiak and Karaletsos 2019, for pairs of components. Parmas and Sugiyama 2021, eq. 19.
@@ -129,7 +143,7 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
         else:
             dcdf = dtheta.of(lambda p: at_x(cdf, p))
             if dcdf is not None:
-                terms.append((ops.exp((joint - log_p)[..., None] - density) * -dcdf).sum(-2))  # far out, density itself is 0
+                terms.append((ops.exp((joint - log_p)[..., None] - density) * -dcdf).sum(-2))  # in logs: the density may underflow
         if not terms:
             return ops.asarray(0.0, x)
         return _total(terms)[..., 0] if scalar else _total(terms)
@@ -138,7 +152,7 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
         return {} if len(p.event_shape) else _mixture_parts(p, components)
 
     arguments = [f"orders={orders}"] * (orders is not None) + [f"components={components}"] * (components is not None)
-    return Field(velocity, "pathwise", families=served_by(mixture), name=f"mixture({', '.join(arguments)})", parts=parts)
+    return Field(velocity, "pathwise", families=families_with(mixture), name=f"mixture({', '.join(arguments)})", parts=parts)
 
 
 def _mixture_parts(p: Any, field: Field | None) -> dict[str, Part]:

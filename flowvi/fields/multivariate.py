@@ -6,7 +6,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
-from flowvi.family import served_by
+from flowvi.family import families_with
 from flowvi.fields.field import Field, _total
 from flowvi.ops import Array, Ops
 from flowvi.tangents import Tangents
@@ -29,9 +29,17 @@ def multivariate_normal(null: Null | None = None) -> Field:
         The field of a MultivariateNormal; without ``null``, the same as that of the hosts' samplers.
 
     Example:
-        >>> from flowvi import Flow, fields
-        >>> Flow(fields.multivariate_normal())
-        Flow(velocity=multivariate_normal())
+        E[x . x] is the sum of the variances, here 2 (1 + t)^2:
+
+        >>> import jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
+        >>> def move(t):
+        ...     return dist.MultivariateNormal(jnp.zeros(2), scale_tril=(1 + t) * jnp.eye(2))
+        >>> samples = plot.gradient_samples(move(0.0), Flow(fields.multivariate_normal()), move, lambda x: (x**2).sum(-1))
+        >>> bool(abs(samples.mean() - 4.0) < 0.1)
+        True
 
     References:
         Jankowiak and Obermeyer 2018, section 4.3; Jankowiak and Karaletsos 2019, for the null field.
@@ -40,7 +48,7 @@ def multivariate_normal(null: Null | None = None) -> Field:
     def linear(ops: Ops, p: Any, dtril: Array, eps: Array) -> Array:
         return _times(dtril, eps)
 
-    return _multivariate_normal("multivariate_normal", served_by(multivariate_normal), linear, null)
+    return _multivariate_normal("multivariate_normal", families_with(multivariate_normal), linear, null)
 
 
 def multivariate_normal_transport(null: Null | None = None) -> Field:
@@ -58,9 +66,17 @@ def multivariate_normal_transport(null: Null | None = None) -> Field:
         The field of a MultivariateNormal.
 
     Example:
-        >>> from flowvi import Flow, fields
-        >>> Flow(fields.multivariate_normal_transport())
-        Flow(velocity=multivariate_normal_transport())
+        E[x . x] is the sum of the variances, here 2 (1 + t)^2:
+
+        >>> import jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import Flow, fields, plot
+        >>> def move(t):
+        ...     return dist.MultivariateNormal(jnp.zeros(2), scale_tril=(1 + t) * jnp.eye(2))
+        >>> samples = plot.gradient_samples(move(0.0), Flow(fields.multivariate_normal_transport()), move, lambda x: (x**2).sum(-1))
+        >>> bool(abs(samples.mean() - 4.0) < 0.1)
+        True
 
     References:
         Jankowiak and Obermeyer 2018, section 4.3.
@@ -72,7 +88,7 @@ def multivariate_normal_transport(null: Null | None = None) -> Field:
         m = v @ ((v.mT @ (half + half.mT) @ v) / (d[..., None, :] + d[..., :, None])) @ v.mT
         return _times(m, _times(p.scale_tril, eps))
 
-    return _multivariate_normal("multivariate_normal_transport", served_by(multivariate_normal_transport), linear, null)
+    return _multivariate_normal("multivariate_normal_transport", families_with(multivariate_normal_transport), linear, null)
 
 
 def _multivariate_normal(

@@ -20,13 +20,13 @@ class CostModel:
 
         h = B z + W q,    q_r = (v_r . z)^2 - E[(v_r . z)^2],
 
-    which without W, as it is unless the model is cubic, and for a symmetric B is that of f = b . z + z . B z / 2. In units of s the
+    which for a symmetric B and without W (only the cubic model has it) is that of f = b . z + z . B z / 2. In units of s the
     sample x = loc + L eps moves by dloc + dM eps, with M = L / s, and
 
         grad (E[f] - f(x)) = <B M, dM> - (b + h) . dM eps - h . dloc.
 
     At a mean-field site M is the unit matrix and dM diagonal. The mean is 0 whatever b, B, W and v are, so that b + h may model any
-    gradient of the cost, and none is made symmetric. They descend the second moment of the gradient in dloc and dM, which is quadratic
+    gradient of the cost, and none is made symmetric. They minimize the second moment of the gradient in dloc and dM, which is quadratic
     in b, B and W.
 
     Args:
@@ -48,7 +48,7 @@ class CostModel:
         self.directions = min(DIRECTIONS, self.shape[-1]) if kind == "cubic" else 0
 
     def learns(self) -> dict[str, Learned]:
-        """The coefficients, a row for each coordinate: b, B, W and v. They are 0 at first, except for the directions, cosine waves."""
+        """The coefficients, a row for each coordinate: b, B, W and v. Initially 0, except for the directions: cosine waves."""
         ops, target, size = self.ops, self.target, self.shape[-1]
         zeros = 2 if self.diagonal else 1 + size + self.directions
         own = (size, zeros + self.directions)
@@ -81,7 +81,7 @@ class CostModel:
 
     @property
     def _own_weight(self) -> float | None:
-        """By how much the site's own log density counts, where that is one number."""
+        """The factor of the site's own log density, where that is one number."""
         own_density = self.target.own_density
         return own_density if isinstance(own_density, (int, float)) else None
 
@@ -93,7 +93,7 @@ class CostModel:
             g_loc = s v - c h,    g_M = (s v - c (b + h)) eps^T + c B M,
 
         and g is that with the gradient of the site's own log density. k = -2 c g is then the derivative of the sum of g^2 in what c
-        multiplies: by b + h it is k_M eps, by h alone k_loc more, by B M it is -k_M.
+        multiplies: in b + h it is k_M eps, in h alone there is also k_loc, in B M it is -k_M.
         """
         (through, unit), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
         unit = unit[..., None]
@@ -147,7 +147,7 @@ class CostModel:
         return _Model(b, slope[..., : -self.directions], bend, _Cubic(slope[..., -self.directions :], squares, excess))
 
     def _of_coefficients(self, model: _Model, of_b: Array, of_bend: Array, z: Array, of_curvature: Array) -> Array:
-        """The derivative in all coefficients from those in b and in h, and minus that in B (or its diagonal) by itself."""
+        """The derivative in all coefficients from those in b and in h, and minus that in B (or its diagonal) alone."""
         ops = self.ops
         if self.diagonal:
             return ops.stack([of_b, of_bend * z - of_curvature], -1)

@@ -1,4 +1,4 @@
-"""What an estimator learns while SVI runs, as the adapters keep it."""
+"""A parameter that an estimator learns while SVI runs; the adapters register it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Learned(NamedTuple):
 
     Attributes:
         initial: Makes its initial value. The dims on the left are those of the site's batch shape, at the full sizes of its plates.
-        event_shape: Of the dims on the right that are no batch dims of the site.
+        event_shape: The shape of the dims on the right that are not batch dims of the site.
     """
 
     initial: Callable[[], Array]

@@ -93,12 +93,12 @@ class NumPyroTarget(Target):
 
     @contextmanager
     def probe(self, x):
-        """Under ``jit`` no value is known, so that made-up numbers stand in for the traced ones."""
+        """Under ``jit`` no value is known, so made-up numbers replace the traced ones."""
         with jax.ensure_compile_time_eval():
             yield _made_up(x), jax.tree.map(_made_up, self.p0)
 
     def moving_bounds(self):
-        """Under ``jit`` every bound is traced; those on which no parameter and no draw has an influence count as fixed."""
+        """Under ``jit`` every bound is traced; those that no parameter and no draw influences count as fixed."""
         bounds, moving_leaves = super().moving_bounds(), _ATTACHING.get()
         if not bounds or moving_leaves is None:
             return bounds
@@ -108,9 +108,10 @@ class NumPyroTarget(Target):
             return bounds
         with jax.ensure_compile_time_eval():
             p = jax.tree.unflatten(tree, [leaf if moving else _made_up(leaf) for leaf, moving in zip(leaves, moves, strict=True)])
-            return NumPyroTarget(self.name, p, enters=False, validate=False)._bounds_as_they_are()
+            return NumPyroTarget(self.name, p, enters=False, validate=False)._traced_bounds()
 
-    def _bounds_as_they_are(self):
+    def _traced_bounds(self):
+        """The bounds that are traced."""
         return super().moving_bounds()
 
     def sample(self, q: Any, key: jax.Array) -> jax.Array:
@@ -121,9 +122,9 @@ class NumPyroTarget(Target):
 class Estimated(dist.Distribution):
     r"""A distribution that carries its own gradient estimator: ``Estimated(dist.Normal(loc, scale), LR())``.
 
-    Inside ``TraceFlow_ELBO`` its site is served by ``estimator``, in ``scan`` and ``cond`` too, where handlers do not reach. Everywhere
-    else it is ``base_dist``: it draws from p (never from a proposal q), and its ``log_prob`` is p's. NumPyro's own ELBOs ignore
-    score terms, so that they treat it as ``base_dist``.
+    Inside ``TraceFlow_ELBO``, ``estimator`` acts at its site, also in ``scan`` and ``cond``, where handlers do not reach. Everywhere
+    else it behaves as ``base_dist``: it draws from p (never from a proposal q), and its ``log_prob`` is p's. NumPyro's own ELBOs
+    ignore score terms, so that they treat it as ``base_dist``.
 
     **Requirements**: those of the estimator. It wraps a whole distribution; ``to_event``, ``expand`` and ``mask`` may follow.
 
@@ -211,7 +212,7 @@ def attaching(moving_leaves: MovingLeaves | None):
     """While one of flowvi's objectives runs a program, :class:`Estimated` attaches derivatives when it is sampled.
 
     Args:
-        moving_leaves: ``moving_leaves(name, enters)`` tells which arrays of a site's family a parameter has an influence on, as
+        moving_leaves: ``moving_leaves(name, enters)`` returns which arrays of a site's family a parameter influences, see
             :meth:`flowvi.numpyro.run.NumPyroProgram.moving_leaves`; None: no objective runs.
     """
     token = _ATTACHING.set(moving_leaves)
@@ -222,7 +223,7 @@ def attaching(moving_leaves: MovingLeaves | None):
 
 
 def _made_up(leaf: Any) -> Any:
-    """A number in the place of a traced one; what is known stays as it is."""
+    """Made-up numbers in place of a traced array; any other value as it is."""
     if not isinstance(leaf, Tracer):
         return leaf
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -250,7 +251,7 @@ def _kl_divergence(p, q):
     return dist.kl_divergence(*(d.base_dist if isinstance(d, Estimated) else d for d in (p, q)))
 
 
-_kl_divergence.__name__ = "kl_divergence"  # under which NumPyro's dispatcher finds it; every pair, so that none is ambiguous
+_kl_divergence.__name__ = "kl_divergence"  # the name by which NumPyro dispatches; every pair, so that none is ambiguous
 for _other in (dist.Distribution, dist.ExpandedDistribution, dist.Independent, dist.MaskedDistribution, dist.Delta):
     dispatch(Estimated, _other)(_kl_divergence)
     dispatch(_other, Estimated)(_kl_divergence)

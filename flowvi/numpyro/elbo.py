@@ -28,7 +28,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
     Its value is the host's :math:`-\sum_j W_j f_j` (all weights 1 where every q = p), its derivative
     :math:`\sum_s w\,[u\cdot\nabla\phi + \psi\,\phi]` with the u and psi of each site's estimator.
 
-    **Requirements**: those of the estimators at their distributions. First order only: the surrogate has no second derivative.
+    **Requirements**: those of the estimators at their distributions. First order only: a second derivative raises, unless all
+    sites are pathwise by the host's own sampler.
 
     Args:
         num_particles: The number of samples of the guide.
@@ -37,18 +38,18 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         sum_sites: Whether to sum over statements or to return a dict by statement (for ``evaluate``).
         estimators: A mapping from names of random sites (or of the model sites they stand for) to estimators, or a function
             of the site's message that returns an estimator or None. It is stronger than every annotation.
-        default: The estimator of a site for which none is said.
+        default: The estimator of a site for which none is given.
         entropy: ``"full"`` differentiates the guide's -log density totally; ``"stl"`` (sticking the landing) through the values
-            only, by one more run of the guide at the same values, refused where the support moves with a parameter;
+            only, by another run of the guide at the same values, refused where the support moves with a parameter;
             ``"analytic"`` takes the divergence of guide and model at a site in closed form where the host knows one.
         baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
             estimator's own ``baseline`` replaces it at its site.
         dependencies: ``"graph"``: a score or a weight multiplies the costs that share its plate element and depend on its site, as a
-            jaxpr of one more (abstract) run shows, which is made only where a site has a score or a weight; ``"plates"``: those
+            jaxpr of another (abstract) run shows, which is made only where a site has a score or a weight; ``"plates"``: those
             that come after it in program order, which takes no second run.
 
     Raises:
-        TypeError: Where something else than an estimator is given for one.
+        TypeError: Where something that is not an estimator is given as one.
         ValueError: At the first run, naming the site; see the estimators.
 
     Example:

@@ -78,7 +78,7 @@ def target_of(msg, enters: bool, plate_sizes: dict[str, int]) -> NumPyroTarget:
 
 
 def declare(msg, target: NumPyroTarget, estimator: Estimator, own_density) -> tuple[NumPyroTarget, list[str]]:
-    """Make what the estimator learns parameters of the program: the target with their values, and their names."""
+    """Register what the estimator learns as parameters of the program; returns the target with their values, and their names."""
     learns = estimator.learns(ops, target)
     with trace() as found:  # under `handlers.scope` a parameter gets another name
         values = {
@@ -89,7 +89,7 @@ def declare(msg, target: NumPyroTarget, estimator: Estimator, own_density) -> tu
 
 
 class adaptive(Messenger):
-    """The guide, with the parameters that its estimators learn as parameters of its own: pass it to ``SVI`` in the guide's place.
+    """The guide together with the parameters that its estimators learn: pass it to ``SVI`` instead of the guide.
 
     NumPyro's ``SVI`` trains the parameters that it finds when it runs guide and model for the first time, without the objective. It
     finds an estimator that learns if that is given in the objective, in the guide or by ``Estimated``.
@@ -98,7 +98,7 @@ class adaptive(Messenger):
     ``forward_mode_differentiation``.
 
     Args:
-        guide: The guide: a function or an autoguide, which stays what it is and can be used for what autoguides do.
+        guide: The guide: a function or an autoguide. It is not changed; an autoguide's methods, such as ``median``, are called on it.
         elbo: The :class:`TraceFlow_ELBO` that ``SVI`` gets.
 
     Raises:
@@ -142,7 +142,7 @@ class adaptive(Messenger):
 
 
 def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
-    """The draw of a site whose value comes out of scan or cond, where only the wrapper could act while it was drawn."""
+    """The draw of a site whose value comes out of scan or cond; only the wrapper could act when it was drawn."""
     target, estimator, choice, wrapped = visit
     if estimator.uses_sampler:
         if wrapped is not None and choice.estimator != wrapped:
@@ -180,10 +180,10 @@ class read_annotations(Messenger):
 
 
 class mark_draws(Messenger):
-    """Add a number to every draw that has one in ``marks``, so that a jaxpr shows what leads from it.
+    """Add to every draw its number in ``marks``, so that a jaxpr shows what depends on the draw.
 
-    The density of a ``scored`` site is to depend on its own mark. At another site it need not, and there may be no way but the one from
-    the base sample to it.
+    The density of a ``scored`` site has to depend on its own mark, so it is computed from the value. At another site it need not, and
+    some densities can be computed only from the intermediates of the draw.
     """
 
     def __init__(self, fn, marks, scored):
@@ -215,8 +215,8 @@ class mark_every_draw(Messenger):
 
 
 def _any_value(fn, rng_key, sample_shape, **kwargs):
-    """A value to which all parameters lead."""
+    """A value that depends on all parameters of the distribution."""
     try:
         return fn(rng_key=rng_key, sample_shape=sample_shape)
-    except NotImplementedError:  # no sampler, so that a proposal draws
+    except NotImplementedError:  # a distribution without a sampler, for which a proposal draws
         return jnp.zeros(fn.shape(sample_shape)) + sum(0 * jnp.sum(leaf) for leaf in jax.tree.leaves(fn))

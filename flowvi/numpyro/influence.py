@@ -1,4 +1,4 @@
-"""Whether a parameter has an influence on a traced array.
+"""Whether a parameter influences a traced array.
 
 Inside ``jit`` every array is a tracer: the parameters, but also a constant, a subsample of the data, or the limits of a censored
 observation. Only the jaxpr tells them apart.
@@ -16,9 +16,9 @@ MOVES = frozenset({"moves"})
 
 
 def influenced(f: Callable[..., list[jax.Array]], movers: Any, fixed: Any) -> list[bool]:
-    """For each array of ``f(movers, fixed)``, whether one of the arrays in ``movers`` has an influence on it.
+    """For each array of ``f(movers, fixed)``, whether one of the arrays in ``movers`` influences it.
 
-    What f closes over counts as a mover where it is traced. In ``fixed``, only what JAX can trace is an input; the rest is passed on.
+    A traced array that f closes over counts as a mover. In ``fixed``, only arrays are inputs of the jaxpr; the rest is passed on.
     """
     leaves, tree = jax.tree.flatten(fixed)
     traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]

@@ -1,7 +1,7 @@
 """Keep XLA from computing a sample again in every loop that reads it.
 
-For CPUs, XLA compiles what is cheap into each of its readers, so that much of the random generator would run once for the cost, once
-for the score and once for every derivative.
+On CPUs, XLA compiles cheap operations into each loop that reads their result. Much of the random generator would then run once for the
+cost, once for the score and once for every derivative.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jax.custom_batching import custom_vmap
 
 @custom_vmap
 def computed_once(x: jax.Array) -> jax.Array:
-    """Return x, as a value that is kept.
+    """Return x, computed once and stored.
 
     XLA does not look into a conditional, and cannot decide one whose condition is behind a barrier.
     """

@@ -27,19 +27,19 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
     subsampled. First order only.
 
     Args:
-        alpha: The order; 0 is the importance-weighted bound, 1 is the ELBO and not to be had here.
+        alpha: The order; 0 is the importance-weighted bound. 1 would be the ELBO, and is refused.
         num_particles: The number K of samples of the guide.
         estimators: A mapping from names of random sites (or of the model sites they stand for) to estimators, or a function
             of the site's message that returns an estimator or None. It is stronger than every annotation.
-        default: The estimator of a site for which none is said.
+        default: The estimator of a site for which none is given.
         vectorize_particles: True for ``jax.vmap``, False for ``jax.lax.map``, or a function ``(fn, keys) -> stacked``.
         baseline: ``"loo"`` subtracts the bound without the particle at every score; None does not.
         gradient: ``"plain"``, or ``"dreg"``: doubly reparameterized, for guides whose sites have no score. With :math:`\bar w` the
-            normalised weights, the path through the samples gets :math:`\alpha \bar w + (1-\alpha) \bar w^2`, and what parameters do by
-            themselves :math:`\bar w`. It takes one more run of guide and model.
+            normalised weights, the path through the samples gets :math:`\alpha \bar w + (1-\alpha) \bar w^2`, and the direct dependence
+            on the parameters :math:`\bar w`. It takes another run of guide and model.
 
     Raises:
-        TypeError: Where something else than an estimator is given for one.
+        TypeError: Where something that is not an estimator is given as one.
         ValueError: ``alpha`` is 1. At the first run, naming the site: a proposal, an estimator's own baseline, and under
             ``"dreg"`` a site with a score or a moving support.
 

@@ -49,11 +49,11 @@ def gradient_report(
         model: The model.
         guide: The guide.
         *args: Passed to both.
-        estimators: As for :class:`TraceFlow_ELBO`; or a mapping from labels to such, to compare candidates side by side.
-        default: The estimator of a site for which none is said.
+        estimators: As for :class:`TraceFlow_ELBO`; or a mapping from labels to these, to compare candidates side by side.
+        default: The estimator of a site for which none is given.
         num_samples: How many samples of the gradient.
         params: Values of the (constrained) parameters, for instance ``svi_result.params``; their initial values by default. What
-            estimators learn is among them, and held fixed.
+            estimators learn is among them, and fixed.
         rng_key: The random key; every candidate gets the same one.
         progress_bar: Whether to show a progress bar.
         options: Further options of :class:`TraceFlow_ELBO`, for instance ``{"num_particles": 4}``.
@@ -122,7 +122,7 @@ def gradient_report(
 
 
 def _readers(run, key, params, constrained) -> dict[str, tuple[str, ...]]:
-    """For each parameter, the sites whose distribution reads it while all values are held."""
+    """For each parameter, the sites whose distribution depends on it at fixed values of all sites."""
     first = run(key)
     values = held_values(HOST, first)
 

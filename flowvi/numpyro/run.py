@@ -44,7 +44,7 @@ class NumPyroProgram:
         if values:
             guide = substitute(guide, data=dict(values))
         log_probs, guide_trace = self._log_probs(attach_estimators(guide, sites, self.moving_leaves), self.param_map)
-        for name, log_prob in sites.log_probs.items():  # so that one derivative is taken of what NumPyro has computed again
+        for name, log_prob in sites.log_probs.items():  # NumPyro has computed the same again; one derivative is enough
             log_probs[name] = scale_and_mask(log_prob, scale=guide_trace[name]["scale"])
         statements, mutable_state = _statements(guide_trace, log_probs), _values(guide_trace, "mutable")
         if not with_model:
@@ -91,7 +91,7 @@ class NumPyroProgram:
         return jax.vmap(one)(values, active)
 
     def graph(self, run: Run, scored: frozenset[str]) -> Graph:
-        """Which draws a jaxpr of one more run leads from."""
+        """See :meth:`flowvi.run.Program.graph`; read off the jaxpr of another run."""
         drawn = [name for name, statement in run.guide.items() if not statement.observed]
 
         def log_probs(**marks):
@@ -102,12 +102,12 @@ class NumPyroProgram:
         return Graph(*eval_provenance(log_probs, **dict.fromkeys(drawn, jnp.zeros(()))))
 
     def moving_leaves(self, name: str, enters: bool) -> list[bool] | None:
-        """For each array of the family of a site, whether a parameter or a draw of the guide has an influence on it.
+        """For each array of the family of a site, whether a parameter or a draw of the guide influences it.
 
-        Arguments are data where the program has parameters of its own; otherwise they may be what a derivative is taken of.
+        Arguments count as data where the program has parameters; otherwise a derivative may be taken in them.
 
         Returns:
-            An answer for each leaf of the family; None for a site that one more run of the guide does not show.
+            An answer for each leaf of the family; None for a site that another run of the guide does not show.
         """
 
         def leaves(movers: Any, fixed: Any) -> list[jax.Array]:
@@ -158,7 +158,7 @@ class NumPyroProgram:
 
 def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entropy = "full") -> Run:
     """Run a program, its sites with the estimators of an assignment."""
-    assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # of a trace that is over
+    assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # a tracer of an earlier trace
     return run(program, GuideSites(assignment, entropy))
 
 
@@ -191,7 +191,7 @@ def _values(trace, kind: str) -> dict:
 
 
 def require_known(sites: GuideSites, param_map: Mapping[str, Any]) -> None:
-    """Refuse to go on where an optimizer has parameters, but not those that an estimator learns."""
+    """Refuse a program whose optimizer has parameters, but not those that an estimator learns."""
     if param_map and (unknown := [name for name in sites.learned if name not in param_map]):
         site = sites.learned[unknown[0]]
         raise ValueError(

@@ -5,7 +5,7 @@ With r_k the log ratio of the model's and the guide's densities at particle k, t
     L = 1/(1 - alpha) log (1/K) sum_k exp((1 - alpha) r_k),
 
 once for each element of the plates that every statement shares. Its derivative is that of L through every r_k, and for sites with a
-score sum_k score_k (L - L_{-k}), where L_{-k} has the mean of the other log ratios in the place of r_k.
+score sum_k score_k (L - L_{-k}), where L_{-k} is L with the mean of the other log ratios in place of r_k.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from flowvi.ops import Array, Ops, times, total
 from flowvi.run import Run
 from flowvi.tape import Term, costs
 
+REASON = "its estimators or its gradient"  # why there is no second derivative
+
 
 class BoundParticle(NamedTuple):
     """One run, reduced to the plates that every statement shares.
 
     Attributes:
-        log_ratio: The log density of the model less that of the guide, live.
+        log_ratio: The log density of the model minus that of the guide, with its derivative.
         score: The scores of all sites, added up, whose value has no meaning; None where no site has one.
         at_fixed_draws: What the parameters contribute to the log ratio at detached draws; None except for ``"dreg"``.
     """
@@ -71,7 +73,7 @@ def bound_of(host: Host, run: Run, gradient: Gradient) -> tuple[BoundParticle, f
     particle, scale = _bound_particle(host.ops, costs(run), run.draws, at_fixed_draws, run.subsampled)
     if run.is_pathwise and gradient == "plain":
         return particle, scale
-    return BoundParticle(*(None if a is None else host.ops.first_order(a, "its estimators") for a in particle)), scale
+    return BoundParticle(*(None if a is None else host.ops.first_order(a, REASON) for a in particle)), scale
 
 
 def _bound_particle(
@@ -87,7 +89,7 @@ def _bound_particle(
         subsampled: The plates that are subsampled, each with its size over that of the subsample.
 
     Raises:
-        ValueError: Naming the site: a proposal, a baseline of its own, or a score under ``"dreg"``.
+        ValueError: Naming the site: a proposal, a control variate, a baseline, or a score under ``"dreg"``.
     """
     for name, draw in draws.items():
         if draw.log_weight is not None:
@@ -95,7 +97,7 @@ def _bound_particle(
         if draw.control is not None:
             _refuse(name, "a control variate has mean 0 under an ELBO only; use TraceFlow_ELBO, or an estimator that does not learn.")
         if draw.baseline is not None:
-            _refuse(name, "the bound has a baseline of its own, the leave-one-out bound; remove the baseline of the estimator.")
+            _refuse(name, "the bound has its own baseline, the leave-one-out bound; remove the baseline of the estimator.")
         if at_fixed_draws is not None and draw.score is not None:
             _refuse(name, "gradient='dreg' needs sites without a score; use RP() or ImplicitRP(), or gradient='plain'.")
     shared, scale = shared_plates(terms, subsampled)
@@ -134,13 +136,13 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
     value = bound(log_ratio, 0)
     if score is None:
         return value
-    learned = ops.stop_gradient(value)[None]
+    signal = ops.stop_gradient(value)[None]  # what each score multiplies
     if baseline == "loo" and num_particles > 1:
         fixed = ops.stop_gradient(log_ratio)
         others = (fixed.sum(0)[None] - fixed) / (num_particles - 1)
         own = ops.eye(num_particles, fixed).reshape((num_particles, num_particles) + (1,) * (fixed.ndim - 1))
-        learned = learned - bound(ops.where(own, others[:, None], fixed[None]), 1)
-    return value + ops.tether((score * learned).sum(0))
+        signal = signal - bound(ops.where(own, others[:, None], fixed[None]), 1)
+    return value + ops.tether((score * signal).sum(0))
 
 
 def _refuse(name: str, message: str) -> NoReturn:

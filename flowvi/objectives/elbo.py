@@ -5,7 +5,7 @@ The surrogate is the composition rule of several dependent sites, in its form wi
     S = sum_j sg(W_j) f_j + tether( sum_s score_s sg( sum_{j after s} W_j f_j - W_{<=s} b_s ) ),
 
 with W_j the product of the weights of cost j's ancestors and b_s a baseline. In plates, a score and a weight multiply costs
-element by element as far as :class:`~flowvi.dependence.Ancestor` says.
+element by element in the plates of the :class:`~flowvi.dependence.Ancestor`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flowvi.ops import Array, Ops, total
 from flowvi.run import Run, Statement
 from flowvi.tape import Dependencies, Site, Tape, control_terms, record, scored_draws
 
-ATTACHED = "what is attached to its draws"
+REASON = "its estimators or its entropy"  # why there is no second derivative
 
 
 class Particle(NamedTuple):
@@ -49,9 +49,9 @@ def elbo_of(
     Args:
         ops: The operations of the backend.
         run: The run.
-        dependencies: How to tell which costs depend on which site.
+        dependencies: How to find which costs depend on which site.
         by_statement: Whether to keep the costs of each statement apart.
-        baselines: Baselines that the program itself annotates, by site; an estimator's own goes before them.
+        baselines: Baselines that the program annotates, by site; the baseline of an estimator takes precedence.
     """
     if scored_draws(run.draws):
         run = _without_own_densities(ops, run)
@@ -61,9 +61,9 @@ def elbo_of(
             particle = particle._replace(costs=_plus(particle.costs, contribution))
     else:
         particle = Particle(_unweighted(run, by_statement), {})
-    if run.is_pathwise or particle.scores or by_statement or particle.costs is None:  # `estimate` sees to scores
+    if run.is_pathwise or particle.scores or by_statement or particle.costs is None:  # with scores, `estimate` does it
         return particle
-    return particle._replace(costs=ops.first_order(particle.costs, ATTACHED))
+    return particle._replace(costs=ops.first_order(particle.costs, REASON))
 
 
 def _without_own_densities(ops: Ops, run: Run) -> Run:
@@ -86,7 +86,7 @@ def _plus(costs: Any, contribution: Array) -> Any:
 
 
 def _unweighted(run: Run, by_statement: bool) -> Array | dict[str, Array] | None:
-    """The costs where no site has a score or a weight, so that it does not matter what depends on what."""
+    """The costs of a run in which no site has a score or a weight, so that dependence does not matter."""
     costs: dict[str, Array] = {}
     for name in {**run.model, **run.guide}:
         of_model, of_guide = _sum(run.model.get(name)), _sum(run.guide.get(name))
@@ -106,7 +106,7 @@ def _sum(statement: Statement | None) -> Array | None:
 
 
 def _of_tape(ops: Ops, tape: Tape, by_statement: bool, baselines: Mapping[str, MakeScores] | None) -> Particle:
-    """Weigh the costs, sum them, and gather for each score those that depend on its site."""
+    """Weight the costs, sum them, and collect for each score those that depend on its site."""
     weights = {site.name: site.draw.log_weight for site in tape.sites if site.draw.log_weight is not None}
     groups: dict[tuple, Array] = {}  # costs with the same ancestors, in the same plates, are one cost
     for term in tape.terms:
@@ -155,7 +155,7 @@ def _own_costs(site: Site, costs: list[_Cost]) -> Array:
 def _downstream(scored: list[Site], costs: list[_Cost]) -> Iterator[tuple[Site, Array]]:
     """For each site with a score, the sum of the costs that depend on it, over its own plates.
 
-    Along a chain, what depends on one site is what depends on the next and a few costs besides, so that each sum starts from the last.
+    Along a chain, the costs that depend on a site are those of the next site and a few others, so each sum starts from another one.
     """
     sums: list[Array] = []
     sites, ancestors = tuple((site.name, site.frames) for site in scored), tuple(cost.ancestors for cost in costs)
@@ -234,7 +234,7 @@ def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: Partic
         ops: The operations of the backend.
         particles: With several particles, every array of a score has them along its first axis; costs may be summed over them.
         num_particles: How many there are.
-        baseline: That of the scores that have none of their own.
+        baseline: The baseline of the scores without one.
 
     Returns:
         A scalar; or scalars by statement, where the costs are given so, whose sum has the value of the objective and the derivative
@@ -262,4 +262,4 @@ def _average(ops: Ops, cost: Array | None, score_terms: list[Array], num_particl
     if not parts:  # a program without a statement
         return 0.0
     average = total(parts) / num_particles if num_particles > 1 else total(parts)
-    return ops.first_order(average, ATTACHED) if score_terms else average
+    return ops.first_order(average, REASON) if score_terms else average

@@ -1,4 +1,4 @@
-"""The options of objectives: what they may be, and where they are refused."""
+"""The options of objectives, and their validation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Gradient = Literal["plain", "dreg"]
 
 
 def particle_baseline(baseline: LeaveOneOut) -> ParticleMean | None:
-    """The baseline of an ELBO's scores that have none of their own."""
+    """The baseline of those scores of an ELBO that have no other one."""
     return ParticleMean() if baseline == "loo" else None
 
 

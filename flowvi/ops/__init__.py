@@ -10,7 +10,7 @@ Pullback = Callable[[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]], t
 
 
 def times(a: Array, factor: float) -> Array:
-    """``a * factor``, without an operation where the factor is 1, as it mostly is."""
+    """``a * factor``, without an operation where the factor is 1, as it usually is."""
     return a if factor == 1 else a * factor
 
 
@@ -23,13 +23,13 @@ def no_second_derivative(what: str) -> ValueError:
 
 
 def total(arrays: Sequence[Array]) -> Array:
-    """The sum of one or more arrays, without the addition of 0 with which that of Python begins."""
+    """The sum of one or more arrays; Python's ``sum`` would add 0 first."""
     return sum(arrays[1:], arrays[0])
 
 
 @runtime_checkable
 class ArrayMethods(Protocol):
-    """What the core asks of an array itself, besides operators and indexing as in NumPy."""
+    """What the core needs from an array itself, besides operators and indexing as in NumPy."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -48,7 +48,7 @@ class ArrayMethods(Protocol):
 
 
 class Ops(Protocol):
-    """What the core asks of a backend; of its arrays it asks :class:`ArrayMethods`."""
+    """What the core needs from a backend, whose arrays have :class:`ArrayMethods`."""
 
     def asarray(self, x: Any, like: Array, /) -> Array:
         """``x`` as an array of the backend, with the dtype and device of ``like``."""
@@ -112,7 +112,7 @@ class Ops(Protocol):
 
     def concatenate(self, arrays: list[Array], axis: int, /) -> Array: ...
     def diagonal(self, a: Array, /) -> Array:
-        """That of the last two dims; ``diagonal_matrix`` makes a matrix of one."""
+        """The diagonal of the last two dims; ``diagonal_matrix`` makes a matrix from one."""
         ...
 
     def diagonal_matrix(self, x: Array, /) -> Array: ...
@@ -143,7 +143,7 @@ class Ops(Protocol):
         ...
 
     def first_order(self, loss: Array, what: str, /) -> Array:
-        """The scalar ``loss``, with its first derivative; the second raises a ValueError that says ``what`` has none."""
+        """The scalar ``loss`` with its first derivative; the second raises a ValueError, of which ``what`` is the reason."""
         ...
 
     def ramp(self, x: Array, /) -> Array:
@@ -156,5 +156,5 @@ class Ops(Protocol):
         ...
 
     def check(self, ok: Array, message: str, /) -> None:
-        """Raise ValueError(message) unless ``ok``; a value that is not known yet (traced) passes."""
+        """Raise ValueError(message) unless ``ok``; a traced value, which is not known yet, passes."""
         ...

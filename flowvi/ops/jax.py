@@ -137,7 +137,7 @@ def _first_derivative(what, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _one(x, what):
-    """1, as long as nobody differentiates a first derivative again."""
+    """1, with a derivative that raises: it is taken where a first derivative is differentiated again."""
     return jnp.ones_like(x)
 
 

@@ -16,7 +16,7 @@ def broadcast_shapes(*shapes):
 
 
 def asarray(x, like):
-    if isinstance(x, torch.Tensor) and x.dtype == like.dtype and x.device == like.device:  # sooner seen than by torch
+    if isinstance(x, torch.Tensor) and x.dtype == like.dtype and x.device == like.device:  # faster than torch's own check
         return x
     return torch.as_tensor(x, dtype=like.dtype, device=like.device)
 
@@ -66,7 +66,7 @@ def _differentiable(x):
 
 
 def _pullback(y, x, cotangent, live):
-    """The derivative of (y * cotangent).sum() in x; ``live``: with a graph of its own."""
+    """The derivative of (y * cotangent).sum() in x; ``live``: with a graph for another derivative."""
     if not y.requires_grad:
         return torch.zeros_like(x)
     (gradient,) = torch.autograd.grad(y, x, cotangent, retain_graph=True, create_graph=live, allow_unused=True)
@@ -183,7 +183,7 @@ class _FirstOrder(torch.autograd.Function):
 
 
 class _NoDerivative(torch.autograd.Function):
-    """The cotangent as it is, in a graph with the loss, so that whoever differentiates it again comes by here."""
+    """The cotangent as it is, in a graph with the loss, so that a second derivative passes through here."""
 
     @staticmethod
     def forward(ctx, cotangent, loss, what):

@@ -1,11 +1,11 @@
 r"""Pictures of estimators: how mass flows, u and psi, proposals and weights, and histograms of gradients.
 
 Each function takes a distribution of either host, with one event of one or two dimensions and no batch, and one estimator or a mapping
-from labels to estimators, and returns a matplotlib figure. What is drawn is read off the estimator: it is attached at given x as at a
-site, and the draw is differentiated along the parameter. Where it is the host's own sampler (``RP()``), x are draws of that sampler.
+from labels to estimators, and returns a matplotlib figure. The numbers come from the estimator itself: it is attached at given x as
+at a site, and the draw is differentiated along the parameter. For the host's own sampler (``RP()``), x are draws of that sampler.
 
 A *parameter* is the name of one with a single element, such as ``"loc"``; or a function ``move(t)`` that returns the distribution,
-moved by a number t of the host, which serves vectors, matrices and mixtures::
+moved by a number t of the host. Use it for vectors, matrices and mixtures::
 
     lambda t: dist.MultivariateNormal(loc + t * direction, scale_tril=scale_tril)
 

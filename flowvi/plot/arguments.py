@@ -1,4 +1,4 @@
-"""What is asked for: distributions that can be drawn, estimators by label, parameters on the move, points."""
+"""The arguments of the figures: distributions, estimators by label, parameters that move, points."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Estimators = Estimator | Mapping[str, Estimator]
 
 
 class Path(NamedTuple):
-    """A parameter on the move: its name, where it starts, and the distribution after a step."""
+    """A parameter that moves: its name, where it starts, and the distribution after a step."""
 
     label: str
     start: float
@@ -31,7 +31,7 @@ def by_label(estimators: Estimators) -> dict[str, Estimator]:
 
 
 def dimensions(p: Any) -> int:
-    """Those of an event that can be drawn."""
+    """The number of dimensions of an event; refuses one that cannot be drawn."""
     shape = tuple(p.event_shape)
     if tuple(p.batch_shape) or shape not in ((), (2,)):
         raise ValueError(
@@ -46,7 +46,7 @@ def is_discrete(p: Any) -> bool:
 
 
 def paths(host: Host, p: Any, parameter: Parameter | Sequence[Parameter] | None) -> list[Path]:
-    """One for each parameter asked for; the default is every one with a single element."""
+    """A path for each given parameter; the default is every one with a single element."""
     if parameter is None:
         parameter = [name for name, (value, _) in parameters(p).items() if np.size(host.numpy(value)) == 1]
     if isinstance(parameter, str):
@@ -72,7 +72,7 @@ def _named_path(host: Host, p: Any, name: str) -> Path:
 
 
 def points_along(host: Host, distributions: Sequence[Any], x: Any, *estimators: Estimator) -> list[np.ndarray]:
-    """The points along each coordinate: those asked for, or over the range of samples (of a discrete site: its values)."""
+    """The points along each coordinate: the given ones, or over the range of samples (for a discrete site: its values)."""
     dims = dimensions(distributions[0])
     if x is not None:
         return [np.asarray(x, float)] if dims == 1 else [np.asarray(one, float) for one in x]

@@ -39,7 +39,7 @@ def gradients(
         parameter: Its name or ``move(t)``, see the module.
         cost: ``phi(x)`` in the host's functions, from (num_samples,) + event shape to (num_samples,).
         num_samples: How many samples.
-        seed: Of the draws.
+        seed: The seed of the draws.
 
     Returns:
         The figure: one axes for each estimator.
@@ -97,7 +97,7 @@ def gradient_samples(
         parameter: Its name or ``move(t)``, see the module.
         cost: ``phi(x)`` in the host's functions, from (num_samples,) + event shape to (num_samples,).
         num_samples: How many samples.
-        seed: Of the draws.
+        seed: The seed of the draws.
 
     Returns:
         An array of shape (num_samples,).

@@ -1,4 +1,4 @@
-"""The numbers that are drawn, read off an estimator at a distribution."""
+"""The numbers that figures show: what an estimator does at a distribution."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from flowvi.estimators import Estimator, attach
 from flowvi.host import Host
 from flowvi.ops import Array
 
-NUM = 2000  # draws of a host's sampler where its field is asked for
+NUM = 2000  # draws that show the field of a host's sampler
 
 
 class Reading(NamedTuple):
     """What an estimator does at samples x, along axis 0, as its parameter moves.
 
     Attributes:
-        drawn: Whether x are draws of the host's sampler, rather than those that were given.
+        drawn: Whether x are draws of the host's sampler, rather than the given points.
         x: The values of the site.
         phi: f(x).
         slope: The derivative of f along the flow: u where f is the identity, u . grad f otherwise.
@@ -52,7 +52,7 @@ def read(
     f: Callable[[Array], Array] = _identity,
     seed: int = 0,
 ) -> Reading:
-    """What an estimator does at ``move(t)``, at x; where it is the host's own sampler, at that many of its draws."""
+    """What an estimator does at ``move(t)``, at x; for the host's own sampler, at as many of its draws."""
     estimator = _resolved(host, move(host.array(t)), estimator)
     zero = host.array(np.zeros(len(x)))
 

@@ -1,4 +1,4 @@
-"""What the figures look like, and what several of them draw."""
+"""The style of the figures, and parts that several of them share."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def optimal(parameter: str, epsilon: float = 0.2) -> Proposal:
     the rate of an Exponential.
 
     **Requirements**: ``loc`` or ``scale`` of Normal, Laplace, Logistic, Cauchy and StudentT, ``loc`` of Gumbel, ``scale`` of HalfNormal
-    and Weibull, ``rate`` of Exponential, Gamma and InverseGamma. One q serves one parameter: at ``epsilon=0`` it vanishes where the
+    and Weibull, ``rate`` of Exponential, Gamma and InverseGamma. One q is for one parameter: at ``epsilon=0`` it vanishes where the
     score of that parameter does, so that the variance is infinite for every other parameter and for every pathwise field.
 
     Args:
@@ -69,9 +69,15 @@ def optimal(parameter: str, epsilon: float = 0.2) -> Proposal:
         ValueError: At the first run, for another family or parameter.
 
     Example:
-        >>> import flowvi
-        >>> flowvi.LR(q=flowvi.proposals.optimal("scale"))
-        LR(q=optimal('scale', epsilon=0.2))
+        The second moment at a constant cost, relative to that of LR at q = p:
+
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import LR, plot, proposals
+        >>> def moment(estimator):
+        ...     return (plot.gradient_samples(dist.Normal(0.0, 1.0), estimator, "scale", lambda x: 1 + 0 * x) ** 2).mean()
+        >>> bool(abs(moment(LR(q=proposals.optimal("scale", epsilon=0))) / moment(LR()) - 0.47) < 0.05)
+        True
 
     References:
         Parmas and Sugiyama 2021, section 3 (importance sampling from q proportional to |d_theta p|).
@@ -83,15 +89,15 @@ def optimal(parameter: str, epsilon: float = 0.2) -> Proposal:
             return slice_by_height(epsilon=0)(p)
         if known.stretch is not None and parameter == known.stretch.parameter:
             return host_of(p).proposal(_OptimalStretch(known.symmetric, known.stretch), p)
-        served = [f"{name}.loc" for name in names(_is_shifted)]
-        served += [f"{family.name}.{family.stretch.parameter}" for family in FAMILIES.values() if family.stretch is not None]
+        possible = [f"{name}.loc" for name in names(_is_shifted)]
+        possible += [f"{family.name}.{family.stretch.parameter}" for family in FAMILIES.values() if family.stretch is not None]
         raise ValueError(
-            f"optimal({parameter!r}) is for {', '.join(served)}; found {type(p).__name__}. Write a function q(p) of your own."
+            f"optimal({parameter!r}) is for {', '.join(possible)}; found {type(p).__name__}. Write your own function q(p)."
         )
 
     return perhaps_defensive(f"optimal({parameter!r}, epsilon=", q, epsilon)
 
 
 def _is_shifted(family: Family) -> bool:
-    """Whether ``loc`` shifts a density with one peak, of which the horizontal slices are known."""
+    """Whether ``loc`` shifts a density with one peak whose horizontal slices are known."""
     return family.peak is not None and family.standardization is location_scale

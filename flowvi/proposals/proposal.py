@@ -32,7 +32,7 @@ def named(name: str, q: Proposal) -> Proposal:
 
 
 def refuse(name: str, families: Sequence[str], p: Any) -> NoReturn:
-    raise ValueError(f"{name} is for {', '.join(families)}; found {type(p).__name__}. A function q(p) of your own serves any family.")
+    raise ValueError(f"{name} is for {', '.join(families)}; found {type(p).__name__}. Your own function q(p) works for any family.")
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,16 @@ def defensive(q: Proposal, epsilon: float = 0.2) -> Proposal:
         ValueError: ``epsilon`` is not between 0 and 1.
 
     Example:
-        >>> import flowvi
-        >>> flowvi.LR(q=flowvi.proposals.defensive(flowvi.proposals.tempered(2.0), epsilon=0.1))
-        LR(q=defensive(tempered(2.0), epsilon=0.1))
+        A q that is 0 at the mode, where the weight p / q of the mixture is 1 / epsilon:
+
+        >>> import jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import proposals
+        >>> p = dist.Normal(0.0, 1.0)
+        >>> q = proposals.defensive(proposals.slice_by_height(epsilon=0), epsilon=0.1)(p)
+        >>> round(float(jnp.exp(p.log_prob(0.0) - q.log_prob(0.0))), 3)
+        10.0
 
     References:
         Hesterberg 1995; Owen and Zhou 2000.

@@ -17,7 +17,7 @@ NEAR = 60.0  # likewise, from the mode towards an end of the support: weights be
 
 
 def bisect(ops: Ops, inside: Callable[[Array], Array], near: Array, far: Array) -> tuple[Array, Array]:
-    """The bracket of the point between ``near``, which is inside, and ``far`` at which one gets outside."""
+    """A bracket of the point where ``inside`` changes, between ``near``, which is inside, and ``far``, which is not."""
 
     def halve(bracket):
         near, far = bracket
@@ -72,7 +72,7 @@ class _SkewSlice(Density):
         (p,) = parts
         mode, falls = self.mode(ops, p, x), self.falls
         level, slope = ops.derivative(p.log_prob, x, live=False)
-        log_q = level + ops.log(abs(slope)) + 0 * mode  # not a number without a mode, whatever the host makes of one
+        log_q = level + ops.log(abs(slope)) + 0 * mode  # NaN without a mode, whatever the host's log_prob is there
         if self.by == "height":
             log_q = log_q - p.log_prob(mode)
         else:
@@ -106,7 +106,7 @@ class _SkewSlice(Density):
 
         def inside(log_distance):
             log_p = p.log_prob(place(log_distance))
-            return (log_p > level) & (log_p < math.inf)  # infinite is what NumPyro's InverseGamma makes of a 0 in single precision
+            return (log_p > level) & (log_p < math.inf)  # NumPyro's InverseGamma is infinite at 0 in single precision
 
         return place(bisect(ops, inside, near, far)[0])
 
@@ -132,13 +132,13 @@ def slice_by_mass(epsilon: float = 0.2) -> Proposal:
     r"""The ends of the horizontal slices of p, drawn by mass: q = |p'(x)| width(p(x)) / 2.
 
     A slice is the set where p exceeds a height; its ends are all that d_loc E[phi] depends on. For a Normal this is z^2 p, the
-    double-sided Maxwell density. Where p only falls, as an Exponential does, a slice has one end that moves, and q = |p'| width(p).
+    double-sided Maxwell density. Where p only decreases, as an Exponential does, a slice has one end that moves, and q = |p'| width(p).
 
     **Requirements**: Normal, Laplace, Logistic, Cauchy, StudentT or Gumbel, meant for LR in ``loc``; or, for any parameter with the
     default ``epsilon``, LogNormal, InverseGamma, Exponential, HalfNormal, HalfCauchy, and Gamma, Weibull or Beta with a mode inside the
     support. At ``epsilon=0`` q vanishes at the mode: the variance is then finite for LR in a ``loc`` that shifts p (the fourth moment
     is not), infinite for every other parameter and for every pathwise field. The weight of an event is the product of those of its
-    coordinates: more than a few cost more than they gain. In single precision p/q has only the digits of the host's log p, which for a
+    coordinates: use it for a few coordinates only. In single precision p/q has only the digits of the host's log p, which for a
     Gamma of a concentration above 1,000 are too few.
 
     Args:
@@ -152,9 +152,16 @@ def slice_by_mass(epsilon: float = 0.2) -> Proposal:
             known, the loss is not a number then.
 
     Example:
-        >>> import flowvi
-        >>> flowvi.LR(q=flowvi.proposals.slice_by_mass())
-        LR(q=slice_by_mass(epsilon=0.2))
+        For a Normal, q / p is z^2, here at z = 2:
+
+        >>> import jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import proposals
+        >>> p = dist.Normal(0.0, 1.0)
+        >>> q = proposals.slice_by_mass(epsilon=0)(p)
+        >>> round(float(jnp.exp(q.log_prob(2.0) - p.log_prob(2.0))), 3)
+        4.0
 
     References:
         Parmas and Sugiyama 2021, section 4 and appendix F.
@@ -166,7 +173,7 @@ def slice_by_height(epsilon: float = 0.2) -> Proposal:
     r"""The ends of the horizontal slices of p, drawn by height: q = |p'(x)| / (2 max p).
 
     For a Normal this is |z| p sqrt(pi / 2), the double-sided Rayleigh density. It is the optimal density of LR in ``loc``
-    for an unknown bounded cost, ``optimal("loc")``. Where p only falls, as an Exponential does, q = |p'| / max p.
+    for an unknown bounded cost, ``optimal("loc")``. Where p only decreases, as an Exponential does, q = |p'| / max p.
 
     **Requirements**: those of :func:`slice_by_mass`. At ``epsilon=0`` q vanishes at the mode: the variance is then finite for LR in a
     ``loc`` that shifts p if it is at q = p, infinite for every other parameter and for every pathwise field. An Exponential alone is
@@ -179,12 +186,19 @@ def slice_by_height(epsilon: float = 0.2) -> Proposal:
         The function q.
 
     Raises:
-        ValueError: As :func:`slice_by_mass`.
+        ValueError: As for :func:`slice_by_mass`.
 
     Example:
-        >>> import flowvi
-        >>> flowvi.LR(q=flowvi.proposals.slice_by_height(epsilon=0))
-        LR(q=slice_by_height(epsilon=0))
+        For a Normal, q / p is abs(z) sqrt(pi / 2), here at z = 2:
+
+        >>> import jax.numpy as jnp
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import proposals
+        >>> p = dist.Normal(0.0, 1.0)
+        >>> q = proposals.slice_by_height(epsilon=0)(p)
+        >>> round(float(jnp.exp(q.log_prob(2.0) - p.log_prob(2.0))), 3)
+        2.507
 
     References:
         Parmas and Sugiyama 2021, section 4 and appendix F.

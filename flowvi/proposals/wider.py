@@ -15,13 +15,13 @@ def tempered(tau: float) -> Proposal:
 
     For a Normal the variance is tau times that of p; a Gamma gets concentration (a - 1) / tau + 1 and rate b / tau.
 
-    **Requirements**: an exponential family (Normal, LogNormal, HalfNormal, MultivariateNormal, Laplace with its loc held, Exponential,
+    **Requirements**: an exponential family (Normal, LogNormal, HalfNormal, MultivariateNormal, Laplace with a fixed loc, Exponential,
     Gamma, Beta, Dirichlet, VonMises, Poisson, Bernoulli and Categorical). For tau >= 1 the variance is finite for every
     parameter and every cost for which it is at q = p; in a Normal from tau > 1/2. A weight over D independent Normal sites multiplies
     the second moment by (tau / sqrt(2 tau - 1))^D.
 
     Args:
-        tau: The temperature; 1 is p itself. Of a Normal location at a bounded cost the best is near 2.
+        tau: The temperature; 1 is p itself. For the location of a Normal and a bounded cost the best is near 2.
 
     Returns:
         The function q.
@@ -30,9 +30,11 @@ def tempered(tau: float) -> Proposal:
         ValueError: At the first run, for another family.
 
     Example:
-        >>> import flowvi
-        >>> flowvi.LR(q=flowvi.proposals.tempered(2.0))
-        LR(q=tempered(2.0))
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import proposals
+        >>> float(proposals.tempered(2.0)(dist.Normal(0.0, 3.0)).variance)
+        18.0
 
     References:
         Ruiz, Titsias and Blei 2016 (overdispersed black-box variational inference).
@@ -63,9 +65,11 @@ def student_t(df: float) -> Proposal:
         ValueError: At the first run, for any other family.
 
     Example:
-        >>> import flowvi
-        >>> flowvi.RP(flowvi.proposals.student_t(5.0))
-        RP(q=student_t(5.0))
+        >>> import numpyro.distributions as dist
+        >>> import flowvi.numpyro
+        >>> from flowvi import proposals
+        >>> round(float(proposals.student_t(5.0)(dist.Normal(0.0, 3.0)).variance), 3)
+        15.0
 
     References:
         Parmas and Sugiyama 2021, section 3, on the choice of q.

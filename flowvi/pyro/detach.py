@@ -1,7 +1,7 @@
 """Distributions without their derivatives.
 
-Torch has no copy of a distribution whose tensors are detached, and building one again from its parameters would lose what a subclass
-keeps beside them. So the copy is made attribute by attribute.
+Torch cannot copy a distribution with its tensors detached, and a distribution built again from its parameters would lose what a
+subclass keeps besides them. So the copy is made attribute by attribute.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-HOLDERS = (torch.distributions.Distribution, torch.distributions.Transform, torch.nn.Module)  # of tensors
+HOLDERS = (torch.distributions.Distribution, torch.distributions.Transform, torch.nn.Module)  # classes that hold tensors
 
 
 def detached(value: Any) -> Any:

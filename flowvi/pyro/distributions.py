@@ -33,7 +33,7 @@ _is_subclass = lru_cache(maxsize=256)(issubclass)
 
 
 def is_kind(p: Any, kinds: type | tuple[type, ...]) -> bool:
-    """``isinstance``, with a memory: it is asked at every draw, and slow for classes with a metaclass."""
+    """A cached ``isinstance``: it is called at every draw, and slow for classes with a metaclass."""
     return _is_subclass(type(p), kinds)  # type: ignore[arg-type]
 
 
@@ -111,17 +111,17 @@ def draw(target: PyroTarget, estimator: Estimator) -> Draw:
 
 
 def is_partly_reparameterized(p: Any) -> bool:
-    """Whether the family says itself what of its sampler is a path and what a score, such as a rejection sampler."""
+    """Whether the family has its own ``score_parts``, with a path and a score, as a rejection sampler has."""
     return getattr(type(p), "score_parts", dist.Distribution.score_parts) is not dist.Distribution.score_parts
 
 
 class Estimated(dist.TorchDistribution):
     r"""A distribution that carries its own gradient estimator: ``Estimated(dist.Normal(loc, scale), LR())``.
 
-    Inside ``TraceFlow_ELBO`` its site is served by ``estimator``. Everywhere else it draws from p (never from a proposal q) and its
-    ``log_prob`` is p's; with its derivatives attached, so that Pyro's ``Trace_ELBO``, ``TraceGraph_ELBO`` and ``TraceEnum_ELBO`` follow
-    the estimator at q = p too (one that learns stays as it starts). There it has to be the outermost wrapper; its ``to_event``,
-    ``expand`` and ``mask`` keep it there.
+    Inside ``TraceFlow_ELBO``, ``estimator`` acts at its site. Everywhere else it draws from p (never from a proposal q), and its
+    ``log_prob`` is p's. The draw has the derivatives of the estimator at q = p, so that Pyro's ``Trace_ELBO``, ``TraceGraph_ELBO`` and
+    ``TraceEnum_ELBO`` use it too; an estimator that learns keeps its initial coefficients there. Under these it has to be the outermost
+    wrapper; its ``to_event``, ``expand`` and ``mask`` keep it outermost.
 
     **Requirements**: those of the estimator. It wraps a whole distribution.
 
@@ -149,7 +149,7 @@ class Estimated(dist.TorchDistribution):
         if not isinstance(estimator, Estimator):
             raise TypeError(f"Estimated: expected an estimator such as flowvi.LR(), found {estimator!r}")
         self.base_dist, self.estimator = base_dist, estimator
-        # psi = 0 at q = p; Pyro assigns this attribute, so that it is none of the base's
+        # whether psi = 0 at q = p; an attribute, not a property, because Pyro assigns it
         self.has_rsample = estimator.psi_is_zero(PyroTarget(self._name, base_dist, enters=True))
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args)
 

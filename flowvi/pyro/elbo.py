@@ -30,7 +30,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
     Its value is the host's :math:`-\sum_j W_j f_j` (all weights 1 where every q = p), its derivative
     :math:`\sum_s w\,[u\cdot\nabla\phi + \psi\,\phi]` with the u and psi of each site's estimator.
 
-    **Requirements**: those of the estimators at their distributions. First order only: the surrogate has no second derivative.
+    **Requirements**: those of the estimators at their distributions. First order only: a second derivative raises, unless all
+    sites are pathwise by the host's own sampler.
 
     Args:
         num_particles: The number of samples of the guide.
@@ -44,9 +45,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         tail_adaptive_beta: As in Pyro; without effect here.
         estimators: A mapping from names of random sites (or of the model sites they stand for) to estimators, or a function
             of the site's message that returns an estimator or None. It is stronger than every annotation.
-        default: The estimator of a site for which none is said.
+        default: The estimator of a site for which none is given.
         entropy: ``"full"`` differentiates the guide's -log density totally; ``"stl"`` (sticking the landing) through the values
-            only, by one more run of the guide at the same values, refused where the support moves with a parameter;
+            only, by another run of the guide at the same values, refused where the support moves with a parameter;
             ``"analytic"`` takes the divergence of guide and model at a site in closed form where the host knows one.
         baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
             estimator's own ``baseline`` replaces it at its site.
@@ -56,7 +57,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             step. A draw that leaves torch for good (numpy code, pickles) and comes back is not followed.
 
     Raises:
-        TypeError: Where something else than an estimator is given for one.
+        TypeError: Where something that is not an estimator is given as one.
         ValueError: At the first run, naming the site; see the estimators.
 
     Example:
@@ -170,7 +171,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return total
 
     def _losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
-        """Scalars that add up to the loss. Each can be differentiated by itself, so that its graph can be freed."""
+        """Scalars that add up to the loss. Each can be differentiated separately, so that its graph can be freed."""
         looped = []
         for program in programs(self, model, guide, args, kwargs, follows_tensors=self.dependencies == "graph"):
             run = self._run(program)

@@ -1,4 +1,4 @@
-"""Torch's random number generators, those of GPUs too: put back, and seeded."""
+"""Restore and seed torch's random number generators, also those of GPUs."""
 
 from contextlib import AbstractContextManager
 
@@ -6,10 +6,10 @@ import torch
 
 
 def forked_generators() -> AbstractContextManager[None]:
-    """They are left as they were."""
+    """A context after which the generators are as they were before."""
     return torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0))
 
 
 def seed_generators(seed: int) -> None:
-    """As ``torch.manual_seed``, but for GPUs that are not in use, whose generators :func:`forked_generators` could not put back."""
+    """``torch.manual_seed``, without GPUs that are not in use, whose generators :func:`forked_generators` could not restore."""
     (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(seed)

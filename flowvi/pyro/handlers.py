@@ -27,7 +27,7 @@ class attach_estimators(Messenger):
     def _pyro_sample(self, msg):
         if site_is_subsample(msg):
             return
-        # the site of an autoguide that stands for a model site of the other name
+        # an auxiliary site of an autoguide stands for the model site without the suffix
         alias = msg["name"].removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else msg["name"]
         what = self.sites.visit(HOST, msg, alias, self._target, self._draw)
         if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
@@ -71,7 +71,7 @@ class attach_estimators(Messenger):
         return drawn
 
     def _with_learned(self, msg, target, estimator):
-        """Make what the estimator learns parameters of the program: the target with their values."""
+        """Register what the estimator learns as parameters of the program; returns the target with their values."""
         if not (learns := estimator.learns(ops, target)):
             return target
         values = {
@@ -83,7 +83,7 @@ class attach_estimators(Messenger):
 
 
 class hold_values(Messenger):
-    """Give sites the values that they are to have."""
+    """Set sites to given values."""
 
     def __init__(self, values: dict[str, Any]):
         super().__init__()
@@ -95,10 +95,10 @@ class hold_values(Messenger):
 
 
 class replay_and_read(ReplayMessenger):
-    """Replay the guide's values in the model; before that overwrites ``infer``, collect ``infer={"estimator": ...}``.
+    """Replay the guide's values in the model, and collect ``infer={"estimator": ...}`` before replay overwrites ``infer``.
 
     Attributes:
-        annotations: The estimators annotated in the model, by the name of the statement.
+        annotations: The estimators annotated in the model, by site.
     """
 
     def __init__(self, trace=None):

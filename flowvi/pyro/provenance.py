@@ -13,14 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 Names = frozenset[str]
 
-# What a tensor tells of itself that is not its numbers.
+# Functions of a tensor that do not reveal its numbers.
 METADATA = {
     *("__get__", "__set__", "__delete__", "__len__", "__hash__", "__repr__", "__format__", "__deepcopy__", "size", "dim", "ndimension"),
     *("numel", "nelement", "stride", "type", "element_size", "get_device", "storage_offset", "data_ptr", "untyped_storage"),
     *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference", "is_same_size"),
     *("register_hook", "has_names", "dtype", "broadcast_shapes", "result_type", "can_cast", "backward", "requires_grad_"),
 }
-# The number of results depends on the numbers, and Python may read it off the shape.
+# Functions whose output has a shape that depends on the numbers, which Python may read.
 DATA_DEPENDENT_SHAPE = {
     "nonzero",
     "argwhere",
@@ -31,17 +31,17 @@ DATA_DEPENDENT_SHAPE = {
     "bincount",
     "repeat_interleave",
 }
-# Here the hosts look at numbers to check them, not to choose what to run.
+# Modules that look at numbers to check them, not to choose what to run.
 CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.infer.", "pyro.poutine.", "pyro.util", "flowvi.")
 PASSED_THROUGH = ("torch.overrides", "torch._tensor", "torch.functional")
 
 
 class track_provenance(TorchFunctionMode):
-    """Tag every tensor made inside with the names of the draws from which it is made.
+    """Tag every tensor that is computed inside with the names of the draws from which it is computed.
 
     Attributes:
-        branched: The draws whose numbers Python has seen (``if x > 0``, ``x.item()``, ``table[int(k)]``): all that comes after such a
-            look may depend on them.
+        branched: The draws whose numbers Python has read (``if x > 0``, ``x.item()``, ``table[int(k)]``): everything that runs later
+            may depend on them.
     """
 
     def __init__(self):
@@ -66,7 +66,7 @@ class track_provenance(TorchFunctionMode):
 
 
 def provenance(value: Any) -> Names:
-    """The names of the draws from which the tensors in ``value`` are made."""
+    """The names of the draws from which the tensors in ``value`` are computed."""
     names: Names = frozenset()
     for tensor in _tensors(value):
         names |= getattr(tensor, "_flowvi_provenance", frozenset())

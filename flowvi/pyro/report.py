@@ -37,14 +37,14 @@ def gradient_report(
     The loss is :class:`TraceFlow_ELBO`; gradients are those that its optimizer would see, in the unconstrained parameters. u and psi
     are those of each site's estimator.
 
-    **Requirements**: those of the estimators. Parameters are taken as the parameter store holds them, what estimators learn among them.
+    **Requirements**: those of the estimators. Parameters have their values in the parameter store, also those that estimators learn.
 
     Args:
         model: The model.
         guide: The guide.
         *args: Passed to both.
-        estimators: As for :class:`TraceFlow_ELBO`; or a mapping from labels to such, to compare candidates side by side.
-        default: The estimator of a site for which none is said.
+        estimators: As for :class:`TraceFlow_ELBO`; or a mapping from labels to these, to compare candidates side by side.
+        default: The estimator of a site for which none is given.
         num_samples: How many samples of the gradient.
         seed: Every candidate begins with it; the state of torch's generator is put back.
         progress_bar: Whether to show a progress bar.
@@ -94,7 +94,7 @@ def gradient_report(
                 loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
                 rows = dict(zip(leaves, map(_row, gradients, leaves.values()), strict=True))
-                measured.seconds += perf_counter() - start  # the numbers are there only now: calls to a GPU return before
+                measured.seconds += perf_counter() - start  # only now have the numbers arrived: calls to a GPU return earlier
                 measured.add(rows, {})
                 if weighted:
                     draws = elbo._run(program).draws
@@ -109,7 +109,7 @@ def _row(gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:
 
 
 def _readers(run: Run, leaves: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
-    """For each parameter, the sites whose distribution reads it while all values are held."""
+    """For each parameter, the sites whose distribution depends on it at fixed values of all sites."""
     values = held_values(HOST, run)
     again = run.again(values, with_model=False)
     readers: dict[str, tuple[str, ...]] = dict.fromkeys(leaves, ())

@@ -37,8 +37,8 @@ class PyroProgram:
         args: Passed to both.
         kwargs: Passed to both.
         max_plate_nesting: As in Pyro, for its checks of shapes.
-        follows_tensors: Whether to find out, while the program runs, which draws each tensor is computed from.
-        traces: Those of the first run, of the model and of the guide.
+        follows_tensors: Whether to record, while the program runs, from which draws each tensor is computed.
+        traces: The traces of the first run, of the model and of the guide.
         start: The state of torch's generator when that run began.
     """
 
@@ -103,7 +103,7 @@ class PyroProgram:
         if validate and with_model:
             check_model_guide_match(model, guide, self.max_plate_nesting)
             check_if_enumerated(guide)
-        # a GuideMessenger runs the model too, whose factors are none of the guide's
+        # a GuideMessenger runs the model too, whose factors do not belong to the guide
         sites.draws = {name: draw for name, draw in sites.draws.items() if name in guide.nodes}
         for name, log_prob in sites.log_probs.items():
             if name in guide.nodes:
@@ -144,7 +144,8 @@ class PyroProgram:
         """The subsample that the first run drew at each plate."""
         if isinstance(poutine.unwrap(self.guide), Messenger):
             raise ValueError(
-                "entropy='stl' and gradient='dreg' run the guide again by itself, which a GuideMessenger cannot do; go without them."
+                "entropy='stl' and gradient='dreg' run the guide again without the model, which a GuideMessenger cannot do; "
+                "use entropy='full' and gradient='plain'."
             )
         return {
             name: site["value"]
@@ -200,7 +201,7 @@ def _plates(stack: tuple[tuple, ...]) -> tuple[frozenset[Frame], dict[str, float
 
 
 def _graph(model, guide) -> Graph:
-    """What the tags of a run under :class:`track_provenance` tell."""
+    """The graph that the tags of a run under :class:`track_provenance` show."""
     of_model, of_guide = (
         {
             name: provenance((site["log_prob"], site["value"])) | site["branched"]
