@@ -62,18 +62,18 @@ def measure(h: Any, program: Program, elbo: Any) -> tuple[float, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    said = options(__file__, __doc__, argv)
+    options_given = options(__file__, __doc__, argv)
     use_one_thread()
-    with table("compile_time", said, COLUMNS, ABOUT) as row:
+    with table("compile_time", options_given, COLUMNS, ABOUT) as row:
         for h in HOSTS:
-            for name in names(h)[: 1 if said.smoke else None]:
+            for name in names(h)[: 1 if options_given.smoke else None]:
                 for what in PLAN[name]:
                     comparison = comparisons(h)[what]
-                    if not said.wants(h.name, name, what):
+                    if not options_given.wants(h.name, name, what):
                         continue
                     program = PROGRAMS[name](h, comparison.normal)
                     mode = particles(h, 10 if what == "IWAE" else 1)
-                    times = np.empty((1 if said.smoke else ROUNDS[h.name], 2, 2))
+                    times = np.empty((1 if options_given.smoke else ROUNDS[h.name], 2, 2))
                     measure(h, program, comparison.theirs(**mode))  # what both share is warm
                     for i in range(len(times)):
                         for j in (0, 1) if i % 2 else (1, 0):

@@ -128,14 +128,14 @@ def side(h: Any, estimator: RP) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    said = options(__file__, __doc__, argv)
+    options_given = options(__file__, __doc__, argv)
     use_one_thread()
-    steps, samples, rounds, duration = (20, 40, 2, 0.002) if said.smoke else (5000, 2000, 30, 0.05)
+    steps, samples, rounds, duration = (20, 40, 2, 0.002) if options_given.smoke else (5000, 2000, 30, 0.05)
     loc, scale = optimum()
     about = "Summed variance of the gradient at the optimum; the times are those of a step, in turn with RP's; target 1.3."
     bounds = ("of the best quadratic one", "with scales 10 % smaller", "10 % larger")
     columns = ("host", "control variate", "variance", "RP's / variance", *bounds, "time / RP's", "95% interval", "")
-    with table("control_variate", said, columns, about) as row:
+    with table("control_variate", options_given, columns, about) as row:
         for h in HOSTS:
             of_rp = variance(h, RP(), loc, scale, steps, samples)
             row(h.name, "none", figure(of_rp), "1", "", "", "", "1", "", "")

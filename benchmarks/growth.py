@@ -191,20 +191,20 @@ def cells(line: Line, growth: Growth, smoke: bool) -> list[str]:
     ]
 
 
-def bench(said: Options, growth: Growth) -> None:
+def bench(options_given: Options, growth: Growth) -> None:
     columns = ("Host", "Estimator", *(f"{size:,}" for size in growth.sizes), "Exponent", "95% interval", "Verdict")
-    with table(f"growth_{growth.what}", said, columns, growth.about) as row:
-        for h in [HOSTS[(GROWTHS.index(growth) + 1) % 2]] if said.smoke else HOSTS:
-            for line in growth.lines(h)[: 1 if said.smoke else None]:
-                if said.wants(growth.what, h.name, line.what):
-                    row(h.name, line.what, *cells(line, growth, said.smoke))
+    with table(f"growth_{growth.what}", options_given, columns, growth.about) as row:
+        for h in [HOSTS[(GROWTHS.index(growth) + 1) % 2]] if options_given.smoke else HOSTS:
+            for line in growth.lines(h)[: 1 if options_given.smoke else None]:
+                if options_given.wants(growth.what, h.name, line.what):
+                    row(h.name, line.what, *cells(line, growth, options_given.smoke))
 
 
 def main(argv: list[str] | None = None) -> None:
-    said = options(__file__, __doc__, argv)
+    options_given = options(__file__, __doc__, argv)
     use_one_thread()
     for growth in GROWTHS:
-        bench(said, growth)
+        bench(options_given, growth)
 
 
 if __name__ == "__main__":

@@ -119,20 +119,20 @@ def measure(h: Any, name: str, comparison: Comparison, k: int, loop: bool, kind:
         yield " / ".join(str(side.instructions()) for side in (a, b)) if kind == "loop" else ""
 
 
-def bench(said: Options, h: Any) -> None:
-    rounds, duration = (2, 0.002) if said.smoke else (25, 0.02)
+def bench(options_given: Options, h: Any) -> None:
+    rounds, duration = (2, 0.002) if options_given.smoke else (25, 0.02)
     columns = (*COLUMNS, "HLO / HLO") if h is NumPyro else COLUMNS
-    with table(f"step_time_{h.name.lower()}", said, columns, ABOUT[h]) as row:
-        for name, what, k, loop, kind in rows(h, said.smoke):
-            if said.wants(h.name, name, what, k, kind):
+    with table(f"step_time_{h.name.lower()}", options_given, columns, ABOUT[h]) as row:
+        for name, what, k, loop, kind in rows(h, options_given.smoke):
+            if options_given.wants(h.name, name, what, k, kind):
                 row(*measure(h, name, comparisons(h)[what], k, loop, kind, rounds, duration))
 
 
 def main(argv: list[str] | None = None) -> None:
-    said = options(__file__, __doc__, argv)
+    options_given = options(__file__, __doc__, argv)
     use_one_thread()
     for h in HOSTS:
-        bench(said, h)
+        bench(options_given, h)
 
 
 if __name__ == "__main__":

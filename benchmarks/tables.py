@@ -38,7 +38,7 @@ def figure(x: float, form: str = ".3g") -> str:
 
 
 @contextmanager
-def table(name: str, said: Options, columns: Sequence[str], about: str) -> Iterator[Callable[..., None]]:
+def table(name: str, options_given: Options, columns: Sequence[str], about: str) -> Iterator[Callable[..., None]]:
     """Print a table row by row; once it is whole, write it to docs/tables, in place of one that is there.
 
     Yields:
@@ -46,7 +46,7 @@ def table(name: str, said: Options, columns: Sequence[str], about: str) -> Itera
     """
     versions = ", ".join(f"{package} {version(package)}" for package in ("numpyro", "jax", "pyro-ppl", "torch"))
     where = f"Python {platform.python_version()}, {versions}; {os.cpu_count()} cores ({platform.machine()})."
-    lines = [f"    {said.command}", "", f"{about} {where}", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    lines = [f"    {options_given.command}", "", f"{about} {where}", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     rows: list[str] = []
 
     def row(*cells: object) -> None:
@@ -56,7 +56,7 @@ def table(name: str, said: Options, columns: Sequence[str], about: str) -> Itera
         print(*([] if rows[1:] else ["", *lines]), rows[-1], sep="\n", flush=True)
 
     yield row
-    if not said.smoke and not said.only:
+    if not options_given.smoke and not options_given.only:
         TABLES.mkdir(parents=True, exist_ok=True)
         unfinished = TABLES / f".{name}.md"
         unfinished.write_text("\n".join([*lines, *rows, ""]))

@@ -50,17 +50,17 @@ def bound(h: Any, side: Any, program: Program, number: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    said = options(__file__, __doc__, argv)
+    options_given = options(__file__, __doc__, argv)
     use_one_thread()
-    steps, number, methods = (20, 2, list(METHODS)[2:3]) if said.smoke else (3000, 50, list(METHODS))
+    steps, number, methods = (20, 2, list(METHODS)[2:3]) if options_given.smoke else (3000, 50, list(METHODS))
     checkpoints = sorted({steps // 20, steps // 4, steps})
     columns = ("Latents", "Gradient", "Host", *(f"{n} steps" for n in checkpoints), "ms a step")
     about = "The importance-weighted bound with 50 particles, in nats per image, after so many steps of training; larger is better."
-    with table("vae", said, columns, about) as row:
+    with table("vae", options_given, columns, about) as row:
         for kind, method in methods:
             objective, k, more, baseline = METHODS[kind, method]
             for h in HOSTS:
-                if not said.wants(h.name, kind, method):
+                if not options_given.wants(h.name, kind, method):
                     continue
                 program = autoencoder(h, h.dist.Normal, kind, network_baseline if baseline else None)
                 side = STEPS[h](program, getattr(h.flow, objective)(**particles(h, k), **more), rate=3e-3)

@@ -187,10 +187,10 @@ def programs(smoke: bool, wants: Callable[..., bool]) -> Iterator[tuple[object, 
             found: dict[str, list[tuple[float, float]]] = {label: [] for label in choices}
             for seed in range(rounds):
                 for label, choice in choices.items():
-                    served = program
+                    wrapped_program = program
                     if name == "scan of 100":  # no handler reaches the draws inside scan, only the wrapper does
-                        served = PROGRAMS[name](h, wrapped(h, choice[0]))
-                    seen = report(h, served, choice, samples, params, seed)
+                        wrapped_program = PROGRAMS[name](h, wrapped(h, choice[0]))
+                    seen = report(h, wrapped_program, choice, samples, params, seed)
                     found[label].append((sum(p.variance.sum() for p in seen.parameters), seen.seconds[""]))
             for label, each in found.items():
                 v, t = np.array(each).T
@@ -208,19 +208,19 @@ def keep_compiled(folder: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    said = options(__file__, __doc__, argv)
+    options_given = options(__file__, __doc__, argv)
     use_one_thread()
     each = "Each cell: exact (measured, over 10,000 gradients of 10 particles). x is Normal with loc 1 and scale 1."
     columns = ("f", "k", "Estimator", "Mean in loc", "Variance in loc", "Mean in scale", "Variance in scale")
-    with table("variance_functions", said, columns, each) as row:
-        for cells in functions(said.smoke, said.wants):
+    with table("variance_functions", options_given, columns, each) as row:
+        for cells in functions(options_given.smoke, options_given.wants):
             row(*cells)
     each = "Medians of three rounds. A gradient is a mean over 10 particles; its variance is summed over the parameters."
     columns = ("Host", "Program", "Estimator", "Variance", "µs a gradient", "Variance x µs", "Lowest to highest")
-    with TemporaryDirectory() as folder, table("variance_programs", said, columns, each) as row:
-        if not said.smoke:
+    with TemporaryDirectory() as folder, table("variance_programs", options_given, columns, each) as row:
+        if not options_given.smoke:
             keep_compiled(folder)
-        for cells in programs(said.smoke, said.wants):
+        for cells in programs(options_given.smoke, options_given.wants):
             row(*cells)
 
 
