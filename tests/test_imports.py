@@ -1,7 +1,12 @@
 """Each part imports without the packages that it does not need, and says what to install where one that it needs is missing."""
 
+import ast
+from pathlib import Path
+
 import pytest
 from processes import run
+
+import flowvi
 
 EVERYTHING = ("jax", "numpyro", "torch", "pyro")
 
@@ -39,3 +44,78 @@ def test_estimators_need_no_host():
 def test_a_missing_host_says_what_to_install(module, missing, hint):
     code = f"try:\n    import {module}\nexcept ImportError as error:\n    print(error.__notes__)"
     assert hint in run((missing,), code)
+
+
+# ---- which way dependencies point
+
+ROOT = Path(flowvi.__file__).parent
+BACKENDS = {"jax", "numpyro", "torch", "pyro"}
+ADAPTERS = ("flowvi.numpyro", "flowvi.pyro", "flowvi.ops.jax", "flowvi.ops.torch")
+
+
+def imported_by(path):
+    """The modules that a file imports, also inside functions; not what only a type checker sees."""
+    tree = ast.parse(path.read_text())
+    guarded = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+    skipped = {inner for n in guarded for inner in ast.walk(n)}
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "import_module":
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+
+
+MODULES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in ROOT.rglob("*.py")}
+CORE = [name for name in MODULES if not name.startswith(ADAPTERS)]
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_imports_no_adapter_and_no_backend(name):
+    found = [m for m in imported_by(MODULES[name]) if m.split(".")[0] in BACKENDS or m.startswith(ADAPTERS)]
+    assert found == []
+
+
+SIDES = {
+    "numpyro": ("flowvi.numpyro", "flowvi.ops.jax", "jax", "numpyro"),
+    "pyro": ("flowvi.pyro", "flowvi.ops.torch", "torch", "pyro"),
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_adapters_do_not_import_each_other(side):
+    (other,) = (prefixes for name, prefixes in SIDES.items() if name != side)
+    for name in MODULES:
+        if name.startswith(SIDES[side][:2]):
+            assert not [m for m in imported_by(MODULES[name]) if m.split(".")[0] in other or m.startswith(other[:2])], name
+
+
+def test_no_imports_in_a_circle():
+    """Among modules, a package's own ``__init__`` aside, which gathers the names of its modules."""
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    graph = {
+        name: {m for m in imported_by(path) if m in MODULES and m != name and m not in packages}
+        for name, path in MODULES.items()
+        if name not in packages
+    }
+    done: set[str] = set()
+
+    def visit(name, way):
+        assert name not in way, f"imported in a circle: {' -> '.join([*way, name])}"
+        if name not in done:
+            for m in graph[name]:
+                visit(m, [*way, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_a_circle_and_a_hidden_import_are_seen(tmp_path):
+    hidden = tmp_path / "hidden.py"
+    hidden.write_text("from importlib import import_module\ndef f():\n    import torch\n    import_module('flowvi.pyro.host')\n")
+    assert {"torch", "flowvi.pyro.host"} <= set(imported_by(hidden))
