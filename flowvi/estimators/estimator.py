@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from flowvi.alternatives import Comparison
 from flowvi.baselines import MakeScores, SiteBaseline
+from flowvi.jumps import Jump, jump_comparison
 from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
 from flowvi.target import Target
@@ -47,6 +48,7 @@ class Estimator(ABC):
     Attributes:
         q: A function ``q(p) -> distribution`` that proposes the samples, or None for q = p.
         enters: Whether it acts on the base sample of a plain ``TransformedDistribution`` (or on the outermost value).
+        jumps: Where the cost jumps as the site crosses a number.
         compares: Whether it compares the cost at several values of its site, so that it runs the program several times.
         uses_sampler: Whether the derivative is that of the host's own sampler, so that nothing has to be attached.
         baseline: What is subtracted from the costs that multiply the score; None for the objective's baseline.
@@ -55,7 +57,11 @@ class Estimator(ABC):
     q: Callable[[Any], Any] | None
     baseline: SiteBaseline | None = None
     enters: bool = True
-    compares: bool = False
+    jumps: tuple[Jump, ...] = ()
+
+    @property
+    def compares(self) -> bool:
+        return bool(self.jumps)
 
     @property
     def uses_sampler(self) -> bool:
@@ -102,7 +108,7 @@ def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
     """The draw at ``target`` for a sample ``x`` of the estimator's proposal, weight and baseline included."""
     x = ops.stop_gradient(x)
     if estimator.q is None:
-        return _with_baseline(ops, target, estimator, x, estimator.attach(ops, target, x))
+        return _completed(ops, target, estimator, x, estimator.attach(ops, target, x))
     q, leaves_support = estimator.proposal(ops, target)
     log_q = ops.stop_gradient(q.log_prob(x))
     if leaves_support:
@@ -117,13 +123,20 @@ def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
     draw = estimator.attach(ops, target, x)
     if draw.control is not None:
         draw = draw._replace(control=ops.exp(log_weight) * draw.control)
-    return _with_baseline(ops, target, estimator, x, draw._replace(log_weight=log_weight))
+    return _completed(ops, target, estimator, x, draw._replace(log_weight=log_weight))
 
 
-def _with_baseline(ops: Ops, target: Target, estimator: Estimator, x: Array, draw: Draw) -> Draw:
-    if estimator.baseline is None or draw.score is None:
-        return draw
-    return draw._replace(baseline=estimator.baseline.at_draw(ops, target, x, draw.score))
+def _completed(ops: Ops, target: Target, estimator: Estimator, x: Array, draw: Draw) -> Draw:
+    """The draw with the estimator's own baseline, and with the surface terms of the jumps."""
+    if estimator.baseline is not None and draw.score is not None:
+        draw = draw._replace(baseline=estimator.baseline.at_draw(ops, target, x, draw.score))
+    if estimator.jumps:
+
+        def velocity(t: Array) -> Array:
+            return ops.tether(estimator.attach(ops, target, t).value)
+
+        draw = draw._replace(comparison=jump_comparison(ops, target, x, estimator.jumps, velocity))
+    return draw
 
 
 def refuse_moving_support(target: Target, what: str) -> None:

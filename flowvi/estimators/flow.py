@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from flowvi.baselines import Baseline, BaselineField
 from flowvi.estimators.estimator import Draw, Estimator, refuse_discrete, refuse_moving_support
 from flowvi.fields import Field, per_element
 from flowvi.fields.field import name_of, require_finite
+from flowvi.jumps import Jump, JumpsField
 from flowvi.ops import Array, Ops
 from flowvi.tangents import Tangents
 from flowvi.target import Target
@@ -22,6 +23,7 @@ class _FieldEstimator(Estimator):
     velocity: Field
     q: Callable[[Any], Any] | None = None
     baseline: Baseline | Literal["plate"] | None = BaselineField()  # type: ignore[assignment]  # noqa: RUF009
+    jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
 
 
 class Flow(_FieldEstimator):
@@ -47,6 +49,7 @@ class Flow(_FieldEstimator):
             ``"pathwise"`` declares psi = 0 (a field that solves the transport equation); the default is exact, by
             automatic derivatives over the event.
         baseline: Subtracted from the costs that multiply psi, instead of the objective's leave-one-out mean; see :class:`~flowvi.LR`.
+        jumps: Where the cost jumps as x crosses a number, so that the field need not be 0 there; see :class:`RP`.
         **per_parameter: The form per parameter.
 
     Raises:
@@ -79,6 +82,7 @@ class Flow(_FieldEstimator):
         q: Callable[[Any], Any] | None = None,
         divergence: Callable[[Array, Any, Any], Array] | str | None = None,
         baseline: Baseline | Literal["plate"] | None = None,
+        jumps: Sequence[Jump] = (),
         **per_parameter: Callable[[Array, Any], Array],
     ):
         if (velocity is None) == (not per_parameter):
@@ -95,7 +99,7 @@ class Flow(_FieldEstimator):
             field = velocity
         else:
             field = Field(velocity, divergence, name=name_of(velocity) if divergence is None else "")
-        super().__init__(field, q, baseline)
+        super().__init__(field, q, baseline, jumps)
 
     def psi_is_zero(self, target: Target) -> bool:
         return self.velocity.divergence == "pathwise"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from flowvi.estimators.estimator import Draw, Estimator, refuse_discrete, refuse_moving_support
+from flowvi.jumps import Jump, JumpsField
 from flowvi.ops import Array, Ops
 from flowvi.target import Target
 
@@ -27,6 +28,8 @@ class ImplicitRP(Estimator):
             default is the distribution's own cdf.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
         exact: Whether the law of S(x) is free of the parameters.
+        jumps: Where the cost jumps as x crosses a number t: numbers, arrays that broadcast to x, or functions of p (with live
+            parameters). Each takes two more evaluations of the program, and adds the surface term p(t) (u(t) - dt/dtheta) [phi].
 
     Raises:
         ValueError: At the first run, naming the site: a discrete site, no cdf, a cdf without a derivative in a live parameter, an S
@@ -51,7 +54,9 @@ class ImplicitRP(Estimator):
 
     standardization: Callable[[Array, Any], Array] | None = None
     q: Callable[[Any], Any] | None = None
-    exact: bool = field(default=True, kw_only=True)
+    _: KW_ONLY
+    exact: bool = True
+    jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
 
     def psi_is_zero(self, target: Target) -> bool:
         return self.exact

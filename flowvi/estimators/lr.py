@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from flowvi.baselines import Baseline, BaselineField
 from flowvi.estimators.estimator import Draw, Estimator, refuse_moving_support
+from flowvi.jumps import Jump, JumpsField
 from flowvi.ops import Array, Ops
 from flowvi.target import Target
 
@@ -28,6 +29,8 @@ class LR(Estimator):
             particles (a vector that belongs to one event, such as logits, counts as one parameter). With few particles that estimate
             is noisy, and the leave-one-out mean may be better.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
+        jumps: Where the cost jumps as x crosses a number t that moves with a parameter; see :class:`RP`. A jump that stays is no bias
+            for LR and need not be given.
 
     Raises:
         TypeError: ``baseline`` is neither a :class:`~flowvi.Baseline` nor one of the names.
@@ -51,6 +54,8 @@ class LR(Estimator):
 
     baseline: Baseline | Literal["plate", "optimal"] | None = BaselineField(optimal=True)  # type: ignore[assignment]  # noqa: RUF009
     q: Callable[[Any], Any] | None = None
+    _: KW_ONLY
+    jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
     enters = False
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:

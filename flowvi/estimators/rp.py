@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from flowvi.estimators.estimator import Draw, Estimator
 from flowvi.estimators.implicit import ImplicitRP
+from flowvi.jumps import Jump, JumpsField
 from flowvi.learned.cost_model import CostModel, Kind
 from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
@@ -37,6 +38,8 @@ class RP(Estimator):
             ``"diagonal"``: it couples none; ``"cubic"``: the quadratic model, with up to four directions along which the curvature
             changes. Nothing is coupled along a batch dim, also outside of a plate (NumPyro's AutoDiagonalNormal has such a dim).
             None: no control variate.
+        jumps: Where the cost jumps as x crosses a number t: numbers, arrays that broadcast to x, or functions of p (with live
+            parameters). Each takes two more evaluations of the program, and adds the surface term p(t) (u(t) - dt/dtheta) [phi].
 
     Raises:
         TypeError: A control variate that does not exist, or one beside ``q``.
@@ -59,8 +62,10 @@ class RP(Estimator):
     """
 
     q: Callable[[Any], Any] | None = None
-    force: bool = field(default=False, kw_only=True)
-    control_variate: Kind | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    force: bool = False
+    control_variate: Kind | None = None
+    jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
 
     def __post_init__(self):
         if self.control_variate not in ("cubic", "quadratic", "diagonal", None):
@@ -70,7 +75,7 @@ class RP(Estimator):
 
     @property
     def uses_sampler(self) -> bool:
-        return self.q is None and self.control_variate is None
+        return self.q is None and self.control_variate is None and not self.jumps
 
     def resolve(self, target: Target) -> Estimator:
         if self.q is None and not self.force and (why := target.lacks_rsample()):

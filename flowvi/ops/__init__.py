@@ -146,6 +146,10 @@ class Ops(Protocol):
         """The scalar ``loss`` with its first derivative; the second raises a ValueError, of which ``what`` is the reason."""
         ...
 
+    def nextafter(self, x: Array, towards: float, /) -> Array:
+        """The next number of the dtype, towards another one."""
+        ...
+
     def ramp(self, x: Array, /) -> Array:
         """Distinct numbers between 0.2 and 0.8 in the shape of x."""
         ...

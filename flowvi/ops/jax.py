@@ -146,6 +146,10 @@ def _second_derivative(what, primals, tangents):
     raise no_second_derivative(what)
 
 
+def nextafter(x, towards):
+    return jnp.nextafter(x, jnp.asarray(towards, x.dtype))
+
+
 def ramp(x):
     return jnp.linspace(0.2, 0.8, x.size, dtype=x.dtype).reshape(x.shape)
 

@@ -195,6 +195,10 @@ class _NoDerivative(torch.autograd.Function):
         raise no_second_derivative(ctx.what)
 
 
+def nextafter(x, towards):
+    return torch.nextafter(x, torch.full_like(x, towards))
+
+
 def ramp(x):
     return torch.linspace(0.2, 0.8, x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape)
 

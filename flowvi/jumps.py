@@ -1,0 +1,63 @@
+r"""Declared jumps of the cost: the surface terms that a pathwise derivative leaves out.
+
+Where the cost jumps by :math:`[\phi] = \phi(t^+) - \phi(t^-)` as a scalar x crosses t, a field u and a jump that moves with the speed
+v miss the flux :math:`p(t)\,(u(t) - v)\,[\phi]` of mass through t. Two alternatives, just above t and just below, add it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flowvi.alternatives import Alternatives, Comparison
+from flowvi.ops import Array, Ops
+from flowvi.target import Target
+
+Jump = float | Array | Callable[[Any], Array]
+ULPS = 8  # how far above and below, in units of the last digit, so that 2 x > 2 t tells them apart too
+
+
+class JumpsField:
+    """The field ``jumps`` of an estimator's dataclass: a tuple, whatever sequence is given."""
+
+    def __get__(self, estimator: Any, owner: type) -> tuple[Jump, ...]:
+        """The jumps of an estimator; none for the class itself, which makes that the default."""
+        return () if estimator is None else vars(estimator)["jumps"]
+
+    def __set__(self, estimator: Any, value: Sequence[Jump]) -> None:
+        """Refuse what is no sequence."""
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{type(estimator).__name__}: expected jumps=[t, ...], found {value!r}.")
+        vars(estimator)["jumps"] = tuple(value)
+
+
+def jump_comparison(ops: Ops, target: Target, x: Array, jumps: tuple[Jump, ...], velocity: Callable[[Array], Array]) -> Comparison:
+    """The alternatives above and below each jump.
+
+    Args:
+        ops: The operations of the backend.
+        target: The site, a scalar family.
+        x: The draw.
+        jumps: Where the cost jumps: numbers, arrays that broadcast to x, or functions of p (with live parameters).
+        velocity: The velocity of the estimator's field at a point, live, with the value 0.
+    """
+    if target.event_ndim or target.transforms or target.is_discrete():
+        target.refuse(
+            f"jumps=... are for a continuous scalar family (or to_event of one), found {target.family}"
+            f"{' under a transform' if target.transforms else ''}; use LR(), or a field that is 0 at the jump."
+        )
+
+    def make(uniforms: Array) -> Alternatives:
+        values: list[Array] = []
+        weights: list[Array] = []
+        for jump in jumps:
+            live = target.in_shape(ops, jump(target.p) if callable(jump) else jump, x, "a jump")
+            t = ops.stop_gradient(live)
+            inside = ops.exp(target.p0.log_prob(t))
+            weight = inside * (velocity(t) - ops.tether(live))
+            step = ULPS * (ops.nextafter(t, float("inf")) - t)
+            values += [t + step, t - step]
+            weights += [weight, -weight]
+        return Alternatives(ops.stack(values, 0), ops.stack(weights, 0))
+
+    return Comparison(make, x, target.event_ndim, target.batch_ndim, 2 * len(jumps), is_whole=False)
