@@ -366,5 +366,5 @@ def test_flow_holds_one_field():
     proposed = Flow(loc=abs, scale=round, q=max)
     assert proposed != by_name
     assert proposed.at_p() == by_name
-    assert Flow(max, divergence=min) == Flow(fields.Field(max, min, name="max"))
+    assert Flow(max, divergence=min) == Flow(fields.Field(max, min))
     assert pickle.loads(pickle.dumps(by_name)) == by_name

@@ -33,7 +33,7 @@ def tempered(tau: float) -> Proposal:
         >>> import numpyro.distributions as dist
         >>> import flowvi.numpyro
         >>> from flowvi import proposals
-        >>> float(proposals.tempered(2.0)(dist.Normal(0.0, 3.0)).variance)
+        >>> round(float(proposals.tempered(2.0)(dist.Normal(0.0, 3.0)).variance), 3)
         18.0
 
     References:
