@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ from multipledispatch import dispatch
 from numpyro.distributions.batch_util import promote_batch_shape
 
 import flowvi.ops.jax as ops
+from flowvi.estimated import ForwardsToBase, forwarded, name_of_site, require_an_estimator
 from flowvi.estimators import Draw, Estimator, attach
 from flowvi.numpyro.materialize import computed_once
 from flowvi.rebuild import rebuild
@@ -119,7 +119,7 @@ class NumPyroTarget(Target):
         return stop_gradient(q.expand(self.batch_shape)(rng_key=key, sample_shape=()))
 
 
-class Estimated(dist.Distribution):
+class Estimated(ForwardsToBase, dist.Distribution):
     r"""A distribution that carries its own gradient estimator: ``Estimated(dist.Normal(loc, scale), LR())``.
 
     Inside ``TraceFlow_ELBO``, ``estimator`` acts at its site, also in ``scan`` and ``cond``, where handlers do not reach. Everywhere
@@ -151,26 +151,14 @@ class Estimated(dist.Distribution):
     pytree_aux_fields = ("estimator",)
 
     def __init__(self, base_dist: dist.Distribution, estimator: Estimator, *, validate_args: bool | None = None):
-        if not isinstance(estimator, Estimator):
-            raise TypeError(f"Estimated: expected an estimator such as flowvi.LR(), found {estimator!r}")
-        self.base_dist = base_dist
-        self.estimator = estimator
+        self.base_dist, self.estimator = base_dist, require_an_estimator(estimator)
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args)
 
-    @property
-    def support(self):
-        return self.base_dist.support
-
-    @property
-    def has_rsample(self):
-        return self.base_dist.has_rsample
-
-    @property
-    def has_enumerate_support(self):
-        return self.base_dist.has_enumerate_support
+    support = forwarded("support")
+    has_rsample = forwarded("has_rsample")
 
     def sample(self, key, sample_shape=()):
-        name = f"Estimated({type(unwrap(self)).__name__})"  # a distribution does not know the name of its site
+        name = name_of_site(unwrap(self))
         estimator = self.estimator.resolve(NumPyroTarget(name, self.base_dist, enters=True))
         if not is_attaching() or estimator.uses_sampler:
             return self.base_dist.sample(key, sample_shape)
@@ -180,21 +168,6 @@ class Estimated(dist.Distribution):
 
     def log_prob(self, value, intermediates=None):
         return self.base_dist.log_prob(value)
-
-    def enumerate_support(self, expand=True):
-        return self.base_dist.enumerate_support(expand)
-
-    mean = property(operator.attrgetter("base_dist.mean"))
-    variance = property(operator.attrgetter("base_dist.variance"))
-
-    def cdf(self, value):
-        return self.base_dist.cdf(value)
-
-    def icdf(self, q):
-        return self.base_dist.icdf(q)
-
-    def entropy(self):
-        return self.base_dist.entropy()
 
 
 WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, Estimated)

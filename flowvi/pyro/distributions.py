@@ -14,6 +14,7 @@ from torch.distributions import constraints
 from torch.distributions.kl import kl_divergence, register_kl
 
 import flowvi.ops.torch as ops
+from flowvi.estimated import ForwardsToBase, name_of_site, require_an_estimator
 from flowvi.estimators import Draw, Estimator, attach
 from flowvi.pyro.detach import detached, tensors_in
 from flowvi.target import Target
@@ -115,7 +116,7 @@ def is_partly_reparameterized(p: Any) -> bool:
     return getattr(type(p), "score_parts", dist.Distribution.score_parts) is not dist.Distribution.score_parts
 
 
-class Estimated(dist.TorchDistribution):
+class Estimated(ForwardsToBase, dist.TorchDistribution):
     r"""A distribution that carries its own gradient estimator: ``Estimated(dist.Normal(loc, scale), LR())``.
 
     Inside ``TraceFlow_ELBO``, ``estimator`` acts at its site. Everywhere else it draws from p (never from a proposal q), and its
@@ -146,32 +147,18 @@ class Estimated(dist.TorchDistribution):
     arg_constraints: ClassVar[dict] = {}
 
     def __init__(self, base_dist: Any, estimator: Estimator, *, validate_args: bool | None = None):
-        if not isinstance(estimator, Estimator):
-            raise TypeError(f"Estimated: expected an estimator such as flowvi.LR(), found {estimator!r}")
-        self.base_dist, self.estimator = base_dist, estimator
+        self.base_dist, self.estimator = base_dist, require_an_estimator(estimator)
         # whether psi = 0 at q = p; an attribute, not a property, because Pyro assigns it
         self.has_rsample = estimator.psi_is_zero(PyroTarget(self._name, base_dist, enters=True))
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args)
 
     @property
-    def _name(self) -> str:  # a distribution does not know the name of its site
-        return f"Estimated({type(unwrap(self.base_dist)).__name__})"
+    def _name(self) -> str:
+        return name_of_site(unwrap(self.base_dist))
 
     @constraints.dependent_property
     def support(self):
         return self.base_dist.support
-
-    @property
-    def has_enumerate_support(self):  # type: ignore[override]
-        return self.base_dist.has_enumerate_support
-
-    @property
-    def mean(self):
-        return self.base_dist.mean
-
-    @property
-    def variance(self):
-        return self.base_dist.variance
 
     def expand(self, batch_shape, _instance=None):
         return Estimated(self.base_dist.expand(batch_shape), self.estimator)
@@ -200,18 +187,6 @@ class Estimated(dist.TorchDistribution):
         target = PyroTarget(self._name, self.base_dist, estimator.enters)
         score = attach(ops, target, estimator, target.pull(value.detach())).score
         return ScoreParts(log_prob, torch.zeros(()) if score is None else score, log_prob)
-
-    def enumerate_support(self, expand=True):
-        return self.base_dist.enumerate_support(expand)
-
-    def cdf(self, value):
-        return self.base_dist.cdf(value)
-
-    def icdf(self, value):
-        return self.base_dist.icdf(value)
-
-    def entropy(self):
-        return self.base_dist.entropy()
 
     def _at_q_equal_p(self, fn: Any) -> Estimator:
         return self.estimator.at_p().resolve(PyroTarget(self._name, fn, enters=True))

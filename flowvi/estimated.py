@@ -1,0 +1,46 @@
+"""What the wrapper ``Estimated`` of either host passes on to the distribution inside it."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from flowvi.estimators import Estimator
+
+
+def forwarded(name: str) -> property:
+    """An attribute of ``base_dist``."""
+    return property(attrgetter(f"base_dist.{name}"))
+
+
+class ForwardsToBase:
+    """A distribution that behaves as its ``base_dist`` in all but how it is drawn."""
+
+    base_dist: Any
+
+    has_enumerate_support = forwarded("has_enumerate_support")
+    mean = forwarded("mean")
+    variance = forwarded("variance")
+
+    def enumerate_support(self, expand=True):
+        return self.base_dist.enumerate_support(expand)
+
+    def cdf(self, value):
+        return self.base_dist.cdf(value)
+
+    def icdf(self, value):
+        return self.base_dist.icdf(value)
+
+    def entropy(self):
+        return self.base_dist.entropy()
+
+
+def require_an_estimator(estimator: Any) -> Estimator:
+    if not isinstance(estimator, Estimator):
+        raise TypeError(f"Estimated: expected an estimator such as flowvi.LR(), found {estimator!r}")
+    return estimator
+
+
+def name_of_site(family: Any) -> str:
+    """What stands for the name of the site in messages, which a distribution does not know."""
+    return f"Estimated({type(family).__name__})"
