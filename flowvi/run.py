@@ -29,6 +29,7 @@ class Statement(NamedTuple):
         scale: What the host multiplies the log density by; None for 1.
         mask: What the host masks the log density by, besides the masks of the distribution itself; None for no mask.
         in_control_flow: Whether it came out of a scan or cond, where statements may depend on each other in any order.
+        enumerated: Whether the program marks it as a site that the host is to sum out.
         total: The sum of its log density, where the host has computed it.
     """
 
@@ -41,6 +42,7 @@ class Statement(NamedTuple):
     scale: Any = None
     mask: Any = None
     in_control_flow: bool = False
+    enumerated: bool = False
     total: Array | None = None
 
     def with_log_density(self, log_density: Array | None) -> Statement:
@@ -172,4 +174,15 @@ def run(program: Program, sites: GuideSites) -> Run:
     if assignment.remember(result.annotations):
         result = program.run(sites.fresh())
     assignment.verify(result.sites.aliases, result.sites.fixed)
+    _refuse_enumerated(result)
     return result
+
+
+def _refuse_enumerated(run: Run) -> None:
+    """Refuse sites of the model that the host would sum out; drawn from the prior they would mean something else."""
+    for name, statement in run.model.items():
+        if statement.enumerated and not statement.observed and name not in run.guide:
+            raise ValueError(
+                f"site '{name}': expected a site that is observed or drawn in the guide, found infer['enumerate'] in the model, which "
+                "asks the host to sum it out; use TraceEnum_ELBO, or draw the site in the guide with flowvi.Enumerate()."
+            )

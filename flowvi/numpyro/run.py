@@ -180,6 +180,7 @@ def _statements(trace, log_probs: dict[str, jax.Array]) -> dict[str, Statement]:
             site["is_observed"],
             site["scale"],
             in_control_flow=bool(site.get("_control_flow_done")),
+            enumerated=bool(site["infer"].get("enumerate")),
         )
         for name, site in trace.items()
         if site["type"] == "sample"

@@ -188,6 +188,7 @@ def _statements(trace, subsampled: dict[str, float] | None = None) -> dict[str, 
                 site["is_observed"],
                 site["scale"],
                 site["mask"],
+                enumerated=bool(site["infer"].get("enumerate")),
                 total=site.get("log_prob_sum"),
             )
     return found
