@@ -35,6 +35,7 @@ def test_refused(host, how, objective):
         elbo.describe(model, guide)
 
 
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
 def test_pyro_config_enumerate():
     model, guide = program(HOSTS["pyro"], "parallel")
     marked = pyro.infer.config_enumerate(lambda: model(), "parallel")
