@@ -1,0 +1,156 @@
+"""Variance and cost of the estimators at discrete sites, and at a jump of the cost.
+
+The gradient is that of the guide's logits (at the jump: of the location and of the scale), with four particles at discrete sites and one
+at the jump. The ratio of step times is that to LR, the two sides in turn. About three minutes:
+
+    python benchmarks/discrete.py
+    python benchmarks/discrete.py --smoke
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from programs import HOSTS, NumPyro, Program
+from tables import figure, options, table
+from timing import STEPS, alternate, median_interval, use_one_thread
+
+import flowvi
+from flowvi import LR, RP
+
+THETA = [0.3, -0.4, 0.8, 0.1]
+
+
+def mixed_cone(h: Any) -> Program:
+    """The noisy cone, seen from one of two branches: the noise is small on the one, and grows with the distance on the other."""
+
+    def model():
+        k = h.ppl.sample("k", h.dist.Bernoulli(h.array(0.5)))
+        x = h.ppl.sample("x", h.dist.Normal(h.array(0.0), 10.0))
+        y = h.ppl.sample("y", h.dist.Normal(h.array(0.0), 10.0))
+        r = x**2 + y**2
+        h.ppl.sample("r", h.dist.Normal(r, 0.5 + k * r / 10), obs=h.array(5.0))
+
+    def guide():
+        h.ppl.sample("k", h.dist.Bernoulli(logits=h.ppl.param("logits", h.array(0.4))))
+        for name in ("x", "y"):
+            h.ppl.sample(name, h.dist.Normal(h.array(1.5), h.array(0.3)))
+
+    return Program(model, guide)
+
+
+def joint(h: Any) -> Program:
+    """Four Bernoullis that meet in one cost."""
+
+    def model():
+        b = h.ppl.sample("k", h.dist.Bernoulli(h.array([0.5] * 4)).to_event(1))
+        h.ppl.factor("cost", -((b @ h.array([1.0, -0.6, 0.8, 0.4]) - 0.3) ** 2))
+
+    def guide():
+        h.ppl.sample("k", h.dist.Bernoulli(logits=h.ppl.param("logits", h.array(THETA))).to_event(1))
+
+    return Program(model, guide)
+
+
+def local(h: Any) -> Program:
+    """A hundred local Bernoullis in a plate, each with an observation."""
+    x = h.array(np.linspace(-1.5, 3.5, 100))
+
+    def model():
+        with h.ppl.plate("n", 100):
+            z = h.ppl.sample("k", h.dist.Bernoulli(h.array(0.3)))
+            h.ppl.sample("x", h.dist.Normal(2.0 * z, 1.0), obs=x)
+
+    def guide():
+        with h.ppl.plate("n", 100):
+            h.ppl.sample("k", h.dist.Bernoulli(logits=h.ppl.param("logits", h.array(np.linspace(-1.0, 1.0, 100)))))
+
+    return Program(model, guide)
+
+
+def counts(h: Any) -> Program:
+    """A Poisson in front of a Normal observation."""
+
+    def model():
+        k = h.ppl.sample("k", h.dist.Poisson(h.array(3.0)))
+        h.ppl.sample("y", h.dist.Normal(k, 1.0), obs=h.array(4.0))
+
+    def guide():
+        rate = h.ppl.param("rate", h.array(2.5), constraint=h.dist.constraints.positive)
+        h.ppl.sample("k", h.dist.Poisson(rate))
+
+    return Program(model, guide)
+
+
+def jump(h: Any) -> Program:
+    """The cost 3 x + 4 [x > 0.5] under a Normal."""
+
+    def model():
+        x = h.ppl.sample("k", h.dist.Normal(h.array(0.0), 1.0).mask(False))
+        h.ppl.factor("cost", 3 * x + 4 * (x > 0.5))
+
+    def guide():
+        scale = h.ppl.param("scale", h.array(0.8), constraint=h.dist.constraints.positive)
+        h.ppl.sample("k", h.dist.Normal(h.ppl.param("loc", h.array(0.3)), scale).mask(False))
+
+    return Program(model, guide)
+
+
+FINITE = {"LR": LR(), "Enumerate": flowvi.Enumerate()}
+ROWS: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "mixed cone": (mixed_cone, 4, FINITE),
+    "four Bernoullis in one cost": (
+        joint,
+        4,
+        FINITE
+        | {
+            "Enumerate, random lane": flowvi.Enumerate("random"),
+            "FiniteDifference": flowvi.FiniteDifference(),
+            "DisARM": flowvi.DisARM(),
+        },
+    ),
+    "100 local Bernoullis": (local, 4, FINITE),
+    "a Poisson": (counts, 4, {"LR": LR(), "FiniteDifference": flowvi.FiniteDifference(), "MeasureValued": flowvi.MeasureValued()}),
+    "a jump": (
+        jump,
+        1,
+        {"LR": LR(), "MeasureValued": flowvi.MeasureValued(), "RP, which is wrong": RP(), "RP(jumps=[0.5])": RP(jumps=[0.5])},
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    options_given = options(__file__, __doc__, argv)
+    use_one_thread()
+    samples, rounds, duration = (50, 2, 0.002) if options_given.smoke else (2000, 20, 0.05)
+    about = "Variance of the gradient, summed over its elements, and the time of a step over that with LR."
+    columns = ("host", "program", "estimator", "evaluations", "mean", "variance", "LR's / variance", "time / LR's", "95% interval")
+    with table("discrete", options_given, columns, about) as row:
+        for h in HOSTS:
+            for name, (program_of, particles, estimators) in ROWS.items():
+                program = program_of(h)
+                found = {}
+                for label, estimator in estimators.items():
+                    if not options_given.wants(h.name, name, label):
+                        continue
+                    elbo = h.flow.TraceFlow_ELBO(particles, estimators={"k": estimator})
+                    n = samples if h is NumPyro else max(samples // 4, 10)
+                    report = h.flow.gradient_report(
+                        *program[:2], estimators={"k": estimator}, options={"num_particles": particles}, num_samples=n
+                    )
+                    found[label] = sum(record.variance.sum() for record in report.parameters)
+                    mean = sum(record.mean.sum() for record in report.parameters)
+                    sides = (h.flow.TraceFlow_ELBO(particles, estimators={"k": LR()}), elbo)
+                    times = alternate(STEPS[h](program, sides[1]), STEPS[h](program, sides[0]), rounds, duration)
+                    median, low, high = median_interval(times[:, 0] / times[:, 1])
+                    ratio = figure(found["LR"] / found[label]) if found[label] > 1e-12 and "LR" in found else ""
+                    evaluations = elbo.describe(*program[:2]).evaluations
+                    row(
+                        *(h.name, name, label, evaluations, figure(mean), figure(found[label]), ratio),
+                        *(f"{median:.2f}", f"{low:.2f} .. {high:.2f}"),
+                    )
+
+
+if __name__ == "__main__":
+    main()
