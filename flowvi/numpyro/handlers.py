@@ -14,7 +14,7 @@ from numpyro.primitives import Messenger
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Choice
 from flowvi.estimators import LR, Draw, Estimator, attach
-from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching, propose
+from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching, propose, with_right_derivative
 from flowvi.numpyro.host import HOST
 from flowvi.sites import GuideSites, Visit, annotation, find_estimated, is_masked, not_random, weight_of_density
 from flowvi.target import Target
@@ -36,6 +36,7 @@ class attach_estimators(Messenger):
         if msg["type"] == "plate":
             self.plate_sizes[msg["name"]] = msg["args"][0]
         elif msg["type"] == "sample":
+            msg["fn"] = with_right_derivative(msg["fn"])
             self.sites.visit(HOST, msg, msg["name"], self._target, self._draw)
 
     def _target(self, msg, enters: bool) -> NumPyroTarget:
