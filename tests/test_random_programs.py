@@ -478,6 +478,6 @@ def test_a_wrong_rule_is_rejected(host, monkeypatch):
             for s in statements
         }
 
-    monkeypatch.setattr(f"flowvi.{host.name}.run.meet", meet)
+    monkeypatch.setattr("flowvi.tape.scored_ancestors", meet)
     with pytest.raises(AssertionError):
         assert_unbiased(made(0, host.name), host.name, monkeypatch)

@@ -318,7 +318,7 @@ def two_sites(guide_infer=None, model_infer=None, observed_infer=None):
             {},
             {"guide_infer": {"enumerate": "parallel"}},
             ValueError,
-            "site 'x': .*found infer.'enumerate'.*Enumerate.. sums over its values",
+            "site 'x': .*found infer.'enumerate'.*Enumerate.. sums over its",
         ),
     ],
 )
