@@ -151,20 +151,34 @@ class SiteDescription(NamedTuple):
 
 
 class Description(tuple[SiteDescription, ...]):
-    """The random sites of a guide, each with its estimator; prints as a table."""
+    """The random sites of a guide, each with its estimator; prints as a table.
+
+    Attributes:
+        evaluations: How often a step runs guide and model for each particle.
+    """
+
+    evaluations: int
+
+    def __new__(cls, sites: Iterable[SiteDescription], evaluations: int = 1) -> Description:
+        description = super().__new__(cls, sites)
+        description.evaluations = evaluations
+        return description
 
     def __str__(self) -> str:
         rows = [("site", "estimator", "given by", "distribution", "parameters", "plates")]
         rows += [(d.name, repr(d.estimator), d.source, d.distribution, ", ".join(d.parameters), ", ".join(d.plates)) for d in self]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.evaluations > 1:
+            lines.append(f"{self.evaluations} evaluations of the program per particle")
+        return "\n".join(lines)
 
 
 class Describes:
     """An objective that can describe the estimator of each site."""
 
     def describe(self, model, guide, *args, **kwargs) -> Description:
-        """Each random site: its estimator, where that was given, its distribution's parameters, its plates.
+        """Each random site: its estimator, where that was given, its distribution's parameters, its plates; and the evaluations.
 
         Runs guide and model once, in NumPyro at their initial parameters; in Pyro the state of torch's generators is put back.
 
@@ -177,8 +191,9 @@ class Describes:
         Returns:
             A tuple of records that prints as a table.
         """
-        return Description(self._describe(model, guide, args, kwargs).sites.random.values())
+        run, evaluations = self._describe(model, guide, args, kwargs)
+        return Description(run.sites.random.values(), evaluations)
 
     def _describe(self, model, guide, args, kwargs) -> Any:
-        """A run of the program."""
+        """A run of the program, and how often a step runs it for each particle."""
         raise NotImplementedError

@@ -57,11 +57,13 @@ class Replacement(NamedTuple):
         values: Of the shape of the site's value, with the runs on the left.
         first: The number of the first of these runs.
         num_runs: How many runs there are in all.
+        downstream: The sites of the guide whose values depend on it, its own name included.
     """
 
     values: Array
     first: int
     num_runs: int
+    downstream: frozenset[str]
 
     def covers(self, i: int) -> bool:
         return self.first <= i < self.first + self.values.shape[0]
@@ -89,6 +91,11 @@ class Program(Protocol):
         """Whether a derivative may be taken of this run."""
         ...
 
+    @property
+    def branches(self) -> bool:
+        """Whether draws may decide which statements the program runs."""
+        ...
+
     def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> Array:
         """Uniform numbers between 0 and 1 for a site, which do not depend on what the program draws and do not change it."""
         ...
@@ -98,8 +105,8 @@ class Program(Protocol):
     ) -> dict[str, Array]:
         """``reduce`` of each of ``num_runs`` runs, with the runs on the left of its arrays.
 
-        Each run draws with the random numbers of the first ``run``; at the sites of ``replacements`` what is drawn is replaced. No
-        derivative is taken.
+        At the sites of ``replacements`` what is drawn is replaced. What is downstream of them is drawn with the random numbers of the
+        first ``run``; all else keeps its value. No derivative is taken.
         """
         ...
 

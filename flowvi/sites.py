@@ -42,6 +42,7 @@ class GuideSites:
         fixed: Names of the statements that are not random choices.
         learned: Names of the parameters that estimators learn, each with its site.
         replaced: Values that sites are to have instead of what is drawn.
+        held: Sites that keep the value of another run, each with it and with what was attached there.
         log_probs: Unscaled log densities that the estimators have computed, so that the host need not.
     """
 
@@ -53,6 +54,7 @@ class GuideSites:
         self.fixed: list[str] = []
         self.learned: dict[str, str] = {}
         self.replaced: dict[str, Any] = {}
+        self.held: dict[str, tuple[Any, Draw | None]] = {}
         self.log_probs: dict[str, Array] = {}
 
     def fresh(self) -> GuideSites:
@@ -84,7 +86,8 @@ class GuideSites:
             return what
         if msg["infer"].get("enumerate"):
             raise ValueError(
-                f"site '{name}': expected a site that is sampled, found infer['enumerate']; enumerate with TraceEnum_ELBO."
+                f"site '{name}': expected a site that is sampled, found infer['enumerate']; the estimator Enumerate() sums over its "
+                "values, one site at a time, and TraceEnum_ELBO over those of several sites at once."
             )
         choice = self.assignment.choose(msg, alias, wrapped)
         try:

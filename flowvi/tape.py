@@ -54,10 +54,17 @@ class Site(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """One run: its costs, and the random choices that have a score or a weight."""
+    """One run: its costs, and the random choices that have a score, a weight or alternatives.
+
+    Attributes:
+        terms: The costs.
+        sites: The random choices.
+        draws: For each unobserved site of the guide, the names of those on which its value depends, its own included.
+    """
 
     terms: list[Term]
     sites: list[Site]
+    draws: Mapping[str, frozenset[str]]
 
 
 def scored_draws(draws: Mapping[str, Draw]) -> dict[str, Draw]:
@@ -109,7 +116,7 @@ def record(run: Run, dependencies: Dependencies) -> Tape:
         ancestors, (nodes, _nodes(run.model.values(), graph.model), _nodes(run.guide.values(), graph.guide))
     )
     sites = [Site(name, run.guide[name].frames, draw, of_draws[name]) for name, draw in draws.items()]
-    return Tape(costs(run, of_model, of_guide), sites)
+    return Tape(costs(run, of_model, of_guide), sites, graph.draws)
 
 
 def _nodes(statements: Iterable[Statement], ancestors: Mapping[str, frozenset[str]]) -> tuple[Node, ...]:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from hosts import HOSTS, Program
 
-from flowvi import LR, RP, AdaptiveFlow, Baseline, Flow, ImplicitRP
+from flowvi import LR, RP, AdaptiveFlow, Baseline, Enumerate, Flow, ImplicitRP
 from flowvi.baselines import PlateMean
 from flowvi.dependence import Ancestor
 
@@ -179,6 +179,19 @@ def random_sites(latents: dict[str, Latent]) -> dict[str, Latent]:
     return {name: site for name, site in latents.items() if site.family != "Delta"}
 
 
+def enumerated(case: Case) -> Case:
+    """The same program with ``Enumerate`` at the Bernoullis from which no other Bernoulli is drawn.
+
+    The others would have to draw anew, with other probabilities, where all that happens is given.
+    """
+    leads_to_bernoulli: set[str] = set()
+    for name, site in reversed(case.latents.items()):
+        if site.family == "Bernoulli" or name in leads_to_bernoulli:
+            leads_to_bernoulli |= set(site.reads[0])
+    names = [name for name, site in case.latents.items() if site.family == "Bernoulli" and name not in leads_to_bernoulli]
+    return case._replace(estimators=case.estimators | dict.fromkeys(names, Enumerate()))
+
+
 def program_of(case: Case) -> Program:
     def plates_of(h):
         return {name: h.plate(name, 2, dim=dim) for name, dim in PLATES.items()}
@@ -258,7 +271,7 @@ def outcomes(case: Case, particles: int = 1) -> tuple[list[list[np.ndarray]], np
 
 
 class Forced:
-    """What the generators hand out, and the probabilities with which they were asked for it.
+    """What the generators hand out, and the probabilities with which they were asked for it at first.
 
     Every run of the guide draws all of its sites, in order; an objective may run it more than once for one particle.
     """
@@ -337,7 +350,8 @@ def mean_in_pyro(case: Case, monkeypatch, particles: int = 1, alpha: float | Non
     forced = Forced(values)
 
     def next_value():
-        forced.particle = forced.calls // len(values[0])  # particles run one after the other, each once
+        if particles > 1:
+            forced.particle = forced.calls // len(values[0])  # particles run one after the other, each once
         which, value = forced.next()
         return which, torch.as_tensor(value)
 
@@ -347,7 +361,7 @@ def mean_in_pyro(case: Case, monkeypatch, particles: int = 1, alpha: float | Non
     def bernoulli(p):
         which, value = next_value()
         value = value.reshape(p.shape)
-        forced.probabilities[which] = torch.where(value > 0, p, 1 - p).reshape((len(weight), -1)).prod(1).detach()
+        forced.probabilities.setdefault(which, torch.where(value > 0, p, 1 - p).reshape((len(weight), -1)).prod(1).detach())
         return value + 0 * p
 
     monkeypatch.setattr(torch.distributions.normal, "_standard_normal", normal)
@@ -358,7 +372,7 @@ def mean_in_pyro(case: Case, monkeypatch, particles: int = 1, alpha: float | Non
         gradients = h.gradients(program, len(weight), **options, **case.options)
     else:
         gradients = h.bound_gradients(program, len(weight), alpha=alpha, **options)
-    assert forced.calls == particles * len(values[0])
+    assert forced.calls % (particles * len(values[0])) == 0
     return (weight * np.prod([p.numpy() for p in forced.probabilities.values()], axis=0)) @ gradients
 
 
@@ -420,6 +434,14 @@ def assert_unbiased(case: Case, host: str, monkeypatch, particles: int = 1, alph
 @pytest.mark.parametrize("seed", range(30))
 def test_random_program(seed, host, monkeypatch):
     assert_unbiased(made(seed, host), host, monkeypatch)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("seed", [200, *range(202, 212), *range(213, 224)])
+def test_random_program_with_enumerated_sites(seed, host, monkeypatch):
+    case = enumerated(made(seed, host))
+    assert Enumerate() in case.estimators.values()
+    assert_unbiased(case, host, monkeypatch)
 
 
 @pytest.mark.parametrize("seed", range(50, 60))

@@ -314,7 +314,12 @@ def two_sites(guide_infer=None, model_infer=None, observed_infer=None):
             ValueError,
             "site 'y': an estimator needs a random choice, but this site is observed",
         ),
-        ({}, {"guide_infer": {"enumerate": "parallel"}}, ValueError, "site 'x': .*found infer.'enumerate'.*TraceEnum_ELBO"),
+        (
+            {},
+            {"guide_infer": {"enumerate": "parallel"}},
+            ValueError,
+            "site 'x': .*found infer.'enumerate'.*Enumerate.. sums over its",
+        ),
     ],
 )
 def test_saying_it_wrong(host, options, infer, error, message):

@@ -16,7 +16,7 @@ from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.run import NumPyroProgram, require_known, run_program
-from flowvi.objectives import LeaveOneOut, Particle, elbo_of, estimate, particle_baseline, require_options
+from flowvi.objectives import LeaveOneOut, Particle, elbo_of, estimate, num_evaluations, particle_baseline, require_options
 from flowvi.run import Run
 from flowvi.sites import Entropy
 from flowvi.tape import Dependencies
@@ -108,14 +108,15 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _particle(self, program: NumPyroProgram) -> tuple[Particle, Any]:
         run = self._run(program)
-        particle = elbo_of(ops, run, self.dependencies, by_statement=not self.sum_sites)
+        particle = elbo_of(HOST, run, self.dependencies, by_statement=not self.sum_sites)
         if not run.mutable_state or self.num_particles == 1:
             return particle, run.mutable_state or None
         warnings.warn("mutable state is currently ignored when num_particles > 1.", stacklevel=2)
         return particle, None
 
-    def _describe(self, model, guide, args, kwargs) -> Run:
-        return self._run(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide))
+    def _describe(self, model, guide, args, kwargs) -> tuple[Run, int]:
+        run = self._run(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide))
+        return run, num_evaluations(run, self.dependencies)
 
     def _run(self, program: NumPyroProgram) -> Run:
         run = run_program(program, self.assignment, self.entropy)

@@ -149,6 +149,8 @@ def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
         if wrapped is not None and choice.estimator != wrapped:
             _refuse_in_control_flow(target, estimator, choice)
         return None
+    if estimator.compares:
+        target.refuse(f"{estimator} gives the site another value, which cannot reach a draw inside scan and cond; use LR() there.")
     discrete_lr = wrapped is None and isinstance(estimator, LR) and estimator.q is None and target.is_discrete()
     if not discrete_lr and (wrapped is None or choice.source != "Estimated"):
         _refuse_in_control_flow(target, estimator, choice)

@@ -69,6 +69,7 @@ class NumPyroProgram:
         return model.annotations
 
     takes_gradients = True
+    branches = False  # a tracer decides nothing
 
     def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> jax.Array:
         return random.uniform(random.fold_in(self.rng_key, crc32(name.encode())), shape)
@@ -164,7 +165,7 @@ def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entrop
 
 def _in_all_runs(replacement: Replacement) -> jax.Array:
     """The values of a site with a row for each run; those of runs in which it is not replaced do not matter."""
-    values, first, num_runs = replacement
+    values, first, num_runs, _ = replacement
     rest = num_runs - first - values.shape[0]
     return jnp.pad(values, [(first, rest), *[(0, 0)] * (values.ndim - 1)], mode="edge")
 

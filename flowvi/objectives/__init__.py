@@ -1,6 +1,7 @@
 """Objectives: from the records of a run to a loss and a surrogate whose derivative is the estimator."""
 
 from flowvi.objectives.bounds import BoundParticle, bound_of, renyi_bound, shared_plates
+from flowvi.objectives.comparison import num_evaluations
 from flowvi.objectives.elbo import Particle, elbo_of, estimate, stack_particles
 from flowvi.objectives.options import (
     Gradient,
@@ -19,6 +20,7 @@ __all__ = [
     "bound_of",
     "elbo_of",
     "estimate",
+    "num_evaluations",
     "particle_baseline",
     "renyi_bound",
     "require_bound_options",

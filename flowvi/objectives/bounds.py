@@ -96,6 +96,8 @@ def _bound_particle(
             _refuse(name, "a proposal q would weigh the bound by the joint weight of all particles; use q = p.")
         if draw.control is not None:
             _refuse(name, "a control variate has mean 0 under an ELBO only; use TraceFlow_ELBO, or an estimator that does not learn.")
+        if draw.comparison is not None:
+            _refuse(name, "the bound is no sum of costs whose values could be compared at several values of a site; use LR() here.")
         if draw.baseline is not None:
             _refuse(name, "the bound has its own baseline, the leave-one-out bound; remove the baseline of the estimator.")
         if at_fixed_draws is not None and draw.score is not None:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from flowvi.alternatives import Comparison
 from flowvi.dependence import Ancestor, Frame
+from flowvi.entropy import use_closed_forms
+from flowvi.host import Host
 from flowvi.objectives.plates import sum_to
 from flowvi.objectives.weights import weigh
 from flowvi.ops import Array, Ops, total
@@ -26,6 +28,7 @@ class SitePlan(NamedTuple):
         name: The site's name.
         comparison: How it compares.
         frames: The plates whose elements change in one run.
+        downstream: The sites of the guide whose values depend on it, its own name included.
         costs: The costs that depend on it, by the sign and the name of the statement.
         num_lanes: The number of elements that cannot share a run.
         first: The number of its first run.
@@ -35,14 +38,18 @@ class SitePlan(NamedTuple):
     name: str
     comparison: Comparison
     frames: frozenset[Frame]
+    downstream: frozenset[str]
     costs: frozenset[tuple[int, str]]
     num_lanes: int
     first: int
     num_runs: int
 
 
-def plan(tape: Tape) -> list[SitePlan]:
-    """The runs of all sites with alternatives. Sites that share no cost take the same runs."""
+def plan(tape: Tape, branches: bool) -> list[SitePlan]:
+    """The runs of all sites with alternatives.
+
+    Sites that share no cost take the same runs, unless the program ``branches``, so that other values may lead to other costs.
+    """
     plans: list[SitePlan] = []
     for name, frames, draw, _ in tape.sites:
         if draw.comparison is None:
@@ -53,22 +60,32 @@ def plan(tape: Tape) -> list[SitePlan]:
                 if ancestor.name == name:
                     costs.add((term.sign, term.name))
                     parallel &= ancestor.frames
-        if not costs:
+        if not costs and not branches:
             continue
+        downstream = frozenset(site for site, ancestors in tape.draws.items() if name in ancestors)
         lanes = math.prod(_lane_sizes(draw.comparison, parallel))
         one = draw.comparison.joint or draw.comparison.lanes == "random"
         plans.append(
-            SitePlan(name, draw.comparison, parallel, frozenset(costs), lanes, 0, 1 if one else lanes * draw.comparison.num_values)
+            SitePlan(
+                name,
+                draw.comparison,
+                parallel,
+                downstream,
+                frozenset(costs),
+                lanes,
+                first=0,
+                num_runs=1 if one else lanes * draw.comparison.num_values,
+            )
         )
-    return _sharing_runs(plans)
+    return _placed(plans, share=not branches)
 
 
-def _sharing_runs(plans: list[SitePlan]) -> list[SitePlan]:
-    """The plans with their first runs: each in the first group none of whose sites shares a cost with it."""
+def _placed(plans: list[SitePlan], share: bool) -> list[SitePlan]:
+    """The plans with their first runs: each in the first group none of whose sites shares a cost with it, or by itself."""
     groups: list[tuple[set[tuple[int, str]], list[SitePlan]]] = []
     for one in plans:
         for costs, members in groups:  # noqa: B007
-            if not costs & one.costs:
+            if share and not costs & one.costs:
                 break
         else:
             costs, members = set(), []
@@ -82,9 +99,17 @@ def _sharing_runs(plans: list[SitePlan]) -> list[SitePlan]:
     return placed
 
 
-def num_evaluations(plans: list[SitePlan]) -> int:
-    """How many runs of the program all sites take together."""
+def num_evaluations(run: Run, dependencies: Dependencies) -> int:
+    """How often a step runs guide and model: once, and once more for each value of a site that needs a run of its own."""
+    return 1 + (_num_runs(plan(record(run, dependencies), run.program.branches)) if _compares(run) else 0)
+
+
+def _num_runs(plans: list[SitePlan]) -> int:
     return max((one.first + one.num_runs for one in plans), default=0)
+
+
+def _compares(run: Run) -> bool:
+    return any(draw.comparison is not None for draw in run.draws.values())
 
 
 def _lane_axes(comparison: Comparison, frames: frozenset[Frame]) -> list[int]:
@@ -98,23 +123,24 @@ def _lane_sizes(comparison: Comparison, frames: frozenset[Frame]) -> list[int]:
     return [comparison.x.shape[axis] for axis in _lane_axes(comparison, frames)]
 
 
-def compared(ops: Ops, run: Run, tape: Tape, dependencies: Dependencies) -> Array | None:
+def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Array | None:
     """A scalar of value 0 whose tangent is the gradient of the sites with alternatives; None where there are none."""
-    plans = plan(tape)
-    if not plans or not run.program.takes_gradients:
+    if not _compares(run) or not run.program.takes_gradients or not (plans := plan(tape, run.program.branches)):
         return None
-    num_runs = num_evaluations(plans)
+    ops, num_runs = host.ops, _num_runs(plans)
     replacements, weights = {}, {}
     for one in plans:
         values, weights[one.name] = _runs(ops, run, one)
-        replacements[one.name] = Replacement(values, one.first, num_runs)
+        replacements[one.name] = Replacement(values, one.first, num_runs, one.downstream)
     ancestors = {(term.sign, term.name): term.ancestors for term in tape.terms}
 
     def sums(of: Run) -> dict[str, Array]:
         """For each site, the weighted costs of a run that depend on it."""
+        if run.closed_forms and of is not run:
+            of = use_closed_forms(host, of)
         terms = _terms(of, ancestors, dependencies)
         log_weights = {name: draw.log_weight for name, draw in of.draws.items() if draw.log_weight is not None}
-        return {one.name: ops.stop_gradient(_dependent(ops, one, terms, log_weights)) for one in plans}
+        return {one.name: ops.stop_gradient(_dependent(ops, one, terms, log_weights, weights[one.name])) for one in plans}
 
     first, others = sums(run), run.program.variants(run, replacements, num_runs, sums)
     contributions = []
@@ -140,15 +166,26 @@ def _terms(of: Run, ancestors: Mapping[Any, frozenset[Ancestor]], dependencies: 
     ]
 
 
-def _dependent(ops: Ops, site: SitePlan, terms: list[Term], log_weights: dict[str, Array]) -> Array:
+def _dependent(ops: Ops, site: SitePlan, terms: list[Term], log_weights: dict[str, Array], like: Array) -> Array:
     """The weighted costs that depend on a site, over the plates whose elements change in one run."""
     found = []
     for term in terms:
-        if any(ancestor.name == site.name for ancestor in term.ancestors):
-            cost = weigh(ops, log_weights, term.ancestors, sum_to(term.cost, term.frames))
-            found.append(sum_to(cost, site.frames))
-    shape = ops.broadcast_shapes(*(cost.shape for cost in found))
-    return ops.broadcast_to(total(found), shape)
+        for ancestor in term.ancestors:
+            if ancestor.name == site.name:
+                if not site.frames <= ancestor.frames:
+                    _refuse_joint_branch(site, term)
+                cost = weigh(ops, log_weights, term.ancestors, sum_to(term.cost, term.frames))
+                found.append(sum_to(cost, site.frames))
+    sizes = {frame.dim: frame.size for frame in site.frames}
+    shape = tuple(sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0))
+    return ops.broadcast_to(total(found) if found else ops.asarray(0.0, like), shape)
+
+
+def _refuse_joint_branch(site: SitePlan, term: Term):
+    raise ValueError(
+        f"site '{site.name}': its elements change in one run, but where they do the program takes another branch, whose cost "
+        f"'{term.name}' depends on all of them; choose by torch.where instead of by if, or use LR()."
+    )
 
 
 def _runs(ops: Ops, run: Run, site: SitePlan) -> tuple[Array, Array]:

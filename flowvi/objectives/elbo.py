@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from flowvi.baselines import MakeScores, ParticleMean, Score, SiteCosts, make_score
 from flowvi.dependence import Ancestor, Frame
+from flowvi.host import Host
 from flowvi.objectives.comparison import compared
 from flowvi.objectives.plates import sum_to
 from flowvi.objectives.weights import weigh, weight_of
@@ -42,22 +43,23 @@ class Particle(NamedTuple):
 
 
 def elbo_of(
-    ops: Ops, run: Run, dependencies: Dependencies, *, by_statement: bool = False, baselines: Mapping[str, MakeScores] | None = None
+    host: Host, run: Run, dependencies: Dependencies, *, by_statement: bool = False, baselines: Mapping[str, MakeScores] | None = None
 ) -> Particle:
     """Reduce a run to its weighted costs and its scores.
 
     Args:
-        ops: The operations of the backend.
+        host: The host library.
         run: The run.
         dependencies: How to find which costs depend on which site.
         by_statement: Whether to keep the costs of each statement apart.
         baselines: Baselines that the program annotates, by site; the baseline of an estimator takes precedence.
     """
+    ops = host.ops
     if scored_draws(run.draws):
         run = _without_own_densities(ops, run)
         tape = record(run, dependencies)
         particle = _of_tape(ops, tape, by_statement, baselines)
-        if (contribution := compared(ops, run, tape, dependencies)) is not None:
+        if (contribution := compared(host, run, tape, dependencies)) is not None:
             particle = particle._replace(costs=_plus(particle.costs, contribution))
     else:
         particle = Particle(_unweighted(run, by_statement), {})

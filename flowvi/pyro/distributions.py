@@ -185,6 +185,10 @@ class Estimated(ForwardsToBase, dist.TorchDistribution):
         if estimator.uses_sampler:
             return self.base_dist.score_parts(value)
         target = PyroTarget(self._name, self.base_dist, estimator.enters)
+        if estimator.compares and torch.is_grad_enabled():
+            target.refuse(
+                f"{estimator} runs the program again, which this objective does not; use flowvi.pyro.TraceFlow_ELBO, or LR()."
+            )
         score = attach(ops, target, estimator, target.pull(value.detach())).score
         return ScoreParts(log_prob, torch.zeros(()) if score is None else score, log_prob)
 

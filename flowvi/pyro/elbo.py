@@ -13,7 +13,16 @@ import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Describes, Estimators
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
-from flowvi.objectives import LeaveOneOut, Particle, elbo_of, estimate, particle_baseline, require_options, stack_particles
+from flowvi.objectives import (
+    LeaveOneOut,
+    Particle,
+    elbo_of,
+    estimate,
+    num_evaluations,
+    particle_baseline,
+    require_options,
+    stack_particles,
+)
 from flowvi.ops import times
 from flowvi.pyro.baselines import annotated_baselines
 from flowvi.pyro.generators import forked_generators
@@ -176,7 +185,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         for program in programs(self, model, guide, args, kwargs, follows_tensors=self.dependencies == "graph"):
             run = self._run(program)
             annotated = annotated_baselines(program.traces[1], run.draws)
-            particle = elbo_of(ops, run, self.dependencies, baselines=annotated)
+            particle = elbo_of(HOST, run, self.dependencies, baselines=annotated)
             if self.vectorize_particles:
                 yield self._loss(particle, self.num_particles)
             elif self.num_particles > 1 and self.baseline is not None and particle.scores:
@@ -196,7 +205,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _describe(self, model, guide, args, kwargs):
         with forked_generators():
-            return self._run(PyroProgram(model, guide, args, kwargs, self.max_plate_nesting))
+            follows_tensors = self.dependencies == "graph"
+            run = self._run(PyroProgram(model, guide, args, kwargs, self.max_plate_nesting, follows_tensors))
+            return run, num_evaluations(run, self.dependencies)
 
     def _run(self, program: PyroProgram) -> Run:
         return apply_entropy(HOST, run(program, GuideSites(self.assignment, self.entropy)), self.entropy)

@@ -1,5 +1,7 @@
 """Restore and seed torch's random number generators, also those of GPUs."""
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager
 
 import torch
@@ -8,6 +10,20 @@ import torch
 def forked_generators() -> AbstractContextManager[None]:
     """A context after which the generators are as they were before."""
     return torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0))
+
+
+def generator_states() -> tuple[torch.Tensor, ...]:
+    """The state of each, that of the CPU first."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+    return torch.default_generator.get_state(), *gpus
+
+
+def restore_generators(states: tuple[torch.Tensor, ...]) -> None:
+    """Put the generators into the states of a :func:`generator_states`."""
+    cpu, *gpus = states
+    torch.default_generator.set_state(cpu)
+    for device, state in enumerate(gpus):
+        torch.cuda.set_rng_state(state, device)
 
 
 def seed_generators(seed: int) -> None:

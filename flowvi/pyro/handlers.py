@@ -26,6 +26,8 @@ class attach_estimators(Messenger):
 
     def _pyro_sample(self, msg):
         if site_is_subsample(msg):
+            if msg["name"] in self.sites.held:
+                self._hold(msg)
             return
         # an auxiliary site of an autoguide stands for the model site without the suffix
         alias = msg["name"].removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else msg["name"]
@@ -38,12 +40,29 @@ class attach_estimators(Messenger):
         return PyroTarget(msg["name"], msg["fn"], enters, frames=msg["cond_indep_stack"], first_use=first_use)
 
     def _draw(self, msg, visit: Visit) -> Draw | None:
+        drawn = self._drawn(msg, visit)
+        return self._hold(msg) if msg["name"] in self.sites.held else drawn
+
+    def _hold(self, msg) -> Draw | None:
+        """Give the site the value of another run; what is drawn is for the generators' states only."""
+        if msg["value"] is None:
+            msg["fn"](*msg["args"], **msg["kwargs"])
+        msg["value"], drawn = self.sites.held[msg["name"]]
+        msg["done"] = True
+        self.sites.log_probs.pop(msg["name"], None)
+        return drawn
+
+    def _drawn(self, msg, visit: Visit) -> Draw | None:
         target: Any = visit.target
         estimator: Any = visit.estimator
         if "baseline" in msg["infer"]:
             require_baseline_options(msg["name"], msg["infer"]["baseline"])
             if estimator.baseline is not None:
                 target.refuse(f"expected one baseline, found {estimator.baseline} and infer['baseline']; keep one of them.")
+            if estimator.compares:
+                target.refuse(
+                    f"{estimator} has no score from whose costs infer['baseline'] could be subtracted; remove it, or use LR()."
+                )
         if msg["value"] is not None:
             return None
         if not estimator.uses_sampler:
@@ -62,9 +81,9 @@ class attach_estimators(Messenger):
         name = msg["name"]
         drawn = draw(self._with_learned(msg, target, estimator), estimator)
         self.sites.assignment.seen.add(name)
-        if name in self.sites.replaced:  # what is drawn is for the generator's state only
+        if name in self.sites.replaced:  # what is drawn is for the generators' states only
             msg["value"], msg["done"] = self.sites.replaced[name], True
-            return Draw(msg["value"])
+            return drawn._replace(value=msg["value"])
         msg["value"], msg["done"] = drawn.value, True
         if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
             self.sites.log_probs[name] = drawn.log_prob

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,7 +20,7 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
-from flowvi.pyro.generators import forked_generators
+from flowvi.pyro.generators import forked_generators, generator_states, restore_generators
 from flowvi.pyro.handlers import attach_estimators, hold_values, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
 from flowvi.run import Replacement, Run, Statement
@@ -39,7 +39,8 @@ class PyroProgram:
         max_plate_nesting: As in Pyro, for its checks of shapes.
         follows_tensors: Whether to record, while the program runs, from which draws each tensor is computed.
         traces: The traces of the first run, of the model and of the guide.
-        start: The state of torch's generator when that run began.
+        start: The states of torch's generators when that run began.
+        branches: Whether Python has looked at a draw in that run; where tensors are not followed, it may have.
     """
 
     model: Callable
@@ -49,19 +50,21 @@ class PyroProgram:
     max_plate_nesting: Any
     follows_tensors: bool = False
     traces: tuple[Any, Any] = field(default=(), repr=False)  # type: ignore[assignment]
-    start: torch.Tensor = field(default_factory=torch.Tensor, repr=False)
+    start: tuple[torch.Tensor, ...] = field(default=(), repr=False)
+    branches: bool = True
     _graph: Graph | None = field(default=None, repr=False)
 
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
         if values is None:
-            self.start = torch.default_generator.get_state()
+            self.start = generator_states()
         if values is not None:
-            return self._run(sites, hold_values({**self._subsamples(), **values}), with_model)
+            return self._run(sites, hold_values({**self._held_subsamples(), **values}), with_model)
         if not self.follows_tensors:
             return self._run(sites)
         with track_provenance() as tracker, mark_statements(tracker):
             run = self._run(sites)
             self._graph = _graph(*self.traces)
+            self.branches = bool(tracker.branched)
             return run
 
     def annotations(self) -> dict[str, Estimator]:
@@ -72,8 +75,8 @@ class PyroProgram:
         return torch.is_grad_enabled()
 
     def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """From a generator of its own, seeded by the state of torch's generator when the run began."""
-        digest = blake2b(self.start.numpy().tobytes() + name.encode(), digest_size=7).digest()
+        """From a generator of its own, seeded by the state of the CPU's when the run began."""
+        digest = blake2b(self.start[0].numpy().tobytes() + name.encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest))
         value = run.guide[name].value
         dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
@@ -82,12 +85,16 @@ class PyroProgram:
     def variants(
         self, run: Run, replacements: Mapping[str, Replacement], num_runs: int, reduce: Callable[[Run], dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
+        known = {**_subsamples(self.traces[1:]), **{name: run.guide[name].value for name in run.sites.random}}
         reduced = []
         with torch.no_grad(), forked_generators():
             for i in range(num_runs):
-                torch.default_generator.set_state(self.start)
+                restore_generators(self.start)
+                changed = {name: r for name, r in replacements.items() if r.covers(i)}
+                downstream = frozenset().union(*(r.downstream for r in changed.values()))
                 sites = run.sites.fresh()
-                sites.replaced = {name: r.values[i - r.first] for name, r in replacements.items() if r.covers(i)}
+                sites.replaced = {name: r.values[i - r.first] for name, r in changed.items()}
+                sites.held = {name: (value, run.draws.get(name)) for name, value in known.items() if name not in downstream}
                 reduced.append(reduce(replace(self).run(sites)))
         return {name: torch.stack([one[name] for one in reduced]) for name in reduced[0]}
 
@@ -140,19 +147,14 @@ class PyroProgram:
             model = poutine.trace(replay(self.model)).get_trace(*self.args, **self.kwargs)
         return model, guide, replay.annotations
 
-    def _subsamples(self) -> dict[str, Any]:
-        """The subsample that the first run drew at each plate."""
+    def _held_subsamples(self) -> dict[str, Any]:
+        """The subsample that the first run drew at each plate, for a run that draws nothing."""
         if isinstance(poutine.unwrap(self.guide), Messenger):
             raise ValueError(
                 "entropy='stl' and gradient='dreg' run the guide again without the model, which a GuideMessenger cannot do; "
                 "use entropy='full' and gradient='plain'."
             )
-        return {
-            name: site["value"]
-            for trace in self.traces
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and site_is_subsample(site)
-        }
+        return _subsamples(self.traces)
 
 
 def programs(elbo: ELBO, model, guide, args, kwargs, *, follows_tensors: bool = False) -> Iterator[PyroProgram]:
@@ -165,6 +167,16 @@ def programs(elbo: ELBO, model, guide, args, kwargs, *, follows_tensors: bool = 
         elbo._guess_max_plate_nesting(model, guide, args, kwargs)
     model, guide = (elbo._vectorized_num_particles(program) for program in (model, guide))
     yield PyroProgram(model, guide, args, kwargs, elbo.max_plate_nesting, follows_tensors)
+
+
+def _subsamples(traces: Iterable[Any]) -> dict[str, Any]:
+    """The subsamples that were drawn."""
+    return {
+        name: site["value"]
+        for trace in traces
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site_is_subsample(site)
+    }
 
 
 def _is_statement(name: str, site: Any) -> bool:
