@@ -26,7 +26,7 @@ class DisARM(Estimator):
         ValueError: At the first run, naming the site: a distribution that is no Bernoulli.
 
     Example:
-        Three of four Bernoullis change together with the cost, here from 2 to 1 for the first seed, and the fourth does not.
+        At probabilities of 1/2 all four Bernoullis are turned over, and each has a quarter of the whole difference of the cost.
 
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from flowvi import DisARM
@@ -35,12 +35,11 @@ class DisARM(Estimator):
         ...     b = numpyro.sample("b", dist.Bernoulli(logits=jnp.zeros(4)).to_event(1).mask(False))
         ...     numpyro.factor("cost", b.sum() ** 2)
         >>> def guide():
-        ...     logits = numpyro.param("l", jnp.array([2.0, 0.0, 0.0, 0.0]))
-        ...     numpyro.sample("b", dist.Bernoulli(logits=logits).to_event(1).mask(False))
+        ...     numpyro.sample("b", dist.Bernoulli(logits=numpyro.param("l", jnp.zeros(4))).to_event(1).mask(False))
         >>> elbo = TraceFlow_ELBO(default=DisARM())
         >>> gradient = jax.grad(lambda l, key: -elbo.loss(key, {"l": l}, model, guide))
         >>> for seed in range(3):
-        ...     gradient(jnp.array([2.0, 0.0, 0.0, 0.0]), jax.random.key(seed)).round(3).tolist()
+        ...     gradient(jnp.zeros(4), jax.random.key(seed)).tolist()
         []
 
     References:

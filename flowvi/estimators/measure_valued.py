@@ -45,14 +45,14 @@ class MeasureValued(Estimator):
         ValueError: At the first run, naming the site: another family, or a live parameter whose weak derivative is not known.
 
     Example:
-        The gradient of E[x > 0.5] under a Normal, in its loc: a constant where one of loc + r and loc - r is beyond the jump, else 0.
+        The gradient of E[x > 1.5] under a Normal, in its loc: a constant where one of loc + r and loc - r is beyond the jump, else 0.
 
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from flowvi import MeasureValued
         >>> from flowvi.numpyro import TraceFlow_ELBO
         >>> def model():
         ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
-        ...     numpyro.factor("cost", x > 0.5)
+        ...     numpyro.factor("cost", 1.0 * (x > 1.5))
         >>> def guide():
         ...     numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1.0).mask(False))
         >>> elbo = TraceFlow_ELBO(default=MeasureValued())
