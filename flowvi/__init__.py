@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowvi import families, fields, proposals
 from flowvi.baselines import Baseline
-from flowvi.estimators import LR, RP, Auto, Enumerate, Flow, ImplicitRP
+from flowvi.estimators import LR, RP, Auto, DisARM, Enumerate, FiniteDifference, Flow, ImplicitRP, MeasureValued
 from flowvi.learned.flow import AdaptiveFlow
 
 if TYPE_CHECKING:
@@ -20,9 +20,12 @@ __all__ = [
     "AdaptiveFlow",
     "Auto",
     "Baseline",
+    "DisARM",
     "Enumerate",
+    "FiniteDifference",
     "Flow",
     "ImplicitRP",
+    "MeasureValued",
     "check_estimator",
     "families",
     "fields",

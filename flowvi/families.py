@@ -10,8 +10,9 @@ import math
 from functools import partial
 from typing import Any
 
-from flowvi import masses
+from flowvi import masses, neighbours
 from flowvi import standardizations as standard
+from flowvi import weak_derivatives as weak
 from flowvi.family import FAMILIES, Family, SkewPeak, Stretch, SymmetricPeak
 from flowvi.fields.beta import beta_g_rep, beta_implicit, dirichlet, student_t
 from flowvi.fields.circular import von_mises
@@ -58,11 +59,24 @@ _location_scale = partial(
 _scale = partial(Family, parameters=("scale",), separate=True, standardization=standard.scale, moves=("scale",), fields=(scale,))
 _of_logits = partial(Family, parameters=("logits",), separate=True)
 _of_probs = partial(Family, parameters=("probs",), separate=True)
+_bernoulli: dict[str, Any] = {
+    "binary": True,
+    "masses": masses.bernoulli,
+    "neighbours": neighbours.BERNOULLI,
+    "weak_derivatives": "sum",
+}
+_binomial: dict[str, Any] = {"masses": masses.binomial, "neighbours": neighbours.BINOMIAL}
+_categorical: dict[str, Any] = {
+    "masses": masses.categorical,
+    "neighbours": neighbours.CATEGORICAL,
+    "weak_derivatives": "sum",
+}
 _truncated = partial(Family, standardized=standard.of_truncated, fields=(truncated_normal,))
 
 for _family in (
     _location_scale(
         "Normal",
+        weak_derivatives=weak.NORMAL,
         tempered=lambda p, t: _wider(p, math.sqrt(t)),
         peak=SymmetricPeak(lambda ops, p, z: z, lambda ops, p, v: ops.sqrt(-2 * ops.log(v))),
         stretch=Stretch("scale", lambda ops, p, z: 1 - z**2),
@@ -70,6 +84,7 @@ for _family in (
     ),
     _location_scale(
         "Laplace",
+        weak_derivatives=weak.LAPLACE,
         tempered=_wider,
         peak=SymmetricPeak(lambda ops, p, z: 1 + 0 * z, lambda ops, p, v: -ops.log(v)),
         stretch=Stretch("scale", lambda ops, p, z: 1 - z),
@@ -121,6 +136,7 @@ for _family in (
         tempered=lambda p, t: {"rate": p.rate / t},
         peak=SkewPeak(mode=None),
         stretch=Stretch("rate", lambda ops, p, z: 1 - z, unit=lambda p: 1 / p.rate),
+        weak_derivatives=weak.EXPONENTIAL,
         fields=(exponential,),
     ),
     Family(
@@ -132,6 +148,7 @@ for _family in (
         tempered=lambda p, t: {"concentration": _towards_1("concentration", p, t), "rate": p.rate / t},
         peak=SkewPeak(lambda ops, p: (p.concentration - 1) / p.rate, shapes=("concentration",)),
         stretch=Stretch("rate", lambda ops, p, z: p.concentration - z, lambda p: p.concentration, lambda p: 1 / p.rate),
+        weak_derivatives=weak.GAMMA,
         fields=(gamma_implicit, gamma_g_rep, gamma_one_moment),
     ),
     Family(
@@ -151,6 +168,7 @@ for _family in (
         moves=("scale", "concentration"),
         peak=SkewPeak(lambda ops, p: p.scale * (1 - 1 / p.concentration) ** (1 / p.concentration), shapes=("concentration",)),
         stretch=Stretch("scale", lambda ops, p, z: p.concentration * (1 - z**p.concentration)),
+        weak_derivatives=weak.WEIBULL,
         fields=(weibull,),
     ),
     Family(
@@ -203,24 +221,37 @@ for _family in (
         fields=(multivariate_normal, multivariate_normal_transport),
     ),
     Family("LowRankMultivariateNormal", parameters=("loc", "cov_factor", "cov_diag"), vanishing=True),
-    Family("Poisson", parameters=("rate",), separate=True, tempered=lambda p, t: {"rate": p.rate ** (1 / t)}),
-    _of_logits("Bernoulli", tempered=_logits, masses=masses.bernoulli),
-    _of_logits("BernoulliLogits", tempered=_logits, masses=masses.bernoulli),
+    Family(
+        "Poisson",
+        parameters=("rate",),
+        separate=True,
+        tempered=lambda p, t: {"rate": p.rate ** (1 / t)},
+        neighbours=neighbours.POISSON,
+        weak_derivatives=weak.POISSON,
+    ),
+    _of_logits("Bernoulli", tempered=_logits, **_bernoulli),
+    _of_logits("BernoulliLogits", tempered=_logits, **_bernoulli),
     _of_probs(
         "BernoulliProbs",
-        masses=masses.bernoulli,
         tempered=lambda p, t: {"probs": p.probs ** (1 / t) / (p.probs ** (1 / t) + (1 - p.probs) ** (1 / t))},
+        **_bernoulli,
     ),
-    _of_logits("Binomial", masses=masses.binomial),
-    _of_logits("BinomialLogits", masses=masses.binomial),
-    _of_probs("BinomialProbs", masses=masses.binomial),
-    _of_logits("Categorical", tempered=_logits, masses=masses.categorical),
-    _of_logits("CategoricalLogits", tempered=_logits, masses=masses.categorical),
+    _of_logits("Binomial", **_binomial),
+    _of_logits("BinomialLogits", **_binomial),
+    _of_probs("BinomialProbs", **_binomial),
+    _of_logits("Categorical", tempered=_logits, **_categorical),
+    _of_logits("CategoricalLogits", tempered=_logits, **_categorical),
     _of_probs(
         "CategoricalProbs",
-        masses=masses.categorical,
         tempered=lambda p, t: {"probs": p.probs ** (1 / t) / (p.probs ** (1 / t)).sum(-1, keepdims=True)},
+        **_categorical,
     ),
-    _of_logits("OneHotCategorical", masses=masses.categorical),
+    _of_logits("OneHotCategorical", masses=masses.categorical, weak_derivatives="sum"),
+    _of_logits("Geometric", neighbours=neighbours.GEOMETRIC),
+    _of_logits("GeometricLogits", neighbours=neighbours.GEOMETRIC),
+    _of_probs("GeometricProbs", neighbours=neighbours.GEOMETRIC),
+    _of_logits("NegativeBinomial", neighbours=neighbours.NEGATIVE_BINOMIAL),
+    _of_logits("NegativeBinomialLogits", neighbours=neighbours.NEGATIVE_BINOMIAL),
+    _of_probs("NegativeBinomialProbs", neighbours=neighbours.NEGATIVE_BINOMIAL),
 ):
     FAMILIES[_family.name] = _family

@@ -6,10 +6,10 @@ The two are apart because fields and proposals look families up, and the entries
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flowvi.ops import Array, Ops
 
@@ -66,6 +66,34 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class Neighbours:
+    """The weights of the neighbours of an integer k of the support; see :mod:`flowvi.neighbours`.
+
+    Attributes:
+        above: ``above(ops, p, k)`` is the weight of k + 1.
+        below: ``below(ops, p, k)`` is the weight of k - 1.
+        constant: The parameters in which these weights have no derivative, so that they must be constants.
+    """
+
+    above: Callable[[Ops, Any, Array], Array]
+    below: Callable[[Ops, Any, Array], Array]
+    constant: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeakDerivative:
+    """The derivative of a law in one parameter as weighted values; see :mod:`flowvi.weak_derivatives`.
+
+    Attributes:
+        weighted: ``weighted(ops, p, x, u)`` are the values, detached, each with its live weight. x is a draw, u a uniform number.
+        num_values: How many values there are.
+    """
+
+    weighted: Callable[[Ops, Any, Array, Array], list[tuple[Array, Array]]]
+    num_values: int = 1
+
+
+@dataclass(frozen=True)
 class Family:
     """What is known about a family. An estimator or a sampling density that needs an empty column refuses the family.
 
@@ -84,8 +112,11 @@ class Family:
         stretch: What the optimal sampling density for a scale or a rate needs.
         vanishing: Whether the tails are so light that the density vanishes at each end to which exp, a sigmoid and the like carry it.
         circle: Whether it lives on the angles from -pi to pi.
+        binary: Whether it is a Bernoulli, with ``probs`` and ``logits`` however it is made.
         masses: ``masses(ops, p, values)``: the probabilities of all values of a finite support, which the host enumerates along the
             first dim; without it they come from ``log_prob``.
+        neighbours: Of integers, the weights of the two neighbours of a value; without them they come from the cdf.
+        weak_derivatives: The weak derivatives by parameter; ``"sum"`` where they are the sum over ``masses``.
         fields: The functions of :mod:`flowvi.fields` that make a field for it; the first one makes the default pathwise field.
     """
 
@@ -100,7 +131,10 @@ class Family:
     stretch: Stretch | None = None
     vanishing: bool = False
     circle: bool = False
+    binary: bool = False
     masses: Callable[[Ops, Any, Array], Array] | None = None
+    neighbours: Neighbours | None = None
+    weak_derivatives: Mapping[str, WeakDerivative] | Literal["sum"] = field(default_factory=dict)
     fields: tuple[Callable[[], Field], ...] = ()
 
     @property

@@ -15,6 +15,8 @@ from flowvi.ops import Array, Ops, SecondMoment
 from flowvi.shapes import Shapes, broadcasts
 from flowvi.support import Support, moving_bounds
 
+OWN_STANDARDIZATION = "give ImplicitRP(standardization) your own S(x, p), or use RP() or LR()"
+
 
 class Target(Shapes, ABC):
     """The distribution of one site as the estimators see it; each host subclasses it once.
@@ -83,6 +85,10 @@ class Target(Shapes, ABC):
     def is_live(self, value: Any) -> bool:
         """Whether ``value``, a number or a transform, may carry a derivative; a traced value that might counts as one that does."""
 
+    def live(self, *names: str) -> list[str]:
+        """Those of the parameters that may carry a derivative."""
+        return [name for name in names if self.is_live(getattr(self.p, name))]
+
     def bound_moves(self, value: Any) -> bool:
         """Whether a bound of a support, or a transform that makes one, moves with a parameter or a draw."""
         return self.is_live(value)
@@ -92,8 +98,15 @@ class Target(Shapes, ABC):
         """Why the host's sampler has no right derivative, or None where it has one."""
 
     @abstractmethod
-    def cdf(self, x: Array, p: Any) -> Array:
-        """The cdf of ``p``; refuses where the host's is missing or has no derivative in a live parameter."""
+    def cdf(self, x: Array, p: Any, what: str = "ImplicitRP", instead: str = OWN_STANDARDIZATION) -> Array:
+        """The cdf of ``p``; refuses where the host's is missing or has no derivative in a live parameter.
+
+        Args:
+            x: Where.
+            p: The family.
+            what: What needs the cdf, for the messages.
+            instead: What to do without it, for the messages.
+        """
 
     @abstractmethod
     def expand(self, q: Any) -> Any:

@@ -9,22 +9,28 @@ the mass that moves with the parameters. It is neither the ODE of diffusion mode
 """
 
 from flowvi.estimators.auto import Auto
+from flowvi.estimators.disarm import DisARM
 from flowvi.estimators.enumerate import Enumerate
 from flowvi.estimators.estimator import Draw, Estimator, attach, refuse_discrete, refuse_moving_support
+from flowvi.estimators.finite_difference import FiniteDifference
 from flowvi.estimators.flow import Flow
 from flowvi.estimators.implicit import ImplicitRP
 from flowvi.estimators.lr import LR
+from flowvi.estimators.measure_valued import MeasureValued
 from flowvi.estimators.rp import RP
 
 __all__ = [
     "LR",
     "RP",
     "Auto",
+    "DisARM",
     "Draw",
     "Enumerate",
     "Estimator",
+    "FiniteDifference",
     "Flow",
     "ImplicitRP",
+    "MeasureValued",
     "attach",
     "refuse_discrete",
     "refuse_moving_support",

@@ -21,7 +21,7 @@ from flowvi.estimated import ForwardsToBase, forwarded, name_of_site, require_an
 from flowvi.estimators import Draw, Estimator, attach
 from flowvi.numpyro.materialize import computed_once
 from flowvi.rebuild import rebuild
-from flowvi.target import Target
+from flowvi.target import OWN_STANDARDIZATION, Target
 
 
 def unwrap(fn: dist.Distribution) -> dist.Distribution:
@@ -92,16 +92,21 @@ class NumPyroTarget(Target):
         missing = sorted(set(p.arg_constraints) - set(p.reparametrized_params))
         return f"{type(p).__name__} has none" + (f" for {missing}" if missing else "")
 
-    def cdf(self, x, p):
+    def live(self, *names):
+        """Under ``jit`` every parameter is traced; one on which no parameter of the guide and no draw has an influence is constant."""
+        traced = super().live(*names)
+        if not traced or (moves := self._moving_leaves()) is None:
+            return traced
+        moving = jax.tree.unflatten(jax.tree.structure(self.p), moves)
+        return [name for name in traced if getattr(moving, name)]
+
+    def cdf(self, x, p, what="ImplicitRP", instead=OWN_STANDARDIZATION):
         try:
             return p.cdf(x)
         except NotImplementedError:
-            self.refuse(f"ImplicitRP needs a cdf, but {self.family} has none; give ImplicitRP(standardization) your own S(x, p).")
+            self.refuse(f"{what} needs a cdf, but {self.family} has none; {instead}.")
         except (ValueError, ImportError) as error:
-            self.refuse(
-                f"the cdf of {self.family} cannot be differentiated in its live parameters ({error}); "
-                "give ImplicitRP(standardization) your own S(x, p), or use RP() or LR()."
-            )
+            self.refuse(f"the cdf of {self.family} cannot be differentiated in its live parameters ({error}); {instead}.")
 
     def expand(self, q):
         if not isinstance(q, dist.Distribution):
@@ -121,16 +126,19 @@ class NumPyroTarget(Target):
 
     def moving_bounds(self):
         """Under ``jit`` every bound is traced; those that no parameter and no draw influences count as fixed."""
-        bounds, moving_leaves = super().moving_bounds(), _ATTACHING.get()
-        if not bounds or moving_leaves is None:
+        bounds = super().moving_bounds()
+        if not bounds or (moves := self._moving_leaves()) is None:
             return bounds
         leaves, tree = jax.tree.flatten(self.p)
-        moves = moving_leaves(self.name, bool(self.transforms))
-        if moves is None or len(moves) != len(leaves):
-            return bounds
         with jax.ensure_compile_time_eval():
             p = jax.tree.unflatten(tree, [leaf if moving else _made_up(leaf) for leaf, moving in zip(leaves, moves, strict=True)])
             return NumPyroTarget(self.name, p, enters=False, validate=False)._traced_bounds()
+
+    def _moving_leaves(self):
+        """For each array of p, whether a parameter of the guide or a draw has an influence on it; None where that is not known."""
+        moving_leaves = _ATTACHING.get()
+        moves = None if moving_leaves is None else moving_leaves(self.name, bool(self.transforms))
+        return moves if moves is not None and len(moves) == len(jax.tree.leaves(self.p)) else None
 
     def _traced_bounds(self):
         """The bounds that are traced."""

@@ -17,7 +17,7 @@ import flowvi.ops.torch as ops
 from flowvi.estimated import ForwardsToBase, name_of_site, require_an_estimator
 from flowvi.estimators import Draw, Estimator, attach
 from flowvi.pyro.detach import detached, tensors_in
-from flowvi.target import Target
+from flowvi.target import OWN_STANDARDIZATION, Target
 
 BIASED_SAMPLERS = (
     dist.RelaxedBernoulliStraightThrough,
@@ -79,17 +79,14 @@ class PyroTarget(Target):
             return f"the derivative of {type(p).__name__}'s is biased"
         return None if p.has_rsample else f"{type(p).__name__} has none"
 
-    def cdf(self, x, p):
+    def cdf(self, x, p, what="ImplicitRP", instead=OWN_STANDARDIZATION):
         concentration = getattr(p, "concentration", None)
         if isinstance(p, torch.distributions.Gamma | dist.InverseGamma) and self.is_live(concentration):
-            self.refuse(
-                f"torch's cdf of {self.family} cannot be differentiated in its live concentration; "
-                "give ImplicitRP(standardization) your own S(x, p), or use RP() or LR()."
-            )
+            self.refuse(f"torch's cdf of {self.family} cannot be differentiated in its live concentration; {instead}.")
         try:
             return p.cdf(x)
         except NotImplementedError:
-            self.refuse(f"ImplicitRP needs a cdf, but {self.family} has none; give ImplicitRP(standardization) your own S(x, p).")
+            self.refuse(f"{what} needs a cdf, but {self.family} has none; {instead}.")
 
     def expand(self, q):
         if not isinstance(q, torch.distributions.Distribution):

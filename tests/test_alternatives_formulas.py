@@ -1,0 +1,632 @@
+"""What FiniteDifference, MeasureValued and DisARM compare, at given draws and uniform numbers, against formulas of other making.
+
+The derivative of an expectation is exact, by a complex step. That of the estimators is the sum, or the quadrature, over the draw and the
+uniform numbers, of p(x) times the derivatives of the weights times the differences of a function.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from math import comb, factorial, gamma
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions
+import pyro.distributions
+import pytest
+import torch
+from hosts import HOSTS, Program, z_scores
+from quadrature import nodes
+
+from flowvi import DisARM, Enumerate, FiniteDifference, MeasureValued
+from flowvi.estimators import attach
+
+FUNCTIONS = {"wave": lambda x: np.sin(1.3 * x + 0.4), "rational": lambda x: x**2 / (1 + 0.1 * x**2)}
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum()
+
+
+def by_complex_step(f, theta):
+    """The derivatives of an array f(theta) in each number of theta, along the first axis."""
+    found = {}
+    for name, value in theta.items():
+        steps = np.eye(np.size(value)).reshape(-1, *np.shape(value)) * 1e-30j
+        found[name] = np.stack([np.imag(f(**{**theta, name: value + step})) / 1e-30 for step in steps])
+    return found
+
+
+# ---- what an estimator compares at given draws
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The values (M, N) at N draws, and the derivatives of the weights (d, M, N) and the score (d, N) in each parameter of size d."""
+
+    values: np.ndarray
+    weights: dict[str, np.ndarray]
+    scores: dict[str, np.ndarray]
+
+
+def compared(host, distribution, theta, estimator, x, uniform=0.5, event_shape=()):
+    """Of N draws, each of which has parameters of its own. The uniform numbers are the same for all values."""
+    x = np.asarray(x)
+    n = len(x)
+    parameters = {name: np.broadcast_to(value, (n, *np.shape(value))).copy() for name, value in theta.items()}
+
+    def drawn(parameters):
+        target = host.target("x", distribution(host, **parameters), estimator.enters)
+        draw = attach(host.ops, target, estimator, host.array(x) if x.dtype.kind == "f" else host.integers(x))
+        uniforms = np.broadcast_to(uniform, (draw.comparison.num_uniforms, *x.shape)).copy()
+        return draw, draw.comparison.make(host.array(uniforms))
+
+    def weight(parameters, i):
+        draw, (values, weights) = drawn(parameters)
+        assert values.shape[0] == weights.shape[0] == draw.comparison.num_values
+        return weights[i].sum(), values
+
+    def score(parameters):
+        draw, (values, _) = drawn(parameters)
+        return (0.0 * sum(p.sum() for p in parameters.values()) if draw.score is None else draw.score.sum()), values
+
+    _, of_score = host.value_and_gradient(score, parameters, has_aux=True)
+    (_, values), _ = host.value_and_gradient(score, parameters, has_aux=True)
+    of_weights = [host.value_and_gradient(lambda p, i=i: weight(p, i), parameters, has_aux=True)[1] for i in range(values.shape[0])]
+    return Compared(
+        host.numpy(values),
+        {name: np.moveaxis(np.stack([g[name].reshape(n, -1) for g in of_weights]), -1, 0) for name in theta},
+        {name: of_score[name].reshape(n, -1).T for name in theta},
+    )
+
+
+def expected(found, f, x, masses):
+    """The derivatives of the expectation of f that the estimator has, in each parameter."""
+    difference = f(found.values.astype(float)) - f(np.asarray(x, float))
+    return {
+        name: (weights * difference * masses).sum((-1, -2)) + (found.scores[name] * f(np.asarray(x, float)) * masses).sum(-1)
+        for name, weights in found.weights.items()
+    }
+
+
+# ---- integers
+
+
+class DiscreteWeibull:
+    """P(x >= k) = q^(k^b), with a cdf: a family that flowvi does not know."""
+
+    arg_constraints: ClassVar = {}
+
+    def log_prob(self, value):
+        m = self.math
+        return m.log(self.q ** (value**self.b) - self.q ** ((value + 1) ** self.b))
+
+    def cdf(self, value):
+        return 1 - self.q ** ((value + 1) ** self.b)
+
+
+class DiscreteWeibullInNumPyro(DiscreteWeibull, numpyro.distributions.Distribution):
+    math = jnp
+    support = numpyro.distributions.constraints.nonnegative_integer
+    arg_constraints: ClassVar = dict.fromkeys("qb", numpyro.distributions.constraints.positive)
+
+    def __init__(self, q, b, *, validate_args=None):
+        self.q, self.b = q, b
+        super().__init__(jnp.shape(q), validate_args=validate_args)
+
+
+class DiscreteWeibullInPyro(DiscreteWeibull, pyro.distributions.TorchDistribution):
+    math = torch
+    support = pyro.distributions.constraints.nonnegative_integer
+    arg_constraints: ClassVar = dict.fromkeys("qb", pyro.distributions.constraints.positive)
+
+    def __init__(self, q, b):
+        self.q, self.b = q, b
+        super().__init__(q.shape)
+
+
+class Counts(numpyro.distributions.Poisson):
+    """A Poisson under another name, of which only the cdf is known."""
+
+
+def discrete_weibull(h, q, b):
+    return {"numpyro": DiscreteWeibullInNumPyro, "pyro": DiscreteWeibullInPyro}[h.name](q, b)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A family of integers: ``make(h, **theta)``, its probabilities at ``x``, and whether those are all of its support."""
+
+    make: object
+    masses: object
+    theta: dict
+    x: np.ndarray
+    finite: bool = True
+    hosts: tuple = ("numpyro", "pyro")
+
+
+def probs_of(h, logits):
+    e = h.math.exp(logits)
+    return e / e.sum(-1, keepdims=True)
+
+
+def binomial(p, n, k):
+    return np.array([comb(n, int(i)) for i in k]) * p**k * (1 - p) ** (n - k)
+
+
+def negative_binomial(p, r, k):
+    return np.array([gamma(i + r) / gamma(r) / factorial(int(i)) for i in k]) * (1 - p) ** r * p**k
+
+
+TWO, SIX, THREE, MANY = np.arange(2), np.arange(6), np.arange(3), np.arange(90)
+FLOATS = {"Bernoulli", "Binomial", "Geometric", "NegativeBinomial", "Poisson"}  # of which Pyro's draws are
+INTEGERS = {
+    "Bernoulli, logits": Integers(
+        lambda h, logits: h.dist.Bernoulli(logits=logits), lambda logits: binomial(sigmoid(logits), 1, TWO), {"logits": 0.7}, TWO
+    ),
+    "Bernoulli, logits 0": Integers(
+        lambda h, logits: h.dist.Bernoulli(logits=logits), lambda logits: binomial(sigmoid(logits), 1, TWO), {"logits": 0.0}, TWO
+    ),
+    "Bernoulli, probs": Integers(
+        lambda h, probs: h.dist.Bernoulli(probs=probs), lambda probs: binomial(probs, 1, TWO), {"probs": 0.3}, TWO
+    ),
+    "Binomial, logits": Integers(
+        lambda h, logits: h.dist.Binomial(5, logits=logits), lambda logits: binomial(sigmoid(logits), 5, SIX), {"logits": -0.4}, SIX
+    ),
+    "Binomial, logits 0": Integers(
+        lambda h, logits: h.dist.Binomial(5, logits=logits), lambda logits: binomial(sigmoid(logits), 5, SIX), {"logits": 0.0}, SIX
+    ),
+    "Binomial, probs": Integers(
+        lambda h, probs: h.dist.Binomial(5, probs=probs), lambda probs: binomial(probs, 5, SIX), {"probs": 0.6}, SIX
+    ),
+    "Categorical, logits": Integers(lambda h, logits: h.dist.Categorical(logits=logits), softmax, {"logits": [0.3, -0.8, 0.5]}, THREE),
+    "Categorical, probs": Integers(
+        lambda h, logits: h.dist.Categorical(probs=probs_of(h, logits)), softmax, {"logits": [0.3, -0.8, 0.5]}, THREE
+    ),
+    "Geometric, logits": Integers(
+        lambda h, logits: h.dist.Geometric(logits=logits),
+        lambda logits: sigmoid(logits) * sigmoid(-logits) ** MANY,
+        {"logits": 0.2},
+        MANY,
+        False,
+    ),
+    "Geometric, probs": Integers(
+        lambda h, probs: h.dist.Geometric(probs=probs), lambda probs: probs * (1 - probs) ** MANY, {"probs": 0.4}, MANY, False
+    ),
+    "NegativeBinomial, logits": Integers(
+        lambda h, logits: h.dist.NegativeBinomial(h.array(2.5), logits=logits),
+        lambda logits: negative_binomial(sigmoid(logits), 2.5, MANY),
+        {"logits": -0.4},
+        MANY,
+        False,
+    ),
+    "NegativeBinomial, probs": Integers(
+        lambda h, probs: h.dist.NegativeBinomial(h.array(2.5), probs=probs),
+        lambda probs: negative_binomial(probs, 2.5, MANY),
+        {"probs": 0.45},
+        MANY,
+        False,
+    ),
+    "Poisson": Integers(
+        lambda h, rate: h.dist.Poisson(rate),
+        lambda rate: rate**MANY * np.exp(-rate) / np.array([float(factorial(k)) for k in MANY]),
+        {"rate": 1.7},
+        MANY,
+        False,
+    ),
+    "by its cdf": Integers(
+        discrete_weibull, lambda q, b: q ** (MANY + 0j) ** b - q ** (MANY + 1 + 0j) ** b, {"q": 0.6, "b": 0.9}, MANY, False
+    ),
+    "by NumPyro's cdf": Integers(
+        lambda h, rate: Counts(rate),
+        lambda rate: rate**MANY * np.exp(-rate) / np.array([float(factorial(k)) for k in MANY]),
+        {"rate": 1.7},
+        MANY,
+        False,
+        ("numpyro",),
+    ),
+}
+OF_INTEGERS = [pytest.param(HOSTS[h], row, id=f"{h}-{name}") for name, row in INTEGERS.items() for h in row.hosts]
+WAYS = {
+    "up": FiniteDifference(),
+    "down": FiniteDifference(downwards=True),
+    "share": FiniteDifference(share=0.3),
+    "share, down": FiniteDifference(downwards=True, share=1.4),
+}
+
+
+def draws_of(host, row):
+    kind = type(row.make(host, **{name: host.array(value) for name, value in row.theta.items()})).__name__
+    return row.x.astype(float) if host.name == "pyro" and kind != "Categorical" else row.x
+
+
+def check_integers(host, row, estimator):
+    x = draws_of(host, row)
+    found = compared(host, row.make, row.theta, estimator, x)
+    step = -1 if estimator.downwards else 1
+    end = row.x[0] if estimator.downwards else row.x[-1] if row.finite else np.inf
+    assert found.values.dtype == x.dtype
+    np.testing.assert_array_equal(found.values[0], np.where(row.x == end, row.x, row.x + step))
+    theta = {name: np.array(value, float) for name, value in row.theta.items()}
+    masses = np.real(row.masses(**theta))
+    slopes = by_complex_step(row.masses, theta)
+    for name, slope in slopes.items():
+        cdf = slope.cumsum(-1)
+        a = (cdf - slope) / masses if estimator.downwards else -cdf / masses  # dF(k - 1) or -dF(k), over p(k)
+        likely = masses > 1e-5  # elsewhere a difference of cdfs has few digits
+        np.testing.assert_allclose(found.weights[name][:, 0, likely], estimator.share * a[:, likely], rtol=1e-10, atol=1e-10)
+        np.testing.assert_array_equal(found.weights[name][:, 0, row.x == end], 0)
+    for f in FUNCTIONS.values():
+        of_estimator = expected(found, f, x, masses)
+        for name, slope in slopes.items():
+            np.testing.assert_allclose(of_estimator[name], (slope * f(row.x)).sum(-1), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("host", "row"), OF_INTEGERS)
+def test_finite_difference(host, row, way):
+    if host.name == "numpyro" and row.theta == {"logits": 0.0} and "share" in way:
+        pytest.skip("NumPyro's log densities have a wrong derivative at logits of 0, which LR inherits")
+    check_integers(host, row, WAYS[way])
+
+
+# ---- parts of the table that are other estimators, and the Poisson
+
+
+@pytest.mark.parametrize("name", ["Bernoulli, logits", "Bernoulli, probs", "Categorical, logits", "Categorical, probs", "Poisson"])
+@pytest.mark.parametrize("estimator", [MeasureValued(), Enumerate()], ids=repr)
+def test_sums(host, name, estimator):
+    row = INTEGERS[name]
+    if name == "Poisson" and isinstance(estimator, Enumerate):
+        return
+    x = draws_of(host, row)
+    found = compared(host, row.make, row.theta, estimator, x)
+    theta = {k: np.array(value, float) for k, value in row.theta.items()}
+    for f in FUNCTIONS.values():
+        of_estimator = expected(found, f, x, row.masses(**theta))
+        for k, slope in by_complex_step(row.masses, theta).items():
+            np.testing.assert_allclose(of_estimator[k], (slope * f(row.x)).sum(-1), rtol=1e-9, atol=1e-10)
+
+
+# ---- numbers
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A continuous family: ``make(h, **theta)`` with its other parameters fixed, its density, and a point where its halves meet."""
+
+    make: object
+    density: object
+    theta: dict
+    middle: float = 0.0
+    both: bool = False
+    num_values: int = 1
+
+
+def absolute(z):
+    return np.where(np.real(z) < 0, -z, z)
+
+
+def normal(x, loc, scale):
+    return np.exp(-(((x - loc) / scale) ** 2) / 2) / scale / np.sqrt(2 * np.pi)
+
+
+def laplace(x, loc, scale):
+    return np.exp(-absolute(x - loc) / scale) / (2 * scale)
+
+
+LOC_SCALE = {"loc": 0.3, "scale": 0.8}
+NUMBERS = {
+    "Normal": Numbers(lambda h, loc, scale: h.dist.Normal(loc, scale), normal, LOC_SCALE, 0.3, True, 3),
+    "Normal, loc 0": Numbers(
+        lambda h, loc: h.dist.Normal(loc, h.array(0.8)), lambda x, loc: normal(x, loc, 0.8), {"loc": 0.0}, 0.0, True, 2
+    ),
+    "Normal, scale": Numbers(
+        lambda h, scale: h.dist.Normal(h.array(0.3), scale), lambda x, scale: normal(x, 0.3, scale), {"scale": 0.8}, 0.3, True, 1
+    ),
+    "Laplace": Numbers(lambda h, loc, scale: h.dist.Laplace(loc, scale), laplace, LOC_SCALE, 0.3, True, 2),
+    "Exponential": Numbers(lambda h, rate: h.dist.Exponential(rate), lambda x, rate: rate * np.exp(-rate * x), {"rate": 1.4}),
+    "Gamma": Numbers(
+        lambda h, rate: h.dist.Gamma(h.array(2.7), rate),
+        lambda x, rate: rate**2.7 * x**1.7 * np.exp(-rate * x) / gamma(2.7),
+        {"rate": 1.2},
+    ),
+    "Gamma, 0.9": Numbers(
+        lambda h, rate: h.dist.Gamma(h.array(0.9), rate),
+        lambda x, rate: rate**0.9 * x**-0.1 * np.exp(-rate * x) / gamma(0.9),
+        {"rate": 1.2},
+    ),
+    "Weibull": Numbers(
+        lambda h, scale: h.dist.Weibull(scale, h.array(1.8)),
+        lambda x, scale: 1.8 / scale * (x / scale) ** 0.8 * np.exp(-((x / scale) ** 1.8)),
+        {"scale": 1.3},
+    ),
+}
+
+
+def grid(row):
+    """Draws and uniform numbers with the weights of their quadrature, the numbers so large that the density is 0 left out."""
+    x, q = nodes(row.middle, np.inf)
+    if row.both:
+        left, q_left = nodes(-np.inf, row.middle)
+        x, q = np.concatenate([left, x]), np.concatenate([q_left, q])
+    density = np.nan_to_num(row.density(x, **row.theta))
+    x, q = x[density > 1e-200], q[density > 1e-200]
+    u, q_u = nodes(0.0, 1.0)
+    u, q_u = u[u < 1], q_u[u < 1]
+    return (a.ravel() for a in (*np.meshgrid(x, u, indexing="ij"), np.outer(q, q_u)))
+
+
+def check_numbers(host, row, estimator):
+    x, u, q = grid(row)
+    found = compared(host, row.make, row.theta, estimator, x, u)
+    assert len(found.values) == row.num_values
+    assert np.isfinite(found.values).all()
+    assert row.both or (found.values >= x * (1 - 1e-12)).all()
+    density = row.density(x, **row.theta)
+    theta = {name: np.array(value) for name, value in row.theta.items()}
+    slopes = by_complex_step(lambda **theta: row.density(x, **theta), theta)
+    for f in FUNCTIONS.values():
+        of_estimator = expected(found, f, x, density * q)
+        for name, slope in slopes.items():
+            np.testing.assert_allclose(of_estimator[name], (slope * f(x) * q).sum(-1), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_measure_valued(host, name):
+    check_numbers(host, NUMBERS[name], MeasureValued())
+
+
+def test_measure_valued_at_given_numbers(host):
+    """Per draw: the values and the derivatives of the weights, by hand."""
+    x, u = np.array([0.1, 0.9]), np.array([0.2, 0.7])
+    found = compared(host, NUMBERS["Normal"].make, LOC_SCALE, MeasureValued(), x, u)
+    r = 0.8 * np.sqrt(-2 * np.log(1 - u))
+    maxwell = 0.8 * np.sqrt(((x - 0.3) / 0.8) ** 2 - 2 * np.log(1 - u))
+    np.testing.assert_allclose(found.values, [0.3 + r, 0.3 - r, 0.3 + np.array([-1, 1]) * maxwell], rtol=1e-10)
+    c = 1 / (0.8 * np.sqrt(2 * np.pi))
+    np.testing.assert_allclose(found.weights["loc"][0], [[c, c], [-c, -c], [0, 0]], rtol=1e-10)
+    np.testing.assert_allclose(found.weights["scale"][0], [[0, 0], [0, 0], [1 / 0.8] * 2], rtol=1e-10, atol=1e-12)
+    found = compared(host, NUMBERS["Weibull"].make, {"scale": 1.3}, MeasureValued(), x, u)
+    np.testing.assert_allclose(found.values[0], 1.3 * ((x / 1.3) ** 1.8 - np.log(1 - u)) ** (1 / 1.8), rtol=1e-10)
+    np.testing.assert_allclose(found.weights["scale"][0, 0], 1.8 / 1.3, rtol=1e-10)
+    found = compared(host, NUMBERS["Laplace"].make, LOC_SCALE, MeasureValued(), x, u)
+    np.testing.assert_allclose(found.values, [0.6 - x, x + np.array([-1, 1]) * 0.8 * -np.log(1 - u)], rtol=1e-10)
+    np.testing.assert_allclose(found.weights["loc"][0, 0], [1 / 1.6, -1 / 1.6], rtol=1e-10)
+
+
+# ---- DisARM
+
+LOGITS = {"below and above": [-0.8, 0.9, 0.2], "0": [0.0, 0.0, -1.2], "one element": [0.6]}
+
+
+def cells(p, b):
+    """The uniform numbers of one element, one for each outcome of b', and their probabilities."""
+    at = (1 - p) / p if b else (1 - 2 * p) / (1 - p)  # above it b' is 1
+    at = min(max(at, 0.0), 1.0)
+    return [(at / 2, at), ((1 + at) / 2, 1 - at)]
+
+
+def check_disarm(host, logits, estimator, by):
+    logits = np.array(logits)
+    p = sigmoid(logits)
+    b, u, masses = [], [], []
+    for draw in product((0, 1), repeat=len(p)):
+        for cell in product(*map(cells, p, draw)):
+            b.append(draw)
+            u.append([at for at, _ in cell])
+            masses.append(np.prod(np.where(draw, p, 1 - p)) * np.prod([mass for _, mass in cell]))
+    b, u, masses = np.array(b), np.array(u), np.array(masses)
+    make = {
+        "logits": lambda h, theta: h.dist.Bernoulli(logits=theta).to_event(1),
+        "probs": lambda h, theta: h.dist.Bernoulli(probs=theta).to_event(1),
+    }[by]
+    theta = {"theta": logits if by == "logits" else p}
+    x = b.astype(float) if host.name == "pyro" else b
+    found = compared(host, make, theta, estimator, x, u)
+    values = found.values[0]
+    assert set(np.unique(values)) <= {0, 1}
+    for outcome in product((0, 1), repeat=len(p)):  # b' has the law of b
+        of_outcome = masses[(values == outcome).all(-1)].sum()
+        np.testing.assert_allclose(of_outcome, np.prod(np.where(outcome, p, 1 - p)), atol=1e-12)
+    per_logit = 1.0 if by == "logits" else 1 / (p * (1 - p))
+    by_hand = 0.5 * (values - b) * np.maximum(p, 1 - p) * per_logit
+    np.testing.assert_allclose(found.weights["theta"][:, 0].T, by_hand, rtol=1e-10, atol=1e-12)
+    for f in (lambda b: np.sin(1.3 * (b @ np.arange(1, len(p) + 1))), lambda b: np.exp(0.5 * b.sum(-1)) * b[:, 0]):
+        mean = (found.weights["theta"][:, 0] * (f(values) - f(b)) * masses).sum(-1)
+        outcomes = np.array(list(product((0, 1), repeat=len(p))))
+
+        def mean_of(theta, outcomes=outcomes, f=f):
+            p = sigmoid(theta) if by == "logits" else theta
+            return (np.where(outcomes == 1, p, 1 - p).prod(-1) * f(outcomes)).sum()
+
+        np.testing.assert_allclose(mean, by_complex_step(mean_of, theta)["theta"], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("by", ["logits", "probs"])
+@pytest.mark.parametrize("name", LOGITS)
+def test_disarm(host, name, by):
+    check_disarm(host, LOGITS[name], DisARM(), by)
+
+
+# ---- a wrong sign is seen
+
+
+def turned(draw, of=slice(None)):
+    """The same draw with the sign of its weights turned over."""
+    make = draw.comparison.make
+
+    def wrong(uniforms):
+        values, weights = make(uniforms)
+        return type(make(uniforms))(values, -weights)
+
+    return draw._replace(comparison=replace(draw.comparison, make=wrong))
+
+
+class WrongDifference(FiniteDifference):
+    def attach(self, ops, target, x):
+        return turned(super().attach(ops, target, x))
+
+
+class WrongWeakDerivative(MeasureValued):
+    def attach(self, ops, target, x):
+        return turned(super().attach(ops, target, x))
+
+
+class WrongDisARM(DisARM):
+    def attach(self, ops, target, x):
+        return turned(super().attach(ops, target, x))
+
+
+def test_a_wrong_sign_is_rejected(host):
+    for wrong in (
+        lambda: check_integers(host, INTEGERS["Poisson"], WrongDifference()),
+        lambda: check_numbers(host, NUMBERS["Laplace"], WrongWeakDerivative()),
+        lambda: check_disarm(host, LOGITS["below and above"], WrongDisARM(), "logits"),
+    ):
+        with pytest.raises(AssertionError, match="Not equal to tolerance"):
+            wrong()
+
+
+# ---- what is refused
+
+
+REFUSED = {
+    "continuous": (
+        FiniteDifference(),
+        lambda h, t: h.dist.Normal(t, h.array(1.0)),
+        "needs a distribution of integers, but Normal is cont",
+    ),
+    "vectors": (FiniteDifference(), lambda h, t: h.dist.Multinomial(3, logits=t + h.array([0.0, 1.0])), "of integers, but the support"),
+    "no cdf": (
+        FiniteDifference(),
+        lambda h, t: h.dist.BetaBinomial(1 + t, h.array(1.0), 3),
+        "FiniteDifference needs a cdf, but BetaBinomial has none; use LR",
+    ),
+    "live total_count": (
+        FiniteDifference(),
+        lambda h, t: h.dist.NegativeBinomial(2 + t, logits=h.array(0.3)),
+        "needs a constant total_count of NegativeBinomial(Logits)?, found a live one",
+    ),
+    "weak, unknown family": (
+        MeasureValued(),
+        lambda h, t: h.dist.Cauchy(t, h.array(1.0)),
+        "weak derivatives of Normal, Laplace, .*; found Cauchy",
+    ),
+    "weak, unknown parameter": (
+        MeasureValued(),
+        lambda h, t: h.dist.Gamma(1 + t, 1 + t),
+        "no weak derivative of Gamma in its concentration, which is live; .*make the concentration a constant",
+    ),
+    "DisARM, Categorical": (
+        DisARM(),
+        lambda h, t: h.dist.Categorical(logits=t + h.array([0.0, 1.0])),
+        "DisARM needs a Bernoulli, expected one of Bernoulli, .*found Categorical",
+    ),
+    "DisARM, Normal": (DisARM(), lambda h, t: h.dist.Normal(t, h.array(1.0)), "DisARM needs a Bernoulli, .*found Normal"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(host, name):
+    estimator, distribution, message = REFUSED[name]
+
+    def site(h, t):
+        h.sample("x", distribution(h, t[0]))
+
+    with pytest.raises(ValueError, match=f"^site 'x': .*{message}"):
+        host.gradients(Program(site, site, (0.4,)), 1, estimators={"x": estimator})
+
+
+def test_a_moving_support_is_refused(host):
+    with pytest.raises(ValueError, match="^site 'x': FiniteDifference is biased where the support moves with a parameter"):
+        compared(host, lambda h, n: h.dist.Binomial(n, logits=h.array(0.3)), {"n": 3.0}, FiniteDifference(), np.array([1.0]))
+
+
+def test_a_cdf_without_a_derivative_is_refused():
+    host = HOSTS["numpyro"]
+
+    def site(h, t):
+        h.sample("x", h.dist.GammaPoisson(2 + t[0], h.array(1.0)))
+
+    with pytest.raises(ValueError, match=r"^site 'x': the cdf of GammaPoisson cannot be differentiated .*; use LR\(\)\."):
+        host.gradients(Program(site, site, (0.4,)), 1, estimators={"x": FiniteDifference()})
+
+
+@pytest.mark.parametrize("share", [0, 0.0, float("nan"), "half"])
+def test_refused_shares(share):
+    with pytest.raises(TypeError, match="FiniteDifference: expected a share that is a finite number and not 0"):
+        FiniteDifference(share=share)
+
+
+@pytest.mark.parametrize("estimator", [FiniteDifference, MeasureValued])
+def test_refused_lanes(estimator):
+    with pytest.raises(TypeError, match=rf"{estimator.__name__}: expected lanes='all' or 'random', found 'some'"):
+        estimator(lanes="some")
+
+
+# ---- in a program
+
+THETA = (-0.9, 0.2, 0.7, 1.3)
+WEIGHTS = (1.0, 2.0, -1.5, 0.5)
+OUTCOMES = np.array(list(product((0, 1), repeat=4)), float)
+
+
+def joint_cost(math, b, weights):
+    return 0.5 * (b * weights).sum(-1) ** 2 + math.sin(2 * b.sum(-1))
+
+
+def four_bernoullis(h, by="logits"):
+    def site(h, t):
+        theta = h.math.stack(t, -1)
+        fn = h.dist.Bernoulli(logits=theta) if by == "logits" else h.dist.Bernoulli(probs=1 / (1 + h.math.exp(-theta)))
+        return h.sample("b", fn.to_event(1).mask(False))
+
+    return Program(site, lambda h, t: h.factor("cost", joint_cost(h.math, site(h, t), h.array(WEIGHTS))), THETA)
+
+
+def exact_of_four():
+    p = sigmoid(np.array(THETA))
+    masses = np.where(OUTCOMES == 1, p, 1 - p).prod(-1)
+    return ((OUTCOMES - p) * (masses * joint_cost(np, OUTCOMES, np.array(WEIGHTS)))[:, None]).sum(0)
+
+
+PROGRAMS = {
+    "Enumerate": (Enumerate(), 0.9),
+    "Enumerate, random": (Enumerate(lanes="random"), None),
+    "FiniteDifference": (FiniteDifference(), None),
+    "FiniteDifference, down": (FiniteDifference(downwards=True), None),
+    "FiniteDifference, share": (FiniteDifference(share=0.5), None),
+    "FiniteDifference, random": (FiniteDifference(lanes="random"), None),
+    "MeasureValued": (MeasureValued(), None),
+    "DisARM": (DisARM(), None),
+}
+
+
+@pytest.mark.parametrize("by", ["logits", "probs"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_joint_cost_of_four_bernoullis(host, name, by):
+    samples = host.gradients(four_bernoullis(host, by), 10_000, estimators={"b": PROGRAMS[name][0]})
+    print(name, host.name, samples.var(0).sum())
+    assert np.all(np.abs(z_scores(samples, exact_of_four())) < 5), (samples.mean(0), exact_of_four())
+
+
+def test_no_derivative_of_constants(host):
+    """A parameter that is fixed has no evaluations of its own: the gradient in the other is the same."""
+
+    def scale_only(h, t):
+        return h.sample("x", h.dist.Normal(h.array(0.3), t[0]).mask(False))
+
+    def both(h, t):
+        return h.sample("x", h.dist.Normal(t[1], t[0]).mask(False))
+
+    for site, theta in ((scale_only, (0.8,)), (both, (0.8, 0.3))):
+        program = Program(site, lambda h, t, site=site: h.factor("cost", 1.0 * (site(h, t) > 0.5)), theta)
+        samples = host.gradients(program, 10_000, estimators={"x": MeasureValued()})
+        z = (0.5 - 0.3) / 0.8
+        density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) / 0.8
+        assert np.all(np.abs(z_scores(samples, np.array([z * density, density])[: len(theta)])) < 5)
