@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyro
 from programs import HOSTS, NumPyro, Program
 from tables import figure, options, table
 from timing import STEPS, alternate, median_interval, use_one_thread
@@ -134,7 +135,9 @@ def main(argv: list[str] | None = None) -> None:
                 for label, estimator in estimators.items():
                     if not options_given.wants(h.name, name, label):
                         continue
+                    pyro.clear_param_store()
                     elbo = h.flow.TraceFlow_ELBO(particles, estimators={"k": estimator})
+                    evaluations = elbo.describe(*program[:2]).evaluations
                     n = samples if h is NumPyro else max(samples // 4, 10)
                     report = h.flow.gradient_report(
                         *program[:2], estimators={"k": estimator}, options={"num_particles": particles}, num_samples=n
@@ -145,7 +148,6 @@ def main(argv: list[str] | None = None) -> None:
                     times = alternate(STEPS[h](program, sides[1]), STEPS[h](program, sides[0]), rounds, duration)
                     median, low, high = median_interval(times[:, 0] / times[:, 1])
                     ratio = figure(found["LR"] / found[label]) if found[label] > 1e-12 and "LR" in found else ""
-                    evaluations = elbo.describe(*program[:2]).evaluations
                     row(
                         *(h.name, name, label, evaluations, figure(mean), figure(found[label]), ratio),
                         *(f"{median:.2f}", f"{low:.2f} .. {high:.2f}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from flowvi.alternatives import Alternatives, Comparison, Lanes, require_lanes
 from flowvi.estimators.enumerate import Enumerate
@@ -79,7 +80,7 @@ class MeasureValued(Estimator):
         if not known.weak_derivatives:
             known_ones = ", ".join(names(lambda family: family.weak_derivatives))
             target.refuse(f"MeasureValued knows the weak derivatives of {known_ones}; found {target.family}; use LR().")
-        derivatives = dict.fromkeys(target.live(*known.parameters))
+        derivatives: dict[str, Any] = dict.fromkeys(target.live(*known.parameters))
         for name in derivatives:
             if name not in known.weak_derivatives:
                 target.refuse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -115,8 +116,16 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return particle, None
 
     def _describe(self, model, guide, args, kwargs) -> tuple[Run, int]:
-        run = self._run(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide))
-        return run, num_evaluations(run, self.dependencies)
+        program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide)
+        run = self._run(program)
+        evaluations = [1]
+        if any(site.estimator.compares for site in run.sites.random.values()):  # only a traced parameter is known to be live
+
+            def count(params):
+                evaluations[:] = [num_evaluations(self._run(replace(program, param_map=params)), self.dependencies)]
+
+            jax.eval_shape(count, program.initial_parameters())
+        return run, evaluations[0]
 
     def _run(self, program: NumPyroProgram) -> Run:
         run = run_program(program, self.assignment, self.entropy)

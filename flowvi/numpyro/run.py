@@ -102,6 +102,12 @@ class NumPyroProgram:
 
         return Graph(*eval_provenance(log_probs, **dict.fromkeys(drawn, jnp.zeros(()))))
 
+    def initial_parameters(self) -> dict[str, jax.Array]:
+        """The values with which a run without parameters starts."""
+        _, guide_trace = self._log_probs(self._seeded_guide(), {})
+        _, model_trace = self._replay_model(self.model, guide_trace)
+        return _values(guide_trace, "param") | _values(model_trace, "param")
+
     def moving_leaves(self, name: str, enters: bool) -> list[bool] | None:
         """For each array of the family of a site, whether a parameter or a draw of the guide influences it.
 
