@@ -639,6 +639,40 @@ def test_variances_of_four_bernoullis():
     assert variance["MeasureValued"] == pytest.approx(variance["Enumerate"])
 
 
+IN_A_PLATE = {"Enumerate": Enumerate(), "FiniteDifference": FiniteDifference(), "DisARM": DisARM()}
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["cost inside", "cost outside"])
+@pytest.mark.parametrize("name", IN_A_PLATE)
+def test_pairs_in_a_plate(host, name, outside):
+    """Three pairs of Bernoullis, whose cost is that of each pair, or one for all."""
+    pairs = np.array([[1.0, -0.5], [0.7, 1.5], [-1.2, 0.4]])
+
+    def guide(h, t):
+        with h.plate("n", 3):
+            theta = h.math.stack([t[0] * h.array([1.0, 0.5, -0.4]), t[1] * h.array([0.3, -1.0, 1.0])], -1)
+            return h.sample("b", h.dist.Bernoulli(logits=theta).to_event(1).mask(False))
+
+    def model(h, t):
+        with h.plate("n", 3):
+            b = h.sample("b", h.dist.Bernoulli(logits=h.array([0.0, 0.0])).to_event(1).mask(False))
+            of_pair = (b * h.array(pairs)).sum(-1)
+            if not outside:
+                h.factor("cost", h.math.exp(of_pair))
+        if outside:
+            h.factor("cost", h.math.exp(0.4 * h.over_plate(of_pair)))
+
+    theta, coefficients = np.array([0.6, -0.3]), np.array([[1.0, 0.3], [0.5, -1.0], [-0.4, 1.0]])
+    outcomes = np.array(list(product((0, 1), repeat=6)), float).reshape(-1, 3, 2)
+    p = sigmoid(theta * coefficients)
+    masses = np.where(outcomes == 1, p, 1 - p).prod((-1, -2))
+    of_pair = (outcomes * pairs).sum(-1)
+    costs = np.exp(0.4 * of_pair.sum(-1)) if outside else np.exp(of_pair).sum(-1)
+    exact = (((outcomes - p) * coefficients).sum(1) * (masses * costs)[:, None]).sum(0)
+    samples = host.gradients(Program(guide, model, tuple(theta), 1), 10_000, estimators={"b": IN_A_PLATE[name]})
+    assert np.all(np.abs(z_scores(samples, exact)) < 5), (samples.mean(0), exact)
+
+
 def test_no_derivative_of_constants(host):
     """A parameter that is fixed has no evaluations of its own: the gradient in the other is the same."""
 
