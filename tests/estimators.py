@@ -1,4 +1,7 @@
-"""Every estimator at a Normal, one row each: ``test_every_estimator.py`` holds all of them to the same. A new estimator is one row."""
+"""Every estimator at a Normal, or a Bernoulli, one row each: ``test_every_estimator.py`` holds all of them to the same.
+
+A new estimator is one row.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from kinds import half_divergence, half_of_loc, half_of_scale, half_velocity, shift, standardize
 
-from flowvi import LR, RP, AdaptiveFlow, Auto, Baseline, Flow, ImplicitRP, proposals
+from flowvi import LR, RP, AdaptiveFlow, Auto, Baseline, DisARM, Enumerate, FiniteDifference, Flow, ImplicitRP, MeasureValued, proposals
 from flowvi.estimators import Estimator
 
 
@@ -19,6 +22,14 @@ class Refused(NamedTuple):
     distribution: Callable[[Any, Any], Any]
     message: str
     infer: Mapping[str, Any] = {}
+
+
+def normal(h, loc, scale):
+    return h.dist.Normal(loc, scale)
+
+
+def bernoulli(h, loc, scale):
+    return h.dist.Bernoulli(logits=loc + scale)
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Row:
         learned: What it learns, by name, with values away from the start for an element of a plate.
         draws: The density that it draws from, where that is not its ``q``.
         by_value: Whether two that are made alike are equal. A Baseline may hold arrays, and is equal to itself only.
+        site: ``site(h, loc, scale)`` is the distribution at which it acts, where that is no Normal.
     """
 
     make: Callable[[], Estimator]
@@ -42,6 +54,7 @@ class Row:
     learned: Mapping[str, np.ndarray] = field(default_factory=dict)
     draws: Callable[[Any], Any] | None = None
     by_value: bool = True
+    site: Callable[[Any, Any, Any], Any] = normal
 
     def coefficients(self, *batch):
         """What it learns by the name that it has at the site x, for each element of a batch."""
@@ -87,7 +100,12 @@ NO_SAMPLER = Refused(lambda h, t: h.dist.VonMises(t, h.array(1.0)), "RP needs a 
 NO_INVERSE = Refused(lambda h, t: h.dist.StudentT(4 + t, h.array(0.0), h.array(1.0)), ".*StudentT for a constant df")
 NO_MODEL = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), ".*expected Normal or MultivariateNormal, found Gamma")
 ENUMERATED = Refused(lambda h, t: h.dist.Bernoulli(logits=t), ".*enumerate", {"enumerate": "parallel"})
+NO_SUPPORT = Refused(lambda h, t: h.dist.Poisson(t), "expected a finite support that the host enumerates, but Poisson has none")
+NO_INTEGERS = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "needs a distribution of integers, but Gamma is continuous")
+NO_WEAK_DERIVATIVE = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "no weak derivative of Gamma in its concentration")
+NO_BERNOULLI = Refused(lambda h, t: h.dist.Binomial(2, logits=t), "DisARM needs a Bernoulli, .*found Binomial")
 
+DISCRETE_ONLY = ("bernoulli-logit-t0.45", "categorical-logit2")
 WITH_DISCRETE = ("normal-scale-square", "elbo-normal-normal-off", "bernoulli-logit-t0.45")
 IN_A_PLATE = ("plate4-local-cost", "plate4-local-cost, cost outside")
 
@@ -113,6 +131,13 @@ ROWS = {
     "Flow, pathwise": Row(lambda: Flow(pathwise, divergence="pathwise"), DISCRETE),
     "AdaptiveFlow": Row(AdaptiveFlow, MOVING, learned=FIELD),
     "AdaptiveFlow, q": Row(lambda: AdaptiveFlow(q="learned"), DISCRETE, learned=FIELD | {"proposal": PROPOSAL}, draws=mixed),
+    "Enumerate": Row(Enumerate, NO_SUPPORT, DISCRETE_ONLY, site=bernoulli),
+    "Enumerate, random": Row(lambda: Enumerate(lanes="random"), NO_SUPPORT, DISCRETE_ONLY, site=bernoulli),
+    "FiniteDifference": Row(FiniteDifference, NO_INTEGERS, DISCRETE_ONLY, site=bernoulli),
+    "FiniteDifference, down": Row(lambda: FiniteDifference(downwards=True), NO_INTEGERS, DISCRETE_ONLY, site=bernoulli),
+    "FiniteDifference, share": Row(lambda: FiniteDifference(share=0.5), NO_INTEGERS, DISCRETE_ONLY, site=bernoulli),
+    "MeasureValued": Row(MeasureValued, NO_WEAK_DERIVATIVE),
+    "DisARM": Row(DisARM, NO_BERNOULLI, ("bernoulli-logit-t0.45",), site=bernoulli),
     "Auto": Row(Auto, ENUMERATED, WITH_DISCRETE),
 }
 

@@ -1,6 +1,6 @@
 """What FiniteDifference, MeasureValued and DisARM compare, at given draws and uniform numbers, against formulas of other making.
 
-The derivative of an expectation is exact, by a complex step. That of the estimators is the sum, or the quadrature, over the draw and the
+The derivative of an expectation is exact, by a complex step. That of an estimator is the sum, or the quadrature, over the draw and the
 uniform numbers, of p(x) times the derivatives of the weights times the differences of a function.
 """
 
@@ -18,7 +18,8 @@ import torch
 from hosts import HOSTS, Program, z_scores
 from quadrature import nodes
 
-from flowvi import DisARM, Enumerate, FiniteDifference, MeasureValued
+from flowvi import LR, DisARM, Enumerate, FiniteDifference, MeasureValued
+from flowvi.alternatives import Alternatives
 from flowvi.estimators import attach
 
 FUNCTIONS = {"wave": lambda x: np.sin(1.3 * x + 0.4), "rational": lambda x: x**2 / (1 + 0.1 * x**2)}
@@ -230,13 +231,19 @@ INTEGERS = {
         ("numpyro",),
     ),
 }
-OF_INTEGERS = [pytest.param(HOSTS[h], row, id=f"{h}-{name}") for name, row in INTEGERS.items() for h in row.hosts]
 WAYS = {
     "up": FiniteDifference(),
     "down": FiniteDifference(downwards=True),
     "share": FiniteDifference(share=0.3),
     "share, down": FiniteDifference(downwards=True, share=1.4),
 }
+OF_INTEGERS = [
+    pytest.param(HOSTS[h], row, estimator, id=f"{h}-{name}-{way}")
+    for name, row in INTEGERS.items()
+    for way, estimator in WAYS.items()
+    for h in row.hosts
+    if not (h == "numpyro" and name.endswith("logits 0") and estimator.share != 1)  # its log densities have a wrong derivative there
+]
 
 
 def draws_of(host, row):
@@ -266,12 +273,9 @@ def check_integers(host, row, estimator):
             np.testing.assert_allclose(of_estimator[name], (slope * f(row.x)).sum(-1), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("host", "row"), OF_INTEGERS)
-def test_finite_difference(host, row, way):
-    if host.name == "numpyro" and row.theta == {"logits": 0.0} and "share" in way:
-        pytest.skip("NumPyro's log densities have a wrong derivative at logits of 0, which LR inherits")
-    check_integers(host, row, WAYS[way])
+@pytest.mark.parametrize(("host", "row", "estimator"), OF_INTEGERS)
+def test_finite_difference(host, row, estimator):
+    check_integers(host, row, estimator)
 
 
 # ---- parts of the table that are other estimators, and the Poisson
@@ -456,13 +460,12 @@ def test_disarm(host, name, by):
 # ---- a wrong sign is seen
 
 
-def turned(draw, of=slice(None)):
+def turned(draw):
     """The same draw with the sign of its weights turned over."""
-    make = draw.comparison.make
 
     def wrong(uniforms):
-        values, weights = make(uniforms)
-        return type(make(uniforms))(values, -weights)
+        values, weights = draw.comparison.make(uniforms)
+        return Alternatives(values, -weights)
 
     return draw._replace(comparison=replace(draw.comparison, make=wrong))
 
@@ -580,39 +583,94 @@ def joint_cost(math, b, weights):
     return 0.5 * (b * weights).sum(-1) ** 2 + math.sin(2 * b.sum(-1))
 
 
-def four_bernoullis(h, by="logits"):
-    def site(h, t):
+def four_bernoullis(with_densities=False):
+    def guide(h, t):
         theta = h.math.stack(t, -1)
-        fn = h.dist.Bernoulli(logits=theta) if by == "logits" else h.dist.Bernoulli(probs=1 / (1 + h.math.exp(-theta)))
-        return h.sample("b", fn.to_event(1).mask(False))
+        if with_densities:
+            return h.sample("b", h.dist.Bernoulli(probs=1 / (1 + h.math.exp(-theta))).to_event(1))
+        return h.sample("b", h.dist.Bernoulli(logits=theta).to_event(1).mask(False))
 
-    return Program(site, lambda h, t: h.factor("cost", joint_cost(h.math, site(h, t), h.array(WEIGHTS))), THETA)
+    def model(h, t):
+        b = h.sample("b", h.dist.Bernoulli(logits=h.array([0.5] * 4)).to_event(1).mask(with_densities))
+        h.factor("cost", joint_cost(h.math, b, h.array(WEIGHTS)))
+
+    return Program(guide, model, THETA)
 
 
-def exact_of_four():
+def exact_of_four(with_densities):
     p = sigmoid(np.array(THETA))
     masses = np.where(OUTCOMES == 1, p, 1 - p).prod(-1)
-    return ((OUTCOMES - p) * (masses * joint_cost(np, OUTCOMES, np.array(WEIGHTS)))[:, None]).sum(0)
+    costs = joint_cost(np, OUTCOMES, np.array(WEIGHTS))
+    if with_densities:
+        prior = np.where(OUTCOMES == 1, sigmoid(0.5), sigmoid(-0.5)).prod(-1)
+        costs = costs + np.log(prior / masses)
+    return ((OUTCOMES - p) * (masses * costs)[:, None]).sum(0)
 
 
 PROGRAMS = {
-    "Enumerate": (Enumerate(), 0.9),
-    "Enumerate, random": (Enumerate(lanes="random"), None),
-    "FiniteDifference": (FiniteDifference(), None),
-    "FiniteDifference, down": (FiniteDifference(downwards=True), None),
-    "FiniteDifference, share": (FiniteDifference(share=0.5), None),
-    "FiniteDifference, random": (FiniteDifference(lanes="random"), None),
-    "MeasureValued": (MeasureValued(), None),
-    "DisARM": (DisARM(), None),
+    "LR": LR(),
+    "Enumerate": Enumerate(),
+    "Enumerate, random": Enumerate(lanes="random"),
+    "FiniteDifference": FiniteDifference(),
+    "FiniteDifference, down": FiniteDifference(downwards=True),
+    "FiniteDifference, share": FiniteDifference(share=0.5),
+    "FiniteDifference, random": FiniteDifference(lanes="random"),
+    "MeasureValued": MeasureValued(),
+    "DisARM": DisARM(),
 }
 
 
-@pytest.mark.parametrize("by", ["logits", "probs"])
+@pytest.mark.parametrize("what", ["cost", "ELBO"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_joint_cost_of_four_bernoullis(host, name, by):
-    samples = host.gradients(four_bernoullis(host, by), 10_000, estimators={"b": PROGRAMS[name][0]})
-    print(name, host.name, samples.var(0).sum())
-    assert np.all(np.abs(z_scores(samples, exact_of_four())) < 5), (samples.mean(0), exact_of_four())
+def test_joint_cost_of_four_bernoullis(host, name, what):
+    """The mean against the exact gradient; under the ELBO the site's own density is a cost too, and it is made from ``probs``."""
+    samples = host.gradients(four_bernoullis(what == "ELBO"), 10_000, estimators={"b": PROGRAMS[name]})
+    exact = exact_of_four(what == "ELBO")
+    assert np.all(np.abs(z_scores(samples, exact)) < 5), (samples.mean(0), exact)
+
+
+def test_variances_of_four_bernoullis():
+    """Of the four coordinates together. In 40,000 samples: LR 3.43, a random lane 3.32, GO 1.71, DisARM 1.57, all lanes 0.52."""
+    host = HOSTS["pyro"]
+    variance = {name: host.gradients(four_bernoullis(), 10_000, estimators={"b": e}).var(0).sum() for name, e in PROGRAMS.items()}
+    assert variance["Enumerate"] < 0.4 * variance["DisARM"]
+    assert variance["DisARM"] < 0.6 * variance["LR"]
+    assert variance["FiniteDifference"] < 0.6 * variance["LR"]
+    assert variance["MeasureValued"] == pytest.approx(variance["Enumerate"])
+
+
+IN_A_PLATE = {"Enumerate": Enumerate(), "FiniteDifference": FiniteDifference(), "DisARM": DisARM()}
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["cost inside", "cost outside"])
+@pytest.mark.parametrize("name", IN_A_PLATE)
+def test_pairs_in_a_plate(host, name, outside):
+    """Three pairs of Bernoullis, whose cost is that of each pair, or one for all."""
+    pairs = np.array([[1.0, -0.5], [0.7, 1.5], [-1.2, 0.4]])
+
+    def guide(h, t):
+        with h.plate("n", 3):
+            theta = h.math.stack([t[0] * h.array([1.0, 0.5, -0.4]), t[1] * h.array([0.3, -1.0, 1.0])], -1)
+            return h.sample("b", h.dist.Bernoulli(logits=theta).to_event(1).mask(False))
+
+    def model(h, t):
+        with h.plate("n", 3):
+            b = h.sample("b", h.dist.Bernoulli(logits=h.array([0.0, 0.0])).to_event(1).mask(False))
+            of_pair = (b * h.array(pairs)).sum(-1)
+            if not outside:
+                h.factor("cost", h.math.exp(of_pair))
+        if outside:
+            h.factor("cost", h.math.exp(0.4 * h.over_plate(of_pair)))
+
+    theta, coefficients = np.array([0.6, -0.3]), np.array([[1.0, 0.3], [0.5, -1.0], [-0.4, 1.0]])
+    outcomes = np.array(list(product((0, 1), repeat=6)), float).reshape(-1, 3, 2)
+    p = sigmoid(theta * coefficients)
+    masses = np.where(outcomes == 1, p, 1 - p).prod((-1, -2))
+    of_pair = (outcomes * pairs).sum(-1)
+    costs = np.exp(0.4 * of_pair.sum(-1)) if outside else np.exp(of_pair).sum(-1)
+    exact = (((outcomes - p) * coefficients).sum(1) * (masses * costs)[:, None]).sum(0)
+    samples = host.gradients(Program(guide, model, tuple(theta), 1), 10_000, estimators={"b": IN_A_PLATE[name]})
+    assert np.all(np.abs(z_scores(samples, exact)) < 5), (samples.mean(0), exact)
 
 
 def test_no_derivative_of_constants(host):
@@ -630,3 +688,18 @@ def test_no_derivative_of_constants(host):
         z = (0.5 - 0.3) / 0.8
         density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) / 0.8
         assert np.all(np.abs(z_scores(samples, np.array([z * density, density])[: len(theta)])) < 5)
+
+
+def test_constants_that_are_traced():
+    """Under ``jit`` constants are traced like parameters, and are told from them by what has an influence on them."""
+    host = HOSTS["numpyro"]
+
+    def gamma_of(h, t):
+        return h.sample("x", h.dist.Gamma(2.7 * jnp.ones(2), h.math.stack(t, -1)).to_event(1).mask(False))
+
+    def counts(h, t):
+        return h.sample("x", h.dist.NegativeBinomial(jnp.ones(2), probs=h.math.stack(t, -1)).to_event(1).mask(False))
+
+    for site, estimator, exact in ((gamma_of, MeasureValued(), -2.7 / 0.5**2), (counts, FiniteDifference(), 1 / 0.5**2)):
+        program = Program(site, lambda h, t, site=site: h.factor("cost", 1.0 * site(h, t).sum(-1)), (0.5, 0.5))
+        assert np.all(np.abs(z_scores(host.gradients(program, 10_000, estimators={"x": estimator}), exact)) < 5)

@@ -9,7 +9,7 @@ import numpy as np
 import pyro
 import pytest
 from cases import CASES, EXACT
-from estimators import ROWS, WRONG
+from estimators import ROWS, WRONG, normal
 from hosts import HOSTS, Program, z_scores
 
 import flowvi
@@ -22,23 +22,23 @@ def wave(h, x):
     return h.math.sin(2 * x) + 0.3 * x**2
 
 
-def evaluate(host, estimator, learned=None, particles=1, cost=wave, mask=True, live=tuple(THETA), by=1.0, run=None):
-    """The loss, and its gradients in loc and scale, of two Normals in a plate.
+def evaluate(host, estimator, learned=None, particles=1, cost=wave, mask=True, live=tuple(THETA), by=1.0, run=None, site=normal):
+    """The loss, and its gradients in loc and scale, of two Normals, or other sites, in a plate.
 
     Of the parameters only those that are ``live`` depend on what is differentiated, ``by`` times as much as they are.
     """
 
-    def normal(moved):
-        return host.dist.Normal(*(value + by * moved[k] if k in moved else host.array(value) for k, value in THETA.items()))
+    def distribution(moved):
+        return site(host, *(value + by * moved[k] if k in moved else host.array(value) for k, value in THETA.items()))
 
     def guide():
         moved = {name: host.param(name, host.array(0.0)) for name in live}
         with host.plate("n", 2):
-            host.sample("x", normal(moved).mask(mask))
+            host.sample("x", distribution(moved).mask(mask))
 
     def model():
         with host.plate("n", 2):
-            x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)).mask(mask))
+            x = host.sample("x", site(host, host.array(0.0), host.array(1.0)).mask(mask))
             host.factor("cost", cost(host, x))
 
     params = {**dict.fromkeys(live, 0.0), **(learned or {})}
@@ -48,7 +48,7 @@ def evaluate(host, estimator, learned=None, particles=1, cost=wave, mask=True, l
 
 
 def of_row(host, row, **options):
-    return evaluate(host, row.make(), row.coefficients(2), row.particles[0], **options)
+    return evaluate(host, row.make(), row.coefficients(2), row.particles[0], site=row.site, **options)
 
 
 def itself(h, x):
@@ -56,9 +56,9 @@ def itself(h, x):
 
 
 @cache
-def by_lr(host, q, particles):
+def by_lr(host, q, particles, site):
     """The loss where x is the cost."""
-    return evaluate(host, LR(q=q), None, particles, cost=itself, mask=False)[0]
+    return evaluate(host, LR(q=q), None, particles, cost=itself, mask=False, site=site)[0]
 
 
 # ---- the properties
@@ -66,7 +66,7 @@ def by_lr(host, q, particles):
 
 def value(host, row):
     """The value is the drawn number, bit for bit: x is the cost, and LR at the same density has nothing that could move it."""
-    assert of_row(host, row, cost=itself, mask=False)[0] == by_lr(host, row.draws or row.make().q, row.particles[0])
+    assert of_row(host, row, cost=itself, mask=False)[0] == by_lr(host, row.draws or row.make().q, row.particles[0], row.site)
 
 
 def linear(host, row):

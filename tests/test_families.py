@@ -17,14 +17,17 @@ from flowvi.family import Family, SkewPeak
 from flowvi.host import host_of
 from flowvi.rebuild import arguments, parameters, rebuild
 
-DISCRETE = (
-    "Poisson",
-    *(f"{name}{by}" for name in ("Bernoulli", "Binomial", "Categorical") for by in ("", "Logits", "Probs")),
-    "OneHotCategorical",
-)
+
+def by(*names):
+    """The classes of families that one host calls by how they are parameterised."""
+    return tuple(f"{name}{parameter}" for name in names for parameter in ("", "Logits", "Probs"))
+
+
+DISCRETE = ("Poisson", *by("Bernoulli", "Binomial", "Categorical", "Geometric", "NegativeBinomial"), "OneHotCategorical")
 MIXTURES = ("MixtureSameFamily", "MixtureGeneral")
 TRUNCATED = ("TwoSidedTruncatedDistribution", "LeftTruncatedDistribution", "RightTruncatedDistribution")
 VECTORS = ("Dirichlet", "MultivariateNormal", "LowRankMultivariateNormal")
+CONTINUOUS = tuple(name for name in FAMILIES if name not in DISCRETE)
 
 
 class Missing:
@@ -63,7 +66,7 @@ class Missing:
             *(*TRUNCATED, *MIXTURES),
         ),
         "the concentration (a + 1) / t - 1 is not positive where a is small": ("InverseGamma",),
-        "nobody has needed it": ("LowRankMultivariateNormal", "Binomial", "BinomialLogits", "BinomialProbs", "OneHotCategorical"),
+        "nobody has needed it": ("LowRankMultivariateNormal", "OneHotCategorical", *by("Binomial", "Geometric", "NegativeBinomial")),
     }
     peak: ClassVar = {
         "its slices end at a bound that moves": ("Uniform", "Pareto", *TRUNCATED),
@@ -81,13 +84,29 @@ class Missing:
         "it is for scalars": VECTORS,
         "it is discrete": DISCRETE,
     }
+    masses: ClassVar = {
+        "it is continuous": CONTINUOUS,
+        "its support is infinite": ("Poisson", *by("Geometric", "NegativeBinomial")),
+    }
+    neighbours: ClassVar = {
+        "it is continuous": CONTINUOUS,
+        "its values are no integers": ("OneHotCategorical",),
+    }
+    weak_derivatives: ClassVar = {
+        "nobody has needed it": (
+            *("Logistic", "Cauchy", "StudentT", "Gumbel", "LogNormal", "HalfNormal", "HalfCauchy", "InverseGamma", "Kumaraswamy"),
+            *("MultivariateNormal", "LowRankMultivariateNormal", *MIXTURES, *by("Binomial", "Geometric", "NegativeBinomial")),
+        ),
+        "its support moves": ("Uniform", "Pareto", *TRUNCATED),
+        "the parts of its derivative are no known laws": ("Beta", "VonMises", "Dirichlet"),
+    }
     fields: ClassVar = {
         "the host's own sampler is enough": ("LowRankMultivariateNormal",),
         "it is discrete": DISCRETE,
     }
 
 
-FACTS = ("name", "vanishing", "circle")  # where False is an answer
+FACTS = ("name", "vanishing", "circle", "binary")  # where False is an answer
 
 
 @pytest.mark.parametrize("column", [c.name for c in columns_of(Family) if c.name not in FACTS])
@@ -101,6 +120,7 @@ def test_an_empty_column_has_a_reason(column):
 def test_facts():
     assert {name for name, f in FAMILIES.items() if f.vanishing} == {"Normal", "MultivariateNormal", "LowRankMultivariateNormal"}
     assert {name for name, f in FAMILIES.items() if f.circle} == {"VonMises"}
+    assert {name for name, f in FAMILIES.items() if f.binary} == set(by("Bernoulli"))
     assert {name for name, f in FAMILIES.items() if f.symmetric} == {"Normal", "Laplace", "Logistic", "Cauchy", "StudentT"}
 
 
@@ -121,6 +141,10 @@ THETA = {  # of every scalar family, and of those whose scores can be told apart
     "BernoulliProbs": {"probs": 0.3},
     **{name: {"logits": 0.4, "total_count": 5} for name in ("Binomial", "BinomialLogits")},
     "BinomialProbs": {"probs": 0.3, "total_count": 5},
+    **{name: {"logits": 0.4} for name in ("Geometric", "GeometricLogits")},
+    "GeometricProbs": {"probs": 0.3},
+    **{name: {"logits": 0.4, "total_count": 5} for name in ("NegativeBinomial", "NegativeBinomialLogits")},
+    "NegativeBinomialProbs": {"probs": 0.3, "total_count": 5},
     **{name: {"logits": [0.4, -0.3, 0.1]} for name in ("Categorical", "CategoricalLogits", "OneHotCategorical")},
     "CategoricalProbs": {"probs": [0.2, 0.5, 0.3]},
 }

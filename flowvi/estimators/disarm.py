@@ -40,7 +40,9 @@ class DisARM(Estimator):
         >>> gradient = jax.grad(lambda l, key: -elbo.loss(key, {"l": l}, model, guide))
         >>> for seed in range(3):
         ...     gradient(jnp.zeros(4), jax.random.key(seed)).tolist()
-        []
+        [2.0, 2.0, -2.0, 2.0]
+        [4.0, 4.0, 4.0, 4.0]
+        [4.0, 4.0, 4.0, 4.0]
 
     References:
         Dong, Mnih and Tucker 2020; Yin, Ho, Yan, Qian and Zhou 2020 (U2G).
