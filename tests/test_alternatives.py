@@ -14,14 +14,15 @@ import numpyro
 import numpyro.contrib.control_flow
 import numpyro.distributions
 import pyro
+import pyro.infer.autoguide.effect
 import pytest
 import torch
 from hosts import HOSTS, Program, each, z_scores
 from kinds import half_velocity, wide
 
 import flowvi.numpyro
+import flowvi.plot
 import flowvi.pyro
-
 from flowvi import LR, RP, AdaptiveFlow, Enumerate, Flow
 from flowvi.objectives import comparison
 
@@ -50,7 +51,7 @@ def exact(program, **sites):
             fn, value = family(site["fn"]), values[site["name"]]
             return fn.loc + fn.scale * value if isinstance(fn, numpyro.distributions.Normal) else value
 
-        guide = lambda: program.guide(h, list(theta))  # noqa: E731
+        guide = lambda: program.guide(h, list(theta))
         trace = numpyro.handlers.trace(numpyro.handlers.substitute(guide, substitute_fn=place)).get_trace()
         drawn = {name: trace[name]["value"] for name in values}
         log_q, log_p = (
@@ -632,8 +633,8 @@ def test_pyro_without_a_gradient_nothing_runs_again():
 @pytest.mark.parametrize("lanes", ["all", "random"])
 def test_pyro_the_generator_is_left_as_by_lr(lanes):
     h, states = HOSTS["pyro"], []
+    t = [h.array(x).requires_grad_() for x in CHAIN.theta]
     for estimator in (LR(), Enumerate(lanes)):
-        t = [h.array(x).requires_grad_() for x in CHAIN.theta]
         pyro.set_rng_seed(3)
         elbo = h.flow.TraceFlow_ELBO(default=estimator, estimators={"x": RP()})
         elbo.loss_and_grads(lambda: CHAIN.model(h, t), lambda: CHAIN.guide(h, t))
@@ -641,10 +642,90 @@ def test_pyro_the_generator_is_left_as_by_lr(lanes):
     assert torch.equal(*states)
 
 
+# ---- other ways to write a program
+
+
+@pytest.mark.parametrize("options", [{}, {"dependencies": "graph"}, {"entropy": "analytic"}], ids=str)
+def test_pyro_a_guide_messenger_runs_again(options):
+    class Guide(pyro.infer.autoguide.effect.AutoMessenger):
+        def get_posterior(self, name, prior):
+            return posterior(name)
+
+    def posterior(name):
+        if name == "k":
+            return pyro.distributions.Bernoulli(logits=pyro.param("l", torch.tensor(0.3)))
+        return pyro.distributions.Normal(pyro.param("m", torch.tensor(0.2)), 0.8)
+
+    def guide():
+        for name in ("k", "x"):
+            pyro.sample(name, posterior(name))
+
+    def model():
+        k = pyro.sample("k", pyro.distributions.Bernoulli(torch.tensor(0.5)))
+        x = pyro.sample("x", pyro.distributions.Normal(1.0 * k, 1.0))
+        pyro.factor("f", -((x - 2 * k) ** 2))
+
+    results = []
+    for either in (guide, Guide(model)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        loss = flowvi.pyro.TraceFlow_ELBO(estimators={"k": Enumerate()}, **options).loss_and_grads(model, either)
+        results.append((loss, float(pyro.param("l").grad), float(pyro.param("m").grad)))
+    assert results[0] == results[1]
+
+
+def test_the_wrapper_enumerates(host):
+    def wrapped(h, t):
+        k = h.sample("k", h.flow.Estimated(h.dist.Bernoulli(logits=t[0]), Enumerate()))
+        h.sample("x", h.dist.Normal(2.0 * k + t[1], h.array(1.0)))
+
+    program = of_parts(downstream_part)
+    by_name = host.gradients(program, 3, estimators={"k": Enumerate()})
+    np.testing.assert_array_equal(host.gradients(replace(program, guide=wrapped), 3), by_name)
+
+
+def scanned_part(h, t, side):
+    """A site before a scan, which draws from it."""
+    k = numpyro.sample("k", h.dist.Bernoulli(logits=t[0] * (1 - side)))
+
+    def step(carry, _):
+        z = numpyro.sample("z", h.dist.Normal(0.5 * carry + (1 - side) * (k + t[1]), 1.0))
+        return z, z
+
+    _, zs = numpyro.contrib.control_flow.scan(step, 0.0, jnp.arange(2))
+    if side:
+        numpyro.factor("f", -((zs[1] - k) ** 2))
+
+
+def unrolled_part(h, t, side):
+    k = numpyro.sample("k", h.dist.Bernoulli(logits=t[0] * (1 - side)))
+    z0 = numpyro.sample("z0", h.dist.Normal((1 - side) * (k + t[1]), 1.0))
+    z1 = numpyro.sample("z1", h.dist.Normal(0.5 * z0 + (1 - side) * (k + t[1]), 1.0))
+    if side:
+        numpyro.factor("f", -((z1 - k) ** 2))
+
+
+def test_numpyro_a_scan_downstream():
+    truth = exact(of_parts(unrolled_part), k=binary(), z0=NORMAL, z1=NORMAL)
+    sampled(HOSTS["numpyro"], of_parts(scanned_part), truth, estimators={"k": Enumerate(), "z": RP()})
+
+
+def test_numpyro_a_guide_of_many_samples():
+    """Each sample is a lane, whose gradient is that of one sample."""
+    h = HOSTS["numpyro"]
+
+    def guide(h, t):
+        k = numpyro.sample("k", h.dist.Bernoulli(logits=t[0]), sample_shape=(3,))
+        numpyro.sample("x", h.dist.Normal(2.0 * k + t[1], 1.0))
+
+    program = of_parts(downstream_part)
+    truth = exact(program, k=binary(), x=NORMAL)
+    elbo = h.flow.TraceFlow_ELBO(multi_sample_guide=True, estimators={"k": Enumerate(), "x": RP()})
+    samples = h.gradients_of(elbo, replace(program, guide=guide), 4000)
+    assert np.all(np.abs(z_scores(samples, 3 * truth)) < 5)
+
+
 # ---- faults
-
-
-UPSTREAM = (0.2, 0.5)
 
 
 def upstream_part(h, t, side):
@@ -663,7 +744,7 @@ def downstream_part(h, t, side):
 
 
 def of_parts(part):
-    return Program(lambda h, t: part(h, t, 0), lambda h, t: part(h, t, 1), UPSTREAM)
+    return Program(lambda h, t: part(h, t, 0), lambda h, t: part(h, t, 1), (0.2, 0.5))
 
 
 def drawn_anew(host, patch):
@@ -673,7 +754,7 @@ def drawn_anew(host, patch):
         right = program.variants
         patch.setattr(program, "variants", lambda self, *args: right(replace(self, rng_key=jax.random.split(self.rng_key)[0]), *args))
         return
-    patch.setattr(flowvi.pyro.run, "restore_generators", lambda states: torch.manual_seed(0))
+    patch.setattr(flowvi.pyro.run, "restore_generators", lambda states: torch.manual_seed(1))
     patch.setattr(flowvi.pyro.handlers.attach_estimators, "_hold", lambda self, msg: None)
 
 
@@ -717,11 +798,20 @@ def in_parallel(host, patch):
     patch.setattr(comparison, "_refuse_joint_branch", lambda *args: None)
 
 
+def both(h, t, side):
+    """A cost of two local sites that is there where both are 1."""
+    with h.plate("n", 2):
+        k = h.sample("k", h.dist.Bernoulli(logits=(t[0] + h.array([0.0, 1.0])) * (1 - side)))
+    if side:
+        h.factor("f", 1.5 * h.over_plate(k) * (h.over_plate(k) - 1.0))
+
+
+JOINT = Program(lambda h, t: both(h, t, 0), lambda h, t: both(h, t, 1), (0.3,), plates=1)
 FAULTS = {
     "upstream drawn anew": (drawn_anew, of_parts(upstream_part), {"x": NORMAL, "k": binary()}),
     "downstream kept": (kept, of_parts(downstream_part), {"k": binary(), "x": NORMAL}),
-    "lanes in one run": (in_one_run, local_program(outside=True), {"k": binary(3)}),
-    "plates in parallel": (in_parallel, local_program(outside=True), {"k": binary(3)}),
+    "lanes in one run": (in_one_run, JOINT, {"k": binary(2)}),
+    "plates in parallel": (in_parallel, JOINT, {"k": binary(2)}),
 }
 
 
@@ -732,8 +822,7 @@ def test_a_fault_is_rejected(host, fault, program, values, monkeypatch):
     sampled(host, program, truth, **options)
     with monkeypatch.context() as patch:
         fault(host, patch)
-        with pytest.raises(AssertionError):
-            sampled(host, program, truth, **options)
+        assert np.any(np.abs(z_scores(host.gradients(program, 4000, **options), truth)) > 7)
 
 
 def test_a_live_own_density_is_noise(host, monkeypatch):
@@ -794,15 +883,12 @@ def test_pyros_own_objectives_refuse(elbo):
         getattr(pyro.infer, elbo)().loss_and_grads(model, guide)
     assert pyro.infer.Predictive(guide, num_samples=3)()["k"].shape == (3,)
     assert float(guide()) in (0.0, 1.0)
-    assert np.isfinite(pyro.infer.Trace_ELBO().loss(model, guide)) or True
+    assert np.isfinite(pyro.infer.SVI(model, guide, pyro.optim.Adam({}), pyro.infer.Trace_ELBO()).evaluate_loss())
 
 
-@pytest.mark.parametrize("picture", ["flow", "velocity"])
-def test_a_picture_refuses(host, picture):
-    import flowvi.plot
-
+def test_a_picture_refuses(host):
     with pytest.raises(ValueError, match=r"Enumerate\(\) compares the cost"):
-        getattr(flowvi.plot, picture)(host.dist.Bernoulli(host.array(0.3)), Enumerate())
+        flowvi.plot.velocity(host.dist.Bernoulli(host.array(0.3)), Enumerate(), "probs")
 
 
 def test_check_estimator_refuses(host):
