@@ -132,7 +132,9 @@ def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Ar
     for one in plans:
         values, weights[one.name] = _runs(ops, run, one)
         replacements[one.name] = Replacement(values, one.first, num_runs, one.downstream)
-    ancestors = {(term.sign, term.name): term.ancestors for term in tape.terms}
+    ancestors: dict[tuple[int, str], frozenset[Ancestor]] = {}
+    for term in tape.terms:  # a control variate, which depends on nothing, comes after the statement of its name
+        ancestors.setdefault((term.sign, term.name), term.ancestors)
 
     def sums(of: Run) -> dict[str, Array]:
         """For each site, the weighted costs of a run that depend on it."""
