@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from flowvi.alternatives import Alternatives, Comparison, Lanes, require_lanes
 from flowvi.estimators.enumerate import Enumerate

@@ -20,6 +20,8 @@ from flowvi.ops import Array, Ops, total
 from flowvi.run import Replacement, Run
 from flowvi.tape import Dependencies, Tape, Term, record
 
+FLOOR = 0.01  # the share of equal probabilities with which a lane is drawn
+
 
 class SitePlan(NamedTuple):
     """The runs that one site takes.
@@ -176,7 +178,7 @@ def _dependent(ops: Ops, site: SitePlan, terms: list[Term], log_weights: dict[st
             if ancestor.name == site.name:
                 if not site.frames <= ancestor.frames:
                     _refuse_joint_branch(site, term)
-                cost = weigh(ops, log_weights, term.ancestors, sum_to(term.cost, term.frames))
+                cost = weigh(ops, log_weights, term.ancestors, sum_to(1.0 * term.cost, term.frames))  # a factor may be a boolean
                 found.append(sum_to(cost, site.frames))
     sizes = {frame.dim: frame.size for frame in site.frames}
     shape = tuple(sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0))
@@ -227,6 +229,7 @@ def _one_of(ops: Ops, comparison: Comparison, changed: Array, weight: Array, uni
     size = abs(ops.stop_gradient(weight))
     whole = size.sum(0)
     share = ops.where(whole > 0, size / ops.where(whole > 0, whole, 0 * whole + 1), 0 * size + 1 / size.shape[0])
+    share = (1 - FLOOR) * share + FLOOR / size.shape[0]  # a weight of value 0 may have a derivative
     below = share.cumsum(0)
     one = uniform.reshape((*uniform.shape[: comparison.batch_ndim], -1))[..., 0]
     one = one[tuple(slice(None) if n > 1 else slice(0, 1) for n in share.shape[1:])]
