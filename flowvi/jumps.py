@@ -14,7 +14,7 @@ from flowvi.ops import Array, Ops
 from flowvi.target import Target
 
 Jump = float | Array | Callable[[Any], Array]
-ULPS = 8  # how far above and below, in units of the last digit, so that 2 x > 2 t tells them apart too
+ULPS = 8  # how far above and below, in units of the last digit of 1 + |t|, so that x + 1 > t + 1 tells them apart too
 
 
 class JumpsField:
@@ -55,7 +55,8 @@ def jump_comparison(ops: Ops, target: Target, x: Array, jumps: tuple[Jump, ...],
             t = ops.stop_gradient(live)
             inside = ops.exp(target.p0.log_prob(t))
             weight = inside * (velocity(t) - ops.tether(live))
-            step = ULPS * (ops.nextafter(t, float("inf")) - t)
+            size = 1 + abs(t)
+            step = ULPS * (ops.nextafter(size, float("inf")) - size)
             values += [t + step, t - step]
             weights += [weight, -weight]
         return Alternatives(ops.stack(values, 0), ops.stack(weights, 0))

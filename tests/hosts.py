@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
@@ -175,6 +175,17 @@ class NumPyroHost:
         bound = self.flow.TraceFlow_RenyiELBO(alpha, particles, vectorize_particles=vectorize, **options)
         return self.gradients_of(bound, program, n, seed, value)
 
+    def gradients_with(self, program, n, choose, seed=0, **options):
+        """As ``gradients``, with estimators ``choose(host, t)`` that read the parameters."""
+
+        def estimate(key, theta):
+            t = list(theta)
+            elbo = self.flow.TraceFlow_ELBO(estimators=choose(self, t), **options)
+            return -elbo.loss(key, {}, lambda: program.model(self, t), lambda: program.guide(self, t))
+
+        keys = jax.random.split(jax.random.key(seed), n)
+        return np.asarray(jax.jit(jax.vmap(jax.grad(estimate, 1), (0, None)))(keys, jnp.array(program.theta)))
+
     def gradients_of(self, elbo, program, n, seed=0, value=False):
         """As ``gradients``, by any objective, also one of the host's own."""
 
@@ -302,6 +313,19 @@ class PyroHost:
         nesting = 1 + program.plates
         bound = self.flow.TraceFlow_RenyiELBO(alpha, particles, nesting, vectorize_particles=vectorize, **options)
         return self.gradients_of(bound, program, n, seed, value)
+
+    def gradients_with(self, program, n, choose, seed=0, **options):
+        """As ``gradients``, with estimators ``choose(host, t)`` that read the parameters."""
+        estimators = {}
+
+        def guide(h, t):
+            estimators.update(choose(h, t))
+            program.guide(h, t)
+
+        elbo = self.flow.TraceFlow_ELBO(
+            estimators=lambda site: estimators[site["name"]], max_plate_nesting=1 + program.plates, **options
+        )
+        return self.gradients_of(elbo, replace(program, guide=guide), n, seed)
 
     def gradients_of(self, elbo, program, n, seed=0, value=False):
         leaf = self.array(program.theta).expand(n, -1).clone().requires_grad_()
