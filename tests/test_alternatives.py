@@ -122,7 +122,7 @@ LONE = {
 }
 
 
-@each(("distribution", "theta", "size"), LONE)
+@each(("distribution", "theta", "size"), LONE, slow_in_numpyro=lambda row: row in (LONE["BetaBinomial"], LONE["Categorical probs"]))
 def test_one_site_has_no_noise(host, distribution, theta, size):
     program, truth = lone(distribution, theta), by_differences(distribution, theta, size)
     without_noise(host, program, truth, default=Enumerate(), rtol=1e-7)
@@ -247,7 +247,7 @@ def exact_chain():
         return exact(CHAIN, a=binary(), x=NORMAL, b=binary())
 
 
-@each("options", CHAINS)
+@each("options", CHAINS, slow_in_numpyro=lambda options: "estimators" in options or options.get("vectorize") is False)
 def test_a_chain_of_sites(host, options, exact_chain):
     options = {"default": Enumerate(), "estimators": {"x": RP()}, **options}
     sampled(host, CHAIN, exact_chain, **options)
@@ -382,7 +382,8 @@ def test_a_subsampled_plate(host):
     samples = np.concatenate([host.gradients(subsampled_program(2), 1, seed, default=Enumerate()) for seed in range(5)])
     seen = samples != 0
     np.testing.assert_allclose(samples, 2 * truth * seen, rtol=1e-9)
-    assert np.all(seen.sum(1) == 2) and len(np.unique(seen, axis=0)) > 1
+    np.testing.assert_array_equal(seen.sum(1), 2)
+    assert len(np.unique(seen, axis=0)) > 1
 
 
 def hundred(h, t, side):
@@ -515,13 +516,16 @@ def test_describe_prints_the_evaluations(host):
     t = [host.array(x) for x in CHAIN.theta]
     parts = lambda: CHAIN.model(host, t), lambda: CHAIN.guide(host, t)
     printed = [str(host.flow.TraceFlow_ELBO(estimators={"a": e}).describe(*parts)).splitlines() for e in (LR(), Enumerate())]
-    assert printed[1][-1] == "2 evaluations of the program per particle" and "evaluations" not in printed[0][-1]
+    assert printed[1][-1] == "2 evaluations of the program per particle"
+    assert "evaluations" not in printed[0][-1]
 
 
 @pytest.mark.parametrize("n", [1, 8, 32])
 def test_sites_that_share_no_cost_share_a_run(host, n):
     program = apart(n)
     assert evaluations(host, program, default=Enumerate(), dependencies="graph") == 2
+    if n == 32 and host.name == "numpyro":  # most of the time of the test would be compilation
+        return
 
     def elbo(t):
         i = jnp.arange(n)
@@ -558,7 +562,7 @@ def test_pyro_a_branch_that_only_one_run_takes(options):
     h = HOSTS["pyro"]
     truth = exact(Program(two_bernoullis, without_branch, (0.3, -0.4)), a=binary(), b=binary())
     program, samples = Program(two_bernoullis, with_branch, (0.3, -0.4)), []
-    for seed in range(800):
+    for seed in range(200):
         leaf = torch.tensor(program.theta, requires_grad=True)
         pyro.set_rng_seed(seed)
         elbo = h.flow.TraceFlow_ELBO(default=Enumerate(), **options)
@@ -569,7 +573,7 @@ def test_pyro_a_branch_that_only_one_run_takes(options):
 
 def test_pyro_a_branch_whose_cost_joins_the_elements_is_refused():
     h = HOSTS["pyro"]
-    t = torch.tensor(-2.0, requires_grad=True)
+    t = torch.tensor(-9.0, requires_grad=True)
 
     def guide():
         with pyro.plate("n", 3):
@@ -581,10 +585,9 @@ def test_pyro_a_branch_whose_cost_joins_the_elements_is_refused():
         if k.sum() > 1:
             pyro.factor("f", k.sum() ** 2)
 
-    pyro.set_rng_seed(0)
+    pyro.set_rng_seed(0)  # none of them is 1, all of them in the next run
     with pytest.raises(ValueError, match="site 'k': its elements change in one run.*'f' depends on all of them"):
-        for _ in range(20):
-            h.flow.TraceFlow_ELBO(default=Enumerate()).loss_and_grads(model, guide)
+        h.flow.TraceFlow_ELBO(default=Enumerate()).loss_and_grads(model, guide)
 
 
 def test_pyro_parameters_that_the_first_run_initializes_at_random():
@@ -681,7 +684,7 @@ def test_the_wrapper_enumerates(host):
 
     program = of_parts(downstream_part)
     by_name = host.gradients(program, 3, estimators={"k": Enumerate()})
-    np.testing.assert_array_equal(host.gradients(replace(program, guide=wrapped), 3), by_name)
+    np.testing.assert_allclose(host.gradients(replace(program, guide=wrapped), 3), by_name, rtol=1e-14)
 
 
 def scanned_part(h, t, side):
