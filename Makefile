@@ -26,6 +26,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/variance.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/control_variate.py
+	$(BIN)/python benchmarks/discrete.py
 	$(BIN)/python benchmarks/vae.py
 
 # About ten minutes.

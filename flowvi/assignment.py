@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from flowvi.baselines import Baseline
@@ -96,23 +96,26 @@ class Assignment:
         self.has_read_annotations = self.has_read_annotations and len(kept) == len(self.annotations)
         self.annotations = kept
 
-    def verify(self, random: Mapping[str, str], fixed: Iterable[str]) -> None:
+    def verify(self, random: Mapping[str, str], fixed: Mapping[str, str], observed: Container[str] = ()) -> None:
         """Refuse names that belong to no random site.
+
+        A site that is observed this time, as in a batch with labels, may be random the next time.
 
         Args:
             random: Random sites of the guide, each with its alias.
-            fixed: Names of the statements that are not random choices: observed, factors and Deltas.
+            fixed: The statements of the guide that are not random choices, each with what it is.
+            observed: Names of the model's statements that are observed.
         """
         named = [*self.annotations, *(self.estimators if isinstance(self.estimators, Mapping) else ())]
         for name in named:
-            if name in random or name in random.values():
+            if name in random or name in random.values() or name in observed or fixed.get(name) == "observed":
                 continue
             where = "infer['estimator'] in the model" if name in self.annotations else "estimators"
             sites = ", ".join(f"'{site}'" for site in random) or "none"
-            if name in set(fixed):
+            if name in fixed:
                 raise ValueError(
-                    f"site '{name}': {where} names a site that is no random choice of the guide (it is observed, a factor or a Delta "
-                    f"of other sites). The random sites are: {sites}; give the estimator to the one from which '{name}' is drawn."
+                    f"site '{name}': {where} names a site that is no random choice of the guide (it is {fixed[name]}). "
+                    f"The random sites are: {sites}; give the estimator to the one from which '{name}' is drawn."
                 )
             raise ValueError(f"site '{name}': {where} names no site of the guide; the random sites are: {sites}.")
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from flowvi.host import Host
+from flowvi.ops import Ops
 from flowvi.run import Run, Statement
 from flowvi.sites import Entropy, masks
 
@@ -59,7 +60,7 @@ def use_closed_forms(host: Host, run: Run) -> Run:
     guide, model = dict(run.guide), dict(run.model)
     for name in run.sites.random:
         of_guide, of_model = guide[name], model.get(name)
-        if of_model is None or of_guide.in_control_flow or not _count_alike(of_guide, of_model):
+        if of_model is None or of_guide.in_control_flow or not _count_alike(host.ops, of_guide, of_model):
             continue
         if (divergence := host.divergence(of_guide, of_model)) is not None:
             guide[name] = of_guide.with_log_density(None)
@@ -68,14 +69,10 @@ def use_closed_forms(host: Host, run: Run) -> Run:
     return replace(run, guide=guide, model=model, closed_forms=closed)
 
 
-def _count_alike(one: Statement, other: Statement) -> bool:
-    """Whether the two log densities have the same scale and the same masks, as a divergence in closed form needs."""
-    scales = (1.0 if s.scale is None else s.scale for s in (one, other))
-    return _same(*scales) and [id(m) for m in (one.mask, *masks(one.fn))] == [id(m) for m in (other.mask, *masks(other.fn))]
-
-
-def _same(one: Any, other: Any) -> bool:
-    return one is other or (isinstance(one, int | float) and isinstance(other, int | float) and one == other)
+def _count_alike(ops: Ops, one: Statement, other: Statement) -> bool:
+    """Whether the two log densities are known to count alike: a divergence in closed form has one scale and one mask."""
+    weights = [[1.0 if s.scale is None else s.scale, *(m for m in (s.mask, *masks(s.fn)) if m is not None)] for s in (one, other)]
+    return len(weights[0]) == len(weights[1]) and all(map(ops.is_known_equal, *weights))
 
 
 def _require_one_order(guide: list[str], model: list[str]) -> None:

@@ -180,7 +180,8 @@ def run(program: Program, sites: GuideSites) -> Run:
         result = program.run(sites.fresh())
     if assignment.remember(result.annotations):
         result = program.run(sites.fresh())
-    assignment.verify(result.sites.aliases, result.sites.fixed)
+    observed = {name for name, statement in result.model.items() if statement.observed}
+    assignment.verify(result.sites.aliases, result.sites.fixed, observed)
     _refuse_enumerated(result)
     return result
 

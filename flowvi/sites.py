@@ -39,7 +39,7 @@ class GuideSites:
         random: The random sites in program order, each with its description.
         aliases: For each random site, the model site for which it stands.
         draws: The draws of the sites to which something is attached.
-        fixed: Names of the statements that are not random choices.
+        fixed: The statements that are not random choices, by name: what each is.
         learned: Names of the parameters that estimators learn, each with its site.
         replaced: Values that sites are to have instead of what is drawn.
         held: Sites that keep the value of another run, each with it and with what was attached there.
@@ -51,7 +51,7 @@ class GuideSites:
         self.random: dict[str, SiteDescription] = {}
         self.aliases: dict[str, str] = {}
         self.draws: dict[str, Draw] = {}
-        self.fixed: list[str] = []
+        self.fixed: dict[str, str] = {}
         self.learned: dict[str, str] = {}
         self.replaced: dict[str, Any] = {}
         self.held: dict[str, tuple[Any, Draw | None]] = {}
@@ -82,7 +82,7 @@ class GuideSites:
         name, wrapped = msg["name"], find_estimated(host, msg["fn"])
         if what := not_random(host, msg):
             require_random(msg, wrapped, what)
-            self.fixed.append(name)
+            self.fixed[name] = what
             return what
         if msg["infer"].get("enumerate"):
             raise ValueError(

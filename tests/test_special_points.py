@@ -10,6 +10,7 @@ from hosts import HOSTS, Program, z_scores
 from numpyro.contrib.control_flow import scan
 
 from flowvi import LR, Enumerate
+from flowvi.numpyro.special_points import with_right_derivative
 
 DIST = numpyro.distributions
 
@@ -88,3 +89,60 @@ def test_logits_of_zero_in_a_scan():
         return masses @ (-0.5 * (2.0 - jnp.arange(3.0)) ** 2) - 2 * divergence
 
     assert np.all(np.abs(z_scores(samples, np.array([jax.grad(elbo)(0.0)]))) < 5)
+
+
+# ---- a probability of 0 downstream
+
+
+def switched(y):
+    """a ~ Bernoulli(q0), b ~ Bernoulli(q1 a): b is impossible where a is 0."""
+
+    def guide(h, t):
+        a = h.sample("a", h.dist.Bernoulli(probs=1 / (1 + h.math.exp(-t[0]))))
+        h.sample("b", h.dist.Bernoulli(probs=a / (1 + h.math.exp(-t[1]))))
+
+    def model(h, t):
+        a = h.sample("a", h.dist.Bernoulli(probs=h.array(0.5) + 0 * t[0]))
+        b = h.sample("b", h.dist.Bernoulli(probs=0.4 * a))
+        h.factor("y", -0.5 * (a + b - y) ** 2)
+
+    return Program(guide, model, (0.3, -0.2))
+
+
+def exact_switched(y):
+    def elbo(t):
+        q0, q1 = jax.nn.sigmoid(t)
+        of = lambda a, b: -0.5 * (a + b - y) ** 2 + np.log(0.5)
+        none = of(0, 0) - jnp.log(1 - q0)
+        one = of(1, 0) + np.log(0.6) - jnp.log(q0) - jnp.log(1 - q1)
+        both = of(1, 1) + np.log(0.4) - jnp.log(q0) - jnp.log(q1)
+        return (1 - q0) * none + q0 * ((1 - q1) * one + q1 * both)
+
+    return np.asarray(jax.grad(elbo)(jnp.array([0.3, -0.2])))
+
+
+@pytest.mark.parametrize("y", [6.0, 20.0])
+@pytest.mark.parametrize("estimator", [LR(), Enumerate()])
+def test_what_cannot_happen_has_no_score(host, estimator, y):
+    samples = host.gradients(switched(y), 20_000, default=estimator)
+    assert np.isfinite(samples).all()
+    assert np.all(np.abs(z_scores(samples, exact_switched(y))) < 5)
+
+
+@pytest.mark.parametrize(
+    ("fn", "values"),
+    [
+        (lambda p: DIST.Bernoulli(probs=p), [0, 1]),
+        (lambda p: DIST.Binomial(total_count=4, probs=p), [0, 1, 4]),
+        (lambda p: DIST.Geometric(probs=p), [0, 1, 5]),
+    ],
+)
+def test_the_safe_densities_are_those_of_numpyro(fn, values):
+    def value_and_slope(make, p, k):
+        return jax.value_and_grad(lambda p: make(p).log_prob(k))(p)
+
+    for p in (0.2, 0.5, 0.9):
+        for k in values:
+            ours, theirs = value_and_slope(lambda p: with_right_derivative(fn(p)), p, k), value_and_slope(fn, p, k)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+    assert np.isfinite(jax.grad(lambda p: with_right_derivative(fn(p)).log_prob(0))(1e-300))

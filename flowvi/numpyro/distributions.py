@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from copy import copy
 from typing import Any, ClassVar
 
 import jax
@@ -29,27 +28,6 @@ def unwrap(fn: dist.Distribution) -> dist.Distribution:
     while isinstance(fn, WRAPPERS):
         fn = fn.base_dist  # type: ignore[attr-defined]
     return fn
-
-
-def with_right_derivative(fn: dist.Distribution) -> dist.Distribution:
-    """A Bernoulli or Binomial whose log density has the right derivative at logits of exactly 0.
-
-    There NumPyro's derivative is that from above in one term and that from below in another: it is z where z - 1/2 is right. Any other
-    number, however small, is differentiated rightly.
-    """
-    if isinstance(fn, WRAPPERS):
-        inner = with_right_derivative(fn.base_dist)  # type: ignore[attr-defined]
-        return fn if inner is fn.base_dist else _with(fn, base_dist=inner)  # type: ignore[attr-defined]
-    if not isinstance(fn, dist.BernoulliLogits | dist.BinomialLogits):
-        return fn
-    logits = jnp.asarray(fn.logits)
-    return _with(fn, logits=logits + jnp.where(logits == 0, jnp.finfo(logits.dtype).tiny, 0.0))
-
-
-def _with(fn: dist.Distribution, **attributes: Any) -> dist.Distribution:
-    new = copy(fn)
-    new.__dict__.update(attributes)
-    return new
 
 
 class NumPyroTarget(Target):

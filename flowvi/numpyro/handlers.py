@@ -14,8 +14,9 @@ from numpyro.primitives import Messenger
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Choice
 from flowvi.estimators import LR, Draw, Estimator, attach
-from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching, propose, with_right_derivative
+from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching, propose
 from flowvi.numpyro.host import HOST
+from flowvi.numpyro.special_points import with_right_derivative
 from flowvi.sites import GuideSites, Visit, annotation, find_estimated, is_masked, not_random, weight_of_density
 from flowvi.target import Target
 

@@ -152,7 +152,9 @@ def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Ar
         difference = others[one.name][one.first : one.first + one.num_runs] - first[one.name]
         weight = weights[one.name]
         shape = (one.num_runs, *(1,) * (weight.ndim - difference.ndim), *difference.shape[1:])
-        contributions.append((weight * ops.stop_gradient(difference.reshape(shape))).sum())
+        difference = difference.reshape(shape)
+        impossible = (ops.stop_gradient(weight) == 0) & (difference - difference != 0)  # p log p is 0 where p is
+        contributions.append((weight * ops.stop_gradient(ops.where(impossible, 0 * weight, difference))).sum())
     return ops.tangent_of(total(contributions))
 
 

@@ -159,6 +159,10 @@ class Ops(Protocol):
         """One boolean: x equals y to half the digits of their dtype."""
         ...
 
+    def is_known_equal(self, x: Any, y: Any, /) -> bool:
+        """Whether two numbers, booleans or arrays are the same object, or known to have the same values; False for traced ones."""
+        ...
+
     def check(self, ok: Array, message: str, /) -> None:
         """Raise ValueError(message) unless ``ok``; a traced value, which is not known yet, passes."""
         ...

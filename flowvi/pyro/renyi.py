@@ -14,6 +14,7 @@ from flowvi.assignment import Assignment, Describes, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import BoundParticle, Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
 from flowvi.ops import times
+from flowvi.pyro.baselines import annotated_baselines
 from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.handlers import share_subsamples
 from flowvi.pyro.host import HOST
@@ -158,7 +159,13 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         return run(program, GuideSites(self._assignment))
 
     def _reduce(self, program: PyroProgram) -> tuple[BoundParticle, float]:
-        return bound_of(HOST, self._run(program), self.gradient)
+        run = self._run(program)
+        for name in annotated_baselines(program.traces[1], run.sites.random):
+            raise ValueError(
+                f"site '{name}': expected no infer['baseline'] under a bound, which has its own baseline, the leave-one-out bound; "
+                "remove it, or use TraceFlow_ELBO."
+            )
+        return bound_of(HOST, run, self.gradient)
 
 
 def _stack(field: tuple) -> torch.Tensor | None:

@@ -1,0 +1,74 @@
+"""Guides whose log density NumPyro differentiates wrongly, or to NaN, at special values of their parameters.
+
+* At logits of exactly 0 the derivative of a Bernoulli or Binomial is z where z - 1/2 is right: it is that from above in one term
+  and that from below in another. Any other number, however small, is differentiated rightly.
+* At a probability of 0 or 1 the derivative of what did not happen is 0 times infinity.
+
+``tests/test_special_points.py`` fails where NumPyro has mended it.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax.scipy.special import gammaln
+
+from flowvi.numpyro.distributions import WRAPPERS
+
+
+class _Bernoulli(dist.BernoulliProbs):
+    def log_prob(self, value, intermediates=None):
+        return _times_log(value, self.probs) + _times_log_of_other(1 - value, self.probs)
+
+
+class _Binomial(dist.BinomialProbs):
+    def log_prob(self, value, intermediates=None):
+        other = self.total_count - value
+        ways = gammaln(self.total_count + 1.0) - gammaln(value + 1.0) - gammaln(other + 1.0)
+        return ways + _times_log(value, self.probs) + _times_log_of_other(other, self.probs)
+
+
+class _Geometric(dist.GeometricProbs):
+    def log_prob(self, value, intermediates=None):
+        return _times_log_of_other(value, self.probs) + jnp.log(self.probs)
+
+
+def _times_log(count, p):
+    """``count * log(p)``; 0 with the derivative 0 where it never happened."""
+    happened = count > 0
+    return jnp.where(happened, count * jnp.log(jnp.where(happened, p, 1.0)), 0.0)
+
+
+def _times_log_of_other(count, p):
+    """``count * log(1 - p)``, likewise."""
+    happened = count > 0
+    return jnp.where(happened, count * jnp.log1p(-jnp.where(happened, p, 0.0)), 0.0)
+
+
+SAFE = {dist.BernoulliProbs: _Bernoulli, dist.BinomialProbs: _Binomial, dist.GeometricProbs: _Geometric}
+for _family, _safe in SAFE.items():
+    _safe.__name__ = _family.__name__  # by which its entry in flowvi.families is found
+
+
+def with_right_derivative(fn: dist.Distribution) -> dist.Distribution:
+    """The same distribution, with a log density whose derivative is right for all values of its parameters."""
+    if isinstance(fn, WRAPPERS):
+        inner = with_right_derivative(fn.base_dist)  # type: ignore[attr-defined]
+        return fn if inner is fn.base_dist else _with(fn, base_dist=inner)  # type: ignore[attr-defined]
+    if isinstance(fn, dist.BernoulliLogits | dist.BinomialLogits):
+        logits = jnp.asarray(fn.logits)
+        return _with(fn, logits=logits + jnp.where(logits == 0, jnp.finfo(logits.dtype).tiny, 0.0))
+    if (safe := SAFE.get(type(fn))) is not None:
+        new = _with(fn)
+        new.__class__ = safe
+        return new
+    return fn
+
+
+def _with(fn: dist.Distribution, **attributes: Any) -> dist.Distribution:
+    new = copy(fn)
+    new.__dict__.update(attributes)
+    return new
