@@ -108,7 +108,7 @@ class Assignment:
         """
         named = [*self.annotations, *(self.estimators if isinstance(self.estimators, Mapping) else ())]
         for name in named:
-            if name in random or name in random.values() or name in observed or fixed.get(name) == "observed":
+            if name in self.seen or name in random or name in random.values() or name in observed or fixed.get(name) == "observed":
                 continue
             where = "infer['estimator'] in the model" if name in self.annotations else "estimators"
             sites = ", ".join(f"'{site}'" for site in random) or "none"
@@ -117,7 +117,10 @@ class Assignment:
                     f"site '{name}': {where} names a site that is no random choice of the guide (it is {fixed[name]}). "
                     f"The random sites are: {sites}; give the estimator to the one from which '{name}' is drawn."
                 )
-            raise ValueError(f"site '{name}': {where} names no site of the guide; the random sites are: {sites}.")
+            raise ValueError(
+                f"site '{name}': {where} names no site of the guide; the random sites are: {sites}. "
+                "For a site that only some branches of the guide draw, give a function: estimators=lambda site: ..."
+            )
 
 
 def require_random(site: Any, wrapped: Estimator | None, what: str) -> None:

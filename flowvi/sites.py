@@ -86,8 +86,9 @@ class GuideSites:
             return what
         if msg["infer"].get("enumerate"):
             raise ValueError(
-                f"site '{name}': expected a site that is sampled, found infer['enumerate']; the estimator Enumerate() sums over its "
-                "values, one site at a time, and TraceEnum_ELBO over those of several sites at once."
+                f"site '{name}': expected a site that is sampled, found infer['enumerate']; remove it (handlers.infer_config or "
+                "poutine.infer_config does, where an autoguide sets it) and give the site the estimator Enumerate(), which sums over "
+                "its values, or use TraceEnum_ELBO, which sums over those of several sites at once."
             )
         choice = self.assignment.choose(msg, alias, wrapped)
         try:

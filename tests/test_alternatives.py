@@ -21,9 +21,12 @@ from hosts import HOSTS, Program, each, z_scores
 from kinds import half_velocity, wide
 
 import flowvi.numpyro
+import flowvi.ops.jax
+import flowvi.ops.torch
 import flowvi.plot
 import flowvi.pyro
 from flowvi import LR, RP, AdaptiveFlow, Enumerate, Flow
+from flowvi.alternatives import Comparison
 from flowvi.objectives import comparison
 
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(24)
@@ -914,3 +917,22 @@ def test_pyro_an_annotated_baseline_refuses():
 def test_lanes_are_all_or_random():
     with pytest.raises(TypeError, match="Enumerate: expected lanes='all' or 'random', found 'one'"):
         Enumerate("one")
+
+
+OPS = {"numpyro": flowvi.ops.jax, "pyro": flowvi.ops.torch}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_one_lane_is_drawn_whatever_is_rounded(host, dtype):
+    """At uniform numbers on the border between two lanes, and beside it."""
+    size = 500
+    borders = np.cumsum(np.full(size, (1 - comparison.FLOOR) / size + comparison.FLOOR / size, dtype))
+    uniforms = np.concatenate([borders, np.nextafter(borders, dtype(0)), np.nextafter(borders, dtype(2)), np.zeros(1, dtype)])
+    lanes = np.broadcast_to(np.arange(1, size + 1, dtype=dtype)[:, None], (size, len(uniforms)))
+    make = host.array if dtype == np.float64 else (jnp.asarray if host.name == "numpyro" else torch.tensor)
+    changed, weight, uniform = make(lanes.copy()), make(np.ones_like(lanes)), make(uniforms)
+    one = Comparison(lambda uniforms: None, uniform, event_ndim=0, batch_ndim=1, num_values=1, lanes="random")
+    values, weights = comparison._one_of(OPS[host.name], one, changed, weight, uniform)
+    np.testing.assert_allclose(np.asarray(weights[0]), size, rtol=1e-4)
+    np.testing.assert_array_equal(np.asarray(values[0]) % 1, 0)
+    assert set(np.asarray(values[0]).tolist()) == set(range(1, size + 1))

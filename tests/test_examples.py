@@ -38,6 +38,7 @@ def test_gallery(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, "--smoke"])
     torch.set_default_dtype(torch.float32)
     jax.config.update("jax_enable_x64", False)
+    plt.close("all")  # figures of other tests
     with plt.rc_context():
         runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
     assert plt.get_fignums()

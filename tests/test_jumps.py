@@ -6,7 +6,7 @@ from cases import CASES, EXACT
 from hosts import Program, z_scores
 from scipy import stats
 
-from flowvi import LR, RP, Flow, ImplicitRP, fields
+from flowvi import LR, RP, Enumerate, Flow, ImplicitRP, fields
 from flowvi.jumps import jump_comparison
 
 M, S, T = 0.3, 0.8, 0.5
@@ -106,6 +106,33 @@ def test_elements_of_a_plate_and_of_an_event(host):
     for event in events:
         samples = host.gradients(of(event), 50, estimators=estimators)
         np.testing.assert_allclose(samples, np.broadcast_to(exact, samples.shape), rtol=1e-9)
+
+
+@pytest.mark.parametrize("beside", [RP(jumps=[T]), LR(), Enumerate()])
+def test_a_proposal_keeps_its_weight_in_the_other_runs(host, beside):
+    """Two jumps in one cost, or a jump in the cost of another site that is compared: the runs of both have the weight of x."""
+    discrete = not isinstance(beside, RP)
+
+    def law(h, of_y):
+        return (h.dist.Bernoulli(logits=of_y) if discrete else h.dist.Normal(of_y, 1.0)).mask(False)
+
+    def guide(h, t):
+        h.sample("x", h.dist.Normal(t[0], 1.0).mask(False))
+        h.sample("y", law(h, t[1]))
+
+    def model(h, t):
+        x = h.sample("x", h.dist.Normal(h.array(0.0), h.array(1.0)).mask(False))
+        y = h.sample("y", law(h, h.array(0.0)))
+        h.factor("cost", h.math.where(x > T, 1.0, 0.0) * ((1 + y) if discrete else h.math.where(y > T, 1.0, 0.0)))
+
+    m, r = 0.3, -0.2
+    rise, above = stats.norm.pdf(T - m), stats.norm.sf(T - m)
+    p = 1 / (1 + np.exp(-r))
+    exact = [rise * (1 + p), above * p * (1 - p)] if discrete else [rise * stats.norm.sf(T - r), above * stats.norm.pdf(T - r)]
+    proposal = lambda p: type(p)(p.loc + 0.6, 1.3 * p.scale)
+    estimators = {"x": RP(proposal, jumps=[T]), "y": beside}
+    samples = host.gradients(Program(guide, model, (m, r)), 20_000, estimators=estimators)
+    assert np.all(np.abs(z_scores(samples, exact)) < 5), samples.mean(0)
 
 
 def test_a_gamma_without_a_cdf_that_torch_differentiates(host):

@@ -7,7 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from flowvi import LR, RP, Flow
+from flowvi import LR, RP, Flow, MeasureValued
 from flowvi.numpyro import TraceFlow_ELBO
 
 DATA = jnp.array([0.5, 1.0, 2.0])
@@ -113,3 +113,53 @@ def test_arguments_are_data_only_beside_parameters():
 
     with pytest.raises(ValueError, match="its lower bound"):
         jax.grad(loss)(0.5)
+
+
+def normal(loc):
+    numpyro.sample("x", dist.Normal(loc, 1.0).mask(False))
+
+
+def cost(loc):
+    numpyro.factor("cost", 2 * numpyro.sample("x", dist.Normal(0.0, 1.0).mask(False)))
+
+
+def of_argument(key, loc, elbo):
+    """Beside a parameter."""
+
+    def guide(loc):
+        numpyro.param("unused", 0.0)
+        normal(loc)
+
+    return elbo.loss(key, {"unused": jnp.zeros(())}, cost, guide, loc)
+
+
+def of_outer_handler(key, loc, elbo):
+    with numpyro.handlers.substitute(data={"loc": loc}):
+        return elbo.loss(key, {}, cost, lambda _: normal(numpyro.param("loc", 0.0)), loc)
+
+
+@pytest.mark.parametrize("loss", [of_argument, of_outer_handler])
+def test_what_is_differentiated_is_live(loss):
+    """The weak derivative is that in every parameter that may carry a derivative, however it reaches the guide."""
+    elbo = TraceFlow_ELBO(default=MeasureValued())
+    gradient = jax.jit(jax.vmap(jax.grad(lambda loc, key: -loss(key, loc, elbo)), (None, 0)))
+    samples = gradient(0.3, jax.random.split(jax.random.key(0), 10_000))
+    assert abs(samples.mean() - 2) < 5 * samples.std() / 100
+    assert samples.std() > 0
+
+
+def test_python_may_look_at_what_is_not_traced():
+    """As in ``svi.run``, which closes over the arguments."""
+
+    def guide(n, flag):
+        loc = sum((numpyro.param(f"loc{i}", 0.1) for i in range(int(n))), 0.0)
+        normal(loc if flag else 0.0)
+
+    svi = numpyro.infer.SVI(lambda n, flag: cost(0.0), guide, numpyro.optim.Adam(0.01), TraceFlow_ELBO(default=MeasureValued()))
+    result = svi.run(jax.random.key(0), 3, jnp.array(2), jnp.array(True), progress_bar=False)
+    assert np.isfinite(result.losses).all()
+
+
+def test_a_handler_that_renames_sites_around_the_objective():
+    with numpyro.handlers.scope(prefix="a"), pytest.raises(ValueError, match="site 'x': .* has renamed it"):
+        TraceFlow_ELBO(default=LR()).loss(jax.random.key(0), {}, cost, normal, 0.3)

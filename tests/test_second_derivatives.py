@@ -9,6 +9,8 @@ import pyro.distributions
 import pytest
 import torch
 
+import flowvi.numpyro
+import flowvi.pyro
 from flowvi import LR, RP, Enumerate, Flow, ImplicitRP, fields
 
 NORMAL = {
@@ -83,3 +85,36 @@ def test_a_program_of_pathwise_sites_has_one(host):
     for value in SECOND[host.name](host.flow.TraceFlow_ELBO()):
         assert value > 1.0 + 1e-6  # the prior's own is 1, and 12 x^2 is above 0
     assert len(SECOND[host.name](host.flow.TraceFlow_RenyiELBO())) > 0
+
+
+@pytest.mark.parametrize("estimator", [LR(), Enumerate()])
+def test_nor_have_the_costs_of_each_site(estimator):
+    """With ``sum_sites=False``."""
+    dist = numpyro.distributions
+    elbo = flowvi.numpyro.TraceFlow_ELBO(estimators={"x": estimator}, sum_sites=False)
+
+    def loss(t):
+        model = lambda: numpyro.sample("x", dist.Bernoulli(0.5))
+        return sum(elbo.loss(jax.random.key(3), {}, model, lambda: numpyro.sample("x", dist.Bernoulli(logits=t))).values())
+
+    assert np.isfinite(jax.grad(loss)(0.4))
+    with pytest.raises(ValueError, match="no second derivative"):
+        jax.hessian(loss)(0.4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, in forward mode
+@pytest.mark.parametrize("estimator", [LR(), Enumerate()])
+def test_first_derivatives_of_other_kinds_in_pyro(estimator):
+    """``torch.func.grad`` and forward mode."""
+    dist, t = pyro.distributions, torch.tensor(0.4)
+    elbo = flowvi.pyro.TraceFlow_ELBO(default=estimator)
+
+    def loss(t):
+        pyro.set_rng_seed(3)
+        model = lambda: pyro.sample("x", dist.Bernoulli(0.3))
+        return elbo.differentiable_loss(model, lambda: pyro.sample("x", dist.Bernoulli(logits=t)))
+
+    live = t.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(live), live)
+    torch.testing.assert_close(torch.func.grad(loss)(t), expected)
+    torch.testing.assert_close(torch.func.jvp(loss, (t,), (torch.ones(()),))[1], expected)

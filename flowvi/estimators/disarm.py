@@ -26,7 +26,8 @@ class DisARM(Estimator):
         ValueError: At the first run, naming the site: a distribution that is no Bernoulli.
 
     Example:
-        At probabilities of 1/2 all four Bernoullis are turned over, and each has a quarter of the whole difference of the cost.
+        At probabilities of 1/2 all four Bernoullis are turned over. Each has a quarter of the difference 16 - 8 n of the cost, up to the
+        sign, where n of them were 1.
 
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from flowvi import DisARM
@@ -38,11 +39,8 @@ class DisARM(Estimator):
         ...     numpyro.sample("b", dist.Bernoulli(logits=numpyro.param("l", jnp.zeros(4))).to_event(1).mask(False))
         >>> elbo = TraceFlow_ELBO(default=DisARM())
         >>> gradient = jax.grad(lambda l, key: -elbo.loss(key, {"l": l}, model, guide))
-        >>> for seed in range(3):
-        ...     gradient(jnp.zeros(4), jax.random.key(seed)).tolist()
-        [2.0, 2.0, -2.0, 2.0]
-        [4.0, 4.0, 4.0, 4.0]
-        [4.0, 4.0, 4.0, 4.0]
+        >>> sorted({abs(gradient(jnp.zeros(4), jax.random.key(seed))).tolist()[0] for seed in range(40)})
+        [0.0, 2.0, 4.0]
 
     References:
         Dong, Mnih and Tucker 2020; Yin, Ho, Yan, Qian and Zhou 2020 (U2G).

@@ -57,8 +57,8 @@ class MeasureValued(Estimator):
         ...     numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.0), 1.0).mask(False))
         >>> elbo = TraceFlow_ELBO(default=MeasureValued())
         >>> gradient = jax.grad(lambda loc, key: -elbo.loss(key, {"loc": loc}, model, guide))
-        >>> [round(float(gradient(0.0, jax.random.key(seed))), 4) for seed in range(4)]
-        [0.0, 0.3989, 0.0, 0.0]
+        >>> sorted({round(float(gradient(0.0, jax.random.key(seed))), 4) for seed in range(20)})
+        [0.0, 0.3989]
 
     References:
         Pflug 1989; Heidergott, Vázquez-Abad and Volk-Makarewicz 2008; Mohamed et al. 2019, section 6.

@@ -71,9 +71,9 @@ class NumPyroTarget(Target):
         return f"{type(p).__name__} has none" + (f" for {missing}" if missing else "")
 
     def live(self, *names):
-        """Under ``jit`` every parameter is traced; one on which no parameter of the guide and no draw has an influence is constant."""
+        """Under ``jit`` every parameter is traced; one on which no parameter, draw or argument has an influence is constant."""
         traced = super().live(*names)
-        if not traced or (moves := self._moving_leaves()) is None:
+        if not traced or (moves := self._moving_leaves(arguments=True)) is None:
             return traced
         moving = jax.tree.unflatten(jax.tree.structure(self.p), moves)
         return [name for name in traced if getattr(moving, name)]
@@ -112,10 +112,10 @@ class NumPyroTarget(Target):
             p = jax.tree.unflatten(tree, [leaf if moving else _made_up(leaf) for leaf, moving in zip(leaves, moves, strict=True)])
             return NumPyroTarget(self.name, p, enters=False, validate=False)._traced_bounds()
 
-    def _moving_leaves(self):
-        """For each array of p, whether a parameter of the guide or a draw has an influence on it; None where that is not known."""
+    def _moving_leaves(self, arguments=False):
+        """For each array of p, whether a parameter of the guide or a draw influences it, or an argument; None where not known."""
         moving_leaves = _ATTACHING.get()
-        moves = None if moving_leaves is None else moving_leaves(self.name, bool(self.transforms))
+        moves = None if moving_leaves is None else moving_leaves(self.name, bool(self.transforms), arguments)
         return moves if moves is not None and len(moves) == len(jax.tree.leaves(self.p)) else None
 
     def _traced_bounds(self):
@@ -180,7 +180,7 @@ class Estimated(ForwardsToBase, dist.Distribution):
 
 WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, Estimated)
 
-MovingLeaves = Callable[[str, bool], list[bool] | None]
+MovingLeaves = Callable[[str, bool, bool], list[bool] | None]
 _ATTACHING: ContextVar[MovingLeaves | None] = ContextVar("attaching", default=None)
 
 
@@ -193,7 +193,7 @@ def attaching(moving_leaves: MovingLeaves | None):
     """While one of flowvi's objectives runs a program, :class:`Estimated` attaches derivatives when it is sampled.
 
     Args:
-        moving_leaves: ``moving_leaves(name, enters)`` returns which arrays of a site's family a parameter influences, see
+        moving_leaves: ``moving_leaves(name, enters, arguments)`` returns which arrays of a site's family a parameter influences, see
             :meth:`flowvi.numpyro.run.NumPyroProgram.moving_leaves`; None: no objective runs.
     """
     token = _ATTACHING.set(moving_leaves)

@@ -58,19 +58,24 @@ class attach_estimators(Messenger):
         target, learned = declare(msg, target, estimator, weight_of_density(msg) if self.sites.entropy == "full" else 0.0)
         self.sites.learned |= dict.fromkeys(learned, name)
         if name in self.sites.replaced:
-            self._replace(msg, target, estimator)
-            return None
+            return self._replace(msg, target, estimator)
         drawn = draw(target, estimator, msg["kwargs"]["rng_key"])
         msg["value"] = drawn.value
         if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
             self.sites.log_probs[name] = drawn.log_prob
         return drawn
 
-    def _replace(self, msg, target, estimator) -> None:
-        """Give the site the value that it is to have in this run, instead of what is drawn."""
+    def _replace(self, msg, target, estimator) -> Draw:
+        """Give the site the value that it is to have in this run instead of what is drawn, whose weight it keeps."""
         value, active = self.sites.replaced[msg["name"]]
-        drawn = target.push(propose(target, estimator, msg["kwargs"]["rng_key"]))
+        key = msg["kwargs"]["rng_key"]
+        if estimator.q is None:
+            drawn, log_weight = target.push(propose(target, estimator, key)), None
+        else:
+            again = draw(target, estimator, key)
+            drawn, log_weight = again.value, again.log_weight
         msg["value"] = value if active is None else jnp.where(active, value, drawn)
+        return Draw(msg["value"], log_weight=log_weight)
 
 
 def target_of(msg, enters: bool, plate_sizes: dict[str, int]) -> NumPyroTarget:
@@ -172,15 +177,18 @@ def _refuse_in_control_flow(target: Target, estimator: Estimator, choice: Choice
 
 
 class read_annotations(Messenger):
-    """Collect ``infer={"estimator": ...}`` from the model, before ``replay`` overwrites it."""
+    """Collect ``infer={"estimator": ...}`` from the model, before ``replay`` overwrites it, and mend its log densities."""
 
     def __init__(self, fn):
         self.annotations = {}
         super().__init__(fn)
 
     def process_message(self, msg):
-        if msg["type"] == "sample" and "estimator" in msg["infer"]:
+        if msg["type"] != "sample":
+            return
+        if "estimator" in msg["infer"]:
             self.annotations[msg["name"]] = annotation(HOST, msg)
+        msg["fn"] = with_right_derivative(msg["fn"])
 
 
 class mark_draws(Messenger):
@@ -206,16 +214,26 @@ class mark_draws(Messenger):
 
 
 class mark_every_draw(Messenger):
-    """Add one number to every draw, so that a jaxpr shows what depends on any of them."""
+    """Add one number to every draw, so that a jaxpr shows what depends on any of them.
 
-    def __init__(self, fn, mark):
-        self.mark = mark
+    A parameter that is not ``known`` gets it too: an outer handler, which does not act here, may give it another value.
+    """
+
+    def __init__(self, fn, mark, known):
+        self.mark, self.known = mark, known
         super().__init__(fn)
 
     def process_message(self, msg):
         if msg["type"] == "sample" and msg["value"] is None:
-            value = _any_value(msg["fn"], **msg["kwargs"])
-            msg["value"] = value + self.mark.astype(value.dtype)
+            msg["value"] = self._marked(_any_value(msg["fn"], **msg["kwargs"]))
+
+    def _marked(self, value):
+        value = jnp.asarray(value)
+        return value + self.mark.astype(value.dtype)
+
+    def postprocess_message(self, msg):
+        if msg["type"] == "param" and msg["name"] not in self.known:
+            msg["value"] = jax.tree.map(self._marked, msg["value"])
 
 
 def _any_value(fn, rng_key, sample_shape, **kwargs):

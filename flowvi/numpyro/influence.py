@@ -10,28 +10,29 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from numpyro.ops.provenance import track_deps_jaxpr
 
 MOVES = frozenset({"moves"})
 
 
 def influenced(f: Callable[..., list[jax.Array]], movers: Any, fixed: Any) -> list[bool]:
-    """For each array of ``f(movers, fixed)``, whether one of the arrays in ``movers`` influences it.
+    """For each array of ``f(mark, movers, fixed)``, whether the mark or a tracer in ``movers`` influences it.
 
-    A traced array that f closes over counts as a mover. In ``fixed``, only arrays are inputs of the jaxpr; the rest is passed on.
+    A tracer that f closes over counts as a mover. What is not traced is passed on as it is, so that Python can branch on it.
     """
-    leaves, tree = jax.tree.flatten(fixed)
-    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    leaves, tree = jax.tree.flatten((movers, fixed))
+    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+    num_moving = sum(i < len(jax.tree.leaves(movers)) for i in traced)
 
-    def of_arrays(movers: Any, arrays: list[jax.Array]) -> list[jax.Array]:
+    def of_tracers(mark: jax.Array, *tracers: jax.Array) -> list[jax.Array]:
         given = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            given[i] = array
-        return f(movers, jax.tree.unflatten(tree, given))
+        for i, tracer in zip(traced, tracers, strict=True):
+            given[i] = tracer
+        return f(mark, *jax.tree.unflatten(tree, given))
 
-    arrays = [leaves[i] for i in traced]
-    closed = jax.make_jaxpr(of_arrays)(movers, arrays)
+    closed = jax.make_jaxpr(of_tracers)(jnp.zeros(()), *(leaves[i] for i in traced))
     jaxpr = closed.jaxpr.replace(constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars])
     inputs = [MOVES if isinstance(const, jax.core.Tracer) else frozenset() for const in closed.consts]
-    inputs += [MOVES] * len(jax.tree.leaves(movers)) + [frozenset()] * len(arrays)
+    inputs += [MOVES] * (1 + num_moving) + [frozenset()] * (len(traced) - num_moving)
     return [bool(names) for names in track_deps_jaxpr(jaxpr, inputs)]

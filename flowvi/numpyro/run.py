@@ -44,6 +44,7 @@ class NumPyroProgram:
         if values:
             guide = substitute(guide, data=dict(values))
         log_probs, guide_trace = self._log_probs(attach_estimators(guide, sites, self.moving_leaves), self.param_map)
+        _require_names(sites, guide_trace)
         for name, log_prob in sites.log_probs.items():  # NumPyro has computed the same again; one derivative is enough
             log_probs[name] = scale_and_mask(log_prob, scale=guide_trace[name]["scale"])
         statements, mutable_state = _statements(guide_trace, log_probs), _values(guide_trace, "mutable")
@@ -108,27 +109,31 @@ class NumPyroProgram:
         _, model_trace = self._replay_model(self.model, guide_trace)
         return _values(guide_trace, "param") | _values(model_trace, "param")
 
-    def moving_leaves(self, name: str, enters: bool) -> list[bool] | None:
+    def moving_leaves(self, name: str, enters: bool, arguments: bool) -> list[bool] | None:
         """For each array of the family of a site, whether a parameter or a draw of the guide influences it.
 
-        Arguments count as data where the program has parameters; otherwise a derivative may be taken in them.
+        Args:
+            name: The name of the site.
+            enters: Whether its transforms are left out.
+            arguments: Whether arguments count as parameters, in which a derivative may be taken. They always do where the program
+                has no others.
 
         Returns:
             An answer for each leaf of the family; None for a site that another run of the guide does not show.
         """
 
-        def leaves(movers: Any, fixed: Any) -> list[jax.Array]:
-            params, mark, args = movers
-            key, data = fixed
-            args, kwargs = data if args is None else args
+        def leaves(mark: jax.Array, movers: Any, fixed: Any) -> list[jax.Array]:
+            (params, moving_data), (key, fixed_data) = movers, fixed
+            args, kwargs = fixed_data if moving_data is None else moving_data
             with block(), attaching(None):
-                marked = mark_every_draw(replace(self, rng_key=key)._seeded_guide(), mark)
+                marked = mark_every_draw(replace(self, rng_key=key)._seeded_guide(), mark, params)
                 sites = trace(substitute(marked, data=params)).get_trace(*args, **kwargs)
             return jax.tree.leaves(NumPyroTarget(name, sites[name]["fn"], enters).p) if name in sites else []
 
         data = self.args, self.kwargs
-        movers = self.param_map, jnp.zeros(()), None if self.param_map else data
-        return influenced(leaves, movers, (self.rng_key, data if self.param_map else None)) or None
+        is_data = bool(self.param_map) and not arguments
+        movers, fixed = (self.param_map, None if is_data else data), (self.rng_key, data if is_data else None)
+        return influenced(leaves, movers, fixed) or None
 
     def _seeded_guide(self):
         return seed(self.guide, random.split(self.rng_key)[1])
@@ -167,6 +172,16 @@ def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entrop
     """Run a program, its sites with the estimators of an assignment."""
     assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # a tracer of an earlier trace
     return run(program, GuideSites(assignment, entropy))
+
+
+def _require_names(sites: GuideSites, guide_trace: Mapping[str, Any]) -> None:
+    """Refuse a handler around the objective that renames sites, after their estimators have acted."""
+    if renamed := [name for name in sites.random if name not in guide_trace]:
+        found = ", ".join(f"'{name}'" for name in guide_trace)
+        raise ValueError(
+            f"site '{renamed[0]}': expected it in the trace of the guide, found {found}; a handler around the objective, such as "
+            "scope, has renamed it; put the handler around the guide and the model."
+        )
 
 
 def _in_all_runs(replacement: Replacement) -> jax.Array:

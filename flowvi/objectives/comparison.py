@@ -235,7 +235,8 @@ def _one_of(ops: Ops, comparison: Comparison, changed: Array, weight: Array, uni
     below = share.cumsum(0)
     one = uniform.reshape((*uniform.shape[: comparison.batch_ndim], -1))[..., 0]
     one = one[tuple(slice(None) if n > 1 else slice(0, 1) for n in share.shape[1:])]
-    chosen = (one < below) & (one >= below - share)
+    number = (0 * share + 1).cumsum(0) - 1
+    chosen = number == ops.where(one >= below[:-1], number[:-1] * 0 + 1, number[:-1] * 0).sum(0)  # always one, whatever is rounded
     weight = ops.where(chosen, weight / ops.where(chosen, share, 0 * share + 1), 0 * weight).sum(0)
     over_x = chosen.reshape((*chosen.shape, *(1,) * (changed.ndim - chosen.ndim)))
     return ops.where(over_x, changed, 0 * changed).sum(0)[None], weight[None]

@@ -63,9 +63,11 @@ def elbo_of(
             particle = particle._replace(costs=_plus(particle.costs, contribution))
     else:
         particle = Particle(_unweighted(run, by_statement), {})
-    if run.is_pathwise or particle.scores or by_statement or particle.costs is None:  # with scores, `estimate` does it
+    if run.is_pathwise or particle.costs is None:
         return particle
-    return particle._replace(costs=ops.first_order(particle.costs, REASON))
+    if isinstance(particle.costs, dict):
+        return particle._replace(costs={name: ops.first_order(cost, REASON) for name, cost in particle.costs.items()})
+    return particle if particle.scores else particle._replace(costs=ops.first_order(particle.costs, REASON))  # else `estimate` does it
 
 
 def _without_own_densities(ops: Ops, run: Run) -> Run:

@@ -134,10 +134,13 @@ def with_pullback(values, inputs, fixed, pullback):
 
 class _WithPullback(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, fixed, pullback, *inputs):
-        ctx.fixed, ctx.pullback = fixed, pullback
-        ctx.save_for_backward(*inputs)
+    def forward(values, fixed, pullback, *inputs):
         return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.fixed, ctx.pullback, *live = inputs
+        ctx.save_for_backward(*live)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -170,10 +173,13 @@ def first_order(loss, what):
 
 class _FirstOrder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, what):
-        ctx.what = what
-        ctx.save_for_backward(loss)
+    def forward(loss, what):
         return loss.view_as(loss)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        loss, ctx.what = inputs
+        ctx.save_for_backward(loss)
 
     @staticmethod
     def backward(ctx, cotangent):
@@ -181,14 +187,21 @@ class _FirstOrder(torch.autograd.Function):
             cotangent = _NoDerivative.apply(cotangent, *ctx.saved_tensors, ctx.what)
         return cotangent, None
 
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.view_as(tangent)
+
 
 class _NoDerivative(torch.autograd.Function):
     """The cotangent as it is, in a graph with the loss, so that a second derivative passes through here."""
 
     @staticmethod
-    def forward(ctx, cotangent, loss, what):
-        ctx.what = what
+    def forward(cotangent, loss, what):
         return cotangent.view_as(cotangent)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.what = inputs[-1]
 
     @staticmethod
     def backward(ctx, _):

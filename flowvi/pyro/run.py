@@ -75,8 +75,9 @@ class PyroProgram:
         return torch.is_grad_enabled()
 
     def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """From a generator of its own, seeded by the state of the CPU's when the run began."""
-        digest = blake2b(self.start[0].numpy().tobytes() + name.encode(), digest_size=7).digest()
+        """From a generator of its own, seeded by the states of torch's when the run began."""
+        states = b"".join(state.numpy().tobytes() for state in self.start)
+        digest = blake2b(states + name.encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest))
         value = run.guide[name].value
         dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
