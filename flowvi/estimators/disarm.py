@@ -26,8 +26,8 @@ class DisARM(Estimator):
         ValueError: At the first run, naming the site: a distribution that is no Bernoulli.
 
     Example:
-        At probabilities of 1/2 all four Bernoullis are turned over. Each has a quarter of the difference 16 - 8 n of the cost, up to the
-        sign, where n of them were 1.
+        At probabilities of 1/2 all four Bernoullis are turned over. Each has a quarter of the difference 16 - 8 n of the cost, up to
+        the sign, where n of them were 1.
 
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from flowvi import DisARM
