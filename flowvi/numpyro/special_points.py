@@ -1,4 +1,4 @@
-"""Guides whose log density NumPyro differentiates wrongly, or to NaN, at special values of their parameters.
+"""Distributions whose log density NumPyro differentiates wrongly, or to NaN, at special values of their parameters.
 
 * At logits of exactly 0 the derivative of a Bernoulli or Binomial is z where z - 1/2 is right: it is that from above in one term
   and that from below in another. Any other number, however small, is differentiated rightly.
@@ -60,7 +60,7 @@ def with_right_derivative(fn: dist.Distribution) -> dist.Distribution:
         return fn if inner is fn.base_dist else _with(fn, base_dist=inner)  # type: ignore[attr-defined]
     if isinstance(fn, dist.BernoulliLogits | dist.BinomialLogits):
         logits = jnp.asarray(fn.logits)
-        return _with(fn, logits=logits + jnp.where(logits == 0, jnp.finfo(logits.dtype).tiny, 0.0))
+        return _with(fn, logits=logits + jnp.finfo(logits.dtype).tiny)  # which changes 0, and nothing else that is not as small
     if (safe := SAFE.get(type(fn))) is not None:
         new = _with(fn)
         new.__class__ = safe
