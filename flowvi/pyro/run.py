@@ -117,14 +117,14 @@ class PyroProgram:
             if name in guide.nodes:
                 site = guide.nodes[name]
                 site["log_prob"] = scale_and_mask(log_prob, site["scale"], site["mask"])
-        for trace in (model, guide):
-            trace.compute_log_prob(_is_statement)
+        of_model, of_guide = _sites(model), _sites(guide)
+        for trace, statements in ((model, of_model), (guide, of_guide)):
+            trace.compute_log_prob(lambda name, _, statements=statements: name in statements)
             if validate:
-                for name, site in trace.nodes.items():
-                    if _is_statement(name, site):
-                        check_site_shape(site, self.max_plate_nesting)
+                for site in statements.values():
+                    check_site_shape(site, self.max_plate_nesting)
         subsampled: dict[str, float] = {}
-        return Run(self, _statements(guide), _statements(model, subsampled), sites, annotations, subsampled)
+        return Run(self, _statements(of_guide), _statements(of_model, subsampled), sites, annotations, subsampled)
 
     def _traces(self, attached: AbstractContextManager, held: AbstractContextManager, with_model: bool = True):
         """Run the guide, and the model replayed against it: their traces, and what the model annotates.
@@ -180,30 +180,33 @@ def _subsamples(traces: Iterable[Any]) -> dict[str, Any]:
     }
 
 
-def _is_statement(name: str, site: Any) -> bool:
-    return site["type"] == "sample" and not site_is_subsample(site)
+def _sites(trace) -> dict[str, Any]:
+    """The sample and factor statements of a trace."""
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not site_is_subsample(site)}
 
 
-def _statements(trace, subsampled: dict[str, float] | None = None) -> dict[str, Statement]:
-    """The statements of a trace; the plates that are subsampled are added to ``subsampled``."""
+def _statements(sites: dict[str, Any], subsampled: dict[str, float] | None = None) -> dict[str, Statement]:
+    """The records of the statements of a guide, or of a model, whose plates that are subsampled are added to ``subsampled``.
+
+    Of the guide Pyro's own ELBO does not use the sums, so that the hooks with which Pyro validates their derivatives do not run.
+    """
     found = {}
-    for name, site in trace.nodes.items():
-        if _is_statement(name, site):
-            frames, ratios = _plates(tuple(map(tuple, site["cond_indep_stack"])))
-            if ratios and subsampled is not None:
-                subsampled.update(ratios)
-            found[name] = Statement(
-                name,
-                frames,
-                site["log_prob"],
-                site["fn"],
-                site["value"],
-                site["is_observed"],
-                site["scale"],
-                site["mask"],
-                enumerated=bool(site["infer"].get("enumerate")),
-                total=site.get("log_prob_sum"),
-            )
+    for name, site in sites.items():
+        frames, ratios = _plates(tuple(map(tuple, site["cond_indep_stack"])))
+        if ratios and subsampled is not None:
+            subsampled.update(ratios)
+        found[name] = Statement(
+            name,
+            frames,
+            site["log_prob"],
+            site["fn"],
+            site["value"],
+            site["is_observed"],
+            site["scale"],
+            site["mask"],
+            enumerated=bool(site["infer"].get("enumerate")),
+            total=None if subsampled is None else site.get("log_prob_sum"),
+        )
     return found
 
 
@@ -217,11 +220,7 @@ def _plates(stack: tuple[tuple, ...]) -> tuple[frozenset[Frame], dict[str, float
 def _graph(model, guide) -> Graph:
     """The graph that the tags of a run under :class:`track_provenance` show."""
     of_model, of_guide = (
-        {
-            name: provenance((site["log_prob"], site["value"])) | site["branched"]
-            for name, site in trace.nodes.items()
-            if _is_statement(name, site)
-        }
+        {name: provenance((site["log_prob"], site["value"])) | site["branched"] for name, site in _sites(trace).items()}
         for trace in (model, guide)
     )
     return Graph(of_guide, of_model, {name: names | {name} for name, names in of_guide.items()})
