@@ -162,7 +162,7 @@ def test_pyro_an_enumerated_autoguide_is_refused():
 
     guide = pyro.infer.autoguide.AutoDiscreteParallel(model)
     guide()
-    with pytest.raises(ValueError, match="site 'k': .*Enumerate.. sums over its"):
+    with pytest.raises(ValueError, match="site 'k': .*Enumerate.., which sums over its"):
         flowvi.pyro.TraceFlow_ELBO().loss(model, guide)
 
 
