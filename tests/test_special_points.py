@@ -9,7 +9,6 @@ import pytest
 from hosts import HOSTS, Program, z_scores
 from numpyro.contrib.control_flow import scan
 
-import flowvi.numpyro
 from flowvi import LR, Enumerate
 from flowvi.numpyro.special_points import with_right_derivative
 
@@ -147,11 +146,3 @@ def test_the_safe_densities_are_those_of_numpyro(fn, values):
             ours, theirs = value_and_slope(lambda p: with_right_derivative(fn(p)), p, k), value_and_slope(fn, p, k)
             np.testing.assert_allclose(ours, theirs, rtol=1e-10)
     assert np.isfinite(jax.grad(lambda p: with_right_derivative(fn(p)).log_prob(0))(1e-300))
-
-
-def test_logits_of_zero_in_the_model():
-    def model():
-        numpyro.sample("y", DIST.Bernoulli(logits=numpyro.param("logits", 0.0)), obs=1.0)
-
-    loss = lambda logits: flowvi.numpyro.TraceFlow_ELBO().loss(jax.random.key(0), {"logits": logits}, model, lambda: None)
-    np.testing.assert_allclose(jax.grad(loss)(0.0), -0.5)

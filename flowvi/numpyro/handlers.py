@@ -177,18 +177,15 @@ def _refuse_in_control_flow(target: Target, estimator: Estimator, choice: Choice
 
 
 class read_annotations(Messenger):
-    """Collect ``infer={"estimator": ...}`` from the model, before ``replay`` overwrites it, and mend its log densities."""
+    """Collect ``infer={"estimator": ...}`` from the model, before ``replay`` overwrites it."""
 
     def __init__(self, fn):
         self.annotations = {}
         super().__init__(fn)
 
     def process_message(self, msg):
-        if msg["type"] != "sample":
-            return
-        if "estimator" in msg["infer"]:
+        if msg["type"] == "sample" and "estimator" in msg["infer"]:
             self.annotations[msg["name"]] = annotation(HOST, msg)
-        msg["fn"] = with_right_derivative(msg["fn"])
 
 
 class mark_draws(Messenger):

@@ -1,4 +1,4 @@
-"""Distributions whose log density NumPyro differentiates wrongly, or to NaN, at special values of their parameters.
+"""Guides whose log density NumPyro differentiates wrongly, or to NaN, at special values of their parameters.
 
 * At logits of exactly 0 the derivative of a Bernoulli or Binomial is z where z - 1/2 is right: it is that from above in one term
   and that from below in another. Any other number, however small, is differentiated rightly.
