@@ -7,8 +7,7 @@ element needs a run of its own, a *lane*. Sites that share no cost share their r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flowvi.alternatives import Comparison
 from flowvi.dependence import Ancestor, Frame
@@ -18,7 +17,7 @@ from flowvi.objectives.plates import sum_to
 from flowvi.objectives.weights import weigh
 from flowvi.ops import Array, Ops, total
 from flowvi.run import Replacement, Run
-from flowvi.tape import Dependencies, Tape, Term, record
+from flowvi.tape import Ancestors, Dependencies, Tape, Term, costs, record
 
 FLOOR = 0.01  # the share of equal probabilities with which a lane is drawn
 
@@ -56,13 +55,13 @@ def plan(tape: Tape, branches: bool) -> list[SitePlan]:
     for name, frames, draw, _ in tape.sites:
         if draw.comparison is None:
             continue
-        costs, parallel = set(), frames
+        depending, parallel = set(), frames
         for term in tape.terms:
             for ancestor in term.ancestors:
                 if ancestor.name == name:
-                    costs.add((term.sign, term.name))
+                    depending.add((term.sign, term.name))
                     parallel &= ancestor.frames
-        if not costs and not branches:
+        if not depending and not branches:
             continue
         downstream = frozenset(site for site, ancestors in tape.draws.items() if name in ancestors)
         lanes = math.prod(_lane_sizes(draw.comparison, parallel))
@@ -73,7 +72,7 @@ def plan(tape: Tape, branches: bool) -> list[SitePlan]:
                 draw.comparison,
                 parallel,
                 downstream,
-                frozenset(costs),
+                frozenset(depending),
                 lanes,
                 first=0,
                 num_runs=1 if one else lanes * draw.comparison.num_values,
@@ -86,13 +85,13 @@ def _placed(plans: list[SitePlan], share: bool) -> list[SitePlan]:
     """The plans with their first runs: each in the first group none of whose sites shares a cost with it, or by itself."""
     groups: list[tuple[set[tuple[int, str]], list[SitePlan]]] = []
     for one in plans:
-        for costs, members in groups:  # noqa: B007
-            if share and not costs & one.costs:
+        for taken, members in groups:  # noqa: B007
+            if share and not taken & one.costs:
                 break
         else:
-            costs, members = set(), []
-            groups.append((costs, members))
-        costs |= one.costs
+            taken, members = set(), []
+            groups.append((taken, members))
+        taken |= one.costs
         members.append(one)
     placed, first = [], 0
     for _, members in groups:
@@ -134,15 +133,16 @@ def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Ar
     for one in plans:
         values, weights[one.name] = _runs(ops, run, one)
         replacements[one.name] = Replacement(values, one.first, num_runs, one.downstream)
-    ancestors: dict[tuple[int, str], frozenset[Ancestor]] = {}
+    of_model: dict[str, frozenset[Ancestor]] = {}
+    of_guide: dict[str, frozenset[Ancestor]] = {}
     for term in tape.terms:  # a control variate, which depends on nothing, comes after the statement of its name
-        ancestors.setdefault((term.sign, term.name), term.ancestors)
+        (of_model if term.sign > 0 else of_guide).setdefault(term.name, term.ancestors)
 
     def sums(of: Run) -> dict[str, Array]:
         """For each site, the weighted costs of a run that depend on it."""
         if run.closed_forms and of is not run:
             of = use_closed_forms(host, of)
-        terms = _terms(of, ancestors, dependencies)
+        terms = _terms(of, of_model, of_guide, dependencies)
         log_weights = {name: draw.log_weight for name, draw in of.draws.items() if draw.log_weight is not None}
         return {one.name: ops.stop_gradient(_dependent(ops, one, terms, log_weights, weights[one.name])) for one in plans}
 
@@ -158,18 +158,12 @@ def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Ar
     return ops.tangent_of(total(contributions))
 
 
-def _terms(of: Run, ancestors: Mapping[Any, frozenset[Ancestor]], dependencies: Dependencies) -> list[Term]:
+def _terms(of: Run, of_model: Ancestors, of_guide: Ancestors, dependencies: Dependencies) -> list[Term]:
     """The costs of a run with their ancestors; those of the first run, unless the program has taken another branch."""
-    programs = ((1, of.model), (-1, of.guide))
-    statements = {(sign, name) for sign, program in programs for name, s in program.items() if s.log_density is not None}
-    if not statements <= set(ancestors):
-        return record(of, dependencies).terms
-    return [
-        Term(name, s.frames, sign, s.log_density, ancestors[sign, name])  # type: ignore[arg-type]
-        for sign, program in programs
-        for name, s in program.items()
-        if s.log_density is not None
-    ]
+    for program, ancestors in ((of.model, of_model), (of.guide, of_guide)):
+        if any(s.log_density is not None and name not in ancestors for name, s in program.items()):
+            return record(of, dependencies).terms
+    return costs(of, of_model, of_guide)
 
 
 def _dependent(ops: Ops, site: SitePlan, terms: list[Term], log_weights: dict[str, Array], like: Array) -> Array:
