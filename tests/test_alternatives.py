@@ -919,6 +919,23 @@ def test_lanes_are_all_or_random():
         Enumerate("one")
 
 
+@pytest.mark.parametrize("lanes", ["all", "random"])
+def test_a_site_with_one_value(host, lanes):
+    def site(h, logit):
+        return h.dist.Categorical(logits=h.math.stack([logit], -1))
+
+    def guide(h, t):
+        h.sample("x", h.dist.Normal(t[1], 1.0))
+        h.sample("k", site(h, t[0]))
+
+    def model(h, t):
+        x = h.sample("x", h.dist.Normal(h.array(0.0), h.array(1.0)))
+        h.factor("cost", 2 * x + h.sample("k", site(h, h.array(0.0))))
+
+    samples = host.gradients(Program(guide, model, (0.3, 0.5)), 20, estimators={"x": RP(), "k": Enumerate(lanes)}, entropy="analytic")
+    np.testing.assert_allclose(samples, np.broadcast_to([0.0, 1.5], samples.shape), atol=1e-12)
+
+
 OPS = {"numpyro": flowvi.ops.jax, "pyro": flowvi.ops.torch}
 
 

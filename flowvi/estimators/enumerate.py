@@ -60,6 +60,8 @@ class Enumerate(Estimator):
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         support = target.enumerated_support()
         size = support.shape[0]
+        if size == 1:  # nothing to compare with
+            return Draw(x)
 
         def make(uniforms: Array) -> Alternatives:
             values = support.reshape((size, *(1,) * len(target.batch_shape), *target.event_shape))
