@@ -44,6 +44,8 @@ class Assignment:
             come from the previous run; ``remember`` returns whether they have changed since.
         has_read_annotations: Whether a run of the model has been read.
         seen: Names of the sites that had an estimator in an earlier run.
+        compares: Whether some site has compared the cost at several values, so that the program ran several times; None before
+            the first run.
     """
 
     def __init__(self, estimators: Estimators, default: Estimator):
@@ -57,6 +59,7 @@ class Assignment:
         self.annotations: dict[str, Estimator] = {}
         self.has_read_annotations = False
         self.seen: set[str] = set()
+        self.compares: bool | None = None
 
     def choose(self, site: Any, alias: str, wrapped: Estimator | None) -> Choice:
         """The estimator of a random site of the guide.

@@ -690,6 +690,26 @@ def test_the_wrapper_enumerates(host):
     np.testing.assert_allclose(host.gradients(replace(program, guide=wrapped), 3), by_name, rtol=1e-14)
 
 
+def test_a_site_that_compares_from_the_second_step_on():
+    """In Pyro the first step has shown that the program runs once, so the generator's state was not kept."""
+    compares = []
+
+    def guide():
+        pyro.sample("k", pyro.distributions.Bernoulli(logits=pyro.param("l", torch.tensor(0.3))))
+
+    def model():
+        pyro.factor("f", 3.0 * pyro.sample("k", pyro.distributions.Bernoulli(logits=torch.tensor(0.0))))
+
+    elbo = flowvi.pyro.TraceFlow_ELBO(estimators=lambda site: Enumerate() if compares else LR())
+    elbo.loss_and_grads(model, guide)
+    compares.append(True)
+    for _ in range(2):
+        pyro.param("l").grad = None
+        elbo.loss_and_grads(model, guide)
+        p = torch.sigmoid(torch.tensor(0.3))
+        torch.testing.assert_close(pyro.param("l").grad, p * (1 - p) * (0.3 - 3.0), rtol=1e-12, atol=0)
+
+
 def scanned_part(h, t, side):
     """A site before a scan, which draws from it."""
     k = numpyro.sample("k", h.dist.Bernoulli(logits=t[0] * (1 - side)))

@@ -39,7 +39,7 @@ class PyroProgram:
         max_plate_nesting: As in Pyro, for its checks of shapes.
         follows_tensors: Whether to record, while the program runs, from which draws each tensor is computed.
         traces: The traces of the first run, of the model and of the guide.
-        start: The states of torch's generators when that run began.
+        start: The states of torch's generators when that run began; empty where no site compares the cost at several values.
         branches: Whether Python has looked at a draw in that run; where tensors are not followed, it may have.
     """
 
@@ -55,17 +55,24 @@ class PyroProgram:
     _graph: Graph | None = field(default=None, repr=False)
 
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
-        if values is None:
-            self.start = generator_states()
         if values is not None:
             return self._run(sites, hold_values({**self._held_subsamples(), **values}), with_model)
-        if not self.follows_tensors:
-            return self._run(sites)
+        assignment = sites.assignment
+        if assignment.compares is not False:  # the state is only needed to run again, and takes time to copy
+            self.start = generator_states()
+        run = self._followed(sites) if self.follows_tensors else self._run(sites)
+        compares = any(draw.comparison is not None for draw in run.draws.values())
+        if compares or assignment.compares is None:
+            assignment.compares = compares
+        return self.run(sites.fresh()) if compares and not self.start else run
+
+    def _followed(self, sites: GuideSites) -> Run:
+        """A run in which the graph is recorded."""
         with track_provenance() as tracker, mark_statements(tracker):
             run = self._run(sites)
             self._graph = _graph(*self.traces)
             self.branches = bool(tracker.branched)
-            return run
+        return run
 
     def annotations(self) -> dict[str, Estimator]:
         return self._traces(nullcontext(), nullcontext())[2]
@@ -78,10 +85,10 @@ class PyroProgram:
         """From a generator of its own, seeded by the states of torch's when the run began."""
         states = b"".join(state.numpy().tobytes() for state in self.start)
         digest = blake2b(states + name.encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest))
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest))
         value = run.guide[name].value
         dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
-        return torch.rand(shape, generator=generator, dtype=dtype).to(value.device)
+        return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(value.device)
 
     def variants(
         self, run: Run, replacements: Mapping[str, Replacement], num_runs: int, reduce: Callable[[Run], dict[str, torch.Tensor]]
