@@ -168,28 +168,17 @@ def learn(outputs, learned, fixed, second_moment):
 
 
 def first_order(loss, what):
-    return _FirstOrder.apply(loss, what)
+    if not loss.requires_grad:
+        return loss
 
-
-class _FirstOrder(torch.autograd.Function):
-    @staticmethod
-    def forward(loss, what):
-        return loss.view_as(loss)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        loss, ctx.what = inputs
-        ctx.save_for_backward(loss)
-
-    @staticmethod
-    def backward(ctx, cotangent):
+    def once(cotangent):
         if torch.is_grad_enabled():  # with create_graph=True
-            cotangent = _NoDerivative.apply(cotangent, *ctx.saved_tensors, ctx.what)
-        return cotangent, None
+            return _NoDerivative.apply(cotangent, loss, what)
+        return None
 
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        return tangent.view_as(tangent)
+    once_differentiable = loss.view_as(loss)
+    once_differentiable.register_hook(once)
+    return once_differentiable
 
 
 class _NoDerivative(torch.autograd.Function):
