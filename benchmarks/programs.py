@@ -150,11 +150,19 @@ PIXELS, HIDDEN, BATCH = IMAGES.shape[1], 100, 64
 LATENTS = {"Bernoulli": 20, "Gaussian": 10}
 
 
-def autoencoder(h, normal, kind: str = "Gaussian", baseline: Callable | None = None) -> Program:
-    """A variational autoencoder of scikit-learn's digits in minibatches; ``baseline(network, images)`` is that of LR at its latents."""
-    size = LATENTS[kind]
+def autoencoder(h, normal, kind: str = "Gaussian", size: int | None = None, estimator: Callable | None = None) -> Program:
+    """A variational autoencoder of scikit-learn's digits in minibatches.
+
+    Args:
+        h: The host.
+        normal: The family of Gaussian latents.
+        kind: ``"Gaussian"`` or ``"Bernoulli"`` latents.
+        size: How many.
+        estimator: ``estimator(critic, images)`` is that of the latents; ``critic()`` is a network that maps an image to a number.
+    """
+    size = size or LATENTS[kind]
     encoder = h.network("encoder", PIXELS, size * (2 if kind == "Gaussian" else 1), 0)
-    critic = h.network("critic", PIXELS, 1, 1) if baseline else None
+    critic = h.network("critic", PIXELS, 1, 1)
     decoder = h.network("decoder", size, PIXELS, 2)
 
     def latent(parameters):
@@ -164,10 +172,9 @@ def autoencoder(h, normal, kind: str = "Gaussian", baseline: Callable | None = N
 
     def guide(images, batch):
         encode = encoder()
-        network = critic() if critic else None
         with h.ppl.plate("images", len(images), subsample_size=batch):
             x = h.ppl.subsample(images, event_dim=1)
-            h.ppl.sample("z", latent(encode(x)), infer={"estimator": LR(baseline=baseline(network, x))} if baseline else {})
+            h.ppl.sample("z", latent(encode(x)), infer={"estimator": estimator(critic, x)} if estimator else {})
 
     def model(images, batch):
         decode = decoder()
