@@ -1,6 +1,8 @@
 """Training a variational autoencoder of scikit-learn's digits, with Bernoulli and with Gaussian latents, in both hosts.
 
-Minibatches hold 64 of 1,500 images; 297 are held out. Encoder and decoder have one hidden layer of 100 units; Adam with step size 0.003.
+Minibatches hold 64 of 1,500 images; 297 are held out. Encoder and decoder have one hidden layer of 100 units; Adam with step size
+0.003.
+
 A row holds the importance-weighted bound with 50 particles, in nats per image (larger is better): that of the images of the training
 after a number of steps, that of those held out after all of them, and that of those held out after the time that "LR + leave-one-out"
 took for all of its steps. Then the milliseconds of one step. About fifteen minutes:
@@ -31,7 +33,7 @@ SCALE = len(TRAINED) / BATCH  # of the costs, by the subsampling
 
 @dataclass(frozen=True)
 class Method:
-    """An objective with its particles and options, and the estimator of the latents for a host, their number, the critic and the images."""
+    """An objective with its particles and options, and the estimator of the latents for a host, their number, critic and images."""
 
     objective: str = "TraceFlow_ELBO"
     particles: int = 1
