@@ -7,6 +7,7 @@ element needs a run of its own, a *lane*. Sites that share no cost share their r
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from typing import NamedTuple
 
 from flowvi.alternatives import Comparison
@@ -163,7 +164,7 @@ def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Ar
         """For each site, the weighted costs of a run that depend on it."""
         if run.closed_forms and of is not run:
             of = use_closed_forms(host, of)
-        terms = _terms(of, of_model, of_guide, dependencies)
+        terms = [_stored(ops, replacements, term) for term in _terms(of, of_model, of_guide, dependencies)]
         log_weights = {name: draw.log_weight for name, draw in of.draws.items() if draw.log_weight is not None}
         return {one.name: ops.stop_gradient(_dependent(ops, one, terms, log_weights, weights[one.name])) for one in plans}
 
@@ -185,6 +186,13 @@ def _terms(of: Run, of_model: Ancestors, of_guide: Ancestors, dependencies: Depe
         if any(s.log_density is not None and name not in ancestors for name, s in program.items()):
             return record(of, dependencies).terms
     return costs(of, of_model, of_guide)
+
+
+def _stored(ops: Ops, names: Container[str], term: Term) -> Term:
+    """The cost, detached; one on which several sites depend is computed once."""
+    fixed = ops.stop_gradient(term.log_density)
+    several = sum(ancestor.name in names for ancestor in term.ancestors) > 1
+    return term._replace(log_density=ops.computed_once(fixed) if several else fixed)
 
 
 def _dependent(ops: Ops, site: SitePlan, terms: list[Term], log_weights: dict[str, Array], like: Array) -> Array:
