@@ -94,7 +94,7 @@ def _plan(tape: Tape, site: Site, comparison: Comparison) -> SitePlan:
                 parallel &= ancestor.frames
     downstream = frozenset(name for name, ancestors in tape.draws.items() if site.name in ancestors)
     lanes = math.prod(_lane_sizes(comparison, parallel))
-    num_runs = 1 if comparison.joint or comparison.lanes == "random" else lanes * comparison.num_values
+    num_runs = comparison.num_values if comparison.joint else 1 if comparison.lanes == "random" else lanes * comparison.num_values
     return SitePlan(site.name, comparison, parallel, downstream, frozenset(depending), lanes, first=0, num_runs=num_runs)
 
 
