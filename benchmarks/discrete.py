@@ -1,8 +1,8 @@
 """Variance and cost of the estimators at discrete sites, and at a jump of the cost.
 
 The gradient is that of the guide's logits (at the jump: of the location and of the scale), with four particles at discrete sites and
-one at the jump. In one program all estimators take four evaluations of it instead, by fewer particles. The ratio of step times is that to
-LR, the two sides in turn. About three minutes:
+one at the jump. In one program all estimators take four evaluations of it instead, by fewer particles. The ratio of step times is that
+to LR, the two sides in turn. About three minutes:
 
     python benchmarks/discrete.py
     python benchmarks/discrete.py --smoke
