@@ -19,7 +19,8 @@ X = jnp.linspace(-1.0, 1.0, 40)
 Y = 0.5 + 1.5 * X + 0.3 * jax.random.normal(jax.random.key(0), (40,))
 
 # 1. A continuous model under AutoNormal. The annotation at the model's statement names the estimator of the guide's draw;
-#    a site without one gets the default, Auto(): RP where the distribution is reparameterized, else LR.
+#    a site without one gets the default, Auto(): RP where the distribution is reparameterized,
+#    the exact sum over a discrete site where that is cheap, else LR.
 
 
 def line(x, y):

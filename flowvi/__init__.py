@@ -10,6 +10,7 @@ from flowvi import families, fields, proposals
 from flowvi.baselines import Baseline
 from flowvi.estimators import LR, RP, Auto, DisARM, Enumerate, FiniteDifference, Flow, ImplicitRP, MeasureValued
 from flowvi.learned.flow import AdaptiveFlow
+from flowvi.surfaces import HalfSpace
 
 if TYPE_CHECKING:
     from flowvi.checks import check_estimator
@@ -24,6 +25,7 @@ __all__ = [
     "Enumerate",
     "FiniteDifference",
     "Flow",
+    "HalfSpace",
     "ImplicitRP",
     "MeasureValued",
     "check_estimator",

@@ -200,9 +200,9 @@ class Describes:
         Returns:
             A tuple of records that prints as a table.
         """
-        run, evaluations = self._describe(model, guide, args, kwargs)
-        return Description(run.sites.random.values(), evaluations)
+        sites, evaluations = self._describe(model, guide, args, kwargs)
+        return Description(sites.values(), evaluations)
 
     def _describe(self, model, guide, args, kwargs) -> Any:
-        """A run of the program, and how often a step runs it for each particle."""
+        """The random sites of a run, by name, and how often a step runs the program for each particle."""
         raise NotImplementedError

@@ -11,9 +11,10 @@ from typing import Any
 
 from flowvi.alternatives import Alternatives, Comparison
 from flowvi.ops import Array, Ops
+from flowvi.surfaces import HalfSpace, surface_comparison
 from flowvi.target import Target
 
-Jump = float | Array | Callable[[Any], Array]
+Jump = float | Array | Callable[[Any], Array] | HalfSpace
 ULPS = 8  # how far above and below, in units of the last digit of 1 + |t|, so that x + 1 > t + 1 tells them apart too
 
 
@@ -24,10 +25,14 @@ class JumpsField:
         """The jumps of an estimator; none for the class itself, which makes that the default."""
         return () if estimator is None else vars(estimator)["jumps"]
 
-    def __set__(self, estimator: Any, value: Sequence[Jump]) -> None:
+    def __set__(self, estimator: Any, value: Sequence[Jump] | HalfSpace) -> None:
         """Refuse what is no sequence."""
+        if isinstance(value, HalfSpace):
+            value = (value,)
         if not isinstance(value, list | tuple):
             raise TypeError(f"{type(estimator).__name__}: expected jumps=[t, ...], found {value!r}.")
+        if len({isinstance(jump, HalfSpace) for jump in value}) > 1:
+            raise TypeError(f"{type(estimator).__name__}: expected jumps that are all numbers or all a HalfSpace, found {value!r}.")
         vars(estimator)["jumps"] = tuple(value)
 
 
@@ -38,9 +43,11 @@ def jump_comparison(ops: Ops, target: Target, x: Array, jumps: tuple[Jump, ...],
         ops: The operations of the backend.
         target: The site, a scalar family.
         x: The draw.
-        jumps: Where the cost jumps: numbers, arrays that broadcast to x, or functions of p (with live parameters).
+        jumps: Where the cost jumps: numbers, arrays that broadcast to x, or functions of p (with live parameters); or surfaces.
         velocity: The velocity of the estimator's field at a point, live, with the value 0.
     """
+    if surfaces := tuple(jump for jump in jumps if isinstance(jump, HalfSpace)):
+        return surface_comparison(ops, target, x, surfaces, velocity)
     if target.event_ndim or target.transforms or target.is_discrete():
         target.refuse(
             f"jumps=... are for a continuous scalar family (or to_event of one), found {target.family}"

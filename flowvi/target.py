@@ -232,7 +232,7 @@ class Target(Shapes, ABC):
             self.refuse(f"expected a finite support that the host enumerates, but {self.family} has none; use LR().")
         try:
             values = self.p.enumerate_support(expand=False)
-        except NotImplementedError as error:
+        except (NotImplementedError, TypeError) as error:  # the latter for a number of values that is traced
             self.refuse(f"the support of this {self.family} cannot be enumerated ({error}); use LR().")
         return values.reshape((values.shape[0], *self.event_shape))
 

@@ -457,6 +457,27 @@ def test_disarm(host, name, by):
     check_disarm(host, LOGITS[name], DisARM(), by)
 
 
+@pytest.mark.parametrize("size", [3, 5])
+def test_values_that_are_antithetic_in_pairs(host, size):
+    """Each has the law of the draw, any two have the correlation by which the weights are divided, which bounds it from below."""
+    n, p = 100_000, sigmoid(np.array([-1.5, -0.3, 0.1, 0.4, 2.5]))
+    rng = np.random.default_rng(size)
+    b = (rng.random((n, len(p))) < p).astype(float)
+    target = host.target("b", host.dist.Bernoulli(probs=host.array(p)).expand([n, len(p)]), False)
+    draw = attach(host.ops, target, DisARM(num_values=size), host.array(b))
+    values, weights = map(host.numpy, draw.comparison.make(host.array(rng.random((size, n, len(p))))))
+    every = np.concatenate([b[None], values])
+    assert np.all(np.abs(z_scores(every[1:].reshape(-1, len(p)), p, p * (1 - p))) < 5)
+    by_hand = (values - every.mean(0)) / (size - 1) * np.log(p / (1 - p))  # times 1 / (1 - rho)
+    rho = 1 - np.where(weights == 0, 0, by_hand / np.where(weights == 0, 1, weights)).max((0, 1))
+    np.testing.assert_allclose(weights * (1 - rho), by_hand, atol=1e-12)
+    assert np.all(rho < 0)
+    assert np.all(rho >= -1 / (size - 1) - 1e-12)
+    for i, j in ((0, 1), (1, 2)):
+        products = (every[i] - p) * (every[j] - p) / (p * (1 - p))
+        assert np.all(np.abs(z_scores(products, rho)) < 5)
+
+
 # ---- a wrong sign is seen
 
 
@@ -617,6 +638,7 @@ PROGRAMS = {
     "FiniteDifference, random": FiniteDifference(lanes="random"),
     "MeasureValued": MeasureValued(),
     "DisARM": DisARM(),
+    "ARMS": DisARM(num_values=4),
 }
 
 

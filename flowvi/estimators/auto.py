@@ -1,9 +1,11 @@
-"""The default: pathwise where the host's distribution allows it, else the likelihood ratio."""
+"""The default: pathwise where the host's distribution allows it, an exact sum where that is cheap, else the likelihood ratio."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flowvi.alternatives import Comparison
+from flowvi.estimators.enumerate import Enumerate
 from flowvi.estimators.estimator import Draw, Estimator
 from flowvi.estimators.lr import LR
 from flowvi.estimators.rp import RP
@@ -13,7 +15,16 @@ from flowvi.target import Target
 
 @dataclass(frozen=True, repr=False)
 class Auto(Estimator):
-    """:class:`RP` where the host's distribution is fully reparameterized with an unbiased derivative, else :class:`LR`; the default.
+    """The default: :class:`RP`, or at a discrete site :class:`Enumerate` where that is cheap, else :class:`LR`.
+
+    * RP where the host's distribution is fully reparameterized with an unbiased derivative.
+    * Enumerate at a discrete site with finitely many values, as long as all such sites together take at most two evaluations of the
+      program more for each particle; first come, first served in program order. So a Bernoulli takes one, and so does a plate of them
+      whose costs meet it element by element. It needs to know that draws decide nothing but numbers: in NumPyro that is so; in Pyro
+      ``dependencies="graph"`` finds out. A Rényi bound and a site inside ``scan`` or ``cond`` have no exact sum.
+    * LR everywhere else, with the baseline of the objective.
+
+    ``describe`` tells what it chose. The choice never depends on a draw, so that the gradient is unbiased.
 
     **Requirements**: those of the estimator it chooses.
 
@@ -25,11 +36,14 @@ class Auto(Estimator):
         >>> from flowvi.numpyro import TraceFlow_ELBO
         >>> def program():
         ...     numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("b", dist.Bernoulli(0.3))
         ...     numpyro.sample("k", dist.Poisson(2.0))
         >>> print(TraceFlow_ELBO().describe(program, program))  # with the default estimator Auto()
-        site  estimator  given by  distribution  parameters  plates
-        x     RP()       default   Normal        loc, scale
-        k     LR()       default   Poisson       rate
+        site  estimator    given by  distribution    parameters  plates
+        x     RP()         default   Normal          loc, scale
+        b     Enumerate()  default   BernoulliProbs  probs
+        k     LR()         default   Poisson         rate
+        2 evaluations of the program per particle
 
     References:
         Schulman, Heess, Weber and Abbeel 2015.
@@ -38,10 +52,29 @@ class Auto(Estimator):
     q = None
 
     def resolve(self, target: Target) -> Estimator:
-        return LR() if target.lacks_rsample() else RP()
+        if not target.lacks_rsample():
+            return RP()
+        return _ScoreOrSum() if target.is_discrete() else LR()
 
     def psi_is_zero(self, target: Target) -> bool:
         return not target.lacks_rsample()
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
-        raise TypeError("Auto is resolved to RP or LR before it is attached.")
+        raise TypeError("Auto is resolved to another estimator before it is attached.")
+
+
+@dataclass(frozen=True, repr=False)
+class _ScoreOrSum(LR):
+    """The likelihood ratio, which an objective may replace by the exact sum once it knows how many evaluations that takes."""
+
+    def __repr__(self) -> str:
+        return repr(LR())
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        def exact() -> Comparison | None:
+            try:
+                return Enumerate().attach(ops, target, x).comparison
+            except ValueError:  # its support is infinite, or not the same for all elements
+                return None
+
+        return super().attach(ops, target, x)._replace(instead=exact)

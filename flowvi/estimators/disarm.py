@@ -1,4 +1,4 @@
-"""One antithetic run for all elements of a Bernoulli."""
+"""Antithetic runs for all elements of a Bernoulli."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ class DisARM(Estimator):
     program, and each multiplies the whole difference; the elements of a plate multiply their own, where all that depends on them stays
     within the plate. The rest of the program is drawn with the same random numbers.
 
+    With ``num_values`` of n it is ARMS: n values of each element, every two of which have the same correlation rho < 0, with
+    :math:`E_i = \tfrac{1}{(n-1)(1-\rho_i)} \sum_m (b^m_i - \bar b_i)\,\phi(b^m)\,\nabla_\theta l_i`, from n - 1 more evaluations.
+
     **Requirements**: a Bernoulli. Not inside ``scan`` or ``cond``.
 
+    Args:
+        num_values: How many values of the site are compared, the draw among them.
+
     Raises:
+        TypeError: ``num_values`` is no integer above 1.
         ValueError: At the first run, naming the site: a distribution that is no Bernoulli.
 
     Example:
@@ -43,12 +50,17 @@ class DisARM(Estimator):
         [0.0, 2.0, 4.0]
 
     References:
-        Dong, Mnih and Tucker 2020; Yin, Ho, Yan, Qian and Zhou 2020 (U2G).
+        Dong, Mnih and Tucker 2020; Yin, Ho, Yan, Qian and Zhou 2020 (U2G). Dimitriev and Zhou 2021 (ARMS).
     """
 
+    num_values: int = 2
     q = None
     enters = False
     compares = True
+
+    def __post_init__(self):
+        if not isinstance(self.num_values, int) or self.num_values < 2:
+            raise TypeError(f"DisARM: expected num_values of 2 or more, found {self.num_values!r}.")
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         p = target.p
@@ -56,12 +68,23 @@ class DisARM(Estimator):
             binary = ", ".join(names(lambda family: family.binary))
             target.refuse(f"DisARM needs a Bernoulli, expected one of {binary}, found {target.family}; use LR() or MeasureValued().")
         probs = ops.stop_gradient(p.probs)
+        others = self.num_values - 1
 
         def make(uniforms: Array) -> Alternatives:
-            v = ops.where(x == 1, uniforms[0] * probs, probs + uniforms[0] * (1 - probs))
-            antithetic = ops.where(v > 1 - probs, 1 + 0 * x, 0 * x)
-            size = ops.where(probs > 0.5, probs, 1 - probs)
-            weight = 0.5 * (antithetic - x) * size * p.logits
-            return Alternatives(antithetic[None], ops.broadcast_to(weight, x.shape)[None])
+            """Of n numbers that are uniform on the simplex, d, the rarer value has those with (1 - d)^others < its probability r."""
+            rare = ops.where(probs > 0.5, 1 - probs, probs)
+            is_rare = (x == 1) == (probs <= 0.5)
+            u = ops.where(probs > 0.5, 1 - uniforms[0], uniforms[0])
+            first = ops.where(is_rare, u * rare, rare + u * (1 - rare)) ** (1 / others)  # 1 - d of the draw
+            parts = 1e-30 - ops.log1p(-uniforms[1:])
+            rest = 1 - first * parts / parts.sum(0)
+            level = rare ** (1 / others)
+            both = ops.where(level > 0.5, 2 * level - 1, 0 * level) ** others  # the probability that two have the rarer value
+            spread = rare * (1 - rare)
+            correlation = ops.where(spread > 0, (both - rare**2) / ops.where(spread > 0, spread, 0 * spread + 1), 0 * spread)
+            values = ops.where((rest < level) == (probs <= 0.5), 1 + 0 * x, 0 * x)
+            mean = (x + values.sum(0)) / (others + 1)
+            weights = (values - mean) / (others * (1 - correlation)) * p.logits
+            return Alternatives(values, ops.broadcast_to(weights, values.shape))
 
-        return Draw(x, comparison=Comparison(make, x, target.event_ndim, target.batch_ndim, 1, 1, joint=True))
+        return Draw(x, comparison=Comparison(make, x, target.event_ndim, target.batch_ndim, others, others + 1, joint=True))

@@ -28,6 +28,7 @@ class Draw(NamedTuple):
         log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the estimator has computed it.
         baseline: Makes the records of the score after the run, with the estimator's own baseline; None where it has none.
         comparison: How the cost is compared at several values of the site; None where it is not.
+        instead: Makes a comparison that an objective may use instead of the score; None where there is none.
         control: Batch shape of the site, value 0 and a tangent of mean 0, which the objective adds to its costs; None where absent.
     """
 
@@ -38,6 +39,7 @@ class Draw(NamedTuple):
     baseline: MakeScores | None = None
     control: Array | None = None
     comparison: Comparison | None = None
+    instead: Callable[[], Comparison | None] | None = None
 
 
 class Estimator(ABC):

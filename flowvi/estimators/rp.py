@@ -39,7 +39,8 @@ class RP(Estimator):
             changes. Nothing is coupled along a batch dim, also outside of a plate (NumPyro's AutoDiagonalNormal has such a dim).
             None: no control variate.
         jumps: Where the cost jumps as x crosses a number t: numbers, arrays that broadcast to x, or functions of p (with live
-            parameters). Each takes two more evaluations of the program, and adds the surface term p(t) (u(t) - dt/dtheta) [phi].
+            parameters). Each takes two more evaluations of the program, and adds the surface term p(t) (u(t) - dt/dtheta) [phi]. For
+            an event, a :class:`~flowvi.HalfSpace`, or several of them.
 
     Raises:
         TypeError: A control variate that does not exist, or one beside ``q``.

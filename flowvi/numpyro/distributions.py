@@ -18,7 +18,6 @@ from numpyro.distributions.batch_util import promote_batch_shape
 import flowvi.ops.jax as ops
 from flowvi.estimated import ForwardsToBase, forwarded, name_of_site, require_an_estimator
 from flowvi.estimators import Draw, Estimator, attach
-from flowvi.numpyro.materialize import computed_once
 from flowvi.rebuild import rebuild
 from flowvi.target import OWN_STANDARDIZATION, Target
 
@@ -220,7 +219,7 @@ def propose(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> jax.
 
 def draw(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> Draw:
     """Draw at a site from the estimator's proposal and attach derivatives and weight."""
-    return attach(ops, target, estimator, computed_once(propose(target, estimator, key)))
+    return attach(ops, target, estimator, ops.computed_once(propose(target, estimator, key)))
 
 
 @promote_batch_shape.register

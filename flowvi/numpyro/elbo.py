@@ -12,12 +12,12 @@ from jax import random
 from numpyro.infer import Trace_ELBO
 
 import flowvi.ops.jax as ops
-from flowvi.assignment import Assignment, Describes, Estimators
+from flowvi.assignment import Assignment, Describes, Estimators, SiteDescription
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.run import NumPyroProgram, require_known, run_program
-from flowvi.objectives import LeaveOneOut, Particle, elbo_of, estimate, num_evaluations, particle_baseline, require_options
+from flowvi.objectives import LeaveOneOut, Particle, described, elbo_of, estimate, particle_baseline, require_options
 from flowvi.run import Run
 from flowvi.sites import Entropy
 from flowvi.tape import Dependencies
@@ -65,9 +65,10 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         ...     numpyro.sample("w", dist.Normal(numpyro.param("m", 0.1), 1.0))
         ...     numpyro.sample("k", dist.Bernoulli(logits=numpyro.param("l", 0.0)))
         >>> print(TraceFlow_ELBO(estimators={"w": RP()}).describe(model, guide))
-        site  estimator  given by         distribution     parameters  plates
-        w     RP()       estimators['w']  Normal           loc, scale
-        k     LR()       default          BernoulliLogits  logits
+        site  estimator    given by         distribution     parameters  plates
+        w     RP()         estimators['w']  Normal           loc, scale
+        k     Enumerate()  default          BernoulliLogits  logits
+        2 evaluations of the program per particle
 
     References:
         Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015. Roeder, Wu and Duvenaud 2017 (``"stl"``).
@@ -115,19 +116,22 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         warnings.warn("mutable state is currently ignored when num_particles > 1.", stacklevel=2)
         return particle, None
 
-    def _describe(self, model, guide, args, kwargs) -> tuple[Run, int]:
+    def _describe(self, model, guide, args, kwargs) -> tuple[dict[str, SiteDescription], int]:
         program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide)
-        run = self._run(program)
-        evaluations = [1]
-        if any(site.estimator.compares for site in run.sites.random.values()):  # only a traced parameter is known to be live
+        found = [described(self._run_any(program), self.dependencies)]
+        if found[0][1] > 1 or any(site.estimator.compares for site in found[0][0].values()):
 
-            def count(params):
-                evaluations[:] = [num_evaluations(self._run(replace(program, param_map=params)), self.dependencies)]
+            def count(params):  # only a traced parameter is known to be live
+                found.append(described(self._run_any(replace(program, param_map=params)), self.dependencies))
 
             jax.eval_shape(count, program.initial_parameters())
-        return run, evaluations[0]
+        return found[-1]
 
     def _run(self, program: NumPyroProgram) -> Run:
-        run = run_program(program, self.assignment, self.entropy)
+        run = self._run_any(program)
         require_known(run.sites, program.param_map)
-        return apply_entropy(HOST, run, self.entropy)
+        return run
+
+    def _run_any(self, program: NumPyroProgram) -> Run:
+        """A run of a program whose parameters need not hold what estimators learn."""
+        return apply_entropy(HOST, run_program(program, self.assignment, self.entropy), self.entropy)

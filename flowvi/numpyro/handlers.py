@@ -166,7 +166,7 @@ def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
         target.refuse("inside scan or cond the inputs of a baseline are out of reach; use the leave-one-out baseline there.")
     if estimator.proposal(ops, target)[1]:
         target.refuse("inside scan or cond the support of q must be that of p; choose q from the same family.")
-    return attach(ops, target, estimator, target.pull(stop_gradient(value)))
+    return attach(ops, target, estimator, target.pull(stop_gradient(value)))._replace(instead=None)
 
 
 def _refuse_in_control_flow(target: Target, estimator: Estimator, choice: Choice):

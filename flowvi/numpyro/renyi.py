@@ -92,4 +92,4 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         return -renyi_bound(ops, particles, self.alpha, self.baseline).sum() * scale[0]
 
     def _describe(self, model, guide, args, kwargs):
-        return run_program(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs), self._assignment), 1
+        return run_program(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs), self._assignment).sites.random, 1

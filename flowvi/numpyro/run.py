@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 from zlib import crc32
 
@@ -38,6 +39,7 @@ class NumPyroProgram:
     args: tuple
     kwargs: dict[str, Any]
     multi_sample: bool = False
+    _moving: dict[bool, dict[tuple[str, bool], list[bool]]] = field(default_factory=dict, init=False, repr=False)
 
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
         guide = self._seeded_guide()
@@ -121,6 +123,13 @@ class NumPyroProgram:
         Returns:
             An answer for each leaf of the family; None for a site that another run of the guide does not show.
         """
+        if arguments not in self._moving:
+            self._moving[arguments] = self._all_moving_leaves(arguments)
+        return self._moving[arguments].get((name, enters)) or None
+
+    def _all_moving_leaves(self, arguments: bool) -> dict[tuple[str, bool], list[bool]]:
+        """The answers of :meth:`moving_leaves` for all sites, from one run of the guide."""
+        sizes: dict[tuple[str, bool], int] = {}
 
         def leaves(mark: jax.Array, movers: Any, fixed: Any) -> list[jax.Array]:
             (params, moving_data), (key, fixed_data) = movers, fixed
@@ -128,12 +137,20 @@ class NumPyroProgram:
             with block(), attaching(None):
                 marked = mark_every_draw(replace(self, rng_key=key)._seeded_guide(), mark, params)
                 sites = trace(substitute(marked, data=params)).get_trace(*args, **kwargs)
-            return jax.tree.leaves(NumPyroTarget(name, sites[name]["fn"], enters).p) if name in sites else []
+            found = []
+            for site in sites.values():
+                if site["type"] == "sample" and not site["is_observed"]:
+                    for enters in (False, True):
+                        of_family = jax.tree.leaves(NumPyroTarget(site["name"], site["fn"], enters).p)
+                        sizes[site["name"], enters] = len(of_family)
+                        found += of_family
+            return found
 
         data = self.args, self.kwargs
         is_data = bool(self.param_map) and not arguments
         movers, fixed = (self.param_map, None if is_data else data), (self.rng_key, data if is_data else None)
-        return influenced(leaves, movers, fixed) or None
+        moves = iter(influenced(leaves, movers, fixed))
+        return {site: list(islice(moves, size)) for site, size in sizes.items()}
 
     def _seeded_guide(self):
         return seed(self.guide, random.split(self.rng_key)[1])

@@ -1,7 +1,7 @@
 """Objectives: from the records of a run to a loss and a surrogate whose derivative is the estimator."""
 
 from flowvi.objectives.bounds import BoundParticle, bound_of, renyi_bound, shared_plates
-from flowvi.objectives.comparison import num_evaluations
+from flowvi.objectives.comparison import described
 from flowvi.objectives.elbo import Particle, elbo_of, estimate, stack_particles
 from flowvi.objectives.options import (
     Gradient,
@@ -18,9 +18,9 @@ __all__ = [
     "LeaveOneOut",
     "Particle",
     "bound_of",
+    "described",
     "elbo_of",
     "estimate",
-    "num_evaluations",
     "particle_baseline",
     "renyi_bound",
     "require_bound_options",

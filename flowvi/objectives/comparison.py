@@ -7,19 +7,23 @@ element needs a run of its own, a *lane*. Sites that share no cost share their r
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from typing import NamedTuple
 
 from flowvi.alternatives import Comparison
+from flowvi.assignment import SiteDescription
 from flowvi.dependence import Ancestor, Frame
 from flowvi.entropy import use_closed_forms
+from flowvi.estimators import Enumerate
 from flowvi.host import Host
 from flowvi.objectives.plates import sum_to
 from flowvi.objectives.weights import weigh
 from flowvi.ops import Array, Ops, total
 from flowvi.run import Replacement, Run
-from flowvi.tape import Ancestors, Dependencies, Tape, Term, costs, record
+from flowvi.tape import Ancestors, Dependencies, Site, Tape, Term, costs, record
 
 FLOOR = 0.01  # the share of equal probabilities with which a lane is drawn
+MAX_RUNS = 2  # how many runs a particle takes, for all sites together, instead of scores
 
 
 class SitePlan(NamedTuple):
@@ -51,34 +55,47 @@ def plan(tape: Tape, branches: bool) -> list[SitePlan]:
 
     Sites that share no cost take the same runs, unless the program ``branches``, so that other values may lead to other costs.
     """
+    plans = [_plan(tape, site, site.draw.comparison) for site in tape.sites if site.draw.comparison is not None]
+    return _placed([one for one in plans if one.costs or branches], share=not branches)
+
+
+def choose(tape: Tape, run: Run) -> Tape:
+    """The tape with a comparison instead of a score at those sites that offer both and for which few runs are enough.
+
+    The sites are taken in program order, as long as they all take no more than ``MAX_RUNS`` runs together. Where draws may decide
+    what the program runs, the choice would depend on them, which would be a bias; there the scores remain.
+    """
+    chosen: dict[str, Comparison] = {}
     plans: list[SitePlan] = []
-    for name, frames, draw, _ in tape.sites:
-        if draw.comparison is None:
-            continue
-        depending, parallel = set(), frames
-        for term in tape.terms:
-            for ancestor in term.ancestors:
-                if ancestor.name == name:
-                    depending.add((term.sign, term.name))
-                    parallel &= ancestor.frames
-        if not depending and not branches:
-            continue
-        downstream = frozenset(site for site, ancestors in tape.draws.items() if name in ancestors)
-        lanes = math.prod(_lane_sizes(draw.comparison, parallel))
-        one = draw.comparison.joint or draw.comparison.lanes == "random"
-        plans.append(
-            SitePlan(
-                name,
-                draw.comparison,
-                parallel,
-                downstream,
-                frozenset(depending),
-                lanes,
-                first=0,
-                num_runs=1 if one else lanes * draw.comparison.num_values,
-            )
-        )
-    return _placed(plans, share=not branches)
+    if run.program.branches or run.many_samples:
+        return tape
+    for site in tape.sites:
+        if site.draw.instead is not None and (comparison := site.draw.instead()) is not None:
+            one = _plan(tape, site, comparison)
+            if one.costs and _num_runs(_placed([*plans, one], share=True)) <= MAX_RUNS:
+                plans.append(one)
+                chosen[site.name] = comparison
+    if not chosen:
+        return tape
+    sites = [
+        site._replace(draw=site.draw._replace(score=None, baseline=None, comparison=chosen[site.name])) if site.name in chosen else site
+        for site in tape.sites
+    ]
+    return tape._replace(sites=sites)
+
+
+def _plan(tape: Tape, site: Site, comparison: Comparison) -> SitePlan:
+    """The runs that one site takes, by itself."""
+    depending, parallel = set(), site.frames
+    for term in tape.terms:
+        for ancestor in term.ancestors:
+            if ancestor.name == site.name:
+                depending.add((term.sign, term.name))
+                parallel &= ancestor.frames
+    downstream = frozenset(name for name, ancestors in tape.draws.items() if site.name in ancestors)
+    lanes = math.prod(_lane_sizes(comparison, parallel))
+    num_runs = comparison.num_values if comparison.joint else 1 if comparison.lanes == "random" else lanes * comparison.num_values
+    return SitePlan(site.name, comparison, parallel, downstream, frozenset(depending), lanes, first=0, num_runs=num_runs)
 
 
 def _placed(plans: list[SitePlan], share: bool) -> list[SitePlan]:
@@ -100,17 +117,22 @@ def _placed(plans: list[SitePlan], share: bool) -> list[SitePlan]:
     return placed
 
 
-def num_evaluations(run: Run, dependencies: Dependencies) -> int:
-    """How often a step runs guide and model: once, and once more for each value of a site that needs a run of its own."""
-    return 1 + (_num_runs(plan(record(run, dependencies), run.program.branches)) if _compares(run) else 0)
+def described(run: Run, dependencies: Dependencies) -> tuple[dict[str, SiteDescription], int]:
+    """The random sites with the estimators that act there, and how often a step runs guide and model for each particle.
+
+    It runs them once, and once more for each value of a site that needs a run of its own.
+    """
+    sites = run.sites.random
+    if not any(draw.comparison is not None or draw.instead is not None for draw in run.draws.values()):
+        return sites, 1
+    tape = choose(record(run, dependencies), run)
+    chosen = {s.name for s in tape.sites if s.draw.instead is not None and s.draw.comparison is not None}
+    sites = {name: site._replace(estimator=Enumerate()) if name in chosen else site for name, site in sites.items()}
+    return sites, 1 + _num_runs(plan(tape, run.program.branches))
 
 
 def _num_runs(plans: list[SitePlan]) -> int:
     return max((one.first + one.num_runs for one in plans), default=0)
-
-
-def _compares(run: Run) -> bool:
-    return any(draw.comparison is not None for draw in run.draws.values())
 
 
 def _lane_axes(comparison: Comparison, frames: frozenset[Frame]) -> list[int]:
@@ -126,7 +148,7 @@ def _lane_sizes(comparison: Comparison, frames: frozenset[Frame]) -> list[int]:
 
 def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Array | None:
     """A scalar of value 0 whose tangent is the gradient of the sites with alternatives; None where there are none."""
-    if not _compares(run) or not run.program.takes_gradients or not (plans := plan(tape, run.program.branches)):
+    if not run.program.takes_gradients or not (plans := plan(tape, run.program.branches)):
         return None
     ops, num_runs = host.ops, _num_runs(plans)
     replacements, weights = {}, {}
@@ -142,7 +164,7 @@ def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Ar
         """For each site, the weighted costs of a run that depend on it."""
         if run.closed_forms and of is not run:
             of = use_closed_forms(host, of)
-        terms = _terms(of, of_model, of_guide, dependencies)
+        terms = [_stored(ops, replacements, term) for term in _terms(of, of_model, of_guide, dependencies)]
         log_weights = {name: draw.log_weight for name, draw in of.draws.items() if draw.log_weight is not None}
         return {one.name: ops.stop_gradient(_dependent(ops, one, terms, log_weights, weights[one.name])) for one in plans}
 
@@ -164,6 +186,13 @@ def _terms(of: Run, of_model: Ancestors, of_guide: Ancestors, dependencies: Depe
         if any(s.log_density is not None and name not in ancestors for name, s in program.items()):
             return record(of, dependencies).terms
     return costs(of, of_model, of_guide)
+
+
+def _stored(ops: Ops, names: Container[str], term: Term) -> Term:
+    """The cost, detached; one on which several sites depend is computed once."""
+    fixed = ops.stop_gradient(term.log_density)
+    several = sum(ancestor.name in names for ancestor in term.ancestors) > 1
+    return term._replace(log_density=ops.computed_once(fixed) if several else fixed)
 
 
 def _dependent(ops: Ops, site: SitePlan, terms: list[Term], log_weights: dict[str, Array], like: Array) -> Array:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 from flowvi.baselines import MakeScores, ParticleMean, Score, SiteCosts, make_score
 from flowvi.dependence import Ancestor, Frame
 from flowvi.host import Host
-from flowvi.objectives.comparison import compared
+from flowvi.objectives.comparison import choose, compared
 from flowvi.objectives.plates import sum_to
 from flowvi.objectives.weights import weigh, weight_of
 from flowvi.ops import Array, Ops, total
@@ -56,8 +55,7 @@ def elbo_of(
     """
     ops = host.ops
     if scored_draws(run.draws):
-        run = _without_own_densities(ops, run)
-        tape = record(run, dependencies)
+        tape = _without_own_densities(ops, choose(record(run, dependencies), run))
         particle = _of_tape(ops, tape, by_statement, baselines)
         if (contribution := compared(host, run, tape, dependencies)) is not None:
             particle = particle._replace(costs=_plus(particle.costs, contribution))
@@ -70,15 +68,17 @@ def elbo_of(
     return particle if particle.scores else particle._replace(costs=ops.first_order(particle.costs, REASON))  # else `estimate` does it
 
 
-def _without_own_densities(ops: Ops, run: Run) -> Run:
-    """The run with the guide's log densities detached at sites whose alternatives are the whole derivative of their law."""
-    names = [name for name, draw in run.draws.items() if draw.comparison is not None and draw.comparison.is_whole]
-    detached = {
-        name: run.guide[name].with_log_density(ops.stop_gradient(run.guide[name].log_density))
-        for name in names
-        if run.guide[name].log_density is not None
-    }
-    return replace(run, guide=run.guide | detached) if detached else run
+def _without_own_densities(ops: Ops, tape: Tape) -> Tape:
+    """The tape with the guide's log densities detached at sites whose alternatives are the whole derivative of their law."""
+    names = {site.name for site in tape.sites if site.draw.comparison is not None and site.draw.comparison.is_whole}
+    if not names:
+        return tape
+    own = (term.sign < 0 and term.name in names for term in tape.terms)
+    terms = [
+        term._replace(log_density=ops.stop_gradient(term.log_density)) if detached else term
+        for term, detached in zip(tape.terms, own, strict=True)
+    ]
+    return tape._replace(terms=terms)
 
 
 def _plus(costs: Any, contribution: Array) -> Any:

@@ -58,6 +58,10 @@ class Ops(Protocol):
         """The same number without a tangent."""
         ...
 
+    def computed_once(self, x: Array, /) -> Array:
+        """The same array, stored: a compiler does not compute it again in every loop that reads it. It has no derivative."""
+        ...
+
     def tether(self, t: Array, /) -> Array:
         """``t - stop_gradient(t)``: value 0, derivative of ``t``."""
         ...

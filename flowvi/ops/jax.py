@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.custom_batching import custom_vmap
 from jax.lax import stop_gradient
 from jax.nn import log_softmax  # noqa: F401
 from jax.numpy import broadcast_to, concatenate, cos, exp, expm1, log, log1p, logaddexp, moveaxis, sin, sqrt, stack, tanh, tril, where  # noqa: F401
@@ -23,6 +24,32 @@ def broadcast_shapes(*shapes):
 
 def asarray(x, like):
     return jnp.asarray(x, like.dtype)
+
+
+@custom_vmap
+def computed_once(x):
+    """On CPUs, XLA compiles cheap operations, such as random generators, into each loop that reads their result.
+
+    It does not look into a conditional, and cannot decide one whose condition is behind a barrier.
+    """
+    return lax.platform_dependent(x, cpu=_through_a_branch, default=_same)
+
+
+@computed_once.def_vmap
+def _all_at_once(axis_size, in_batched, x):
+    return computed_once(x), True
+
+
+def _through_a_branch(x):
+    return lax.cond(lax.optimization_barrier(jnp.array(True)), _same, _other, x)
+
+
+def _same(x):
+    return x
+
+
+def _other(x):
+    return jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros_like(x)
 
 
 def tether(t):

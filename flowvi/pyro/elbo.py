@@ -16,9 +16,9 @@ from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import (
     LeaveOneOut,
     Particle,
+    described,
     elbo_of,
     estimate,
-    num_evaluations,
     particle_baseline,
     require_options,
     stack_particles,
@@ -207,7 +207,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         with forked_generators():
             follows_tensors = self.dependencies == "graph"
             run = self._run(PyroProgram(model, guide, args, kwargs, self.max_plate_nesting, follows_tensors))
-            return run, num_evaluations(run, self.dependencies)
+            return described(run, self.dependencies)
 
     def _run(self, program: PyroProgram) -> Run:
         return apply_entropy(HOST, run(program, GuideSites(self.assignment, self.entropy)), self.entropy)

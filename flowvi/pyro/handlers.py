@@ -66,7 +66,8 @@ class attach_estimators(Messenger):
         if msg["value"] is not None:
             return None
         if not estimator.uses_sampler:
-            return self._attach(msg, target, estimator)
+            drawn = self._attach(msg, target, estimator)
+            return drawn._replace(instead=None) if "baseline" in msg["infer"] else drawn  # the baseline is that of a score
         if is_partly_reparameterized(target.p):  # a path and a score
             p = target.p.expand(target.batch_shape)
             x = p.rsample()

@@ -148,7 +148,7 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
 
     def _describe(self, model, guide, args, kwargs):
         with forked_generators():
-            return self._run(PyroProgram(model, guide, args, kwargs, self.max_plate_nesting)), 1
+            return self._run(PyroProgram(model, guide, args, kwargs, self.max_plate_nesting)).sites.random, 1
 
     def _get_trace(self, model, guide, args, kwargs):
         program = PyroProgram(model, guide, args, kwargs, self.max_plate_nesting)

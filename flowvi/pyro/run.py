@@ -61,7 +61,7 @@ class PyroProgram:
         if assignment.compares is not False:  # the state is only needed to run again, and takes time to copy
             self.start = generator_states()
         run = self._followed(sites) if self.follows_tensors else self._run(sites)
-        compares = any(draw.comparison is not None for draw in run.draws.values())
+        compares = any(d.comparison is not None or (d.instead is not None and not self.branches) for d in run.draws.values())
         if compares or assignment.compares is None:
             assignment.compares = compares
         return self.run(sites.fresh()) if compares and not self.start else run
