@@ -10,6 +10,7 @@ from flowvi import families, fields, proposals
 from flowvi.baselines import Baseline
 from flowvi.estimators import LR, RP, Auto, DisARM, Enumerate, FiniteDifference, Flow, ImplicitRP, MeasureValued
 from flowvi.learned.flow import AdaptiveFlow
+from flowvi.learned.surrogate import Surrogate
 
 if TYPE_CHECKING:
     from flowvi.checks import check_estimator
@@ -26,6 +27,7 @@ __all__ = [
     "Flow",
     "ImplicitRP",
     "MeasureValued",
+    "Surrogate",
     "check_estimator",
     "families",
     "fields",

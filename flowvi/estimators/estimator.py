@@ -69,7 +69,8 @@ class Estimator(ABC):
 
     def __repr__(self) -> str:
         """The arguments that differ from their defaults, functions by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]
+        shown = (f for f in fields(self) if f.repr)  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in shown if getattr(self, f.name) != f.default}
         arguments = (f"{name}={getattr(value, '__name__', repr(value))}" for name, value in values.items() if value is not None)
         return f"{type(self).__name__}({', '.join(arguments)})"
 

@@ -17,6 +17,7 @@ import flowvi.ops.torch as ops
 from flowvi.estimated import ForwardsToBase, name_of_site, require_an_estimator
 from flowvi.estimators import Draw, Estimator, attach
 from flowvi.pyro.detach import detached, tensors_in
+from flowvi.pyro.generators import generator_states, uniforms
 from flowvi.target import OWN_STANDARDIZATION, Target
 
 BIASED_SAMPLERS = (
@@ -87,6 +88,9 @@ class PyroTarget(Target):
             return p.cdf(x)
         except NotImplementedError:
             self.refuse(f"{what} needs a cdf, but {self.family} has none; {instead}.")
+
+    def uniforms(self, shape, like):
+        return uniforms(generator_states(), self.name, shape, like)
 
     def expand(self, q):
         if not isinstance(q, torch.distributions.Distribution):

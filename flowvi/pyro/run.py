@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
-from flowvi.pyro.generators import forked_generators, generator_states, restore_generators
+from flowvi.pyro.generators import forked_generators, generator_states, restore_generators, uniforms
 from flowvi.pyro.handlers import attach_estimators, hold_values, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
 from flowvi.run import Replacement, Run, Statement
@@ -82,13 +81,7 @@ class PyroProgram:
         return torch.is_grad_enabled()
 
     def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """From a generator of its own, seeded by the states of torch's when the run began."""
-        states = b"".join(state.numpy().tobytes() for state in self.start)
-        digest = blake2b(states + name.encode(), digest_size=7).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest))
-        value = run.guide[name].value
-        dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
-        return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(value.device)
+        return uniforms(self.start, name, shape, run.guide[name].value)
 
     def variants(
         self, run: Run, replacements: Mapping[str, Replacement], num_runs: int, reduce: Callable[[Run], dict[str, torch.Tensor]]
