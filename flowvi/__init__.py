@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from flowvi import families, fields, proposals
 from flowvi.baselines import Baseline
-from flowvi.estimators import LR, RP, Auto, DisARM, Enumerate, FiniteDifference, Flow, ImplicitRP, MeasureValued
+from flowvi.estimators import (
+    LR,
+    RP,
+    Auto,
+    DisARM,
+    Enumerate,
+    FiniteDifference,
+    Flow,
+    GumbelSoftmax,
+    ImplicitRP,
+    MeasureValued,
+    ReinMax,
+    StraightThrough,
+)
 from flowvi.learned.flow import AdaptiveFlow
 from flowvi.learned.surrogate import Surrogate
 
@@ -25,8 +38,11 @@ __all__ = [
     "Enumerate",
     "FiniteDifference",
     "Flow",
+    "GumbelSoftmax",
     "ImplicitRP",
     "MeasureValued",
+    "ReinMax",
+    "StraightThrough",
     "Surrogate",
     "check_estimator",
     "families",

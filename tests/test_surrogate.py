@@ -4,15 +4,11 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyro
 import pytest
-from cases import CASES, EXACT
-from hosts import HOSTS, Program, chain, z_scores
-from quadrature import nodes
+from hosts import HOSTS
 from test_alternatives_formulas import by_complex_step, sigmoid, softmax
 
-import flowvi.numpyro
-from flowvi import LR, RP, Enumerate, Surrogate
+from flowvi import Surrogate
 from flowvi.estimators import attach
 
 NUMPYRO = HOSTS["numpyro"]
