@@ -27,6 +27,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/control_variate.py
 	$(BIN)/python benchmarks/discrete.py
+	$(BIN)/python benchmarks/toy.py
 	$(BIN)/python benchmarks/vae.py
 
 # About ten minutes.

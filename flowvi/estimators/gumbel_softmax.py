@@ -38,7 +38,7 @@ class GumbelSoftmax(Relaxed):
         >>> def program():
         ...     numpyro.sample("b", dist.Bernoulli(0.3))
         >>> print(TraceFlow_ELBO(default=GumbelSoftmax(0.5)).describe(program, program))
-        site  estimator                               given by  distribution    parameters  plates
+        site  estimator                                given by  distribution    parameters  plates
         b     GumbelSoftmax(temperature=0.5) (biased)  default   BernoulliProbs  probs
 
     References:
