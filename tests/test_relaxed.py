@@ -5,7 +5,7 @@ import numpyro
 import pyro
 import pytest
 import torch
-from hosts import HOSTS, Program, z_scores
+from hosts import HOSTS, Program, each, z_scores
 from numpyro.contrib.control_flow import scan
 from test_alternatives_formulas import sigmoid, softmax
 from test_surrogate import BITS, LAWS, OF_HOSTS
@@ -113,7 +113,7 @@ def require_right(host, estimator, cost, masked):
     np.testing.assert_allclose(Outcomes(host, one_bernoulli(cost, masked), estimator, [1 - P, P]).mean, [exact], rtol=1e-10)
 
 
-@pytest.mark.parametrize("masked", [True, False], ids=["cost", "ELBO"])
+@each("masked", {"cost": True, "ELBO": False}, slow_in_numpyro=bool)
 def test_reinmax_is_right_for_a_quadratic_cost(host, masked):
     """Exactly, where straight through is not, nor ReinMax for a cubic cost. The densities of the site are linear in x."""
     require_right(host, ReinMax(), quadratic, masked)
@@ -191,7 +191,7 @@ def in_a_plate(h):
     return Program(local, model, (0.4,), 1), 6 * P * (1 - P) * (0.3 * 4 + 1)
 
 
-@pytest.mark.parametrize("particles", [1, 4])
+@each("particles", [1, 4], slow_in_numpyro=lambda particles: particles == 1)
 def test_above_a_score_in_a_subsampled_plate(host, particles):
     program, exact = in_a_plate(host)
     samples = host.gradients(program, 4000, particles=particles, estimators={"x": ReinMax(), "y": LR()})
