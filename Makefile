@@ -28,6 +28,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/control_variate.py
 	$(BIN)/python benchmarks/discrete.py
 	$(BIN)/python benchmarks/jumps.py
+	$(BIN)/python benchmarks/toy.py
 	$(BIN)/python benchmarks/vae.py
 
 # About ten minutes.

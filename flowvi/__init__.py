@@ -8,8 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from flowvi import families, fields, proposals
 from flowvi.baselines import Baseline
-from flowvi.estimators import LR, RP, Auto, DisARM, Enumerate, FiniteDifference, Flow, ImplicitRP, MeasureValued
+from flowvi.estimators import (
+    LR,
+    RP,
+    Auto,
+    DisARM,
+    Enumerate,
+    FiniteDifference,
+    Flow,
+    GumbelSoftmax,
+    ImplicitRP,
+    MeasureValued,
+    ReinMax,
+    StraightThrough,
+)
 from flowvi.learned.flow import AdaptiveFlow
+from flowvi.learned.surrogate import Surrogate
 from flowvi.surfaces import HalfSpace
 
 if TYPE_CHECKING:
@@ -25,9 +39,13 @@ __all__ = [
     "Enumerate",
     "FiniteDifference",
     "Flow",
+    "GumbelSoftmax",
     "HalfSpace",
     "ImplicitRP",
     "MeasureValued",
+    "ReinMax",
+    "StraightThrough",
+    "Surrogate",
     "check_estimator",
     "families",
     "fields",

@@ -175,7 +175,7 @@ class Description(tuple[SiteDescription, ...]):
 
     def __str__(self) -> str:
         rows = [("site", "estimator", "given by", "distribution", "parameters", "plates")]
-        rows += [(d.name, repr(d.estimator), d.source, d.distribution, ", ".join(d.parameters), ", ".join(d.plates)) for d in self]
+        rows += [(d.name, d.estimator.label, d.source, d.distribution, ", ".join(d.parameters), ", ".join(d.plates)) for d in self]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.evaluations > 1:

@@ -10,7 +10,7 @@ import math
 from functools import partial
 from typing import Any
 
-from flowvi import masses, neighbours
+from flowvi import masses, neighbours, relaxations
 from flowvi import standardizations as standard
 from flowvi import weak_derivatives as weak
 from flowvi.family import FAMILIES, Family, SkewPeak, Stretch, SymmetricPeak
@@ -64,12 +64,14 @@ _bernoulli: dict[str, Any] = {
     "masses": masses.bernoulli,
     "neighbours": neighbours.BERNOULLI,
     "weak_derivatives": "sum",
+    "relaxation": relaxations.BINARY,
 }
 _binomial: dict[str, Any] = {"masses": masses.binomial, "neighbours": neighbours.BINOMIAL}
 _categorical: dict[str, Any] = {
     "masses": masses.categorical,
     "neighbours": neighbours.CATEGORICAL,
     "weak_derivatives": "sum",
+    "relaxation": relaxations.CATEGORIES,
 }
 _truncated = partial(Family, standardized=standard.of_truncated, fields=(truncated_normal,))
 
@@ -246,7 +248,7 @@ for _family in (
         tempered=lambda p, t: {"probs": p.probs ** (1 / t) / (p.probs ** (1 / t)).sum(-1, keepdims=True)},
         **_categorical,
     ),
-    _of_logits("OneHotCategorical", masses=masses.categorical, weak_derivatives="sum"),
+    _of_logits("OneHotCategorical", masses=masses.categorical, weak_derivatives="sum", relaxation=relaxations.CATEGORIES),
     _of_logits("Geometric", neighbours=neighbours.GEOMETRIC),
     _of_logits("GeometricLogits", neighbours=neighbours.GEOMETRIC),
     _of_probs("GeometricProbs", neighbours=neighbours.GEOMETRIC),

@@ -15,6 +15,7 @@ from flowvi.ops import Array, Ops
 
 if TYPE_CHECKING:
     from flowvi.fields.field import Field
+    from flowvi.relaxations import Relaxation
 
 Standardization = Callable[[Ops, Array, Any], Array]
 
@@ -117,6 +118,7 @@ class Family:
             first dim; without it they come from ``log_prob``.
         neighbours: Of integers, the weights of the two neighbours of a value; without them they come from the cdf.
         weak_derivatives: The weak derivatives by parameter; ``"sum"`` where they are the sum over ``masses``.
+        relaxation: Of what continuous variable it is a function; see :mod:`flowvi.relaxations`.
         fields: The functions of :mod:`flowvi.fields` that make a field for it; the first one makes the default pathwise field.
     """
 
@@ -135,6 +137,7 @@ class Family:
     masses: Callable[[Ops, Any, Array], Array] | None = None
     neighbours: Neighbours | None = None
     weak_derivatives: Mapping[str, WeakDerivative] | Literal["sum"] = field(default_factory=dict)
+    relaxation: Relaxation | None = None
     fields: tuple[Callable[[], Field], ...] = ()
 
     @property

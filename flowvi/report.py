@@ -79,7 +79,7 @@ class GradientReport:
             weights = self.effective_samples[p.candidate]
             ess = min((weights[site] for site in p.sites), default=1.0)
             yield (
-                *(p.candidate, p.parameter, ", ".join(p.sites), ", ".join(map(repr, p.estimators))),
+                *(p.candidate, p.parameter, ", ".join(p.sites), ", ".join(e.label for e in p.estimators)),
                 *(float(np.linalg.norm(p.mean)), p.std, p.snr, p.share, ess, 1e6 * self.seconds[p.candidate]),
             )
 

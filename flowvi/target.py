@@ -120,6 +120,10 @@ class Target(Shapes, ABC):
     def _scores(self, x: Array, names: tuple[str, ...]) -> list[tuple[Array, Array]]:
         """For each named array of p, its tangent and d log p(x) / d theta (detached), over the batch of x and the array's own dims."""
 
+    @abstractmethod
+    def uniforms(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Uniform numbers between 0 and 1 while the site is drawn, of the dtype of ``like``; they do not change what is drawn."""
+
     @contextmanager
     def probe(self, x: Array) -> Iterator[tuple[Array, Any]]:
         """A sample and detached parameters with known values, at which user functions can be checked."""

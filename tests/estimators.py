@@ -12,7 +12,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from kinds import half_divergence, half_of_loc, half_of_scale, half_velocity, shift, standardize
 
-from flowvi import LR, RP, AdaptiveFlow, Auto, Baseline, DisARM, Enumerate, FiniteDifference, Flow, ImplicitRP, MeasureValued, proposals
+from flowvi import (
+    LR,
+    RP,
+    AdaptiveFlow,
+    Auto,
+    Baseline,
+    DisARM,
+    Enumerate,
+    FiniteDifference,
+    Flow,
+    GumbelSoftmax,
+    ImplicitRP,
+    MeasureValued,
+    ReinMax,
+    StraightThrough,
+    Surrogate,
+    proposals,
+)
 from flowvi.estimators import Estimator
 
 
@@ -42,6 +59,7 @@ class Row:
         cases: The programs of exact.json, of one site x, at which it is unbiased.
         particles: The numbers of particles with which it runs.
         learned: What it learns, by name, with values away from the start for an element of a plate.
+        shared: Whether the elements of a plate share what is learned.
         draws: The density that it draws from, where that is not its ``q``.
         by_value: Whether two that are made alike are equal. A Baseline may hold arrays, and is equal to itself only.
         site: ``site(h, loc, scale)`` is the distribution at which it acts, where that is no Normal.
@@ -52,12 +70,14 @@ class Row:
     cases: tuple[str, ...] = ("normal-scale-square", "elbo-normal-normal-off")
     particles: tuple[int, ...] = (1, 4)
     learned: Mapping[str, np.ndarray] = field(default_factory=dict)
+    shared: bool = False
     draws: Callable[[Any], Any] | None = None
     by_value: bool = True
     site: Callable[[Any, Any, Any], Any] = normal
 
     def coefficients(self, *batch):
         """What it learns by the name that it has at the site x, for each element of a batch."""
+        batch = () if self.shared else batch
         return {f"x.{name}": np.broadcast_to(value, (*batch, *np.shape(value))).copy() for name, value in self.learned.items()}
 
 
@@ -90,6 +110,16 @@ def random(*shape):
     return 0.3 * np.random.default_rng(3).normal(size=shape)
 
 
+def polynomial(z, params):
+    return params["a"][0] * z + params["a"][1] * z**2
+
+
+def toy(b):
+    return (b - 0.45) ** 2
+
+
+POLYNOMIAL = {"c.a": np.array([0.3, -0.1])}
+RELAXED = {"scale": np.array(1.4), "log_temperature": np.array(-0.2)}
 PROPOSAL = np.array([0.5, 0.0])
 # The control variate of a parameter reads the scores of those that are live: here only its own, so that one may be held fixed.
 FIELD = {"velocity": random(2, 6), "control": np.concatenate([random(2, 5), np.diag([0.4, -0.3])], 1)}
@@ -105,6 +135,14 @@ NO_INTEGERS = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "needs a d
 NO_WEAK_DERIVATIVE = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "no weak derivative of Gamma in its concentration")
 NO_BERNOULLI = Refused(lambda h, t: h.dist.Binomial(2, logits=t), "DisARM needs a Bernoulli, .*found Binomial")
 
+NO_PATH = Refused(lambda h, t: h.dist.Poisson(t), "Surrogate needs one of Bernoulli, .*found Poisson")
+NO_TEMPERATURE = Refused(lambda h, t: h.dist.Normal(t, h.array(1.0)), "a temperature relaxes a discrete site, but Normal has no relax")
+NOT_RELAXED = Refused(
+    lambda h, t: h.dist.Categorical(logits=t[..., None] * h.array([0.0, 1.0])), "needs a value that can move, but that of a Categorical"
+)
+
+TOY = ("bernoulli-logit-t0.45",)
+SHARED: dict[str, Any] = {"shared": True, "by_value": False}
 DISCRETE_ONLY = ("bernoulli-logit-t0.45", "categorical-logit2")
 WITH_DISCRETE = ("normal-scale-square", "elbo-normal-normal-off", "bernoulli-logit-t0.45")
 IN_A_PLATE = ("plate4-local-cost", "plate4-local-cost, cost outside")
@@ -138,6 +176,13 @@ ROWS = {
     "FiniteDifference, share": Row(lambda: FiniteDifference(share=0.5), NO_INTEGERS, DISCRETE_ONLY, site=bernoulli),
     "MeasureValued": Row(MeasureValued, NO_WEAK_DERIVATIVE),
     "DisARM": Row(DisARM, NO_BERNOULLI, ("bernoulli-logit-t0.45",), site=bernoulli),
+    "Surrogate": Row(lambda: Surrogate(polynomial, {"a": [0.0, 0.0]}), NO_PATH, ("normal-scale-square",), learned=POLYNOMIAL, **SHARED),
+    "Surrogate, temperature": Row(
+        lambda: Surrogate(toy, temperature=0.5), NO_TEMPERATURE, TOY, learned=RELAXED, site=bernoulli, **SHARED
+    ),
+    "GumbelSoftmax": Row(lambda: GumbelSoftmax(0.5), NOT_RELAXED, (), site=bernoulli),
+    "StraightThrough": Row(StraightThrough, NOT_RELAXED, (), site=bernoulli),
+    "ReinMax": Row(ReinMax, NOT_RELAXED, TOY, site=bernoulli),  # the cost is quadratic
     "Auto": Row(Auto, ENUMERATED, WITH_DISCRETE),
 }
 

@@ -18,7 +18,7 @@ import torch
 from hosts import HOSTS, Program, z_scores
 from quadrature import nodes
 
-from flowvi import LR, DisARM, Enumerate, FiniteDifference, MeasureValued
+from flowvi import LR, DisARM, Enumerate, FiniteDifference, MeasureValued, Surrogate
 from flowvi.alternatives import Alternatives
 from flowvi.estimators import attach
 
@@ -628,6 +628,11 @@ def exact_of_four(with_densities):
     return ((OUTCOMES - p) * (masses * costs)[:, None]).sum(0)
 
 
+def of_pair(z):
+    """A surrogate that couples two coordinates."""
+    return 0.3 * z.sum(-1) - 0.1 * z[..., 0] * z[..., -1]
+
+
 PROGRAMS = {
     "LR": LR(),
     "Enumerate": Enumerate(),
@@ -639,6 +644,7 @@ PROGRAMS = {
     "MeasureValued": MeasureValued(),
     "DisARM": DisARM(),
     "ARMS": DisARM(num_values=4),
+    "Surrogate": Surrogate(of_pair),
 }
 
 
@@ -661,7 +667,12 @@ def test_variances_of_four_bernoullis():
     assert variance["MeasureValued"] == pytest.approx(variance["Enumerate"])
 
 
-IN_A_PLATE = {"Enumerate": Enumerate(), "FiniteDifference": FiniteDifference(), "DisARM": DisARM()}
+IN_A_PLATE = {
+    "Enumerate": Enumerate(),
+    "FiniteDifference": FiniteDifference(),
+    "DisARM": DisARM(),
+    "Surrogate": Surrogate(of_pair),
+}
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["cost inside", "cost outside"])

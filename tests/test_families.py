@@ -100,6 +100,11 @@ class Missing:
         "its support moves": ("Uniform", "Pareto", *TRUNCATED),
         "the parts of its derivative are no known laws": ("Beta", "VonMises", "Dirichlet"),
     }
+    relaxation: ClassVar = {
+        "it is continuous": CONTINUOUS,
+        "it has infinitely many values": ("Poisson", *by("Geometric", "NegativeBinomial")),
+        "nobody has needed it": by("Binomial"),
+    }
     fields: ClassVar = {
         "the host's own sampler is enough": ("LowRankMultivariateNormal",),
         "it is discrete": DISCRETE,

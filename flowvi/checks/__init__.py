@@ -71,7 +71,7 @@ def check_estimator(
 
     Raises:
         flowvi.checks.EstimatorError: An ``AssertionError`` that names all conditions that fail, where, by how much, and what to do.
-        ValueError: An estimator that compares the cost at several values of its site, such as ``Enumerate()``.
+        ValueError: An estimator that compares the cost at several values of its site, such as ``Enumerate()``, or one that is biased.
         TypeError: No distribution of a host whose adapter (``flowvi.numpyro`` or ``flowvi.pyro``) has been imported, no estimator, an
             unknown parameter, or a distribution that cannot be built again.
 
@@ -91,9 +91,10 @@ def check_estimator(
     """
     if not isinstance(estimator, Estimator):
         raise TypeError(f"check_estimator: expected an estimator such as flowvi.LR(), found {estimator!r}.")
-    if estimator.compares:
+    if estimator.compares or estimator.biased:
+        does = "compares the cost at several values" if estimator.compares else "is biased by design"
         raise ValueError(
-            f"check_estimator: expected a velocity or a score to check, found {estimator}, which compares the cost at several values; "
+            f"check_estimator: expected a velocity or a score to check, found {estimator}, which {does}; "
             "gradient_report shows the mean and the variance of its gradient in a program."
         )
     build, start = as_function(distribution, parameters)

@@ -14,10 +14,13 @@ from flowvi.estimators.enumerate import Enumerate
 from flowvi.estimators.estimator import Draw, Estimator, attach, refuse_discrete, refuse_moving_support
 from flowvi.estimators.finite_difference import FiniteDifference
 from flowvi.estimators.flow import Flow
+from flowvi.estimators.gumbel_softmax import GumbelSoftmax
 from flowvi.estimators.implicit import ImplicitRP
 from flowvi.estimators.lr import LR
 from flowvi.estimators.measure_valued import MeasureValued
+from flowvi.estimators.reinmax import ReinMax
 from flowvi.estimators.rp import RP
+from flowvi.estimators.straight_through import StraightThrough
 
 __all__ = [
     "LR",
@@ -29,8 +32,11 @@ __all__ = [
     "Estimator",
     "FiniteDifference",
     "Flow",
+    "GumbelSoftmax",
     "ImplicitRP",
     "MeasureValued",
+    "ReinMax",
+    "StraightThrough",
     "attach",
     "refuse_discrete",
     "refuse_moving_support",

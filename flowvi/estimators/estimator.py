@@ -52,6 +52,7 @@ class Estimator(ABC):
         enters: Whether it acts on the base sample of a plain ``TransformedDistribution`` (or on the outermost value).
         jumps: Where the cost jumps as the site crosses a number.
         compares: Whether it compares the cost at several values of its site, so that it runs the program several times.
+        biased: Whether its mean is not the gradient, as the tables say that show it.
         uses_sampler: Whether the derivative is that of the host's own sampler, so that nothing has to be attached.
         baseline: What is subtracted from the costs that multiply the score; None for the objective's baseline.
     """
@@ -60,6 +61,7 @@ class Estimator(ABC):
     baseline: SiteBaseline | None = None
     enters: bool = True
     jumps: tuple[Jump, ...] = ()
+    biased: bool = False
 
     @property
     def compares(self) -> bool:
@@ -71,9 +73,15 @@ class Estimator(ABC):
 
     def __repr__(self) -> str:
         """The arguments that differ from their defaults, functions by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]
+        shown = (f for f in fields(self) if f.repr)  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in shown if getattr(self, f.name) != f.default}
         arguments = (f"{name}={getattr(value, '__name__', repr(value))}" for name, value in values.items() if value is not None)
         return f"{type(self).__name__}({', '.join(arguments)})"
+
+    @property
+    def label(self) -> str:
+        """What tables show: its repr, and whether it is biased."""
+        return f"{self!r} (biased)" if self.biased else repr(self)
 
     def resolve(self, target: Target) -> Estimator:
         """The estimator that acts at ``target``: itself, except for :class:`~flowvi.Auto`."""

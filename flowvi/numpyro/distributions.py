@@ -6,10 +6,12 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
+from jax import random
 from jax.core import Tracer
 from jax.lax import stop_gradient
 from multipledispatch import dispatch
@@ -30,8 +32,13 @@ def unwrap(fn: dist.Distribution) -> dist.Distribution:
 
 
 class NumPyroTarget(Target):
-    """See :class:`flowvi.target.Target`; the ``frames`` have the full sizes of their plates."""
+    """See :class:`flowvi.target.Target`; the ``frames`` have the full sizes of their plates.
 
+    Attributes:
+        rng_key: The key of the draw; None where nothing is drawn.
+    """
+
+    rng_key: jax.Array | None = None
     plain_transformed = (dist.TransformedDistribution,)
     transformed = (dist.TransformedDistribution, dist.FoldedDistribution)
     unwrap = staticmethod(unwrap)
@@ -121,6 +128,11 @@ class NumPyroTarget(Target):
         """The bounds that are traced."""
         return super().moving_bounds()
 
+    def uniforms(self, shape, like):
+        if self.rng_key is None:
+            self.refuse("expected a draw by flowvi.numpyro.TraceFlow_ELBO, outside of scan and cond, found none; use LR() there.")
+        return random.uniform(random.fold_in(self.rng_key, crc32(self.name.encode())), shape, like.dtype)
+
     def sample(self, q: Any, key: jax.Array) -> jax.Array:
         """Draw x, of the full shape, from p0 or from an expanded proposal."""
         return stop_gradient(q.expand(self.batch_shape)(rng_key=key, sample_shape=()))
@@ -171,7 +183,7 @@ class Estimated(ForwardsToBase, dist.Distribution):
             return self.base_dist.sample(key, sample_shape)
         fn = self.base_dist.expand_by(sample_shape) if sample_shape else self.base_dist
         target = NumPyroTarget(name, fn, estimator.enters)  # inside scan or cond; elsewhere the handler draws
-        return attach(ops, target, estimator, propose(target, estimator, key)).value
+        return attach(ops, target._with(rng_key=key), estimator, propose(target, estimator, key)).value
 
     def log_prob(self, value, intermediates=None):
         return self.base_dist.log_prob(value)
@@ -219,7 +231,7 @@ def propose(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> jax.
 
 def draw(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> Draw:
     """Draw at a site from the estimator's proposal and attach derivatives and weight."""
-    return attach(ops, target, estimator, ops.computed_once(propose(target, estimator, key)))
+    return attach(ops, target._with(rng_key=key), estimator, ops.computed_once(propose(target, estimator, key)))
 
 
 @promote_batch_shape.register

@@ -162,6 +162,8 @@ def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
         _refuse_in_control_flow(target, estimator, choice)
     if estimator.learns(ops, target):
         target.refuse("inside scan or cond the parameters of an estimator that learns are out of reach; use one that does not learn.")
+    if estimator.biased:  # the wrapper has attached all there is
+        return Draw(value)
     if estimator.baseline is not None:
         target.refuse("inside scan or cond the inputs of a baseline are out of reach; use the leave-one-out baseline there.")
     if estimator.proposal(ops, target)[1]:

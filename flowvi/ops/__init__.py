@@ -74,6 +74,10 @@ class Ops(Protocol):
         """``f(x)`` and df/dx of an elementwise f (None: constant); ``live``: with the derivatives of x and of what f closes over."""
         ...
 
+    def gradient(self, f: Callable[[Array], Array], x: Array, /, live: bool) -> tuple[Array, Array]:
+        """``f(x)`` and the gradient in x of its sum; ``live`` as in :meth:`derivative`."""
+        ...
+
     def is_elementwise(self, f: Callable[[Array], Array], x: Array, /) -> Array:
         """One boolean: f at one coordinate does not read x at another (or is not finite, so that nothing is seen)."""
         ...

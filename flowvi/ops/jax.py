@@ -72,6 +72,12 @@ def derivative(f, x, live):
     return result if live else stop_gradient(result)
 
 
+def gradient(f, x, live):
+    value, pullback = jax.vjp(f, x)
+    result = value, pullback(jnp.ones_like(value))[0]
+    return result if live else stop_gradient(result)
+
+
 def jacobian(f, x, event_ndim, live):
     batch_shape, event_shape = x.shape[: x.ndim - event_ndim], x.shape[x.ndim - event_ndim :]
     size = int(np.prod(event_shape))

@@ -45,6 +45,11 @@ def derivative(f, x, live):
     return (y, slope) if live else (y.detach(), slope)
 
 
+def gradient(f, x, live):
+    y, slope = derivative(f, x, live)
+    return y, torch.zeros_like(x) if slope is None else slope
+
+
 def jacobian(f, x, event_ndim, live):
     batch_shape, event_shape = x.shape[: x.ndim - event_ndim], x.shape[x.ndim - event_ndim :]
     size = math.prod(event_shape)

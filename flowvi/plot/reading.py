@@ -54,10 +54,9 @@ def read(
 ) -> Reading:
     """What an estimator does at ``move(t)``, at x; for the host's own sampler, at as many of its draws."""
     estimator = _resolved(host, move(host.array(t)), estimator)
-    if estimator.compares:
-        raise ValueError(
-            f"a picture shows a velocity and a score, but {estimator} compares the cost at several values and has neither."
-        )
+    if estimator.compares or estimator.biased:
+        does = "compares the cost at several values" if estimator.compares else "moves a discrete value"
+        raise ValueError(f"a picture shows a velocity and a score, but {estimator} {does} and has neither.")
     zero = host.array(np.zeros(len(x)))
 
     def run(t: Array) -> tuple[Array, ...]:

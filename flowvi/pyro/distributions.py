@@ -17,6 +17,7 @@ import flowvi.ops.torch as ops
 from flowvi.estimated import ForwardsToBase, name_of_site, require_an_estimator
 from flowvi.estimators import Draw, Estimator, attach
 from flowvi.pyro.detach import detached, tensors_in
+from flowvi.pyro.generators import generator_states, uniforms
 from flowvi.target import OWN_STANDARDIZATION, Target
 
 BIASED_SAMPLERS = (
@@ -87,6 +88,9 @@ class PyroTarget(Target):
             return p.cdf(x)
         except NotImplementedError:
             self.refuse(f"{what} needs a cdf, but {self.family} has none; {instead}.")
+
+    def uniforms(self, shape, like):
+        return uniforms(generator_states(), self.name, shape, like)
 
     def expand(self, q):
         if not isinstance(q, torch.distributions.Distribution):
@@ -169,7 +173,9 @@ class Estimated(ForwardsToBase, dist.TorchDistribution):
     def __call__(self, sample_shape=torch.Size()):  # noqa: B008
         fn = self.base_dist.expand_by(sample_shape) if sample_shape else self.base_dist
         estimator = self._at_q_equal_p(fn)
-        return fn() if estimator.uses_sampler else draw(PyroTarget(self._name, fn, estimator.enters), estimator).value
+        if estimator.uses_sampler or estimator.biased:
+            return fn()
+        return draw(PyroTarget(self._name, fn, estimator.enters), estimator).value
 
     sample = rsample = __call__
 
@@ -182,10 +188,9 @@ class Estimated(ForwardsToBase, dist.TorchDistribution):
         if estimator.uses_sampler:
             return self.base_dist.score_parts(value)
         target = PyroTarget(self._name, self.base_dist, estimator.enters)
-        if estimator.compares and torch.is_grad_enabled():
-            target.refuse(
-                f"{estimator} runs the program again, which this objective does not; use flowvi.pyro.TraceFlow_ELBO, or LR()."
-            )
+        if (estimator.compares or estimator.biased) and torch.is_grad_enabled():
+            does = "runs the program again" if estimator.compares else "moves a discrete value"
+            target.refuse(f"{estimator} {does}, which this objective does not; use flowvi.pyro.TraceFlow_ELBO, or LR().")
         score = attach(ops, target, estimator, target.pull(value.detach())).score
         return ScoreParts(log_prob, torch.zeros(()) if score is None else score, log_prob)
 

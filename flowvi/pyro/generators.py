@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from hashlib import blake2b
 
 import torch
 
@@ -16,6 +17,14 @@ def generator_states() -> tuple[torch.Tensor, ...]:
     """The state of each, that of the CPU first."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
     return torch.default_generator.get_state(), *gpus
+
+
+def uniforms(states: tuple[torch.Tensor, ...], name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers for a site from a generator of its own, seeded by the states of torch's, which stay as they are."""
+    digest = blake2b(b"".join(state.numpy().tobytes() for state in states) + name.encode(), digest_size=7).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest))
+    dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+    return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(like.device)
 
 
 def restore_generators(states: tuple[torch.Tensor, ...]) -> None:

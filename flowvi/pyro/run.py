@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -18,13 +17,15 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
 
+import flowvi.ops.torch as ops
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
-from flowvi.pyro.generators import forked_generators, generator_states, restore_generators
+from flowvi.pyro.distributions import PyroTarget, unwrap
+from flowvi.pyro.generators import forked_generators, generator_states, restore_generators, uniforms
 from flowvi.pyro.handlers import attach_estimators, hold_values, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
 from flowvi.run import Replacement, Run, Statement
-from flowvi.sites import GuideSites
+from flowvi.sites import GuideSites, weight_of_density
 
 
 @dataclass
@@ -82,13 +83,7 @@ class PyroProgram:
         return torch.is_grad_enabled()
 
     def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """From a generator of its own, seeded by the states of torch's when the run began."""
-        states = b"".join(state.numpy().tobytes() for state in self.start)
-        digest = blake2b(states + name.encode(), digest_size=7).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest))
-        value = run.guide[name].value
-        dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
-        return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(value.device)
+        return uniforms(self.start, name, shape, run.guide[name].value)
 
     def variants(
         self, run: Run, replacements: Mapping[str, Replacement], num_runs: int, reduce: Callable[[Run], dict[str, torch.Tensor]]
@@ -130,6 +125,10 @@ class PyroProgram:
             if validate:
                 for site in statements.values():
                     check_site_shape(site, self.max_plate_nesting)
+        for name in sites.draws:
+            if sites.random[name].estimator.biased:
+                for statements in (of_model, of_guide):
+                    _add_path(name, statements)
         subsampled: dict[str, float] = {}
         return Run(self, _statements(of_guide), _statements(of_model, subsampled), sites, annotations, subsampled)
 
@@ -175,6 +174,17 @@ def programs(elbo: ELBO, model, guide, args, kwargs, *, follows_tensors: bool = 
         elbo._guess_max_plate_nesting(model, guide, args, kwargs)
     model, guide = (elbo._vectorized_num_particles(program) for program in (model, guide))
     yield PyroProgram(model, guide, args, kwargs, elbo.max_plate_nesting, follows_tensors)
+
+
+def _add_path(name: str, sites: dict[str, Any]) -> None:
+    """Let the log density of a one-hot value move with it: Pyro reads the value as an index, which has no derivative."""
+    site = sites.get(name)
+    if site is None or not isinstance((p := unwrap(site["fn"])), torch.distributions.OneHotCategorical):
+        return
+    target, x = PyroTarget(name, site["fn"], False), site["value"]
+    weight = target.with_learned({}, {}, weight_of_density(site)).own_density_at(ops, x)
+    site["log_prob"] = site["log_prob"] + target.to_batch((weight * ops.tether(x) * p.logits.detach()).sum(-1))
+    site.pop("log_prob_sum", None)
 
 
 def _subsamples(traces: Iterable[Any]) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""What the biased estimators have in common: a discrete value that moves as a relaxation of it would."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from flowvi.estimators.estimator import Draw, Estimator
+from flowvi.family import family_of, names
+from flowvi.ops import Array, Ops
+from flowvi.relaxations import Relaxation
+from flowvi.target import Target
+
+
+class Relaxed(Estimator):
+    """An estimator that gives a discrete value a velocity, as if the cost were defined, and smooth, between the values."""
+
+    q = None
+    enters = False
+    biased = True
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        what, relaxation = type(self).__name__, family_of(target.p).relaxation
+        if relaxation is None:
+            known = ", ".join(names(lambda family: family.relaxation))
+            target.refuse(f"{what} needs a site whose value can be relaxed, expected one of {known}, found {target.family}; use LR().")
+        eta = relaxation.eta(ops, target.p, target.batch_shape)
+        if x.ndim < eta.ndim:
+            target.refuse(
+                f"{what} needs a value that can move, but that of a {target.family} is an index; use a OneHotCategorical where the "
+                "host has one, a Bernoulli, or Enumerate() or Surrogate(c), which take an index."
+            )
+        fixed = ops.stop_gradient(eta)
+        hard = relaxation.hard(ops, x, fixed)
+        return Draw(hard + self.velocity(ops, target, relaxation, hard, fixed, ops.tether(eta)))
+
+    @abstractmethod
+    def velocity(self, ops: Ops, target: Target, relaxation: Relaxation, hard: Array, eta: Array, deta: Array) -> Array:
+        """How the value moves: linear in deta, the tangent of the logits (of categories: the log probabilities) eta."""
