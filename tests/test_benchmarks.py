@@ -22,7 +22,10 @@ def benchmark(monkeypatch, tmp_path):
     return importlib.import_module
 
 
-SLOW = [pytest.param(command, marks=pytest.mark.slow) for command in ("compile_time", "variance", "control_variate", "discrete", "jumps", "vae")]
+SLOW = [
+    pytest.param(command, marks=pytest.mark.slow)
+    for command in ("compile_time", "variance", "control_variate", "discrete", "jumps", "vae")
+]
 
 
 @pytest.mark.parametrize("command", ["step_time", "growth", *SLOW])
