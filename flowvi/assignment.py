@@ -83,7 +83,7 @@ class Assignment:
         if wrapped is not None:
             return Choice(wrapped, "Estimated")
         if alias in self.annotations:
-            return Choice(_require_upstream_baseline(self.annotations[alias], name), "model")
+            return Choice(_require_upstream_inputs(self.annotations[alias], name), "model")
         return Choice(self.default, "default")
 
     def remember(self, annotations: dict[str, Estimator]) -> bool:
@@ -139,10 +139,12 @@ def require_estimator(estimator: Any, where: str) -> Estimator:
     return estimator
 
 
-def _require_upstream_baseline(estimator: Estimator, name: str) -> Estimator:
-    if isinstance(estimator.baseline, Baseline) and estimator.baseline.inputs:
+def _require_upstream_inputs(estimator: Estimator, name: str) -> Estimator:
+    baseline = isinstance(estimator.baseline, Baseline) and estimator.baseline.inputs
+    if baseline or estimator.inputs:
         raise ValueError(
-            f"site '{name}': a baseline with inputs cannot be given in the model, where they may lie downstream of the site; "
+            f"site '{name}': a {'baseline' if baseline else 'surrogate'} with inputs cannot be given in the model, where they may lie "
+            "downstream of the site; "
             "give it at the site's statement in the guide."
         )
     return estimator

@@ -6,7 +6,7 @@ estimator, and whether an estimator keeps a value of a run that is over, can onl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,13 @@ def identity(value: Any) -> Any:
     """A key that is equal for equal estimators; two functions are equal if they have the same code and close over the same objects."""
     if isinstance(value, Estimator | Baseline | Field | PerElement):
         return type(value), tuple(identity(v) for v in vars(value).values())
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return tuple(identity(v) for v in value)
+    if isinstance(value, Mapping):
+        return tuple((name, identity(v)) for name, v in value.items())
     if hasattr(value, "__code__"):
         return value.__code__, tuple(id(cell.cell_contents) for cell in value.__closure__ or ())
-    return id(value) if callable(value) else value
+    return id(value) if callable(value) or hasattr(value, "shape") else value
 
 
 def closed_over(value: Any, seen: set[int]) -> Iterator[Any]:
@@ -34,8 +36,10 @@ def closed_over(value: Any, seen: set[int]) -> Iterator[Any]:
     yield value
     if isinstance(value, Estimator | Baseline | Field | PerElement):
         inner: Iterable[Any] = vars(value).values()
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         inner = value
+    elif isinstance(value, Mapping):
+        inner = value.values()
     elif isinstance(value, partial):
         inner = (value.func, *value.args, *value.keywords.values())
     else:

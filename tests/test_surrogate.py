@@ -418,6 +418,7 @@ def test_refusals(host):
     for family, estimator, plate, message in (
         (lambda h, t: h.dist.Poisson(t), Surrogate(of_pair), None, "Surrogate needs one of Bernoulli, .*found Poisson"),
         (mvn, Surrogate(of_pair), None, "Surrogate needs .*or a scalar family with a pathwise field .*found MultivariateNormal"),
+        (lambda h, t: h.dist.VonMises(t, h.array(1.0)), Surrogate(of_pair), None, "a periodic c at a VonMises"),
         (lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t), Surrogate(of_pair), None, "Surrogate is biased where the support moves"),
         (bernoulli, Surrogate(lambda z: z.sum()), 3, "c must return a number for each element of the batch, expected "),
         (bernoulli, Surrogate(lambda z: z * z.mean()), 3, "c must read z at one element of the batch"),
@@ -427,6 +428,24 @@ def test_refusals(host):
     program = Program(lambda h, t: h.sample("x", bernoulli(h, t[0])), lambda h, t: h.sample("x", bernoulli(h, t[0])), (0.3,))
     with pytest.raises(ValueError, match="^site 'x': a control variate has mean 0 under an ELBO only"):
         host.bound_gradients(program, 2, estimators={"x": Surrogate(lambda z: z)})
+
+
+def test_given_in_the_model(host):
+    """Parameters of c may be made anew at every run; inputs may not come from the model, which runs after the guide."""
+
+    def program(*inputs):
+        def model(h, t):
+            initial = {"w": h.array([0.3, 0.1])}
+            estimator = Surrogate(lambda z, params, *inputs: params["w"][0] * z + params["w"][1], initial, inputs)
+            h.sample("b", h.dist.Bernoulli(h.array(0.3)), infer={"estimator": estimator})
+
+        return Program(lambda h, t: h.sample("b", h.dist.Bernoulli(logits=t[0])), model, (LOGIT,))
+
+    samples = host.gradients(program(), 4000)
+    p = sigmoid(LOGIT)
+    assert np.all(np.abs(z_scores(samples, p * (1 - p) * (np.log(0.3 / 0.7) - LOGIT))) < 5)
+    with pytest.raises(ValueError, match="^site 'b': a surrogate with inputs cannot be given in the model"):
+        host.gradients(program(host.array(0.2)), 2)
 
 
 def mvn(h, t):

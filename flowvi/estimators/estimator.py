@@ -6,7 +6,7 @@ An estimator never draws: the host does. :func:`attach` returns the same number 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ class Estimator(ABC):
         jumps: Where the cost jumps as the site crosses a number.
         compares: Whether it compares the cost at several values of its site, so that it runs the program several times.
         biased: Whether its mean is not the gradient, as the tables say that show it.
+        inputs: Arrays that its functions read, which exist before the site is drawn.
         uses_sampler: Whether the derivative is that of the host's own sampler, so that nothing has to be attached.
         baseline: What is subtracted from the costs that multiply the score; None for the objective's baseline.
     """
@@ -62,6 +63,7 @@ class Estimator(ABC):
     enters: bool = True
     jumps: tuple[Jump, ...] = ()
     biased: bool = False
+    inputs: Sequence[Any] = ()
 
     @property
     def compares(self) -> bool:

@@ -39,9 +39,9 @@ class Surrogate(Estimator):
     ``"{site}.log_temperature"``.
 
     **Requirements**: a Bernoulli, Categorical or OneHotCategorical, or a continuous scalar family (or ``to_event`` of one) with a
-    pathwise field in ``flowvi.families`` and a support that does not move; not inside ``scan`` or ``cond``. A c that is
-    differentiable, and reads z at no other element of the site's batch; whatever is random and read by c must be among the inputs.
-    Reverse-mode differentiation, where c has parameters.
+    pathwise field in ``flowvi.families`` and a support that does not move, but no angle; not inside ``scan`` or ``cond``. A c
+    without jumps that is differentiable, and reads z at no other element of the site's batch; whatever is random and read by c must
+    be among the inputs. Reverse-mode differentiation, where c has parameters.
 
     Args:
         c: ``c(z, params, *inputs)``, without ``params`` where there is no ``initial``. z has the shape of x, with one more dim for
@@ -49,6 +49,7 @@ class Surrogate(Estimator):
             ``to_event(1)`` it reads all coordinates. Like the ELBO, a good c is large where the fit is good.
         initial: The initial parameters of c: an array or a number, or (nested) dicts of these.
         inputs: More arrays for c, which exist before the site is drawn, such as an observation or an earlier draw; they are detached.
+            Not in the model, which runs after the guide.
         temperature: The initial :math:`\lambda`, a positive number; None: c gets z itself.
 
     Raises:
@@ -114,10 +115,9 @@ class Surrogate(Estimator):
         gradient = _Gradient(ops, self, target, relaxation)
         if target.validate and target.first_use:
             gradient.check_batch(last)
-        at_start = {name: ops.stop_gradient(value) for name, value in learned.items()}
+        detached = {name: ops.stop_gradient(value) for name, value in learned.items()}
         log_prob = target.to_batch(target.p.log_prob(x))
-        control = gradient.to_batch((gradient.of_control(at_start, fixed, live=False) * along).sum(0))
-        outputs = log_prob, control
+        outputs = log_prob, gradient.to_batch((gradient.of_control(detached, fixed, live=False) * along).sum(0))
         if learned:
             outputs = target.learn(ops, outputs, dict(learned), fixed, gradient.second_moment)
         return Draw(target.push(x), outputs[0], log_prob=log_prob, control=outputs[1])
@@ -140,11 +140,10 @@ class _Gradient:
     def of_control(self, learned: Mapping[str, Array], fixed: tuple[Array, ...], live: bool) -> Array:
         """The derivative of the control variate in each parameter; ``live``: differentiable in what is learned."""
         score, slope, _, last, *rest = fixed
-        probs_and_first, inputs = rest[: len(rest) - len(self.surrogate.inputs)], rest[len(rest) - len(self.surrogate.inputs) :]
-        cost = partial(self._cost, learned, inputs)
+        cost = partial(self._cost, learned, rest if self.relaxation is None else rest[2:])
         value, at_last = self.ops.gradient(cost, last, live)
         result = slope * at_last - self._over(value, last) * score
-        return result + self.ops.gradient(cost, probs_and_first[1], live)[1] if probs_and_first else result
+        return result if self.relaxation is None else result + self.ops.gradient(cost, rest[1], live)[1]
 
     def second_moment(self, cotangents: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...]) -> Array:
         """The sum of the squared gradients in the site's parameters."""
@@ -169,7 +168,7 @@ class _Gradient:
     def _cost(self, learned: Mapping[str, Array], inputs: list[Array], z: Array) -> Array:
         """The surrogate at z, over the batch of the site."""
         surrogate, target = self.surrogate, self.target
-        if surrogate.temperature is not None and self.relaxation is not None:
+        if self.relaxation is not None and surrogate.temperature is not None:
             z = self.relaxation.soft(self.ops, z / self.ops.exp(learned["log_temperature"]))
         params = () if surrogate.initial is None else (_like("c", surrogate.initial, learned),)
         value = self.ops.asarray(surrogate.c(z, *params, *inputs), z)
@@ -195,6 +194,8 @@ def _parts(target: Target) -> Mapping[str, Part]:
     """The pathwise field of a continuous family, parameter by parameter."""
     field = family_of(target.p).pathwise
     parts = {} if field is None or field.parts is None else field.parts(target.p0)
+    if family_of(target.p).circle:
+        target.refuse(f"Surrogate would need a periodic c at a {target.family}, which cannot be checked; use LR() or Flow(...).")
     if not parts:
         relaxed = ", ".join(names(lambda family: family.relaxation))
         target.refuse(
