@@ -61,6 +61,11 @@ class GuideSites:
         """The same choices, for another run."""
         return GuideSites(self.assignment, self.entropy)
 
+    @property
+    def biased(self) -> list[str]:
+        """The random sites, among those to which something is attached, whose estimator is biased."""
+        return [name for name in self.draws if name in self.random and self.random[name].estimator.biased]
+
     def visit(
         self, host: Host, msg: Any, alias: str, target_of: Callable[[Any, bool], Target], draw: Callable[[Any, Visit], Draw | None]
     ) -> str | None:

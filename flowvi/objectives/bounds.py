@@ -66,9 +66,9 @@ def bound_of(host: Host, run: Run, gradient: Gradient) -> tuple[BoundParticle, f
         gradient: ``"dreg"`` takes one more run of guide and model.
     """
     at_fixed_draws = None
-    for name in run.draws:
-        if (estimator := run.sites.random[name].estimator).biased:
-            _refuse(name, f"{estimator} is biased, and no bound is known for its bias here; use LR(), or TraceFlow_ELBO.")
+    for name in run.sites.biased:
+        estimator = run.sites.random[name].estimator
+        _refuse(name, f"{estimator} is biased, and no bound is known for its bias here; use LR(), or TraceFlow_ELBO.")
     if gradient == "dreg":
         run = stick_the_landing(host, run, "gradient='dreg'")
         again = run.again(held_values(host, run))

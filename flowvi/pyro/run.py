@@ -125,10 +125,9 @@ class PyroProgram:
             if validate:
                 for site in statements.values():
                     check_site_shape(site, self.max_plate_nesting)
-        for name in sites.draws:
-            if sites.random[name].estimator.biased:
-                for statements in (of_model, of_guide):
-                    _add_path(name, statements)
+        for name in sites.biased:
+            _add_path(name, of_model)
+            _add_path(name, of_guide)
         subsampled: dict[str, float] = {}
         return Run(self, _statements(of_guide), _statements(of_model, subsampled), sites, annotations, subsampled)
 
