@@ -27,6 +27,7 @@ from flowvi.ops import times
 from flowvi.pyro.baselines import annotated_baselines
 from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.host import HOST
+from flowvi.pyro.module import LearningModule
 from flowvi.pyro.run import PyroProgram, programs
 from flowvi.run import Run, run
 from flowvi.sites import Entropy, GuideSites
@@ -125,6 +126,18 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
         self.assignment = Assignment(estimators, default)
+
+    def __call__(self, model, guide) -> LearningModule:
+        """Model, guide and loss as one torch module, whose parameters include what the estimators learn.
+
+        Args:
+            model: The model, a module.
+            guide: The guide, a module.
+
+        Returns:
+            The module; its ``learned.<site>:<name>`` exist after the first call.
+        """
+        return LearningModule(model, guide, self)
 
     def loss(self, model, guide, *args, **kwargs) -> float:
         """The loss, a float, without a derivative.

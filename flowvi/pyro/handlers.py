@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyro
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_subsample
@@ -14,6 +13,7 @@ from flowvi.estimators import Draw, Estimator
 from flowvi.pyro.baselines import require_baseline_options
 from flowvi.pyro.distributions import PyroTarget, draw, is_partly_reparameterized
 from flowvi.pyro.host import HOST
+from flowvi.pyro.module import learned_parameters
 from flowvi.sites import GuideSites, Visit, annotation, is_masked, weight_of_density
 
 
@@ -94,10 +94,7 @@ class attach_estimators(Messenger):
         """Register what the estimator learns as parameters of the program; returns the target with their values."""
         if not (learns := estimator.learns(ops, target)):
             return target
-        values = {
-            name: pyro.param(f"{msg['name']}.{name}", learned.initial, event_dim=len(learned.event_shape))
-            for name, learned in learns.items()
-        }
+        values = learned_parameters(msg["name"], learns)
         self.sites.learned |= {f"{msg['name']}.{name}": msg["name"] for name in learns}
         return target.with_learned(learns, values, weight_of_density(msg) if self.sites.entropy == "full" else 0.0)
 

@@ -1,0 +1,80 @@
+"""Model, guide and objective as one torch module, which owns what its estimators learn."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import NoReturn
+
+import pyro
+import torch
+from pyro.infer.elbo import ELBOModule
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import effectful
+
+from flowvi.learned.parameters import Learned
+
+
+class LearningModule(ELBOModule):
+    """What ``TraceFlow_ELBO(...)(model, guide)`` returns: called with the program's arguments, it computes the loss.
+
+    What the estimators learn are parameters of the module, ``learned.<site>:<name>``, and in no parameter store. As other parameters
+    of a Pyro program, they exist after the first call.
+
+    Attributes:
+        learned: The module of these parameters.
+    """
+
+    def __init__(self, model, guide, elbo):
+        super().__init__(model, guide, elbo)
+        self.learned = torch.nn.Module()
+
+    def forward(self, *args, **kwargs):
+        """The loss as a scalar tensor, as by ``differentiable_loss``."""
+        with _own_what_is_learned(self.learned):
+            return super().forward(*args, **kwargs)
+
+
+def learned_parameters(site: str, learns: Mapping[str, Learned]) -> dict[str, torch.Tensor]:
+    """The values of the parameters that the estimator of a site ``learns``, which belong to a :class:`LearningModule` or the store."""
+    return {
+        name: _stored(full := f"{site}.{name}", learned.initial, event_dim=len(learned.event_shape), name=full)
+        for name, learned in learns.items()
+    }
+
+
+def _in_the_store(name, initial, event_dim):
+    if pyro.settings.get("module_local_params"):
+        _refuse(name)
+    return pyro.get_param_store().get_param(name, initial, event_dim=event_dim)
+
+
+_stored = effectful(_in_the_store, type="param")
+
+
+class _own_what_is_learned(Messenger):
+    """Keep what the estimators of the program inside learn as parameters of a module."""
+
+    def __init__(self, owner: torch.nn.Module):
+        super().__init__()
+        self.owner = owner
+
+    def _pyro_param(self, msg):
+        if msg["fn"] is not _in_the_store or msg["done"]:
+            return
+        name, initial = msg["args"]
+        key = name.replace(".", ":")  # torch allows no dot in the name of a parameter
+        if not hasattr(self.owner, key):
+            self.owner.register_parameter(key, torch.nn.Parameter(initial().contiguous()))
+        parameter = getattr(self.owner, key)
+        msg["value"], msg["done"] = parameter.view(parameter.shape), True
+        msg["value"].unconstrained = weakref.ref(parameter)  # as Pyro's plates expect it
+
+
+def _refuse(name: str) -> NoReturn:
+    site = name.rpartition(".")[0]
+    raise ValueError(
+        f"site '{site}': with module_local_params=True what its estimator learns ('{name}') is a parameter of the module "
+        "elbo(model, guide), found another caller, such as pyro.infer.SVI; train that module by an optimizer of torch, or set "
+        "module_local_params=False."
+    )
