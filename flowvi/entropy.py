@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from flowvi.host import Host
 from flowvi.ops import Ops
-from flowvi.run import Run, Statement
+from flowvi.run import Held, Run, Statement
 from flowvi.sites import Entropy, masks
 
 
 def apply_entropy(host: Host, run: Run, entropy: Entropy) -> Run:
     """Apply the ``entropy`` option of an objective to a run."""
     if entropy == "stl":
-        return stick_the_landing(host, run, "entropy='stl'")
+        return stick_the_landing(host, run, held_values(host, run), "entropy='stl'")
     return use_closed_forms(host, run) if entropy == "analytic" else run
 
 
-def stick_the_landing(host: Host, run: Run, what: str) -> Run:
+def stick_the_landing(host: Host, run: Run, values: Mapping[str, Held], what: str) -> Run:
     """Subtract from the guide's log densities what their parameters contribute at fixed values of the sites and their parents.
 
     Args:
         host: The host library.
         run: The run.
+        values: The :func:`held_values` of the run.
         what: The option, for messages.
 
     Raises:
         ValueError: Where the support of a random site moves, so that the mean of what is subtracted is not 0.
     """
     require_fixed_supports(host, run, what)
-    held = run.again(held_values(host, run), with_model=False)
+    held = run.again(values, with_model=False)
     tethered = {
         name: run.guide[name].with_log_density(run.guide[name].log_density - host.ops.tether(held.guide[name].log_density))
         for name in run.sites.random
@@ -38,9 +39,10 @@ def stick_the_landing(host: Host, run: Run, what: str) -> Run:
     return replace(run, guide=run.guide | tethered, held_entropy=True)
 
 
-def held_values(host: Host, run: Run) -> dict[str, Any]:
+def held_values(host: Host, run: Run) -> dict[str, Held]:
     """The values of the guide's random sites, detached."""
-    return {name: host.ops.stop_gradient(run.guide[name].value) for name in run.sites.random}
+    detach = host.ops.stop_gradient
+    return {name: Held(detach(run.guide[name].value), host.base_sample(run.guide[name])) for name in run.sites.random}
 
 
 def require_fixed_supports(host: Host, run: Run, what: str) -> None:

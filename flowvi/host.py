@@ -47,6 +47,10 @@ class Host(Protocol):
         """The divergence of two statements in closed form, scaled and masked as the first; None where the host knows none."""
         ...
 
+    def base_sample(self, statement: Any, /) -> Array | None:
+        """The detached base sample behind the value of a transformed statement that the host cannot invert; None for any other."""
+        ...
+
     @property
     def proposal(self) -> Callable[..., Any]: ...
     @property

@@ -31,6 +31,7 @@ class Statement(NamedTuple):
         in_control_flow: Whether it came out of a scan or cond, where statements may depend on each other in any order.
         enumerated: Whether the program marks it as a site that the host is to sum out.
         total: The sum of its log density, where the host has computed it.
+        intermediates: What the host has kept of its sampler's forward pass.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Statement(NamedTuple):
     in_control_flow: bool = False
     enumerated: bool = False
     total: Array | None = None
+    intermediates: Any = None
 
     def with_log_density(self, log_density: Array | None) -> Statement:
         """The same statement with another log density."""
@@ -67,6 +69,18 @@ class Replacement(NamedTuple):
 
     def covers(self, i: int) -> bool:
         return self.first <= i < self.first + self.values.shape[0]
+
+
+class Held(NamedTuple):
+    """What a site of the guide keeps when the program runs again.
+
+    Attributes:
+        value: Its value.
+        base: The base sample behind it, where the host cannot find it from the value (see :mod:`flowvi.flows`).
+    """
+
+    value: Array
+    base: Array | None = None
 
 
 class Program(Protocol):
@@ -153,15 +167,17 @@ class Run:
         """Whether every derivative is that of the host's own samplers, so that all orders are right."""
         return not self.draws and not self.held_entropy
 
-    def again(self, values: Mapping[str, Array], *, with_model: bool = True) -> Run:
+    def again(self, held: Mapping[str, Held], *, with_model: bool = True) -> Run:
         """Run guide and model once more, with the same random numbers and with some sites of the guide at given values.
 
         Args:
-            values: The sites by name, each with its value. What is drawn before them stays as it is; what depends on them is drawn
+            held: The sites by name, each with its value. What is drawn before them stays as it is; what depends on them is drawn
                 anew with the random numbers of the first run.
             with_model: Whether the model runs too.
         """
-        return self.program.run(GuideSites(self.sites.assignment, self.sites.entropy), values, with_model=with_model)
+        sites = self.sites.fresh()
+        sites.bases = {name: of_site.base for name, of_site in held.items() if of_site.base is not None}
+        return self.program.run(sites, {name: of_site.value for name, of_site in held.items()}, with_model=with_model)
 
 
 def run(program: Program, sites: GuideSites) -> Run:

@@ -43,6 +43,7 @@ class GuideSites:
         learned: Names of the parameters that estimators learn, each with its site.
         replaced: Values that sites are to have instead of what is drawn.
         held: Sites that keep the value of another run, each with it and with what was attached there.
+        bases: The base samples of sites at given values, where the host cannot find them from the values.
         log_probs: Unscaled log densities that the estimators have computed, so that the host need not.
     """
 
@@ -55,6 +56,7 @@ class GuideSites:
         self.learned: dict[str, str] = {}
         self.replaced: dict[str, Any] = {}
         self.held: dict[str, tuple[Any, Draw | None]] = {}
+        self.bases: dict[str, Array] = {}
         self.log_probs: dict[str, Array] = {}
 
     def fresh(self) -> GuideSites:

@@ -89,6 +89,11 @@ class Target(Shapes, ABC):
         """Those of the parameters that may carry a derivative."""
         return [name for name in names if self.is_live(getattr(self.p, name))]
 
+    @staticmethod
+    @abstractmethod
+    def lacks_inverse(transform: Any) -> bool:
+        """Whether the host can apply a transform only forward."""
+
     def bound_moves(self, value: Any) -> bool:
         """Whether a bound of a support, or a transform that makes one, moves with a parameter or a draw."""
         return self.is_live(value)
@@ -151,6 +156,7 @@ class Target(Shapes, ABC):
 
     def pull(self, y: Array) -> Array:
         """The sample of ``p`` behind a value of the site."""
+        self.require_inverse("the sample behind a given value")
         for transform in reversed(self.transforms):
             y = transform.inv(y)
         return y
@@ -162,6 +168,20 @@ class Target(Shapes, ABC):
     def transformed_base(self) -> tuple[Any, list[Any]] | None:
         """The base and the transforms of ``p``, if it is itself a transformed distribution."""
         return self._enter(self.transformed) if type(self.p) in self.transformed else None
+
+    def one_way(self) -> Any:
+        """The first transform between x and the site, or inside ``p``, that the host cannot invert; None where there is none."""
+        inside = self.transformed_base()
+        transforms = [*(inside[1] if inside else ()), *self.transforms]
+        return next((transform for transform in transforms if self.lacks_inverse(transform)), None)
+
+    def require_inverse(self, what: str) -> None:
+        """Refuse ``what`` where it needs the inverse of a transform and the host has none."""
+        if (transform := self.one_way()) is not None:
+            self.refuse(
+                f"{what} needs the inverse of {type(transform).__name__}, and the host has none; use RP(), or ImplicitRP() or Flow(), "
+                "which act on the base sample, with entropy='full' or 'stl'."
+            )
 
     def _enter(self, kinds: tuple[type, ...]) -> tuple[Any, list[Any]]:
         """The outermost distribution inside ``p`` of no such kind, and the transforms from it to ``p``."""

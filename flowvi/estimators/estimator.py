@@ -143,6 +143,7 @@ def _completed(ops: Ops, target: Target, estimator: Estimator, x: Array, draw: D
     if estimator.baseline is not None and draw.score is not None:
         draw = draw._replace(baseline=estimator.baseline.at_draw(ops, target, x, draw.score))
     if estimator.jumps:
+        target.require_inverse("the density at the other values, where jumps are declared,")
 
         def velocity(t: Array) -> Array:
             return ops.tether(estimator.attach(ops, target, t).value)

@@ -60,5 +60,6 @@ class LR(Estimator):
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         refuse_moving_support(target, "LR")
+        target.require_inverse("LR, which reads the density at the drawn value,")
         log_prob = target.to_batch(target.p.log_prob(x))
         return Draw(target.push(x), log_prob, log_prob=log_prob)

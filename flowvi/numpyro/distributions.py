@@ -16,6 +16,8 @@ from jax.core import Tracer
 from jax.lax import stop_gradient
 from multipledispatch import dispatch
 from numpyro.distributions.batch_util import promote_batch_shape
+from numpyro.distributions.flows import BlockNeuralAutoregressiveTransform
+from numpyro.distributions.transforms import Transform
 
 import flowvi.ops.jax as ops
 from flowvi.estimated import ForwardsToBase, forwarded, name_of_site, require_an_estimator
@@ -46,6 +48,27 @@ class NumPyroTarget(Target):
     @property
     def plate_sizes(self):
         return {frame.dim: frame.size for frame in self.frames}
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._pushed: list[tuple[Any, list]] = []
+
+    def push(self, x):
+        intermediates = []
+        for transform in self.transforms:
+            y, intermediate = transform.call_with_intermediates(x)
+            intermediates.append([x, intermediate])
+            x = y
+        self._pushed.append((x, intermediates))
+        return x
+
+    def intermediates(self, y: Any) -> list | None:
+        """What the transforms computed on the way to ``y``, as NumPyro keeps it; None where :meth:`push` did not return ``y``."""
+        return next((intermediates for value, intermediates in self._pushed if value is y), None) or None
+
+    @staticmethod
+    def lacks_inverse(transform):
+        return isinstance(transform, BlockNeuralAutoregressiveTransform) or type(transform)._inverse is Transform._inverse
 
     @staticmethod
     def host_validates():

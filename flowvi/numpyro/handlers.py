@@ -14,6 +14,7 @@ from numpyro.primitives import Messenger
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Choice
 from flowvi.estimators import LR, Draw, Estimator, attach
+from flowvi.flows import held_base
 from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching, propose
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.special_points import with_right_derivative
@@ -49,18 +50,21 @@ class attach_estimators(Messenger):
         if msg.get("_control_flow_done"):
             return _drawn_in_control_flow(msg["value"], visit)
         if msg["value"] is not None:
+            if (base := self.sites.bases.get(name)) is not None:
+                msg["intermediates"] = target.intermediates(target.push(held_base(ops, target, base)))
             return None
         if estimator.uses_sampler:
             if visit.wrapped is not None:
                 p = target.p.expand(target.batch_shape)
                 msg["value"] = target.push(p(rng_key=msg["kwargs"]["rng_key"], sample_shape=()))
+                msg["intermediates"] = target.intermediates(msg["value"])
             return None
         target, learned = declare(msg, target, estimator, weight_of_density(msg) if self.sites.entropy == "full" else 0.0)
         self.sites.learned |= dict.fromkeys(learned, name)
         if name in self.sites.replaced:
             return self._replace(msg, target, estimator)
         drawn = draw(target, estimator, msg["kwargs"]["rng_key"])
-        msg["value"] = drawn.value
+        msg["value"], msg["intermediates"] = drawn.value, target.intermediates(drawn.value)
         if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
             self.sites.log_probs[name] = drawn.log_prob
         return drawn
@@ -193,8 +197,8 @@ class read_annotations(Messenger):
 class mark_draws(Messenger):
     """Add to every draw its number in ``marks``, so that a jaxpr shows what depends on the draw.
 
-    The density of a ``scored`` site has to depend on its own mark, so it is computed from the value. At another site it need not, and
-    some densities can be computed only from the intermediates of the draw.
+    The density of a ``scored`` site has to depend on its own mark. Some densities can be computed only from the intermediates of the
+    draw, which then get the mark too.
     """
 
     def __init__(self, fn, marks, scored):
@@ -204,12 +208,11 @@ class mark_draws(Messenger):
     def process_message(self, msg):
         if msg["type"] != "sample" or (mark := self.marks.get(msg["name"])) is None:
             return
-        if msg["value"] is None and msg["name"] in self.scored:
-            msg["value"] = _any_value(msg["fn"], **msg["kwargs"])
-        elif msg["value"] is None:
-            msg["value"], msg["intermediates"] = msg["fn"](**msg["kwargs"], sample_intermediates=True)
-        value = jnp.asarray(msg["value"])
-        msg["value"] = value + mark.astype(value.dtype)
+        if msg["value"] is None:
+            msg["value"], msg["intermediates"] = _any_value(msg["fn"], **msg["kwargs"])
+        msg["value"] = _marked(msg["value"], mark)
+        if msg["name"] in self.scored:
+            msg["intermediates"] = jax.tree.map(lambda a: _marked(a, mark), msg["intermediates"])
 
 
 class mark_every_draw(Messenger):
@@ -224,20 +227,21 @@ class mark_every_draw(Messenger):
 
     def process_message(self, msg):
         if msg["type"] == "sample" and msg["value"] is None:
-            msg["value"] = self._marked(_any_value(msg["fn"], **msg["kwargs"]))
-
-    def _marked(self, value):
-        value = jnp.asarray(value)
-        return value + self.mark.astype(value.dtype)
+            msg["value"] = _marked(_any_value(msg["fn"], **msg["kwargs"])[0], self.mark)
 
     def postprocess_message(self, msg):
         if msg["type"] == "param" and msg["name"] not in self.known:
-            msg["value"] = jax.tree.map(self._marked, msg["value"])
+            msg["value"] = jax.tree.map(lambda a: _marked(a, self.mark), msg["value"])
+
+
+def _marked(value, mark):
+    value = jnp.asarray(value)
+    return value + mark.astype(value.dtype)
 
 
 def _any_value(fn, rng_key, sample_shape, **kwargs):
-    """A value that depends on all parameters of the distribution."""
+    """A value that depends on all parameters of the distribution, and the intermediates of the draw."""
     try:
-        return fn(rng_key=rng_key, sample_shape=sample_shape)
+        return fn(rng_key=rng_key, sample_shape=sample_shape, sample_intermediates=True)
     except NotImplementedError:  # a distribution without a sampler, for which a proposal draws
-        return jnp.zeros(fn.shape(sample_shape)) + sum(0 * jnp.sum(leaf) for leaf in jax.tree.leaves(fn))
+        return jnp.zeros(fn.shape(sample_shape)) + sum(0 * jnp.sum(leaf) for leaf in jax.tree.leaves(fn)), []

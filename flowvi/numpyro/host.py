@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.lax import stop_gradient
 from numpyro.distributions import kl_divergence
 from numpyro.distributions.distribution import validation_enabled
 from numpyro.distributions.util import scale_and_mask
@@ -39,6 +40,15 @@ class NumPyroHost:
             return scale_and_mask(kl_divergence(guide.fn, model.fn), scale=guide.scale)
         except NotImplementedError:
             return None
+
+    @staticmethod
+    def base_sample(statement):
+        target = NumPyroTarget(statement.name, statement.fn, enters=True)
+        if not target.transforms or target.one_way() is None:
+            return None
+        if not statement.intermediates:
+            target.require_inverse("the base sample behind a value that was not drawn here")
+        return stop_gradient(statement.intermediates[0][0])
 
     compiles = True
     array = staticmethod(jnp.asarray)

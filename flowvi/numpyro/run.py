@@ -220,6 +220,7 @@ def _statements(trace, log_probs: dict[str, jax.Array]) -> dict[str, Statement]:
             site["scale"],
             in_control_flow=bool(site.get("_control_flow_done")),
             enumerated=bool(site["infer"].get("enumerate")),
+            intermediates=site["intermediates"],
         )
         for name, site in trace.items()
         if site["type"] == "sample"

@@ -70,8 +70,9 @@ def bound_of(host: Host, run: Run, gradient: Gradient) -> tuple[BoundParticle, f
         estimator = run.sites.random[name].estimator
         _refuse(name, f"{estimator} is biased, and no bound is known for its bias here; use LR(), or TraceFlow_ELBO.")
     if gradient == "dreg":
-        run = stick_the_landing(host, run, "gradient='dreg'")
-        again = run.again(held_values(host, run))
+        values = held_values(host, run)
+        run = stick_the_landing(host, run, values, "gradient='dreg'")
+        again = run.again(values)
         at_fixed_draws = [term for term in costs(again) if term.sign > 0 or term.name not in run.sites.random]
     particle, scale = _bound_particle(host.ops, costs(run), run.draws, at_fixed_draws, run.subsampled)
     if run.is_pathwise and gradient == "plain":

@@ -7,8 +7,11 @@ from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import transforms
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.distributions.transforms.planar import ConditionedPlanar
+from pyro.distributions.transforms.radial import ConditionedRadial
 from pyro.infer.util import is_validation_enabled
 from torch.distributions import constraints
 from torch.distributions.kl import kl_divergence, register_kl
@@ -28,6 +31,13 @@ BIASED_SAMPLERS = (
 )
 PLAIN_TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
 TRANSFORMED = (*PLAIN_TRANSFORMED, dist.FoldedDistribution)
+ONE_WAY = (  # whose inverse is a look-up in the cache
+    transforms.BlockAutoregressive,
+    ConditionedPlanar,
+    ConditionedRadial,
+    transforms.Sylvester,
+    transforms.Polynomial,
+)
 PARTICLES = "num_particles_vectorized"  # as Pyro calls the plate
 
 
@@ -71,6 +81,10 @@ class PyroTarget(Target):
         live = [theta for name in names if (theta := getattr(p, name)).requires_grad]
         psi = torch.autograd.grad(p.log_prob(x).sum(), live, retain_graph=True) if live else ()
         return list(zip(map(ops.tether, live), psi, strict=True))
+
+    @staticmethod
+    def lacks_inverse(transform):
+        return is_kind(transform, ONE_WAY) or type(transform)._inverse is torch.distributions.Transform._inverse
 
     def lacks_rsample(self):
         p = self.p

@@ -10,6 +10,7 @@ from pyro.poutine.util import site_is_subsample
 
 import flowvi.ops.torch as ops
 from flowvi.estimators import Draw, Estimator
+from flowvi.flows import held_base
 from flowvi.pyro.baselines import require_baseline_options
 from flowvi.pyro.distributions import PyroTarget, draw, is_partly_reparameterized
 from flowvi.pyro.host import HOST
@@ -64,6 +65,8 @@ class attach_estimators(Messenger):
                     f"{estimator} has no score from whose costs infer['baseline'] could be subtracted; remove it, or use LR()."
                 )
         if msg["value"] is not None:
+            if (base := self.sites.bases.get(msg["name"])) is not None:
+                self.sites.log_probs[msg["name"]] = msg["fn"].log_prob(target.push(held_base(ops, target, base)))
             return None
         if not estimator.uses_sampler:
             drawn = self._attach(msg, target, estimator)

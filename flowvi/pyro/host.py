@@ -41,6 +41,19 @@ class PyroHost:
             return None
         return scale_and_mask(torch.as_tensor(divergence).expand(guide.fn.batch_shape), guide.scale, guide.mask)
 
+    @staticmethod
+    def base_sample(statement):
+        target = PyroTarget(statement.name, statement.fn, enters=True)
+        if not target.transforms or target.one_way() is None:
+            return None
+        x = statement.value
+        try:
+            for transform in reversed(target.transforms):
+                x = transform.inv(x)  # where it is cached
+        except (KeyError, NotImplementedError):
+            target.require_inverse("the base sample behind a value that its transforms have not cached")
+        return x.detach()
+
     compiles = False
 
     def array(self, x: Any) -> torch.Tensor:

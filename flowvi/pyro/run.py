@@ -89,6 +89,8 @@ class PyroProgram:
         self, run: Run, replacements: Mapping[str, Replacement], num_runs: int, reduce: Callable[[Run], dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
         known = {**_subsamples(self.traces[1:]), **{name: run.guide[name].value for name in run.sites.random}}
+        for name in run.sites.random:
+            PyroTarget(name, run.guide[name].fn, True).require_inverse("the density of another run, which another estimator compares,")
         reduced = []
         with torch.no_grad(), forked_generators():
             for i in range(num_runs):
