@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from flowvi.ops import Array
 
@@ -21,8 +21,8 @@ class Shapes:
     batch_ndim: int
 
     @property
-    def plate_sizes(self) -> Mapping[int, int]:
-        """The full size of each plate around the site, by (negative) dim of the site's batch shape; 1 for vectorized particles."""
+    def plate_rows(self) -> Mapping[int, int]:
+        """The :func:`rows` of each plate around the site, by (negative) dim of the site's batch shape; 1 for vectorized particles."""
         return {}
 
     @property
@@ -41,15 +41,19 @@ class Shapes:
 
     @property
     def site_shape(self) -> tuple[int, ...]:
-        """The batch shape of the site for what is learned: full plates, no particles, without 1s on the left."""
+        """The batch shape of the site for what is learned: the rows of its plates, no particles, without 1s on the left."""
         shape = self.batch_shape[: self.batch_ndim]
-        return _without_ones(tuple(self.plate_sizes.get(i - len(shape), size) for i, size in enumerate(shape)))
+        return _without_ones(tuple(self.plate_rows.get(i - len(shape), size) for i, size in enumerate(shape)))
 
     @property
     def element_shape(self) -> tuple[int, ...]:
-        """Like :attr:`site_shape`, with the batch dims of x that are event dims of the site."""
-        extra = self.batch_shape[self.batch_ndim :]
-        return (*self.site_shape, *extra) if self.site_shape else _without_ones(extra)
+        """Like :attr:`site_shape`, with :attr:`extra_shape`."""
+        return (*self.site_shape, *self.extra_shape)
+
+    @property
+    def extra_shape(self) -> tuple[int, ...]:
+        """The batch dims of x that are event dims of the site."""
+        return self.batch_shape[self.batch_ndim :]
 
     def to_batch(self, a: Array) -> Array:
         """Sum an array over the batch dims of x that are event dims of the site."""
@@ -59,6 +63,20 @@ class Shapes:
     def sum_event(self, a: Array) -> Array:
         """Sum an array of the shape of x over the event dims of the family."""
         return a.sum(axis=tuple(range(-self.event_ndim, 0))) if self.event_ndim else a
+
+
+def rows(full_size: int, size: int, axes: Container[int]) -> int:
+    """For how many elements of a plate something is learned: for each, or for all of them together.
+
+    What belongs to an element is worth learning if the element is the same data at every step. A plate that is subsampled numbers its
+    data. Another one may be a mini-batch, of this size or another at the next step, unless a parameter has a row for each element.
+
+    Args:
+        full_size: The size of the plate.
+        size: That of its subsample.
+        axes: The sizes of the axes of the guide's parameters so far.
+    """
+    return full_size if full_size > size or full_size in axes else 1
 
 
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

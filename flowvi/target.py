@@ -29,7 +29,7 @@ class Target(Shapes, ABC):
         name: The site's name.
         fn: The site's distribution.
         enters: Whether a plain transformed distribution is entered.
-        frames: The host's frames of the plates around the site, from which it reads ``plate_sizes``.
+        frames: The host's frames of the plates around the site, from which it reads ``plate_rows``.
         first_use: Whether the objective reaches this site for the first time; the costliest checks run only then.
         validate: Whether costly checks run; None: where the host's validation is on.
 
@@ -340,6 +340,20 @@ class Target(Shapes, ABC):
                     f"parameter of that name {found}; another estimator has registered it, so clear the parameters or rename the site."
                 )
         return self._with(learned=values, own_density=own_density)
+
+    @contextmanager
+    def registering(self, learns: Mapping[str, Learned]) -> Iterator[None]:
+        """Name the site where the host's plates refuse a parameter that the estimator ``learns``."""
+        try:
+            yield
+        except ValueError as error:
+            if "invalid shape of" not in str(error):
+                raise
+            names = ", ".join(f"'{self.name}.{name}'" for name in learns)
+            self.refuse(
+                f"what the estimator learns ({names}) has a row for each element of a plate of another size ({error}); "
+                "where the plate is a mini-batch, give the estimator shared=True."
+            )
 
     def own_density_at(self, ops: Ops, x: Array) -> Array:
         """:attr:`own_density` in the shape of x."""

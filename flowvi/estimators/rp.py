@@ -38,12 +38,15 @@ class RP(Estimator):
             ``"diagonal"``: it couples none; ``"cubic"``: the quadratic model, with up to four directions along which the curvature
             changes. Nothing is coupled along a batch dim, also outside of a plate (NumPyro's AutoDiagonalNormal has such a dim).
             None: no control variate.
+        shared: Whether the elements of the site's plates share the coefficients of the control variate. By default they do in a plate
+            that may be another mini-batch at every step: one that is not subsampled, and for whose elements no parameter of the guide
+            has a row each.
         jumps: Where the cost jumps as x crosses a number t: numbers, arrays that broadcast to x, or functions of p (with live
             parameters). Each takes two more evaluations of the program, and adds the surface term p(t) (u(t) - dt/dtheta) [phi]. For
             an event, a :class:`~flowvi.HalfSpace`, or several of them.
 
     Raises:
-        TypeError: A control variate that does not exist, or one beside ``q``.
+        TypeError: A control variate that does not exist, or one beside ``q``; ``shared`` without one.
         ValueError: At the first run, naming the site, where the sampler has no right derivative or cannot be inverted, or where there
             is no control variate for the family.
 
@@ -66,11 +69,14 @@ class RP(Estimator):
     _: KW_ONLY
     force: bool = False
     control_variate: Kind | None = None
+    shared: bool = False
     jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
 
     def __post_init__(self):
         if self.control_variate not in ("cubic", "quadratic", "diagonal", None):
             raise TypeError(f"RP: expected control_variate='cubic', 'quadratic', 'diagonal' or None, found {self.control_variate!r}.")
+        if self.shared and self.control_variate is None:
+            raise TypeError("RP: shared=True is for the coefficients of a control variate, found control_variate=None; remove it.")
         if self.control_variate is not None and self.q is not None:
             raise TypeError("RP takes a control variate or q, found both; the mean of the control variate is known under p only.")
 
@@ -87,10 +93,10 @@ class RP(Estimator):
         return True
 
     def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
-        return {} if self.control_variate is None else CostModel(ops, target, self.control_variate).learns()
+        return {} if self.control_variate is None else CostModel(ops, target, self.control_variate, self.shared).learns()
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
-        model = None if self.control_variate is None else CostModel(ops, target, self.control_variate)
+        model = None if self.control_variate is None else CostModel(ops, target, self.control_variate, self.shared)
         if model is None or target.learned is None:  # without learned values its coefficients are 0
             return ImplicitRP(target.standardization(ops)).attach(ops, target, x)
         value, control = model.attach(x)

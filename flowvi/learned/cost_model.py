@@ -33,15 +33,16 @@ class CostModel:
         ops: The operations of the backend.
         target: A Normal, whose coordinates are those of the site's event, or a MultivariateNormal.
         kind: ``"diagonal"``: B is diagonal; ``"quadratic"``: it is full; ``"cubic"``: there are W and up to four directions v too.
+        shared: Whether the elements of the site's plates have the same coefficients.
     """
 
-    def __init__(self, ops: Ops, target: Target, kind: Kind):
+    def __init__(self, ops: Ops, target: Target, kind: Kind, shared: bool):
         if target.family not in ("Normal", "MultivariateNormal"):
             target.refuse(
                 "RP's control variate needs a distribution under which the mean of a polynomial cost is known, expected Normal or "
                 f"MultivariateNormal, found {target.family}; use RP() without it."
             )
-        self.ops, self.target, self.diagonal = ops, target, kind == "diagonal"
+        self.ops, self.target, self.diagonal, self.shared = ops, target, kind == "diagonal", shared
         self.full_rank = target.family == "MultivariateNormal"
         batch_ndim = len(target.batch_shape) if self.full_rank else target.batch_ndim
         self.shape = (*target.shape[:batch_ndim], math.prod(target.shape[batch_ndim:]))
@@ -52,9 +53,10 @@ class CostModel:
         ops, target, size = self.ops, self.target, self.shape[-1]
         zeros = 2 if self.diagonal else 1 + size + self.directions
         own = (size, zeros + self.directions)
+        of_event = target.extra_shape if self.full_rank else ()
 
         def initial() -> Array:
-            batch = target.element_shape if self.full_rank else target.site_shape
+            batch = (*(() if self.shared else target.site_shape), *of_event)
             zero = ops.stop_gradient(1.0 * ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
             coefficients = ops.broadcast_to(zero, (*batch, size, zeros))
             if not self.directions:
@@ -63,7 +65,6 @@ class CostModel:
             unit = ops.broadcast_to(ops.asarray(waves, zero) * (2 / size) ** 0.5, (*batch, size, self.directions))
             return ops.concatenate([coefficients, unit], -1)
 
-        of_event = target.element_shape[len(target.element_shape) - target.extra_ndim :] if self.full_rank else ()
         return {"control_variate": Learned(initial, (*of_event, *own))}
 
     def attach(self, x: Array) -> tuple[Array, Array]:

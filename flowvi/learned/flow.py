@@ -53,7 +53,8 @@ class AdaptiveFlow(Estimator):
         start: The initial value of m: 1 is RP, 0 is LR.
         field: A pathwise field with parts to start from, instead of the one of the family in ``flowvi.families``.
         mask: ``mask(x, p)``, elementwise: a number by which the field is multiplied, 0 where the cost jumps.
-        shared: Whether the elements of the site's plates and event share what is learned, instead of each having its own.
+        shared: Whether the elements of the site's plates and event share what is learned, instead of each having its own. Those of a
+            plate share it by default where they may be other data at every step, see :class:`flowvi.RP`.
         epsilon: The share of p in the learned q, which keeps the weights below 1/epsilon; 0 for none.
         baseline: Subtracted from the costs that multiply psi, instead of the objective's leave-one-out mean; see :class:`flowvi.LR`.
 
@@ -110,14 +111,14 @@ class AdaptiveFlow(Estimator):
         }
         if self.q == "learned":
             shapes["proposal"] = (len(self._moves(target)),)
-        batch = () if self.shared else target.element_shape
+        of_event = () if self.shared else target.extra_shape
 
         def initial(name: str) -> Array:
             zero = ops.stop_gradient(1.0 * ops.tether(next(iter(parts.values())).parameter(target.p))).sum()
             value = ops.stack([zero + self.start, *[zero] * self.bumps], -1) if name == "velocity" else zero
+            batch = () if self.shared else target.element_shape
             return ops.broadcast_to(value, (*batch, *shapes[name]))
 
-        of_event = batch[max(len(batch) - target.extra_ndim, 0) :]
         return {name: Learned(partial(initial, name), (*of_event, *shape)) for name, shape in shapes.items()}
 
     def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:

@@ -34,7 +34,7 @@ def unwrap(fn: dist.Distribution) -> dist.Distribution:
 
 
 class NumPyroTarget(Target):
-    """See :class:`flowvi.target.Target`; the ``frames`` have the full sizes of their plates.
+    """See :class:`flowvi.target.Target`; the ``frames`` have the rows of their plates as their sizes.
 
     Attributes:
         rng_key: The key of the draw; None where nothing is drawn.
@@ -46,7 +46,7 @@ class NumPyroTarget(Target):
     unwrap = staticmethod(unwrap)
 
     @property
-    def plate_sizes(self):
+    def plate_rows(self):
         return {frame.dim: frame.size for frame in self.frames}
 
     def __init__(self, *args: Any, **kwargs: Any):

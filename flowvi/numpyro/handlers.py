@@ -18,6 +18,7 @@ from flowvi.flows import held_base
 from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching, propose
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.special_points import with_right_derivative
+from flowvi.shapes import rows
 from flowvi.sites import GuideSites, Visit, annotation, find_estimated, is_masked, not_random, weight_of_density
 from flowvi.target import Target
 
@@ -27,7 +28,7 @@ class attach_estimators(Messenger):
 
     def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves):
         self.sites, self.moving_leaves = sites, moving_leaves
-        self.plate_sizes: dict[str, int] = {}
+        self.sizes = Sizes()
         super().__init__(fn)
 
     def __call__(self, *args, **kwargs):
@@ -35,14 +36,15 @@ class attach_estimators(Messenger):
             return super().__call__(*args, **kwargs)
 
     def process_message(self, msg):
-        if msg["type"] == "plate":
-            self.plate_sizes[msg["name"]] = msg["args"][0]
-        elif msg["type"] == "sample":
+        if msg["type"] == "sample":
             msg["fn"] = with_right_derivative(msg["fn"])
             self.sites.visit(HOST, msg, msg["name"], self._target, self._draw)
 
+    def postprocess_message(self, msg):
+        self.sizes.read(msg)
+
     def _target(self, msg, enters: bool) -> NumPyroTarget:
-        return target_of(msg, enters, self.plate_sizes)
+        return target_of(msg, enters, self.sizes)
 
     def _draw(self, msg, visit: Visit) -> Draw | None:
         name, estimator = msg["name"], visit.estimator
@@ -82,16 +84,33 @@ class attach_estimators(Messenger):
         return Draw(msg["value"], log_weight=log_weight)
 
 
-def target_of(msg, enters: bool, plate_sizes: dict[str, int]) -> NumPyroTarget:
-    """The target of a site, given the full sizes of the plates so far."""
-    frames = [frame._replace(size=plate_sizes.get(frame.name, frame.size)) for frame in msg["cond_indep_stack"]]
+class Sizes:
+    """The full sizes of the plates of a guide so far, and of the axes of its parameters."""
+
+    def __init__(self):
+        self.plates: dict[str, int] = {}
+        self.axes: set[int] = set()
+
+    def read(self, msg) -> None:
+        if msg["type"] == "plate":
+            self.plates[msg["name"]] = msg["args"][0]
+        elif msg["type"] == "param" and hasattr(msg["value"], "shape"):  # the parameters of a network are a tree
+            self.axes.update(msg["value"].shape)
+
+    def rows(self, frame) -> int:
+        return rows(self.plates.get(frame.name, frame.size), frame.size, self.axes)
+
+
+def target_of(msg, enters: bool, sizes: Sizes) -> NumPyroTarget:
+    """The target of a site, given the sizes that the guide has shown."""
+    frames = [frame._replace(size=sizes.rows(frame)) for frame in msg["cond_indep_stack"]]
     return NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters, frames=frames)
 
 
 def declare(msg, target: NumPyroTarget, estimator: Estimator, own_density) -> tuple[NumPyroTarget, list[str]]:
     """Register what the estimator learns as parameters of the program; returns the target with their values, and their names."""
     learns = estimator.learns(ops, target)
-    with trace() as found:  # under `handlers.scope` a parameter gets another name
+    with trace() as found, target.registering(learns):  # under `handlers.scope` a parameter gets another name
         values = {
             name: numpyro.param(f"{msg['name']}.{name}", learned.initial(), event_dim=len(learned.event_shape))
             for name, learned in learns.items()
@@ -139,17 +158,18 @@ class adaptive(Messenger):
         if not hasattr(elbo, "assignment"):
             raise TypeError(f"adaptive: expected a TraceFlow_ELBO, found {type(elbo).__name__}; no other objective learns.")
         self.assignment: Assignment = elbo.assignment
-        self.plate_sizes: dict[str, int] = {}
+        self.sizes = Sizes()
         super().__init__(guide)
 
     def process_message(self, msg):
-        if msg["type"] == "plate":
-            self.plate_sizes[msg["name"]] = msg["args"][0]
         if msg["type"] != "sample" or msg.get("_control_flow_done") or not_random(HOST, msg) or is_attaching():
             return
         choice = self.assignment.choose(msg, msg["name"], find_estimated(HOST, msg["fn"]))
-        target = target_of(msg, True, self.plate_sizes)
+        target = target_of(msg, True, self.sizes)
         declare(msg, target, choice.estimator.resolve(target), own_density=0.0)
+
+    def postprocess_message(self, msg):
+        self.sizes.read(msg)
 
 
 def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:

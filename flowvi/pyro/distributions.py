@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from flowvi.estimated import ForwardsToBase, name_of_site, require_an_estimator
 from flowvi.estimators import Draw, Estimator, attach
 from flowvi.pyro.detach import detached, tensors_in
 from flowvi.pyro.generators import generator_states, uniforms
+from flowvi.shapes import rows
 from flowvi.target import OWN_STANDARDIZATION, Target
 
 BIASED_SAMPLERS = (
@@ -57,16 +59,23 @@ def unwrap(fn: Any) -> Any:
 
 
 class PyroTarget(Target):
-    """See :class:`flowvi.target.Target`."""
+    """See :class:`flowvi.target.Target`.
+
+    Attributes:
+        params: The parameters of the guide so far.
+    """
 
     plain_transformed = PLAIN_TRANSFORMED
     transformed = TRANSFORMED
     unwrap = staticmethod(unwrap)
     host_validates = staticmethod(is_validation_enabled)
 
+    params: Sequence[torch.Tensor] = ()
+
     @cached_property
-    def plate_sizes(self):
-        return {f.dim: 1 if f.name == PARTICLES else f.full_size or f.size for f in self.frames if f.vectorized}
+    def plate_rows(self):
+        axes = {size for param in self.params for size in param.shape}
+        return {f.dim: 1 if f.name == PARTICLES else rows(f.full_size or f.size, f.size, axes) for f in self.frames if f.vectorized}
 
     def detach(self, p):
         return detached(p)

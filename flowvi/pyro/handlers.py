@@ -24,6 +24,10 @@ class attach_estimators(Messenger):
     def __init__(self, sites: GuideSites):
         super().__init__()
         self.sites = sites
+        self.params: list[Any] = []
+
+    def _pyro_post_param(self, msg):
+        self.params.append(msg["value"])
 
     def _pyro_sample(self, msg):
         if site_is_subsample(msg):
@@ -95,9 +99,11 @@ class attach_estimators(Messenger):
 
     def _with_learned(self, msg, target, estimator):
         """Register what the estimator learns as parameters of the program; returns the target with their values."""
+        target.params = self.params
         if not (learns := estimator.learns(ops, target)):
             return target
-        values = learned_parameters(msg["name"], learns)
+        with target.registering(learns):
+            values = learned_parameters(msg["name"], learns)
         self.sites.learned |= {f"{msg['name']}.{name}": msg["name"] for name in learns}
         return target.with_learned(learns, values, weight_of_density(msg) if self.sites.entropy == "full" else 0.0)
 
