@@ -129,12 +129,41 @@ def test_what_cannot_happen_has_no_score(host, estimator, y):
     assert np.all(np.abs(z_scores(samples, exact_switched(y))) < 5)
 
 
+@pytest.mark.parametrize("mask", [None, True])
+def test_a_rate_of_zero_has_no_score(host, mask):
+    """E[0.3 a + sin n], with the mean of sin n in closed form."""
+
+    def guide(h, t):
+        a = h.sample("a", h.dist.Bernoulli(probs=1 / (1 + h.math.exp(-t[0]))).mask(False))
+        fn = h.dist.Poisson(a * h.math.exp(t[1]))
+        h.sample("n", (fn if mask is None else fn.mask(mask)))
+
+    def model(h, t):
+        a = h.sample("a", h.dist.Bernoulli(probs=h.array(0.5) + 0 * t[0]).mask(False))
+        n = h.sample("n", h.dist.Poisson(h.array(1.0) + 0 * t[0]).mask(False))
+        h.factor("cost", 0.3 * a + h.math.sin(n))
+
+    def exact(t):
+        q, rate = jax.nn.sigmoid(t[0]), jnp.exp(t[1])
+        n = jnp.arange(40.0)
+        log_p = n * t[1] - rate - jax.scipy.special.gammaln(n + 1)
+        return q * (0.3 + jnp.exp(log_p) @ (jnp.sin(n) - log_p))
+
+    theta = (0.3, -0.2)
+    samples = host.gradients(Program(guide, model, theta), 40_000, default=LR())
+    assert np.isfinite(samples).all()
+    assert np.all(np.abs(z_scores(samples, np.asarray(jax.grad(exact)(jnp.array(theta))))) < 5)
+
+
 @pytest.mark.parametrize(
     ("fn", "values"),
     [
         (lambda p: DIST.Bernoulli(probs=p), [0, 1]),
         (lambda p: DIST.Binomial(total_count=4, probs=p), [0, 1, 4]),
         (lambda p: DIST.Geometric(probs=p), [0, 1, 5]),
+        (lambda p: DIST.NegativeBinomial(2.5, probs=p), [0, 1, 5]),
+        (lambda p: DIST.Multinomial(3, probs=jnp.stack([p, 1 - p])), [np.array([1, 2]), np.array([3, 0])]),
+        (DIST.Poisson, [0, 1, 5]),
     ],
 )
 def test_the_safe_densities_are_those_of_numpyro(fn, values):
@@ -145,4 +174,4 @@ def test_the_safe_densities_are_those_of_numpyro(fn, values):
         for k in values:
             ours, theirs = value_and_slope(lambda p: with_right_derivative(fn(p)), p, k), value_and_slope(fn, p, k)
             np.testing.assert_allclose(ours, theirs, rtol=1e-10)
-    assert np.isfinite(jax.grad(lambda p: with_right_derivative(fn(p)).log_prob(0))(1e-300))
+    assert np.isfinite(jax.grad(lambda p: with_right_derivative(fn(p)).log_prob(0 * values[0]).sum())(1e-300))

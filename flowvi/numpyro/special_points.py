@@ -2,9 +2,9 @@
 
 * At logits of exactly 0 the derivative of a Bernoulli or Binomial is z where z - 1/2 is right: it is that from above in one term
   and that from below in another. Any other number, however small, is differentiated rightly.
-* At a probability of 0 or 1 the derivative of what did not happen is 0 times infinity.
+* At a probability of 0 or 1, or a rate of 0, the derivative of what did not happen is 0 times infinity.
 
-``tests/test_special_points.py`` fails where NumPyro has mended it.
+``tests/test_densities.py`` fails where NumPyro has mended it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,25 @@ class _Geometric(dist.GeometricProbs):
         return _times_log_of_other(value, self.probs) + jnp.log(self.probs)
 
 
+class _NegativeBinomial(dist.NegativeBinomialProbs):
+    def log_prob(self, value, intermediates=None):
+        r = self.total_count
+        ways = gammaln(value + r) - gammaln(r) - gammaln(value + 1.0)
+        return ways + _times_log(value, self.probs) + r * jnp.log1p(-self.probs)
+
+
+class _Multinomial(dist.MultinomialProbs):
+    def log_prob(self, value, intermediates=None):
+        ways = gammaln(self.total_count + 1.0) - gammaln(value + 1.0).sum(-1)
+        return ways + _times_log(value, self.probs).sum(-1)
+
+
+class _Poisson(dist.Poisson):
+    def log_prob(self, value, intermediates=None):
+        rate = jnp.asarray(self.rate, float)
+        return _times_log(value, rate) - gammaln(value + 1.0) - rate
+
+
 def _times_log(count, p):
     """``count * log(p)``; 0 with the derivative 0 where it never happened."""
     happened = count > 0
@@ -48,7 +67,14 @@ def _times_log_of_other(count, p):
     return jnp.where(happened, count * jnp.log1p(-jnp.where(happened, p, 0.0)), 0.0)
 
 
-SAFE = {dist.BernoulliProbs: _Bernoulli, dist.BinomialProbs: _Binomial, dist.GeometricProbs: _Geometric}
+SAFE = {
+    dist.BernoulliProbs: _Bernoulli,
+    dist.BinomialProbs: _Binomial,
+    dist.GeometricProbs: _Geometric,
+    dist.NegativeBinomialProbs: _NegativeBinomial,
+    dist.MultinomialProbs: _Multinomial,
+    dist.Poisson: _Poisson,
+}
 for _family, _safe in SAFE.items():
     _safe.__name__ = _family.__name__  # by which its entry in flowvi.families is found
 

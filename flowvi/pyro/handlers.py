@@ -15,6 +15,7 @@ from flowvi.pyro.baselines import require_baseline_options
 from flowvi.pyro.distributions import PyroTarget, draw, is_partly_reparameterized
 from flowvi.pyro.host import HOST
 from flowvi.pyro.module import learned_parameters
+from flowvi.pyro.special_points import SAFE, with_right_derivative
 from flowvi.sites import GuideSites, Visit, annotation, is_masked, weight_of_density
 
 
@@ -69,10 +70,15 @@ class attach_estimators(Messenger):
                     f"{estimator} has no score from whose costs infer['baseline'] could be subtracted; remove it, or use LR()."
                 )
         if msg["value"] is not None:
+            if type(target.p) in SAFE:
+                msg["fn"] = with_right_derivative(msg["fn"])
             if (base := self.sites.bases.get(msg["name"])) is not None:
                 self.sites.log_probs[msg["name"]] = msg["fn"].log_prob(target.push(held_base(ops, target, base)))
             return None
         if not estimator.uses_sampler:
+            if type(target.p) in SAFE:
+                msg["fn"] = with_right_derivative(msg["fn"])
+                target = self._target(msg, estimator.enters)
             drawn = self._attach(msg, target, estimator)
             return drawn._replace(instead=None) if "baseline" in msg["infer"] else drawn  # the baseline is that of a score
         if is_partly_reparameterized(target.p):  # a path and a score
