@@ -151,7 +151,17 @@ def _require_upstream_inputs(estimator: Estimator, name: str) -> Estimator:
 
 
 class SiteDescription(NamedTuple):
-    """One random site: its estimator, where that was given, the parameters of its distribution, its plates."""
+    """One random site.
+
+    Attributes:
+        name: Its name.
+        estimator: Its estimator.
+        source: Where that was given.
+        distribution: Its family.
+        parameters: The parameters of its distribution.
+        plates: Its plates.
+        closed_form: Whether its divergence has a closed form; None where the objective asks for none.
+    """
 
     name: str
     estimator: Estimator
@@ -159,6 +169,7 @@ class SiteDescription(NamedTuple):
     distribution: str
     parameters: tuple[str, ...]
     plates: tuple[str, ...]
+    closed_form: bool | None = None
 
 
 class Description(tuple[SiteDescription, ...]):
@@ -180,6 +191,9 @@ class Description(tuple[SiteDescription, ...]):
         rows += [(d.name, d.estimator.label, d.source, d.distribution, ", ".join(d.parameters), ", ".join(d.plates)) for d in self]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if any(d.closed_form is not None for d in self):
+            closed, sampled = (", ".join(d.name for d in self if d.closed_form is is_closed) for is_closed in (True, False))
+            lines.append(f"divergence in closed form: {closed or 'none'}; sampled: {sampled or 'none'}")
         if self.evaluations > 1:
             lines.append(f"{self.evaluations} evaluations of the program per particle")
         return "\n".join(lines)
@@ -190,6 +204,8 @@ class Describes:
 
     def describe(self, model, guide, *args, **kwargs) -> Description:
         """Each random site: its estimator, where that was given, its distribution's parameters, its plates; and the evaluations.
+
+        Under ``entropy="analytic"`` also at which sites the divergence has a closed form, and at which it is sampled.
 
         Runs guide and model once, in NumPyro at their initial parameters; in Pyro the state of torch's generators is put back.
 

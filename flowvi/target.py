@@ -369,7 +369,21 @@ class Target(Shapes, ABC):
         self, ops: Ops, outputs: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...], second_moment: SecondMoment
     ) -> tuple[Array, ...]:
         """``outputs``, from which an objective learns; see :meth:`flowvi.ops.Ops.learn`."""
-        return outputs if self.learned is None else ops.learn(outputs, learned, fixed, second_moment)
+        if self.learned is None:
+            return outputs
+        try:
+            return ops.learn(outputs, learned, fixed, second_moment)
+        except TypeError as error:
+            self.refuse_forward_mode(error)
+
+    def refuse_forward_mode(self, error: TypeError) -> NoReturn:
+        """Name the site where a backend cannot differentiate forward what is learned going backward; raise any other error again."""
+        if "forward-mode" not in str(error):
+            raise error
+        self.refuse(
+            "what the estimator learns comes from the backward pass, expected reverse-mode differentiation, found forward-mode; remove "
+            "forward_mode_differentiation=True, or use an estimator that does not learn."
+        )
 
     # ---- messages
 

@@ -1,5 +1,6 @@
 """AdaptiveFlow: exactly RP, LR and every blend where its coefficients say so; unbiased for all of them; trained by E[g^2]."""
 
+import copy
 import math
 
 import jax
@@ -439,7 +440,33 @@ def test_learned_in_numpyro():
         return jax.vmap(jax.grad(loss, 1), (0, None))(jax.random.split(jax.random.key(1), 1000), params["x_auto_loc"]).var(0)
 
     assert np.all(variance(AdaptiveFlow(q="learned"), params) < 0.3 * variance(RP(), params))
-    with pytest.raises(Exception, match="forward-mode"):
+
+
+def test_what_an_autoguide_offers_is_passed_on():
+    def model():
+        with numpyro.plate("i", 3):
+            numpyro.sample("x", numpyro_dist.Normal(0.0, 2.0))
+
+    guide = AutoNormal(model)
+    elbo = flowvi.numpyro.TraceFlow_ELBO(estimators={"x": AdaptiveFlow(bumps=0)})
+    wrapped = flowvi.numpyro.adaptive(guide, elbo)
+    params = SVI(model, wrapped, numpyro.optim.Adam(0.02), elbo).run(jax.random.key(0), 2, progress_bar=False).params
+    np.testing.assert_array_equal(wrapped.median(params)["x"], guide.median(params)["x"])
+    np.testing.assert_array_equal(wrapped.quantiles(params, [0.2])["x"], guide.quantiles(params, [0.2])["x"])
+    assert wrapped.sample_posterior(jax.random.key(0), params, sample_shape=(5,))["x"].shape == (5, 3)
+    assert copy.deepcopy(wrapped).median(params)["x"].shape == (3,)
+    with pytest.raises(AttributeError, match="neither"):
+        wrapped.neither  # noqa: B018
+
+
+@pytest.mark.parametrize("estimator", [AdaptiveFlow(), RP(control_variate="diagonal")], ids=repr)
+def test_forward_mode_is_refused(estimator):
+    def model():
+        numpyro.sample("x", numpyro_dist.Normal(numpyro.param("loc", 0.3), 1.0))
+
+    elbo = flowvi.numpyro.TraceFlow_ELBO(estimators={"x": estimator})
+    svi = SVI(model, flowvi.numpyro.adaptive(model, elbo), numpyro.optim.Adam(0.02), elbo)
+    with pytest.raises(ValueError, match="site 'x': what the estimator learns comes from the backward pass, .* found forward-mode"):
         svi.run(jax.random.key(0), 1, progress_bar=False, forward_mode_differentiation=True)
 
 

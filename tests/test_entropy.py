@@ -95,6 +95,23 @@ def test_densities_that_count_differently_are_sampled(host):
     assert not at_truth(samples, exact_hierarchy())
 
 
+def test_describe_says_where(host):
+    """x has a closed form, y a family without one in its model."""
+
+    def guide():
+        host.sample("x", host.dist.Normal(host.array(0.1), 1.0))
+        host.sample("y", host.dist.Normal(host.array(0.1), 1.0))
+
+    def model():
+        host.sample("x", host.dist.Normal(host.array(0.0), 1.0))
+        host.sample("y", host.dist.StudentT(host.array(3.0), 0.0, 1.0))
+
+    described = host.flow.TraceFlow_ELBO(entropy="analytic").describe(model, guide)
+    assert [site.closed_form for site in described] == [True, False]
+    assert str(described).endswith("divergence in closed form: x; sampled: y")
+    assert "closed form" not in str(host.flow.TraceFlow_ELBO().describe(model, guide))
+
+
 def test_another_order_is_refused(host):
     with pytest.raises(ValueError, match=r"site 'a': entropy='analytic' needs the latent sites in one order .* \['b', 'a'\]"):
         host.gradients(hierarchy(reordered=True), 1, entropy="analytic")

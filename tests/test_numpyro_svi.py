@@ -190,8 +190,35 @@ def test_numpyro_mutable_state(where):
     assert_same(theirs, list(states(ours(), None)))
     annotated = list(states(ours(), {"estimator": LR()}))
     assert_same([state for state, _ in theirs], [state for state, _ in annotated])
-    with pytest.warns(UserWarning, match=r"mutable state is currently ignored when num_particles > 1\."):
-        next(states(ours(2), None))
+    for several in (ours(2), flowvi.numpyro.TraceFlow_RenyiELBO(0.0, 2, gradient="dreg")):
+        assert_same([state for state, _ in theirs], [state for state, _ in states(several, None)])
+
+
+@pytest.mark.parametrize("elbo", [flowvi.numpyro.TraceFlow_ELBO(3), flowvi.numpyro.TraceFlow_RenyiELBO(0.0, 3)])
+def test_numpyro_the_state_is_that_of_the_first_particle(elbo):
+    """A running mean of the data and of a draw, in `svi.run`."""
+    draws = []
+
+    def guide():
+        x = numpyro.sample("x", NUMPYRO.dist.Normal(m(NUMPYRO), 1.0))
+        mean = numpyro.primitives.mutable("mean", {"value": jnp.array(0.0)})
+        mean["value"] = 0.9 * mean["value"] + 0.1 * x
+
+    def model():
+        numpyro.sample("x", normal(NUMPYRO, 0.0))
+
+    def watched(fn, keys):
+        result = jax.vmap(fn)(keys)
+        draws.append(result[-1]["mean"]["value"])
+        return result
+
+    run = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(0.1), elbo)
+    assert np.isfinite(run.run(jax.random.key(0), 3, progress_bar=False).losses).all()
+    elbo.vectorize_particles_fn = watched
+    result = elbo.loss_with_mutable_state(jax.random.key(0), {"mean": {"value": jnp.array(2.0)}}, model, guide)
+    (of_all,) = draws
+    assert len(set(of_all.tolist())) == 3
+    assert result["mutable_state"]["mean"]["value"] == of_all[0]
 
 
 def test_numpyro_discrete_sites_are_no_news():

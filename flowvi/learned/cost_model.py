@@ -77,7 +77,10 @@ class CostModel:
         inputs = self._flat(target.p.loc, x), factor, self._in_shape(coefficients, (*batch, *coefficients.shape[-2:]))
         value = _reshaped(x, self.shape)
         fixed = (value,) if self._own_weight is not None else (value, self._flat(target.own_density_at(ops, x), x))
-        value, control = ops.with_pullback((value, 0 * value[..., 0]), inputs, fixed, self._pullback)
+        try:
+            value, control = ops.with_pullback((value, 0 * value[..., 0]), inputs, fixed, self._pullback)
+        except TypeError as error:
+            target.refuse_forward_mode(error)
         return _reshaped(value, x.shape), target.to_batch(control) if self.full_rank else control
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from flowvi.assignment import Assignment, Describes, Estimators, SiteDescription
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST
-from flowvi.numpyro.run import NumPyroProgram, require_known, run_program
+from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program
 from flowvi.objectives import LeaveOneOut, Particle, described, elbo_of, estimate, particle_baseline, require_options
 from flowvi.run import Run
 from flowvi.sites import Entropy
@@ -33,7 +32,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
     sites are pathwise by the host's own sampler.
 
     Args:
-        num_particles: The number of samples of the guide.
+        num_particles: The number of samples of the guide. Mutable state, such as that of a BatchNorm, becomes that of the first one.
         vectorize_particles: True for ``jax.vmap``, False for ``jax.lax.map``, or a function ``(fn, keys) -> stacked``.
         multi_sample_guide: Whether the guide's values have a leading dim of samples over which the model is mapped.
         sum_sites: Whether to sum over statements or to return a dict by statement (for ``evaluate``).
@@ -105,16 +104,13 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         else:
             keys = random.split(rng_key, self.num_particles)
             particles, mutable_state = self.vectorize_particles_fn(particle, keys)
+            mutable_state = of_first_particle(mutable_state)
         elbo = estimate(ops, particles, self.num_particles, self.baseline)
         return {"loss": jax.tree.map(jnp.negative, elbo), "mutable_state": mutable_state}
 
     def _particle(self, program: NumPyroProgram) -> tuple[Particle, Any]:
         run = self._run(program)
-        particle = elbo_of(HOST, run, self.dependencies, by_statement=not self.sum_sites)
-        if not run.mutable_state or self.num_particles == 1:
-            return particle, run.mutable_state or None
-        warnings.warn("mutable state is currently ignored when num_particles > 1.", stacklevel=2)
-        return particle, None
+        return elbo_of(HOST, run, self.dependencies, by_statement=not self.sum_sites), run.mutable_state or None
 
     def _describe(self, model, guide, args, kwargs) -> tuple[dict[str, SiteDescription], int]:
         program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide)

@@ -128,7 +128,7 @@ class adaptive(Messenger):
     ``forward_mode_differentiation``.
 
     Args:
-        guide: The guide: a function or an autoguide. It is not changed; an autoguide's methods, such as ``median``, are called on it.
+        guide: The guide: a function or an autoguide. It is not changed; an autoguide's methods, such as ``median``, are passed on.
         elbo: The :class:`TraceFlow_ELBO` that ``SVI`` gets.
 
     Raises:
@@ -160,6 +160,12 @@ class adaptive(Messenger):
         self.assignment: Assignment = elbo.assignment
         self.sizes = Sizes()
         super().__init__(guide)
+
+    def __getattr__(self, name):
+        """What is not of this handler is that of the guide, such as ``median``, ``quantiles`` and ``sample_posterior``."""
+        if name.startswith("__") or "fn" not in vars(self):  # copying and pickling look for what is not there
+            raise AttributeError(name)
+        return getattr(self.fn, name)
 
     def process_message(self, msg):
         if msg["type"] != "sample" or msg.get("_control_flow_done") or not_random(HOST, msg) or is_attaching():

@@ -12,7 +12,7 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Describes, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST
-from flowvi.numpyro.run import NumPyroProgram, run_program
+from flowvi.numpyro.run import NumPyroProgram, of_first_particle, run_program
 from flowvi.objectives import Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
 
 
@@ -28,7 +28,7 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
 
     Args:
         alpha: The order; 0 is the importance-weighted bound. 1 would be the ELBO, and is refused.
-        num_particles: The number K of samples of the guide.
+        num_particles: The number K of samples of the guide. Mutable state becomes that of the first one.
         estimators: A mapping from names of random sites (or of the model sites they stand for) to estimators, or a function
             of the site's message that returns an estimator or None. It is stronger than every annotation.
         default: The estimator of a site for which none is given.
@@ -81,15 +81,20 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         self._assignment = Assignment(estimators, default)
 
     def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
+        return self.loss_with_mutable_state(rng_key, param_map, model, guide, *args, **kwargs)["loss"]
+
+    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         plate_key, rng_key = random.split(rng_key)  # one subsample for all particles
         model, guide = (seed(f, plate_key, hide_types=["sample", "prng_key", "control_flow"]) for f in (model, guide))
 
         def particle(key):
             program = NumPyroProgram(key, param_map, model, guide, args, kwargs)
-            return bound_of(HOST, run_program(program, self._assignment), self.gradient)
+            run = run_program(program, self._assignment)
+            return *bound_of(HOST, run, self.gradient), run.mutable_state or None
 
-        particles, scale = self.vectorize_particles_fn(particle, random.split(rng_key, self.num_particles))
-        return -renyi_bound(ops, particles, self.alpha, self.baseline).sum() * scale[0]
+        particles, scale, mutable_state = self.vectorize_particles_fn(particle, random.split(rng_key, self.num_particles))
+        loss = -renyi_bound(ops, particles, self.alpha, self.baseline).sum() * scale[0]
+        return {"loss": loss, "mutable_state": of_first_particle(mutable_state)}
 
     def _describe(self, model, guide, args, kwargs):
         return run_program(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs), self._assignment).sites.random, 1

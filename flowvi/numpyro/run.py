@@ -191,6 +191,11 @@ def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entrop
     return run(program, GuideSites(assignment, entropy))
 
 
+def of_first_particle(mutable_state: Any) -> Any:
+    """The mutable state of the first particle, where that of all particles is stacked."""
+    return jax.tree.map(lambda a: a[0], mutable_state)
+
+
 def _require_names(sites: GuideSites, guide_trace: Mapping[str, Any]) -> None:
     """Refuse a handler around the objective that renames sites, after their estimators have acted."""
     if renamed := [name for name in sites.random if name not in guide_trace]:

@@ -123,6 +123,8 @@ def described(run: Run, dependencies: Dependencies) -> tuple[dict[str, SiteDescr
     It runs them once, and once more for each value of a site that needs a run of its own.
     """
     sites = run.sites.random
+    if run.sites.entropy == "analytic":
+        sites = {name: site._replace(closed_form=name in run.closed_forms) for name, site in sites.items()}
     if not any(draw.comparison is not None or draw.instead is not None for draw in run.draws.values()):
         return sites, 1
     tape = choose(record(run, dependencies), run)
