@@ -32,6 +32,7 @@ class Statement(NamedTuple):
         enumerated: Whether the program marks it as a site that the host is to sum out.
         total: The sum of its log density, where the host has computed it.
         intermediates: What the host has kept of its sampler's forward pass.
+        steps: The iterations of sequential plates in which it is, each as the plate's name and the number of the iteration.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Statement(NamedTuple):
     enumerated: bool = False
     total: Array | None = None
     intermediates: Any = None
+    steps: frozenset[tuple[str, int]] = frozenset()
 
     def with_log_density(self, log_density: Array | None) -> Statement:
         """The same statement with another log density."""

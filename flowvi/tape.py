@@ -24,6 +24,7 @@ class Term(NamedTuple):
         sign: 1 for a statement of the model, -1 for one of the guide.
         log_density: Any batch shape; a batch dim outside every plate is summed before costs are combined.
         ancestors: The random sites with a score or a weight on which the cost depends.
+        steps: The iterations of sequential plates in which it is.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Term(NamedTuple):
     sign: Literal[1, -1]
     log_density: Array
     ancestors: frozenset[Ancestor]
+    steps: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def cost(self) -> Array:
@@ -84,7 +86,7 @@ def costs(run: Run, of_model: Ancestors | None = None, of_guide: Ancestors | Non
 def _terms(sign: Literal[1, -1], statements: dict[str, Statement], ancestors: Ancestors | None) -> list[Term]:
     of = ancestors or {}
     return [
-        Term(s.name, s.frames, sign, s.log_density, of.get(s.name, frozenset()))
+        Term(s.name, s.frames, sign, s.log_density, of.get(s.name, frozenset()), s.steps)
         for s in statements.values()
         if s.log_density is not None
     ]

@@ -231,6 +231,73 @@ def test_subsampling_in_pyro():
     np.testing.assert_allclose(sorted(halves), sorted(-4 * pyro_dist.Normal(0.5, 0.5).log_prob(data).numpy()), rtol=1e-9)
 
 
+DATA_OF_THREE = torch.tensor([1.3, -0.4, 0.8])
+
+
+def three_latents(kind, form, only=None):
+    """A latent for each of three data, in a plate that is a dim or a loop, or one of the data alone."""
+
+    def over_data(statements, subsample):
+        if form == "alone":
+            statements(f"_{only}", only)
+            return
+        plate = pyro.plate("data", 3, subsample_size=subsample)
+        if form == "dim":
+            with plate as i:
+                statements("", i)
+        else:
+            for i in plate:
+                statements(f"_{int(i)}", i)
+
+    def latent(name, loc, i):
+        fn = pyro_dist.Normal(loc[i], 0.9) if kind == "Normal" else pyro_dist.Bernoulli(logits=loc[i])
+        return pyro.sample(f"x{name}", fn)
+
+    def guide(subsample=None):
+        loc = pyro.param("loc", torch.tensor([0.2, 0.5, -0.1]))
+        over_data(lambda name, i: latent(name, loc, i), subsample)
+
+    def model(subsample=None):
+        def statements(name, i):
+            x = latent(name, torch.zeros(3), i)
+            pyro.sample(f"y{name}", pyro_dist.Normal(x, 0.5), obs=DATA_OF_THREE.double()[i])
+
+        over_data(statements, subsample)
+
+    return model, guide
+
+
+@pytest.mark.parametrize("subsample", [None, 2])
+@pytest.mark.parametrize(("kind", "gradient"), [("Normal", "plain"), ("Normal", "dreg"), ("Bernoulli", "plain")])
+def test_sequential_plates_stay_outside_the_log(kind, gradient, subsample):
+    """The bound of each datum, in a plate that is a loop as in one that is a dim: the same numbers at the same draws."""
+
+    def evaluate(form):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        loss = flowvi.pyro.TraceFlow_RenyiELBO(0.3, 3, gradient=gradient).loss_and_grads(*three_latents(kind, form), subsample)
+        return loss, pyro.param("loc").grad.numpy()
+
+    for ours, theirs in zip(evaluate("loop"), evaluate("dim"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["Normal", "Bernoulli"])
+def test_sequential_plates_with_vectorized_particles(kind):
+    """The sum of the bounds of the data, each alone."""
+
+    def evaluate(*programs):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        bound = flowvi.pyro.TraceFlow_RenyiELBO(0.0, 4, 0, vectorize_particles=True)
+        loss = sum(bound.loss_and_grads(*program) for program in programs)
+        return loss, pyro.param("loc").grad.numpy()
+
+    together = evaluate(three_latents(kind, "loop"))
+    for ours, theirs in zip(together, evaluate(*(three_latents(kind, "alone", i) for i in range(3))), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
 # ---- refusals
 
 REFUSED = {

@@ -4,8 +4,9 @@ With r_k the log ratio of the model's and the guide's densities at particle k, t
 
     L = 1/(1 - alpha) log (1/K) sum_k exp((1 - alpha) r_k),
 
-once for each element of the plates that every statement shares. Its derivative is that of L through every r_k, and for sites with a
-score sum_k score_k (L - L_{-k}), where L_{-k} is L with the mean of the other log ratios in place of r_k.
+once for each element of the plates that every statement shares, or iteration where they are sequential. Its derivative is that of L
+through every r_k, and for sites with a score sum_k score_k (L - L_{-k}), where L_{-k} is L with the mean of the other log ratios in
+place of r_k.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from typing import NamedTuple, NoReturn
 
 from flowvi.dependence import Frame
 from flowvi.entropy import held_values, stick_the_landing
-from flowvi.estimators import Draw
 from flowvi.host import Host
 from flowvi.objectives.options import Gradient, LeaveOneOut
 from flowvi.objectives.plates import sum_to
 from flowvi.ops import Array, Ops, times, total
-from flowvi.run import Run
+from flowvi.run import Run, Statement
 from flowvi.tape import Term, costs
 
 REASON = "its estimators or its gradient"  # why there is no second derivative
@@ -41,20 +41,20 @@ class BoundParticle(NamedTuple):
     at_fixed_draws: Array | None
 
 
-def shared_plates(terms: Iterable[Term], subsampled: Mapping[str, float]) -> tuple[frozenset[Frame], float]:
-    """The plates that every statement shares, and the factor by which their subsampling scales every log density.
+def shared_plates(terms: Iterable[Term], subsampled: Mapping[str, float]) -> tuple[frozenset[Frame], frozenset[str], float]:
+    """The plates that every statement shares, the sequential ones by name, and the factor by which their subsampling scales costs.
 
     Raises:
         ValueError: Where a plate that some statement is outside of is subsampled.
     """
-    stacks = [term.frames for term in terms]
-    shared = frozenset.intersection(*stacks) if stacks else frozenset()
-    if inner := sorted(set(subsampled) - {frame.name for frame in shared}):
+    stacks = [(term.frames, frozenset(name for name, _ in term.steps)) for term in terms]
+    shared, sequential = (frozenset.intersection(*of) for of in zip(*stacks, strict=True)) if stacks else (frozenset(), frozenset())
+    if inner := sorted(set(subsampled) - {frame.name for frame in shared} - sequential):
         raise ValueError(
             f"plate '{inner[0]}': an importance-weighted bound can only subsample a plate that every sample statement is inside of, "
             "of the model and of the guide; sum over the whole plate, or use TraceFlow_ELBO."
         )
-    return shared, math.prod(subsampled.values())
+    return shared, sequential, math.prod(subsampled.values())
 
 
 def bound_of(host: Host, run: Run, gradient: Gradient) -> tuple[BoundParticle, float]:
@@ -74,28 +74,25 @@ def bound_of(host: Host, run: Run, gradient: Gradient) -> tuple[BoundParticle, f
         run = stick_the_landing(host, run, values, "gradient='dreg'")
         again = run.again(values)
         at_fixed_draws = [term for term in costs(again) if term.sign > 0 or term.name not in run.sites.random]
-    particle, scale = _bound_particle(host.ops, costs(run), run.draws, at_fixed_draws, run.subsampled)
+    particle, scale = _bound_particle(host.ops, run, costs(run), at_fixed_draws)
     if run.is_pathwise and gradient == "plain":
         return particle, scale
     return BoundParticle(*(None if a is None else host.ops.first_order(a, REASON) for a in particle)), scale
 
 
-def _bound_particle(
-    ops: Ops, terms: list[Term], draws: Mapping[str, Draw], at_fixed_draws: list[Term] | None, subsampled: Mapping[str, float]
-) -> tuple[BoundParticle, float]:
+def _bound_particle(ops: Ops, run: Run, terms: list[Term], at_fixed_draws: list[Term] | None) -> tuple[BoundParticle, float]:
     """Reduce one run; also the factor of subsampling, by which the bound is to be multiplied.
 
     Args:
         ops: The operations of the backend.
-        terms: The costs.
-        draws: The draws of the sites with a score or a weight.
+        run: The run.
+        terms: Its costs.
         at_fixed_draws: The costs at detached draws, for ``"dreg"``.
-        subsampled: The plates that are subsampled, each with its size over that of the subsample.
 
     Raises:
         ValueError: Naming the site: a proposal, a control variate, a baseline, or a score under ``"dreg"``.
     """
-    for name, draw in draws.items():
+    for name, draw in run.draws.items():
         if draw.log_weight is not None:
             _refuse(name, "a proposal q would weigh the bound by the joint weight of all particles; use q = p.")
         if draw.control is not None:
@@ -106,16 +103,26 @@ def _bound_particle(
             _refuse(name, "the bound has its own baseline, the leave-one-out bound; remove the baseline of the estimator.")
         if at_fixed_draws is not None and draw.score is not None:
             _refuse(name, "gradient='dreg' needs sites without a score; use RP() or ImplicitRP(), or gradient='plain'.")
-    shared, scale = shared_plates(terms, subsampled)
-
-    def shared_sum(arrays: Iterable[Array]) -> Array | None:
-        summed = [sum_to(a, shared) for a in arrays]
-        return ops.broadcast_to(total(summed), shape) if summed else None
-
+    shared, sequential, scale = shared_plates(terms, run.subsampled)
     shape = ops.broadcast_shapes(*(sum_to(term.log_density, shared).shape for term in terms))
-    log_ratio = times(shared_sum(term.cost for term in terms), 1 / scale)
-    score = shared_sum(draw.score for draw in draws.values() if draw.score is not None)
-    direct = None if at_fixed_draws is None else shared_sum(term.cost for term in at_fixed_draws)
+    zero = 0 * ops.stop_gradient(sum_to(terms[0].log_density, shared))
+
+    def step_of(statement: Term | Statement) -> frozenset[tuple[str, int]]:
+        return frozenset((name, index) for name, index in statement.steps if name in sequential)
+
+    steps = dict.fromkeys(map(step_of, terms))
+
+    def shared_sum(arrays: list[tuple[frozenset[tuple[str, int]], Array]]) -> Array | None:
+        """The sum over all but the shared plates; the iterations of sequential ones are a new axis on the right."""
+        if not arrays:
+            return None
+        summed = [[sum_to(a, shared) for of, a in arrays if of == step] or [zero] for step in steps]
+        sums = [ops.broadcast_to(total(of_step), shape) for of_step in summed]
+        return ops.stack(sums, -1) if sequential else sums[0]
+
+    log_ratio = times(shared_sum([(step_of(term), term.cost) for term in terms]), 1 / scale)
+    score = shared_sum([(step_of(run.guide[name]), draw.score) for name, draw in run.draws.items() if draw.score is not None])
+    direct = None if at_fixed_draws is None else shared_sum([(step_of(term), term.cost) for term in at_fixed_draws])
     return BoundParticle(log_ratio, score, None if direct is None else times(direct, 1 / scale)), scale
 
 

@@ -210,7 +210,7 @@ def _statements(sites: dict[str, Any], subsampled: dict[str, float] | None = Non
     """
     found = {}
     for name, site in sites.items():
-        frames, ratios = _plates(tuple(map(tuple, site["cond_indep_stack"])))
+        frames, ratios, steps = _plates(tuple(map(tuple, site["cond_indep_stack"])))
         if ratios and subsampled is not None:
             subsampled.update(ratios)
         found[name] = Statement(
@@ -224,15 +224,17 @@ def _statements(sites: dict[str, Any], subsampled: dict[str, float] | None = Non
             site["mask"],
             enumerated=bool(site["infer"].get("enumerate")),
             total=None if subsampled is None else site.get("log_prob_sum"),
+            steps=steps,
         )
     return found
 
 
 @lru_cache(maxsize=1024)  # the same at every step of most programs
-def _plates(stack: tuple[tuple, ...]) -> tuple[frozenset[Frame], dict[str, float]]:
-    """The plates of a statement that are dims, and the size of each that is subsampled over that of its subsample."""
+def _plates(stack: tuple[tuple, ...]) -> tuple[frozenset[Frame], dict[str, float], frozenset[tuple[str, int]]]:
+    """The plates of a statement that are dims, the size of each that is subsampled over that of its subsample, and the iterations."""
     frames = frozenset(Frame(name, dim, size) for name, dim, size, *_ in stack if dim is not None)
-    return frames, {name: full / size for name, _, size, _, full in stack if full is not None and full > size}
+    ratios = {name: full / size for name, _, size, _, full in stack if full is not None and full > size}
+    return frames, ratios, frozenset((name, counter) for name, dim, _, counter, _ in stack if dim is None)
 
 
 def _graph(model, guide) -> Graph:
