@@ -319,3 +319,84 @@ def test_what_is_wrong_is_known(host, mend, dtype):
 def test_the_audit_sees_a_wrong_derivative(monkeypatch):
     monkeypatch.setattr(pyro_dist.Normal, "log_prob", lambda fn, x: -0.5 * (x - fn.loc) ** 2 / fn.scale.detach() ** 2 - fn.scale.log())
     assert ("Normal", "scale") in wrong("pyro")
+
+
+# ---- vectors: their derivatives in closed form
+
+
+def softmax(logits):
+    weights = np.exp(logits - np.max(logits))
+    return weights / weights.sum()
+
+
+def of_categorical(x, logits):
+    return {"logits": np.eye(len(logits))[x] - softmax(logits)}
+
+
+def of_dirichlet(x, concentration):
+    total = mpmath.digamma(concentration.sum())
+    return {
+        "concentration": np.array([float(total - mpmath.digamma(a) + mpmath.log(v)) for a, v in zip(concentration, x, strict=True)]),
+        "x": (concentration - 1) / x,
+    }
+
+
+def of_multivariate_normal(x, loc, scale_tril):
+    z = np.linalg.solve(scale_tril, x - loc)
+    score = np.linalg.solve(scale_tril.T, z)
+    return {
+        "loc": score,
+        "scale_tril": np.tril(np.outer(score, z) - np.linalg.inv(scale_tril).T),
+        "x": -score,
+    }
+
+
+VECTORS = [
+    *(
+        ("Categorical", of_categorical, x, {"logits": np.array(logits)})
+        for x in (0, 2)
+        for logits in ([0.0, 0, 0], [0, -40.0, 40], [1e-9, 0, 1])
+    ),
+    *(
+        ("Dirichlet", of_dirichlet, np.array(x), {"concentration": np.array(concentration)})
+        for x in ([1 / 3, 1 / 3, 1 / 3], [1e-8, 0.5, 0.5 - 1e-8])
+        for concentration in ([1.0, 1, 1], [1.0, 2, 0.5], [1e-3, 30, 1])
+    ),
+    *(
+        ("MultivariateNormal", of_multivariate_normal, np.array(x), {"loc": np.zeros(2), "scale_tril": np.array(factor)})
+        for x in ([0.0, 0], [1.0, -30])
+        for factor in ([[1.0, 0], [0, 1]], [[1e-3, 0], [5.0, 20]])
+    ),
+]
+
+
+@pytest.mark.parametrize("family", dict.fromkeys(name for name, *_ in VECTORS))
+def test_vectors(host, family):
+    """Equal logits, ties, flat concentrations, unit matrices, large and tiny values: all right in both hosts."""
+    for name, closed_form, x, parameters in VECTORS:
+        if name == family:
+            right = closed_form(x, **parameters)
+            at = {**parameters, **({"x": x} if "x" in right else {})}
+
+            def log_prob(values, name=name, x=x):
+                value = values.get("x", host.integers(x))
+                fn = getattr(host.dist, name)(**{k: v for k, v in values.items() if k != "x"}, validate_args=False)
+                return fn.log_prob(value)
+
+            found = host.value_and_gradient(log_prob, at)[1]
+            for variable, exact_derivative in right.items():
+                of_host = np.tril(found[variable]) if variable == "scale_tril" else found[variable]
+                np.testing.assert_allclose(of_host, exact_derivative, rtol=1e-9, atol=1e-9, err_msg=f"{name} {variable}")
+
+
+@pytest.mark.parametrize(("x", "probs"), [(0, [1 / 3, 1 / 3, 1 / 3]), (1, [0.0, 0.7, 0.3]), (0, [1.0, 0.0, 0.0])])
+def test_probabilities_of_a_categorical(host, x, probs):
+    """Along the simplex, on which the hosts agree; where an alternative is impossible too, but for torch at a probability of 1."""
+    right = np.eye(3)[x] / probs[x]
+    found = host.value_and_gradient(
+        lambda v: host.dist.Categorical(probs=v["probs"], validate_args=False).log_prob(host.integers(x)), {"probs": np.array(probs)}
+    )[1]["probs"]
+    if host.name == "pyro" and probs[x] == 1:
+        assert np.all(found == 0)  # torch clamps it
+    else:
+        np.testing.assert_allclose(found - found.mean(), right - right.mean(), rtol=1e-9)
