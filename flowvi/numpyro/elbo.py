@@ -16,6 +16,7 @@ from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program
+from flowvi.numpyro.threefry import split
 from flowvi.objectives import LeaveOneOut, Particle, described, elbo_of, estimate, particle_baseline, require_options
 from flowvi.run import Run
 from flowvi.sites import Entropy
@@ -102,7 +103,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         if self.num_particles == 1:
             particles, mutable_state = particle(rng_key)
         else:
-            keys = random.split(rng_key, self.num_particles)
+            keys = split(rng_key, self.num_particles)
             particles, mutable_state = self.vectorize_particles_fn(particle, keys)
             mutable_state = of_first_particle(mutable_state)
         elbo = estimate(ops, particles, self.num_particles, self.baseline)
