@@ -19,8 +19,10 @@ from flowvi.estimators import LR, Draw, Estimator, attach
 from flowvi.flows import held_base
 from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching, propose
 from flowvi.numpyro.host import HOST
+from flowvi.numpyro.particles import Together
 from flowvi.numpyro.special_points import with_right_derivative
 from flowvi.numpyro.threefry import is_unrolled, takes, typed_like, unrolled
+from flowvi.particles import at_uniforms, can_be_joint
 from flowvi.shapes import rows
 from flowvi.sites import GuideSites, Visit, annotation, find_estimated, is_masked, not_random, weight_of_density
 from flowvi.target import Target
@@ -29,8 +31,8 @@ from flowvi.target import Target
 class attach_estimators(Messenger):
     """Let the estimator of every random site of the guide act where the guide draws."""
 
-    def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves):
-        self.sites, self.moving_leaves = sites, moving_leaves
+    def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves, together: Together | None = None):
+        self.sites, self.moving_leaves, self.together = sites, moving_leaves, together
         self.sizes = Sizes()
         super().__init__(fn)
 
@@ -59,7 +61,12 @@ class attach_estimators(Messenger):
                 msg["intermediates"] = target.intermediates(target.push(held_base(ops, target, base)))
             return None
         if estimator.uses_sampler:
-            if visit.wrapped is not None:
+            if self.together is not None and can_be_joint(target):
+                u = self.together.uniforms(name, msg["kwargs"]["rng_key"], target.shape)
+                msg["value"] = target.push(at_uniforms(ops, target, u))
+                msg["intermediates"] = target.intermediates(msg["value"])
+                self.sites.together.append(name)
+            elif visit.wrapped is not None:
                 p = target.p.expand(target.batch_shape)
                 msg["value"] = target.push(p(rng_key=msg["kwargs"]["rng_key"], sample_shape=()))
                 msg["intermediates"] = target.intermediates(msg["value"])

@@ -24,6 +24,7 @@ from flowvi.estimators import Estimator
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, own_keys, read_annotations, seeded
 from flowvi.numpyro.influence import influenced
+from flowvi.numpyro.particles import Together
 from flowvi.numpyro.threefry import split, unrolled
 from flowvi.run import Replacement, Run, Statement, run
 from flowvi.sites import Entropy, GuideSites
@@ -40,13 +41,14 @@ class NumPyroProgram:
     args: tuple
     kwargs: dict[str, Any]
     multi_sample: bool = False
+    together: Together | None = None
     _moving: dict[bool, dict[tuple[str, bool], list[bool]]] = field(default_factory=dict, init=False, repr=False)
 
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
         guide = self._seeded_guide()
         if values:
             guide = substitute(guide, data=dict(values))
-        log_probs, guide_trace = self._log_probs(attach_estimators(guide, sites, self.moving_leaves), self.param_map)
+        log_probs, guide_trace = self._log_probs(attach_estimators(guide, sites, self.moving_leaves, self.together), self.param_map)
         _require_names(sites, guide_trace)
         for name, log_prob in sites.log_probs.items():  # NumPyro has computed the same again; one derivative is enough
             log_probs[name] = scale_and_mask(log_prob, scale=guide_trace[name]["scale"])
