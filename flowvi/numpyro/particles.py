@@ -41,9 +41,16 @@ class Together(NamedTuple):
             u = random.uniform(random.fold_in(shared, self.number // 2), shape)
             u = jnp.where(self.number % 2 == 0, u, 1 - u)
         else:
-            strata = jnp.arange(self.num_particles).reshape((-1, *(1,) * len(shape)))
-            strata = jnp.broadcast_to(strata, (self.num_particles, *shape))
-            own = random.permutation(shared, strata, axis=0, independent=True)[self.number]
-            u = (own + random.uniform(key, shape)) / self.num_particles
+            u = (self._stratum(shared, shape) + random.uniform(key, shape)) / self.num_particles
         margin = jnp.finfo(u.dtype).epsneg
         return jnp.clip(u, margin, 1 - margin)
+
+    def _stratum(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The particle's place in a random permutation of all, one for each element."""
+        order, shift = random.split(key)
+        numbers = jnp.arange(self.num_particles, dtype=jnp.uint32)
+        width = self.num_particles.bit_length()
+        # One array of random bits and numbers: XLA sorts one sooner than two. Numbers decide ties; the shift makes the law exact.
+        mixed = jnp.sort(random.bits(order, (*shape, self.num_particles), jnp.uint32) >> width << width | numbers, -1)
+        place = mixed[..., self.number] & (2**width - 1)
+        return (place.astype(int) + random.randint(shift, shape, 0, self.num_particles)) % self.num_particles
