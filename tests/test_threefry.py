@@ -141,6 +141,21 @@ def test_no_loop_is_left():
     assert jax.jit(g).lower(params, KEY).as_text().count("stablehlo.while") > 1
 
 
+def test_other_devices_keep_the_generator_of_jax(monkeypatch):
+    """Compiled for a GPU, the step has JAX's own rounds and nothing in which bits are stored."""
+
+    def text():
+        f, params = step(TraceFlow_ELBO(3, default=RP()))
+        return jax.jit(f).trace(params, KEY).lower(lowering_platforms=("cuda",)).as_text()
+
+    ours = text()
+    monkeypatch.setattr(threefry, "is_a_loop", lambda: False)
+    theirs = text()
+    for what in ("stablehlo.xor", "stablehlo.optimization_barrier", "stablehlo.while"):
+        assert ours.count(what) == theirs.count(what)
+    assert ours.count("stablehlo.xor") > 0
+
+
 @pytest.mark.parametrize(
     ("elbo", "name"), [(TraceFlow_ELBO(3, default=LR()), "subsampled plate"), (TraceFlow_RenyiELBO(0.0, 3), "plain")]
 )
