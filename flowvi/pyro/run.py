@@ -20,9 +20,10 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 import flowvi.ops.torch as ops
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
+from flowvi.particles import Particles
 from flowvi.pyro.distributions import PyroTarget, unwrap
 from flowvi.pyro.generators import forked_generators, generator_states, restore_generators, uniforms
-from flowvi.pyro.handlers import attach_estimators, hold_values, replay_and_read
+from flowvi.pyro.handlers import attach_estimators, attach_together, hold_values, replay_and_read
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
 from flowvi.run import Replacement, Run, Statement
 from flowvi.sites import GuideSites, weight_of_density
@@ -39,6 +40,7 @@ class PyroProgram:
         kwargs: Passed to both.
         max_plate_nesting: As in Pyro, for its checks of shapes.
         follows_tensors: Whether to record, while the program runs, from which draws each tensor is computed.
+        particles: How particles that are a plate are drawn.
         traces: The traces of the first run, of the model and of the guide.
         start: The states of torch's generators when that run began; empty where no site compares the cost at several values.
         branches: Whether Python has looked at a draw in that run; where tensors are not followed, it may have.
@@ -50,6 +52,7 @@ class PyroProgram:
     kwargs: dict[str, Any]
     max_plate_nesting: Any
     follows_tensors: bool = False
+    particles: Particles = "independent"
     traces: tuple[Any, Any] = field(default=(), repr=False)  # type: ignore[assignment]
     start: tuple[torch.Tensor, ...] = field(default=(), repr=False)
     branches: bool = True
@@ -108,7 +111,8 @@ class PyroProgram:
         return self._graph
 
     def _run(self, sites: GuideSites, held: hold_values | None = None, with_model: bool = True) -> Run:
-        model, guide, annotations = self._traces(attach_estimators(sites), held or nullcontext(), with_model)
+        attached = attach_estimators(sites) if self.particles == "independent" else attach_together(sites, self.particles)
+        model, guide, annotations = self._traces(attached, held or nullcontext(), with_model)
         if held is None:
             self.traces = model, guide
         validate = is_validation_enabled()
@@ -165,7 +169,9 @@ class PyroProgram:
         return _subsamples(self.traces)
 
 
-def programs(elbo: ELBO, model, guide, args, kwargs, *, follows_tensors: bool = False) -> Iterator[PyroProgram]:
+def programs(
+    elbo: ELBO, model, guide, args, kwargs, *, follows_tensors: bool = False, particles: Particles = "independent"
+) -> Iterator[PyroProgram]:
     """The program of each particle of an objective: one after the other, or one in which they are a plate."""
     if not elbo.vectorize_particles:
         for _ in range(elbo.num_particles):
@@ -174,7 +180,7 @@ def programs(elbo: ELBO, model, guide, args, kwargs, *, follows_tensors: bool = 
     if elbo.max_plate_nesting == float("inf"):
         elbo._guess_max_plate_nesting(model, guide, args, kwargs)
     model, guide = (elbo._vectorized_num_particles(program) for program in (model, guide))
-    yield PyroProgram(model, guide, args, kwargs, elbo.max_plate_nesting, follows_tensors)
+    yield PyroProgram(model, guide, args, kwargs, elbo.max_plate_nesting, follows_tensors, particles)
 
 
 def _add_path(name: str, sites: dict[str, Any]) -> None:
