@@ -12,7 +12,8 @@ from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.host import HOST as _HOST
 from flowvi.pyro.renyi import TraceFlow_RenyiELBO
 from flowvi.pyro.report import gradient_report
+from flowvi.pyro.svi import CompiledSVI
 
-__all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "gradient_report"]
+__all__ = ["CompiledSVI", "Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "gradient_report"]
 
 _register(_HOST)
