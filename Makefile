@@ -23,6 +23,7 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/compiled_pyro.py
 	$(BIN)/python benchmarks/variance.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/control_variate.py

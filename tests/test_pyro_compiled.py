@@ -18,7 +18,7 @@ from test_every_estimator import THETA, of_row
 
 import flowvi.pyro.run
 from flowvi import LR, Enumerate, FiniteDifference
-from flowvi.pyro import CompiledSVI, TraceFlow_ELBO, TraceFlow_RenyiELBO
+from flowvi.pyro import CompiledSVI, JitTraceFlow_ELBO, JitTraceFlow_RenyiELBO, TraceFlow_ELBO, TraceFlow_RenyiELBO
 from flowvi.pyro.compiled import CompiledLoss
 from flowvi.pyro.tracing import Arguments, _Operations
 
@@ -240,6 +240,35 @@ def test_what_the_program_closes_over_may_change_in_place():
     assert [svi.evaluate_loss() for _ in range(3)] == [0.0] * 3
     y += 1
     assert svi.evaluate_loss() == -3.0
+
+
+# ---- in Pyro's own SVI
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_jit(bound):
+    """Losses, parameters and gradients are those of the objective that is not compiled."""
+    kinds = (TraceFlow_RenyiELBO, JitTraceFlow_RenyiELBO) if bound else (TraceFlow_ELBO, JitTraceFlow_ELBO)
+    runs = []
+    for kind in kinds:
+        elbo = kind(num_particles=2, **({} if kind is kinds[0] else {"backend": "eager"}))
+        (theirs, parameters) = fit(lambda *args, elbo=elbo: SVI(*args[:3], elbo), pyro.optim.Adam({"lr": 0.05}), steps=4)
+        pyro.set_rng_seed(0)
+        loss = elbo.differentiable_loss(data_model, data_guide, DATA)
+        (2 * loss).backward()
+        runs.append([*theirs, loss.item(), *parameters.values(), *gradients().values()])
+    for theirs, ours in zip(*runs, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+    loss = elbo.differentiable_loss(data_model, data_guide, DATA)
+    leaf = pyro.param("m")
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(ValueError, match="no second derivative because of its compilation"):
+        torch.autograd.grad(gradient, leaf)
+
+
+def test_jit_takes_the_options_of_pyro():
+    options = {"num_particles": 2, "ignore_jit_warnings": True, "jit_options": {"optimize": False}}
+    assert JitTraceFlow_ELBO(**options).num_particles == pyro.infer.JitTrace_ELBO(**options).num_particles
 
 
 # ---- parameters
