@@ -43,13 +43,18 @@ def eight_schools(h: Any, normal: Any) -> Program:
     return Program(model, AutoNormal(model, create_plates=lambda: pyro.plate("schools", 8)))
 
 
+def autoencoder(h: Any, normal: Any) -> Program:
+    """Pyro's own compiled objectives take tensors only."""
+    model, guide, (images, batch) = PROGRAMS["autoencoder"](h, normal)
+    return Program(lambda images: model(images, batch), lambda images: guide(images, batch), (images,))
+
+
 # Each program with the targets of CompiledSVI.
 MEASURED: dict[str, tuple[Callable[..., Program], float]] = {
     "eight schools, AutoNormal": (eight_schools, 0.12),
     "logistic regression": (PROGRAMS["logistic regression"], 0.18),
     "mixture guide": (PROGRAMS["mixture guide"], 0.22),
-    "plate of 1,000": (PROGRAMS["plate of 1,000"], 0.25),
-    "autoencoder": (PROGRAMS["autoencoder"], 0.55),
+    "autoencoder": (autoencoder, 0.55),
 }
 
 
@@ -96,7 +101,7 @@ def seconds_to_compile(program: Program) -> Iterator[float]:
 
 
 def bench(options_given: Options) -> None:
-    rounds, duration = (2, 0.002) if options_given.smoke else (25, 0.02)
+    rounds, duration = (2, 0.002) if options_given.smoke else (15, 0.02)
     with fresh_cache(), table("compiled_pyro", options_given, COLUMNS, ABOUT) as row:
         for name, (make, target) in MEASURED.items():
             if options_given.smoke and name != "mixture guide":
