@@ -6,9 +6,9 @@
     JitTrace_ELBO       Pyro's own compiled objective in its SVI
 
 A row holds the median over rounds of time / time, where the denominator is a step of SVI with Trace_ELBO and Pyro's validation on (its
-default), the 95% bootstrap interval, the target, and the microseconds of one step. Both sides run in one process and in turn, the order
-swapped every round. "Compiling" is the CPU time of the step that compiles, the compiler's included, with an empty cache, and again with
-the cache of the first time; in the first row the C++ compiler also prepares its headers. About two minutes:
+default), the 95% bootstrap interval, the target, and the microseconds of one step. Times are CPU times. Both sides run in one process
+and in turn, the order swapped every round. "Compiling" is the time of the step that compiles, the compiler's included, with an empty
+cache, and again with the cache of the first time; in the first row the C++ compiler also prepares its headers. About two minutes:
 
     python benchmarks/compiled_pyro.py
     python benchmarks/compiled_pyro.py --smoke
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from programs import PROGRAMS, Program, Pyro
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from tables import Options, figure, options, table
-from timing import PyroSteps, alternate, median_interval, particles, use_one_thread, verdict
+from timing import PyroSteps, median_interval, particles, steps_lasting, use_one_thread, verdict
 from torch._inductor.utils import fresh_cache
 
 from flowvi.pyro import CompiledSVI, JitTraceFlow_ELBO, TraceFlow_ELBO
@@ -81,12 +82,25 @@ SIDES: dict[str, Callable[[Program], Any]] = {
     "JitTrace_ELBO": lambda program: PyroSteps(program, JitTrace_ELBO(ignore_jit_warnings=True, **PARTICLES)),
 }
 COLUMNS = ("Program", "Step", "Median ratio", "95% interval", "Target", "Verdict", "µs / µs", "Compiling (s)")
-ABOUT = "The time of a step over that of `SVI.step` with `Trace_ELBO(num_particles=10, vectorize_particles=True)`."
+ABOUT = "The CPU time of a step over that of `SVI.step` with `Trace_ELBO(num_particles=10, vectorize_particles=True)`."
 
 
 def cpu_seconds() -> float:
     """The CPU time of this process and of those that it has waited for."""
     return sum(os.times()[:4])
+
+
+def alternate_cpu(a: Any, b: Any, rounds: int, duration: float) -> np.ndarray:
+    """CPU seconds of a step of the two sides in each round, of shape (rounds, 2)."""
+    sides = [(side, steps_lasting(side, duration)) for side in (a, b)]
+    times = np.empty((rounds, 2))
+    for i in range(rounds):
+        for j in (0, 1) if i % 2 else (1, 0):
+            side, steps = sides[j]
+            start = process_time()
+            side.run(steps)
+            times[i, j] = (process_time() - start) / steps
+    return times
 
 
 def seconds_to_compile(program: Program) -> Iterator[float]:
@@ -113,7 +127,7 @@ def bench(options_given: Options) -> None:
                 compiling = " / ".join(figure(s, ".1f") for s in seconds_to_compile(program)) if what == "CompiledSVI" else ""
                 ours, theirs = side(program), PyroSteps(program, Trace_ELBO(**PARTICLES))
                 ours.run(5)  # Pyro's own compiles in the first three
-                times = alternate(ours, theirs, rounds, duration)
+                times = alternate_cpu(ours, theirs, rounds, duration)
                 median, low, high = median_interval(times[:, 0] / times[:, 1])
                 aim = target if what == "CompiledSVI" else None
                 row(

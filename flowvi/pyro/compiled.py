@@ -112,7 +112,7 @@ class CompiledLoss:
         except ReadsNumbersError as error:
             raise ValueError(_refusal(error)) from error
         store = pyro.get_param_store()._params
-        leaves = {name: store[name] for name in names}
+        leaves = {name: store[name] for name in traced.names}
         inputs = [t.detach() for t in (*leaves.values(), *arguments.tensors, *traced.others)]
         live = tuple(leaf.requires_grad for leaf in leaves.values())
         return Compiled(traced, compile_graph(traced.graph, inputs, self.backend), leaves, live)

@@ -48,7 +48,8 @@ class JointOptimizer:
                 self._add(name, leaf)
             if (clip := self.optim.grad_clip[leaf]) is not None and leaf.grad is not None:
                 clip(leaf)
-        self.torch.step()
+        if self.torch is not None:
+            self.torch.step()
         for leaf in leaves.values():
             leaf.grad = None
 

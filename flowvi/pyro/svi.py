@@ -16,7 +16,7 @@ from flowvi.pyro.compiled import Backend, CompiledLoss, require_backend
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.optimizers import JointOptimizer
 from flowvi.pyro.renyi import TraceFlow_RenyiELBO
-from flowvi.pyro.tracing import Arguments
+from flowvi.pyro.tracing import Arguments, distinct
 
 
 class CompiledSVI:
@@ -109,8 +109,8 @@ class CompiledSVI:
             with poutine.trace(param_only=True) as used:
                 loss = self.loss.loss_and_grads(self.model, self.guide, *args, **kwargs)
             nodes: dict[str, Any] = used.trace.nodes
-            leaves = {name: site["value"].unconstrained() for name, site in nodes.items()}
-            self._loss_and_gradients.prepare(arguments, tuple(leaves))
+            leaves = distinct({name: site["value"].unconstrained() for name, site in nodes.items()})
+            self._loss_and_gradients.prepare(arguments, tuple(nodes))
         else:
             loss = value.loss.item()
             warn_if_nan(loss, "loss")  # type: ignore[call-overload]

@@ -7,7 +7,8 @@ is refused.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from traceback import walk_tb
 from types import TracebackType
@@ -18,6 +19,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.runtime import apply_stack
 from torch._guards import TracingContext, tracing
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, make_fx
@@ -31,6 +33,7 @@ from flowvi.pyro.provenance import METADATA, mark_statements, provenance, track_
 aten = torch.ops.aten
 CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}  # they read the numbers of tensors in a list
 LIBRARIES = ("torch.", "pyro.", "flowvi.")
+TRACERS = ("torch.fx.", "torch._", "torch.utils.", "torch.overrides.", "flowvi.pyro.provenance.", __name__)
 
 
 class Arguments(NamedTuple):
@@ -81,13 +84,21 @@ def _fixed(leaf: Any) -> tuple[type, Any]:
     return type(leaf), leaf
 
 
+def distinct(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each parameter once, by the first of its names: a guide may register one tensor twice, as AutoIAFNormal does."""
+    names: dict[torch.Tensor, str] = {}
+    for name, leaf in parameters.items():
+        names.setdefault(leaf, name)
+    return {name: leaf for leaf, name in names.items()}
+
+
 class Traced(NamedTuple):
     """A loss as a graph.
 
     Attributes:
         graph: From the parameters, the tensors of the arguments and ``others`` to the loss, the gradients of the parameters
             ``trained``, and new values of those ``assigned``; all of them flat.
-        names: The parameters that the program uses.
+        names: The parameters that the program uses, each tensor by one name.
         trained: Those that have a gradient.
         assigned: Those that the program sets, such as the decaying average of a baseline.
         others: Tensors over which the program closes.
@@ -136,7 +147,7 @@ def trace(loss: Loss, names: tuple[str, ...], arguments: Arguments, gradient: bo
 
 def _trace(loss: Loss, names: tuple[str, ...], arguments: Arguments, gradient: bool) -> Traced:
     store = pyro.get_param_store()
-    leaves = {name: store._params[name] for name in names}
+    leaves = distinct({name: store._params[name] for name in names})
     trained: list[str] = []
     assigned: list[str] = []
 
@@ -147,8 +158,8 @@ def _trace(loss: Loss, names: tuple[str, ...], arguments: Arguments, gradient: b
                 value = loss(args, kwargs)
             if new := sorted(set(used.trace.nodes) - set(names)):
                 raise ValueError(f"parameter '{new[0]}': expected parameters that exist after the first step, found a new one.")
-            values = {name: store._params[name].detach() for name in names if store._params[name] is not leaves[name]}
-            live = [name for name in names if gradient and leaves[name].requires_grad and name not in values]
+            values = {name: store._params[name].detach() for name, leaf in leaves.items() if store._params[name] is not leaf}
+            live = [name for name, leaf in leaves.items() if gradient and leaf.requires_grad and name not in values]
             found = torch.autograd.grad(value, [leaves[name] for name in live], allow_unused=True) if value.requires_grad else ()
             gradients = {name: g for name, g in zip(live, found, strict=False) if g is not None}
             trained[:], assigned[:] = gradients, values
@@ -159,7 +170,7 @@ def _trace(loss: Loss, names: tuple[str, ...], arguments: Arguments, gradient: b
     with store.scope(store.get_state()), one_fake_mode:
         graph = make_fx(run)(list(leaves.values()), [t.detach() for t in arguments.tensors])
     others = _close_over(graph)
-    return Traced(graph, names, tuple(trained), tuple(assigned), others)
+    return Traced(graph, tuple(leaves), tuple(trained), tuple(assigned), others)
 
 
 def _close_over(graph: GraphModule) -> tuple[torch.Tensor, ...]:
@@ -168,7 +179,7 @@ def _close_over(graph: GraphModule) -> tuple[torch.Tensor, ...]:
     last = [node for node in nodes if node.op == "placeholder"][-1:]
     inputs: dict[str, Node] = {}
     for node in nodes:
-        if node.op == "get_attr" and not all(user.target is aten.lift_fresh_copy.default for user in node.users):
+        if node.op == "get_attr" and not _is_fresh(node):
             if node.target not in inputs:
                 with graph.graph.inserting_after(*last) if last else graph.graph.inserting_before(nodes[0]):
                     inputs[node.target] = graph.graph.placeholder(node.target)
@@ -213,11 +224,44 @@ def is_tracing() -> bool:
     return get_proxy_mode() is not None
 
 
+def _slot(value: Any) -> Any:
+    mode = get_proxy_mode()
+    return get_proxy_slot(value, mode.tracer, None) if mode is not None and isinstance(value, torch.Tensor) else None
+
+
 def is_traced(value: Any) -> bool:
     """Whether the numbers of a tensor are those of this step, not constants of the program."""
-    mode = get_proxy_mode()
-    slot = get_proxy_slot(value, mode.tracer, None) if mode is not None and isinstance(value, torch.Tensor) else None
-    return slot is not None and slot.constant is None
+    return (slot := _slot(value)) is not None and slot.constant is None and not _is_constant(slot.proxy.node)
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether a node is computed from nothing but constants of its graph, none of which is changed in place."""
+    for ancestor in _closure(node, lambda n: n.all_input_nodes):
+        is_input = ancestor.op == "placeholder" or (ancestor.op == "get_attr" and not _is_fresh(ancestor))
+        if is_input or torch.Tag.nondeterministic_seeded in getattr(ancestor.target, "tags", ()):
+            return False
+        for alias in _closure(ancestor, lambda n: [user for user in n.users if _is_view(user)]):
+            calls = (user for user in alias.users if isinstance(user.target, OpOverload))
+            if any(alias in _written(user.target, user.args, user.kwargs) for user in calls):  # type: ignore[arg-type]
+                return False
+    return True
+
+
+def _is_view(node: Node) -> bool:
+    return node.target is operator.getitem or getattr(node.target, "is_view", False)
+
+
+def _closure(node: Node, neighbours: Callable[[Node], list[Node]]) -> set[Node]:
+    found, new = {node}, [node]
+    while new:
+        new = [n for n in neighbours(new.pop()) if n not in found] + new
+        found.update(new)
+    return found
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether a tensor that a graph holds is one that ``torch.tensor`` has made, not one over which the program closes."""
+    return all(user.target is aten.lift_fresh_copy.default for user in node.users)
 
 
 class _Reads(TorchFunctionMode):
@@ -225,10 +269,12 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__, kwargs or {}
-        if name == "__setitem__" and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool and args[1].ndim == 0:
-            tensor, mask, value = args  # torch looks at a mask without dims
-            tensor.copy_(torch.where(mask, value, tensor))
-            return None
+        if name in ("__getitem__", "__setitem__") and isinstance(args[1], torch.Tensor) and args[1].ndim == 0:  # torch would look at it
+            if name == "__getitem__" and args[1].dtype == torch.long:
+                return args[0].index_select(0, args[1].reshape(1)).squeeze(0)
+            if name == "__setitem__" and args[1].dtype == torch.bool:
+                args[0].copy_(torch.where(args[1], args[2], args[0]))
+                return None
         result = func(*args, **kwargs)
         if name in CONSTRUCTORS:
             lists = [a for a in (*args, *kwargs.values()) if isinstance(a, list | tuple)]
@@ -246,17 +292,31 @@ class _Operations(TorchDispatchMode):
     """Refuse operations that look at traced numbers, and let equal states of the generator draw equal numbers.
 
     A program that runs again from the same state of the generator draws the same numbers; in a graph, it uses those of the first run.
+    Tensors that the program changes in place, such as the statistics of a BatchNorm, get their values back.
     """
 
     def __init__(self):
         super().__init__()
         self.drawn: dict[tuple, torch.Tensor] = {}
+        self.before: dict[torch.Tensor, torch.Tensor] = {}
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        with disable_proxy_modes_tracing(), torch.no_grad():
+            for tensor, value in self.before.items():
+                tensor.copy_(value)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        for tensor in _written(func, args, kwargs) if is_tracing() else ():
+            if isinstance(tensor, torch.Tensor) and _slot(tensor) is None and tensor not in self.before:
+                with disable_proxy_modes_tracing():
+                    self.before[tensor] = tensor.clone()
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
-        if torch.Tag.data_dependent_output in func.tags or _has_shape_of_numbers(func, args):
+        if func is aten.index.Tensor:
+            return func(args[0], list(_without_masks(args[1])))
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             if any(map(is_traced, tree_leaves((args, kwargs)))):
                 raise ReadsNumbersError(func.overloadpacket.__name__, args, kwargs)
             with disable_proxy_modes_tracing():
@@ -292,10 +352,24 @@ def _state() -> bytes:
         return b"".join(state.numpy().tobytes() for state in generator_states())
 
 
-def _has_shape_of_numbers(func: Any, args: tuple) -> bool:
-    if func is aten.index.Tensor:
-        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    return torch.Tag.dynamic_output_shape in func.tags
+def _written(func: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments that an operation changes in place."""
+    if func._schema.is_mutable:
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                yield args[i] if i < len(args) else kwargs.get(argument.name)
+
+
+def _without_masks(indices: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
+    """Indices with the places where a mask is true instead of the mask, whose numbers decide the shape of the result."""
+    for index in indices:
+        if index is None or index.dtype not in (torch.bool, torch.uint8):
+            yield index
+        elif is_traced(index):
+            raise ReadsNumbersError("a mask as an index", index)
+        else:
+            with disable_proxy_modes_tracing():
+                yield from index.nonzero().unbind(-1)
 
 
 # Where a trace was refused.
@@ -315,14 +389,14 @@ class Place(NamedTuple):
 
 def place_of(traceback: TracebackType | None) -> Place:
     """The statement and the line of the program from which an error came."""
-    site, line, of_program = None, "", False
+    site, of_program, of_libraries = None, "", ""
     for frame, number in walk_tb(traceback):
         if frame.f_code is apply_stack.__code__ and frame.f_locals["initial_msg"]["type"] == "sample":
             site = frame.f_locals["initial_msg"]["name"]
-        module = frame.f_globals.get("__name__", "")
-        ours = f"{module}.".startswith(LIBRARIES)
-        if not ours or (not of_program and module != __name__):
-            of_program = of_program or not ours
-            file = frame.f_code.co_filename
-            line = f"{file}:{number}: {linecache.getline(file, number).strip()}"
-    return Place(site, line)
+        module, file = f"{frame.f_globals.get('__name__', '')}.", frame.f_code.co_filename
+        line = f"{file}:{number}: {linecache.getline(file, number).strip()}"
+        if not module.startswith(LIBRARIES):
+            of_program = line
+        elif not module.startswith(TRACERS):
+            of_libraries = line
+    return Place(site, of_program or of_libraries)
