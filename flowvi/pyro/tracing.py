@@ -32,6 +32,8 @@ from flowvi.pyro.provenance import METADATA, mark_statements, provenance, track_
 
 aten = torch.ops.aten
 CONSTRUCTORS = {"tensor", "as_tensor", "asarray", "new_tensor"}  # they read the numbers of tensors in a list
+# their schemas do not say that they change the running mean and variance
+BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default)
 LIBRARIES = ("torch.", "pyro.", "flowvi.")
 TRACERS = ("torch.fx.", "torch._", "torch.utils.", "torch.overrides.", "flowvi.pyro.provenance.", __name__)
 
@@ -354,6 +356,8 @@ def _state() -> bytes:
 
 def _written(func: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """The arguments that an operation changes in place."""
+    if func in BATCH_NORMS:
+        yield from args[3:5]
     if func._schema.is_mutable:
         for i, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
