@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from flowvi.pyro.generators import forked_generators, generator_states
+from flowvi.pyro.generators import forked_generators, generator_states, is_tracing
 from flowvi.pyro.provenance import METADATA, mark_statements, provenance, track_provenance
 
 aten = torch.ops.aten
@@ -219,11 +219,6 @@ def _constants(traced: Traced) -> Iterator[torch.Tensor]:
 
 
 # While a trace is taken.
-
-
-def is_tracing() -> bool:
-    """Whether a trace is being taken."""
-    return get_proxy_mode() is not None
 
 
 def _slot(value: Any) -> Any:
