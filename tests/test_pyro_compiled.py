@@ -413,15 +413,20 @@ def test_a_decaying_average_of_costs():
         observe(PYRO, pyro.sample("w", normal(PYRO, 0.0)))
 
     averages = []
-    for kind in (lambda *args: SVI(*args), lambda *args: CompiledSVI(*args, backend="eager")):
+    for kind, elbo, options in (
+        (SVI, TraceFlow_ELBO(), {}),
+        (CompiledSVI, TraceFlow_ELBO(), {"backend": "eager"}),
+        (SVI, JitTraceFlow_ELBO(backend="eager"), {}),
+    ):
         pyro.clear_param_store()
         pyro.set_rng_seed(1)
-        svi = kind(model, guide, pyro.optim.Adam({"lr": 0.05}), TraceFlow_ELBO())
+        svi = kind(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo, **options)
         averages.append([])
         for _ in range(5):
             svi.step()
             averages[-1].append(pyro.param("__baseline_avg_downstream_cost_w").item())
-    np.testing.assert_allclose(averages[1], averages[0], rtol=1e-10)
+    for ours in averages[1:]:
+        np.testing.assert_allclose(ours, averages[0], rtol=1e-10)
 
 
 # ---- what is refused

@@ -169,7 +169,7 @@ def _trace(loss: Loss, names: tuple[str, ...], arguments: Arguments, gradient: b
             return [value.detach(), *(g.clone() for g in gradients.values()), *(v.clone() for v in values.values())]
 
     one_fake_mode = tracing(TracingContext(FakeTensorMode()))  # else make_fx makes one for each node, which takes half of the time
-    with store.scope(store.get_state()), one_fake_mode:
+    with store.scope(store.get_state()), one_fake_mode, poutine.block():
         graph = make_fx(run)(list(leaves.values()), [t.detach() for t in arguments.tensors])
     others = _close_over(graph)
     return Traced(graph, tuple(leaves), tuple(trained), tuple(assigned), others)
