@@ -25,6 +25,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/draws.py
 	$(BIN)/python benchmarks/particles.py
 	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/compiled_pyro.py
 	$(BIN)/python benchmarks/variance.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/control_variate.py

@@ -24,7 +24,18 @@ def benchmark(monkeypatch, tmp_path):
 
 SLOW = [
     pytest.param(command, marks=pytest.mark.slow)
-    for command in ("draws", "particles", "compile_time", "variance", "control_variate", "discrete", "jumps", "toy", "vae")
+    for command in (
+        "draws",
+        "particles",
+        "compile_time",
+        "compiled_pyro",
+        "variance",
+        "control_variate",
+        "discrete",
+        "jumps",
+        "toy",
+        "vae",
+    )
 ]
 
 

@@ -176,7 +176,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         Returns:
             A scalar tensor.
         """
-        loss = torch.stack(list(self._losses(model, guide, args, kwargs))).sum()
+        loss = self._surrogate(model, guide, args, kwargs)
         warn_if_nan(loss, "loss")
         return loss
 
@@ -199,6 +199,10 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
                 loss.backward(retain_graph=self.retain_graph)
         warn_if_nan(total, "loss")  # type: ignore[call-overload]
         return total
+
+    def _surrogate(self, model, guide, args, kwargs) -> torch.Tensor:
+        """The loss as a scalar tensor; Python does not look at its value."""
+        return torch.stack(list(self._losses(model, guide, args, kwargs))).sum()
 
     def _losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         """Scalars that add up to the loss. Each can be differentiated separately, so that its graph can be freed."""
