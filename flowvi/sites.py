@@ -114,7 +114,7 @@ class GuideSites:
             self.draws[name] = drawn
         plates = tuple(frame.name for frame in msg["cond_indep_stack"])
         self.random[name] = SiteDescription(
-            name, estimator, choice.source, target.family, target.parameters, plates, name in self.together
+            name, estimator, choice.source, target.family, target.parameters, plates, together=name in self.together
         )
         self.aliases[name] = alias
         return None
