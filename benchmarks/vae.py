@@ -85,32 +85,31 @@ METHODS: dict[tuple[str, int], dict[str, Method]] = {
 }
 
 
-def bound(h: Any, side: Any, program: Program, images: np.ndarray, number: int) -> float:
-    """The importance-weighted bound, in nats per image."""
-    wide = h.flow.TraceFlow_RenyiELBO(estimators={"z": Auto()}, **particles(h, number))
-    arguments = program.model, program.guide, h.array(images), len(images)
-    if h is NumPyro:
-        loss = jax.jit(lambda parameters: wide.loss(jax.random.key(1), parameters, *arguments))
-        return -float(loss(side.svi.get_params(side.state))) / len(images)
-    return -wide.loss(*arguments) / len(images)
-
-
 class Training:
     """A training: the seconds that it has taken so far, and the bounds at some of these times."""
 
     def __init__(self, h: Any, kind: str, size: int, method: Method, number: int):
         estimator = method.estimator and (lambda critic, images: method.estimator(h, size, critic, images))
-        self.h, self.number = h, number
+        self.h = h
         self.program = autoencoder(h, h.dist.Normal, kind, size, estimator)._replace(args=(h.array(TRAINED), BATCH))
         elbo = getattr(h.flow, method.objective)(**particles(h, method.particles), **method.more)
         model, guide, args = self.program
         learning = flowvi.numpyro.adaptive(guide, elbo) if h is NumPyro and method.estimator is relax else guide
         self.side = STEPS[h](Program(model, learning, args), elbo, rate=3e-3)
-        self.side.run(0)  # compiled before it is timed
+        self.side.run(0 if h is NumPyro else 1)  # compiled before it is timed, or warm
+        wide = h.flow.TraceFlow_RenyiELBO(estimators={"z": Auto()}, **particles(h, number))
+
+        def loss(*first):
+            images = first[-1]
+            return wide.loss(*first[:-1], model, guide, images, len(images))
+
+        self.loss = jax.jit(loss) if h is NumPyro else loss
         self.steps, self.spent, self.held_out = 0, 0.0, [(0.0, self.bound(HELD_OUT))]
 
     def bound(self, images: np.ndarray) -> float:
-        return bound(self.h, self.side, self.program, images, self.number)
+        """The importance-weighted bound, in nats per image."""
+        first = (jax.random.key(1), self.side.svi.get_params(self.side.state)) if self.h is NumPyro else ()
+        return -float(self.loss(*first, self.h.array(images))) / len(images)
 
     def run(self, steps: int) -> None:
         self.spent += seconds(self.side, steps)
