@@ -5,7 +5,7 @@ An adapter knows how to run a program of its host and writes down what happened;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -30,6 +30,7 @@ class Statement(NamedTuple):
         mask: What the host masks the log density by, besides the masks of the distribution itself; None for no mask.
         in_control_flow: Whether it came out of a scan or cond, where statements may depend on each other in any order.
         enumerated: Whether the program marks it as a site that the host is to sum out.
+        parts: Where the log density is that of several statements, some of whose sites the host has summed out: their names.
         total: The sum of its log density, where the host has computed it.
         intermediates: What the host has kept of its sampler's forward pass.
         steps: The iterations of sequential plates in which it is, each as the plate's name and the number of the iteration.
@@ -45,6 +46,7 @@ class Statement(NamedTuple):
     mask: Any = None
     in_control_flow: bool = False
     enumerated: bool = False
+    parts: tuple[str, ...] = ()
     total: Array | None = None
     intermediates: Any = None
     steps: frozenset[tuple[str, int]] = frozenset()
@@ -145,6 +147,7 @@ class Run:
         mutable_state: What the host keeps between steps besides parameters.
         closed_forms: Sites whose two log densities have been replaced by minus their divergence in closed form.
         held_entropy: Whether the derivative of the guide's log density at fixed values has been subtracted (sticking the landing).
+        marginalised: The sites of the model that the host has summed out.
         many_samples: Whether the guide's values have a leading dim of samples over which the model was mapped.
     """
 
@@ -157,6 +160,7 @@ class Run:
     mutable_state: Mapping[str, Any] = field(default_factory=dict)
     closed_forms: frozenset[str] = frozenset()
     held_entropy: bool = False
+    marginalised: tuple[str, ...] = ()
     many_samples: bool = False
 
     @property
@@ -198,17 +202,25 @@ def run(program: Program, sites: GuideSites) -> Run:
         result = program.run(sites.fresh())
     if assignment.remember(result.annotations):
         result = program.run(sites.fresh())
+    if not assignment.marginalises and _left_to_sum_out(result):
+        assignment.marginalises = True
+        result = program.run(sites.fresh())
     observed = {name for name, statement in result.model.items() if statement.observed}
     assignment.verify(result.sites.aliases, result.sites.fixed, observed)
-    _refuse_enumerated(result)
+    if assignment.marginalises and (left := _left_to_sum_out(result)):
+        raise ValueError(
+            f"site '{left[0]}': expected a site that the host can sum out, found infer['enumerate'] in the model at "
+            f"{type(result.model[left[0]].fn).__name__}; that takes a finite support, infer={{'enumerate': 'parallel'}} and no "
+            "infer['num_samples']. Or draw the site in the guide, with flowvi.Enumerate() for an exact sum."
+        )
     return result
 
 
-def _refuse_enumerated(run: Run) -> None:
-    """Refuse sites of the model that the host would sum out; drawn from the prior they would mean something else."""
-    for name, statement in run.model.items():
-        if statement.enumerated and not statement.observed and name not in run.guide:
-            raise ValueError(
-                f"site '{name}': expected a site that is observed or drawn in the guide, found infer['enumerate'] in the model, which "
-                "asks the host to sum it out; use TraceEnum_ELBO, or draw the site in the guide with flowvi.Enumerate()."
-            )
+def sites_to_sum_out(guide: Container[str], model: Mapping[str, Statement]) -> list[str]:
+    """The sites of the model that it asks the host to sum out: those that are neither observed nor drawn in the guide."""
+    return [name for name, statement in model.items() if statement.enumerated and not statement.observed and name not in guide]
+
+
+def _left_to_sum_out(run: Run) -> list[str]:
+    """The sites that the host was to sum out but did not; drawn from their priors, they would mean something else."""
+    return [name for name in sites_to_sum_out(run.guide, run.model) if name not in run.marginalised]

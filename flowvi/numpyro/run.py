@@ -18,13 +18,16 @@ from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
 from numpyro.util import _validate_model, check_model_guide_match
 
+import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
+from flowvi.marginal import with_marginals
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, read_annotations
 from flowvi.numpyro.influence import influenced
-from flowvi.run import Replacement, Run, Statement, run
+from flowvi.numpyro.marginal import contract, enumerated_trace, factors_of, is_enumerated, log_density_of, require_funsor
+from flowvi.run import Replacement, Run, Statement, run, sites_to_sum_out
 from flowvi.sites import Entropy, GuideSites
 
 
@@ -62,8 +65,42 @@ class NumPyroProgram:
             mutable_state |= _values(model_trace, "mutable")
         plates = {name: site["args"] for name, site in model_trace.items() if site["type"] == "plate"}
         subsampled = {name: size / subsample for name, (size, subsample) in plates.items() if subsample and size > subsample}
-        of_model = _statements(model_trace, model_log_probs)
-        return Run(self, statements, of_model, sites, model.annotations, subsampled, mutable_state, many_samples=self.multi_sample)
+        of_model, marginalised = _statements(model_trace, model_log_probs), tuple[str, ...]()
+        if sites.assignment.marginalises and (names := sites_to_sum_out(statements, of_model)):
+            self._require_marginals(names[0], mutable_state)
+            nesting = max(jnp.ndim(log_prob) for log_prob in (*log_probs.values(), *model_log_probs.values()))
+            of_model, marginalised = self._marginalised(guide_trace, nesting)
+        return Run(
+            self,
+            statements,
+            of_model,
+            sites,
+            model.annotations,
+            subsampled,
+            mutable_state,
+            marginalised=marginalised,
+            many_samples=self.multi_sample,
+        )
+
+    def _marginalised(self, guide_trace, max_plate_nesting: int) -> tuple[dict[str, Statement], tuple[str, ...]]:
+        """The statements of the model, and the sites that NumPyro has summed out."""
+        guided = {
+            name: {**site, "infer": {**site["infer"], "enumerate": None}} for name, site in guide_trace.items() if "infer" in site
+        }
+        replayed = replay(seed(self.model, random.split(self.rng_key)[0]), {**guide_trace, **guided})
+        found = enumerated_trace(replayed, self.args, self.kwargs, self.param_map, max_plate_nesting)
+        marginalised = tuple(name for name, site in found.items() if is_enumerated(site))
+        unscaled = {name: log_density_of(site) for name, site in found.items()}
+        scaled = {name: scale_and_mask(log_prob, scale=found[name]["scale"]) for name, log_prob in unscaled.items()}
+        factors = factors_of(found, marginalised, unscaled)
+        return with_marginals(ops, _statements(found, scaled), marginalised, factors, contract), marginalised
+
+    def _require_marginals(self, site: str, mutable_state) -> None:
+        """Refuse to sum out a site of a program for which this is not possible."""
+        require_funsor(site)
+        for found, what in ((mutable_state, "mutable state"), (self.multi_sample, "multi_sample_guide=True")):
+            if found:
+                raise ValueError(f"site '{site}': expected no {what} where a site of the model is summed out; draw it in the guide.")
 
     def annotations(self) -> dict[str, Estimator]:
         _, guide_trace = self._log_probs(self._seeded_guide(), self.param_map)

@@ -80,7 +80,7 @@ def gradient_report(
     def measure(choice: Estimators) -> Measured:
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
         estimators = estimators_of(elbo, model, guide, args, kwargs)
-        program = PyroProgram(model, guide, args, kwargs, elbo.max_plate_nesting)
+        program = PyroProgram(model, guide, args, kwargs, elbo)
         with forked_generators(), poutine.trace(param_only=True) as used:
             seed_generators(seed)
             run = elbo._run(program)
