@@ -36,9 +36,9 @@ class MissingAnnotationError(Exception):
 class Assignment:
     """Chooses the estimator of each random site, strongest first.
 
-    1. the objective's ``estimators``: by name, or a function of the site; 2. ``infer={"estimator": ...}`` at the guide's statement,
-    or ``infer={"enumerate": ...}`` there, which stands for ``Enumerate()``; 3. the wrapper ``Estimated``; 4. ``infer={"estimator": ...}``
-    at the model's statement; 5. the objective's ``default``.
+    1. the objective's ``estimators``: by name, or a function of the site; 2. ``infer={"estimator": ...}`` at the guide's statement, or
+    ``infer={"enumerate": ...}``, for ``Enumerate()``; 3. the wrapper ``Estimated``; 4. ``infer={"estimator": ...}`` at the model's
+    statement; 5. the objective's ``default``.
 
     A name is that of a random site of the guide, or of the model site it stands for.
 
