@@ -75,10 +75,12 @@ def factors_of(sites: Mapping[str, Any], marginalised: Sequence[str], log_densit
 
     factors = []
     for name, site in sites.items():
-        log_density = funsor.to_funsor(log_densities[name], output=funsor.Real, dim_to_name=site["infer"]["dim_to_name"])
-        dims = frozenset(log_density.inputs) & frozenset(marginalised)
-        if dims or name in marginalised:
-            factors.append(Factor(name, frozenset(Frame(*f) for f in site["cond_indep_stack"]), dims or frozenset({name}), log_density))
+        log_density, names = log_densities[name], site["infer"]["dim_to_name"]
+        named = funsor.to_funsor(log_density if names else log_density.reshape(()), output=funsor.Real, dim_to_name=names)
+        dims = (frozenset(named.inputs) | {name}) & frozenset(marginalised)
+        if dims:
+            dims = dims.union(map(unshifted, dims))  # what is z at one step of a scan is _PREV_z at the next one
+            factors.append(Factor(name, frozenset(Frame(*f) for f in site["cond_indep_stack"]), dims, named))
     return factors
 
 
@@ -88,13 +90,51 @@ def contract(component: Sequence[Factor], frames: frozenset[Frame]) -> jax.Array
     import funsor.optimizer
 
     dims = frozenset().union(*(factor.dims for factor in component))
-    plates = frozenset().union(*(factor.log_density.inputs for factor in component)) - dims
+    log_densities = _without_steps(component, dims)
+    plates = frozenset().union(*(log_density.inputs for log_density in log_densities)) - dims
     with funsor.interpretations.normalize:
         marginal = funsor.sum_product.sum_product(
             funsor.ops.logaddexp,
             funsor.ops.add,
-            tuple(factor.log_density for factor in component),
+            tuple(log_densities),
             plates=plates,
             eliminate=dims | plates.difference(frame.name for frame in frames),
         )
     return funsor.to_data(funsor.optimizer.apply_optimizer(marginal), name_to_dim={frame.name: frame.dim for frame in frames})
+
+
+def _without_steps(component: Sequence[Factor], dims: frozenset[str]) -> list[Any]:
+    """The log densities of a component, those inside of ``scan`` contracted over its steps where these depend on earlier ones.
+
+    NumPyro names the dim of the steps ``_time_...``, and the state of t steps before by t times ``_PREV_``.
+    """
+    import funsor
+    from numpyro.contrib.funsor.infer_util import compute_markov_factors
+
+    steps: dict[Any, list[Any]] = {}
+    rest = []
+    for factor in component:
+        inputs = factor.log_density.inputs
+        time = next((funsor.Variable(name, inputs[name]) for name in inputs if name.startswith("_time_")), None)
+        (rest if time is None else steps.setdefault(time, [])).append(factor.log_density)
+    earlier, states, history = {}, {}, 1
+    for time, inside in list(steps.items()):
+        names = frozenset().union(*(log_density.inputs for log_density in inside))
+        earlier[time] = frozenset(name for name in names if name.startswith("_PREV_"))
+        if not earlier[time]:  # the steps are independent, like the elements of a plate
+            rest += steps.pop(time)
+            continue
+        current = {unshifted(name) for name in earlier[time]}
+        states[time] = earlier[time].union(*(factor.log_density.inputs for factor in component if factor.name in current))
+        history = max(history, *(name.count("_PREV_") for name in earlier[time]))
+    if not steps:
+        return rest
+    plates = frozenset(frame.name for factor in component for frame in factor.frames)
+    return rest + compute_markov_factors(steps, earlier, states, dims, plates, history, funsor.ops.logaddexp, funsor.ops.add)
+
+
+def unshifted(name: str) -> str:
+    """The name in the model of a site of an enumerated ``scan``, whose first steps have names of their own."""
+    while name.startswith("_PREV_"):
+        name = name.removeprefix("_PREV_")
+    return name

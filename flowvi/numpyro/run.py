@@ -26,7 +26,7 @@ from flowvi.marginal import with_marginals
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, read_annotations
 from flowvi.numpyro.influence import influenced
-from flowvi.numpyro.marginal import contract, enumerated_trace, factors_of, is_enumerated, log_density_of, require_funsor
+from flowvi.numpyro.marginal import contract, enumerated_trace, factors_of, is_enumerated, log_density_of, require_funsor, unshifted
 from flowvi.run import Replacement, Run, Statement, run, sites_to_sum_out
 from flowvi.sites import Entropy, GuideSites
 
@@ -89,11 +89,14 @@ class NumPyroProgram:
         }
         replayed = replay(seed(self.model, random.split(self.rng_key)[0]), {**guide_trace, **guided})
         found = enumerated_trace(replayed, self.args, self.kwargs, self.param_map, max_plate_nesting)
-        marginalised = tuple(name for name, site in found.items() if is_enumerated(site))
+        for name, site in found.items():
+            _require_replayed(name, site, guide_trace)
+        names = sorted((name for name, site in found.items() if is_enumerated(site)), key=lambda name: name != unshifted(name))
         unscaled = {name: log_density_of(site) for name, site in found.items()}
         scaled = {name: scale_and_mask(log_prob, scale=found[name]["scale"]) for name, log_prob in unscaled.items()}
-        factors = factors_of(found, marginalised, unscaled)
-        return with_marginals(ops, _statements(found, scaled), marginalised, factors, contract), marginalised
+        statements = with_marginals(ops, _statements(found, scaled), names, factors_of(found, names, unscaled), contract)
+        first_steps = {name: statements[name]._replace(enumerated=False) for name in found if name != unshifted(name)}
+        return statements | first_steps, tuple(dict.fromkeys(map(unshifted, names)))
 
     def _require_marginals(self, site: str, mutable_state) -> None:
         """Refuse to sum out a site of a program for which this is not possible."""
@@ -138,6 +141,7 @@ class NumPyroProgram:
         def log_probs(**marks):
             of_guide, guide_trace = self._log_probs(mark_draws(self._seeded_guide(), marks, scored), self.param_map)
             of_model, _ = self._replay_model(self.model, guide_trace)
+            of_model |= {name: of_model[unshifted(name)] for name in run.model if name != unshifted(name)}
             return of_guide, of_model, {name: guide_trace[name]["value"] for name in marks}
 
         return Graph(*eval_provenance(log_probs, **dict.fromkeys(drawn, jnp.zeros(()))))
@@ -231,6 +235,24 @@ def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entrop
 def of_first_particle(mutable_state: Any) -> Any:
     """The mutable state of the first particle, where that of all particles is stacked."""
     return jax.tree.map(lambda a: a[0], mutable_state)
+
+
+def _require_replayed(name: str, site: Mapping[str, Any], guide_trace: Mapping[str, Any]) -> None:
+    """Refuse what NumPyro's enumeration does not bring into ``scan``: values of the guide, and supports other than 0, 1, 2, ..."""
+    if not site.get("_control_flow_done") and name == unshifted(name):
+        return
+    if unshifted(name) in guide_trace and not site["is_observed"]:
+        raise ValueError(
+            f"site '{unshifted(name)}': expected no site of the guide inside a scan with a site that is summed out, to which NumPyro "
+            "does not bring the guide's value; draw the site outside of the scan, or write the chain as a loop with markov."
+        )
+    if is_enumerated(site):
+        support = site["fn"].enumerate_support(expand=False)
+        if not isinstance(support, jax.core.Tracer) and not (support.ravel() == jnp.arange(support.size)).all():
+            raise ValueError(
+                f"site '{unshifted(name)}': expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found "
+                f"{support.ravel()}; NumPyro enumerates the indices of the values there. Use a Categorical."
+            )
 
 
 def _require_names(sites: GuideSites, guide_trace: Mapping[str, Any]) -> None:
