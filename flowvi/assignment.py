@@ -216,7 +216,14 @@ class Description(tuple[SiteDescription, ...]):
             lines.append(f"divergence in closed form: {closed or 'none'}; sampled: {sampled or 'none'}")
         if self.evaluations > 1:
             lines.append(f"{self.evaluations} evaluations of the program per particle")
+        if self.marginalised:
+            lines.append(summed_out(self.marginalised))
         return "\n".join(lines)
+
+
+def summed_out(names: tuple[str, ...]) -> str:
+    """What a table says of marginalised sites."""
+    return f"summed out by the host: {', '.join(names)}"
 
 
 class Describes:

@@ -112,7 +112,7 @@ def _without_steps(component: Sequence[Factor], dims: frozenset[str]) -> list[An
     from numpyro.contrib.funsor.infer_util import compute_markov_factors
 
     steps: dict[Any, list[Any]] = {}
-    rest = []
+    rest: list[Any] = []
     for factor in component:
         inputs = factor.log_density.inputs
         time = next((funsor.Variable(name, inputs[name]) for name in inputs if name.startswith("_time_")), None)

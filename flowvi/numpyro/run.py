@@ -27,7 +27,7 @@ from flowvi.numpyro.distributions import NumPyroTarget, attaching
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, read_annotations
 from flowvi.numpyro.influence import influenced
 from flowvi.numpyro.marginal import contract, enumerated_trace, factors_of, is_enumerated, log_density_of, require_funsor, unshifted
-from flowvi.run import Replacement, Run, Statement, run, sites_to_sum_out
+from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
 from flowvi.sites import Entropy, GuideSites
 
 
@@ -67,6 +67,7 @@ class NumPyroProgram:
         subsampled = {name: size / subsample for name, (size, subsample) in plates.items() if subsample and size > subsample}
         of_model, marginalised = _statements(model_trace, model_log_probs), tuple[str, ...]()
         if sites.assignment.marginalises and (names := sites_to_sum_out(statements, of_model)):
+            require_summable(of_model, names)
             self._require_marginals(names[0], mutable_state)
             nesting = max(jnp.ndim(log_prob) for log_prob in (*log_probs.values(), *model_log_probs.values()))
             of_model, marginalised = self._marginalised(guide_trace, nesting)
@@ -95,7 +96,7 @@ class NumPyroProgram:
         unscaled = {name: log_density_of(site) for name, site in found.items()}
         scaled = {name: scale_and_mask(log_prob, scale=found[name]["scale"]) for name, log_prob in unscaled.items()}
         statements = with_marginals(ops, _statements(found, scaled), names, factors_of(found, names, unscaled), contract)
-        first_steps = {name: statements[name]._replace(enumerated=False) for name in found if name != unshifted(name)}
+        first_steps = {name: statements[name]._replace(infer={}) for name in found if name != unshifted(name)}
         return statements | first_steps, tuple(dict.fromkeys(map(unshifted, names)))
 
     def _require_marginals(self, site: str, mutable_state) -> None:
@@ -283,8 +284,8 @@ def _statements(trace, log_probs: dict[str, jax.Array]) -> dict[str, Statement]:
             site["is_observed"],
             site["scale"],
             in_control_flow=bool(site.get("_control_flow_done")),
-            enumerated=bool(site["infer"].get("enumerate")),
             intermediates=site["intermediates"],
+            infer=site["infer"],
         )
         for name, site in trace.items()
         if site["type"] == "sample"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
 from pyro.ops.contract import contract_tensor_tree
 from pyro.ops.packed import pack, scale_and_mask, unpack
 from pyro.ops.rings import LogRing
@@ -31,7 +32,7 @@ def factors_of(trace: Any, sites: Mapping[str, Any], marginalised: Sequence[str]
     factors = []
     for name, site in sites.items():
         symbols = site["infer"]["_dim_to_symbol"]
-        log_density = site["unscaled_log_prob"]
+        log_density = _unmasked(site) if name in marginalised else site["unscaled_log_prob"]
         dims = frozenset(symbols[dim] for dim, size in zip(range(-log_density.dim(), 0), log_density.shape, strict=True) if size > 1)
         frames = frozenset(Frame(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized)
         if name in marginalised:
@@ -40,6 +41,14 @@ def factors_of(trace: Any, sites: Mapping[str, Any], marginalised: Sequence[str]
             masked = scale_and_mask(pack(log_density, symbols), mask=pack(site["mask"], symbols))
             factors.append(Factor(name, frames, dims - plates, masked))
     return factors
+
+
+def _unmasked(site: Any) -> torch.Tensor:
+    """The log density of a site without the masks of its distribution."""
+    fn = site["fn"]
+    while isinstance(fn, MaskedDistribution):
+        fn = fn.base_dist
+    return site["unscaled_log_prob"] if fn is site["fn"] else fn.log_prob(site["value"])
 
 
 def contraction(trace: Any):

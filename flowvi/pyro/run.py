@@ -250,7 +250,7 @@ def _statements(sites: dict[str, Any], subsampled: dict[str, float] | None = Non
             site["is_observed"],
             site["scale"],
             site["mask"],
-            enumerated=bool(site["infer"].get("enumerate")),
+            infer=site["infer"],
             total=None if subsampled is None else site.get("log_prob_sum"),
             steps=steps,
         )
