@@ -24,7 +24,7 @@ def benchmark(monkeypatch, tmp_path):
 
 SLOW = [
     pytest.param(command, marks=pytest.mark.slow)
-    for command in ("compile_time", "variance", "control_variate", "discrete", "jumps", "toy", "vae")
+    for command in ("compile_time", "variance", "control_variate", "discrete", "jumps", "marginal", "toy", "vae")
 ]
 
 
