@@ -5,6 +5,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import pyro
 import pytest
 from hosts import HOSTS, Program, always, each, z_scores
 from jax.scipy.stats import norm
@@ -382,3 +384,22 @@ def test_numpyro_takes_the_values_of_the_support():
 
     guide = introduction(host)[1]
     assert_same(*(host.evaluate([flow(host, 0)], program, guide) for program in (written_out, model)))
+
+
+@each("name", ["mixture by AutoNormal"], slow_in_numpyro=always)
+def test_values_of_marginalised_sites(host, name):
+    """The hosts' ``infer_discrete`` and ``Predictive`` with a guide that flowvi has fitted: three points belong to one component."""
+    model, guide = PROGRAMS[name][0](host)
+    svi = host.svi(model, guide, flow(host, 1), 0.05)
+    losses, params = host.fit(svi, 60)
+    assert losses[-10:].mean() < losses[:5].mean() - 3
+    if host.name == "pyro":
+        replayed = pyro.poutine.replay(model, pyro.poutine.trace(guide).get_trace())
+        inferred = pyro.infer.infer_discrete(replayed, temperature=0, first_available_dim=-2)
+        z = pyro.poutine.trace(inferred).get_trace().nodes["z"]["value"][None]
+        assert pyro.infer.Predictive(model, guide=guide, num_samples=7)()["z"].shape == (7, 5)
+    else:
+        predictive = numpyro.infer.Predictive(model, guide=guide, params=params, num_samples=1, infer_discrete=True)
+        z = predictive(jax.random.key(1))["z"]
+        assert numpyro.infer.Predictive(model, guide=guide, params=params, num_samples=7)(jax.random.key(1))["z"].shape == (7, 5)
+    assert host.numpy(z).tolist() == [[0, 0, 1, 1, 1]]
