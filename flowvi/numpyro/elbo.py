@@ -11,7 +11,7 @@ from jax import random
 from numpyro.infer import Trace_ELBO
 
 import flowvi.ops.jax as ops
-from flowvi.assignment import Assignment, Describes, Estimators, Description
+from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST

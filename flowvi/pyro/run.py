@@ -146,7 +146,9 @@ class PyroProgram:
         statements = _statements(of_model, subsampled)
         marginalised = marginalised_sites(of_model, of_guide) if enumerates else ()
         if marginalised:
-            statements = with_marginals(ops, statements, marginalised, factors_of(model, of_model, marginalised), contraction(model))
+            factors = factors_of(model, of_model, marginalised)
+            _require_paths(sites, of_model, [factor.name for factor in factors])
+            statements = with_marginals(ops, statements, marginalised, factors, contraction(model))
         return Run(self, _statements(of_guide), statements, sites, annotations, subsampled, marginalised=marginalised)
 
     @property
@@ -214,6 +216,17 @@ def _add_path(name: str, sites: dict[str, Any]) -> None:
     weight = target.with_learned({}, {}, weight_of_density(site)).own_density_at(ops, x)
     site["log_prob"] = site["log_prob"] + target.to_batch((weight * ops.tether(x) * p.logits.detach()).sum(-1))
     site.pop("log_prob_sum", None)
+
+
+def _require_paths(sites: GuideSites, model: dict[str, Any], summed: Iterable[str]) -> None:
+    """Refuse to sum out a density to which :func:`_add_path` would have to add a path first."""
+    for name in summed:
+        one_hot = isinstance(unwrap(model[name]["fn"]), torch.distributions.OneHotCategorical)
+        if name in sites.draws and sites.random[name].estimator.biased and one_hot:
+            raise ValueError(
+                f"site '{name}': expected no {sites.random[name].estimator} at a one-hot value whose density in the model depends on a site "
+                "that is summed out; use LR() or Enumerate()."
+            )
 
 
 def _subsamples(traces: Iterable[Any]) -> dict[str, Any]:
