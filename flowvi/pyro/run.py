@@ -224,8 +224,8 @@ def _require_paths(sites: GuideSites, model: dict[str, Any], summed: Iterable[st
         one_hot = isinstance(unwrap(model[name]["fn"]), torch.distributions.OneHotCategorical)
         if name in sites.draws and sites.random[name].estimator.biased and one_hot:
             raise ValueError(
-                f"site '{name}': expected no {sites.random[name].estimator} at a one-hot value whose density in the model depends on a site "
-                "that is summed out; use LR() or Enumerate()."
+                f"site '{name}': expected no {sites.random[name].estimator} at a one-hot value whose density in the model depends on a "
+                "site that is summed out; use LR() or Enumerate()."
             )
 
 
