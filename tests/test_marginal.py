@@ -2,6 +2,7 @@
 
 import sys
 
+import funsor
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,12 @@ from svi_programs import assert_same
 
 import flowvi.tape
 from flowvi import LR, RP, Enumerate, Flow, proposals
+
+
+@pytest.fixture(autouse=True)
+def _funsor_with_jax():
+    """For NumPyro's own objective: an import of Pyro's may have given funsor another backend."""
+    funsor.set_backend("jax")
 
 
 def flow(host, nesting, **options):
@@ -367,6 +374,15 @@ def test_a_missing_funsor(monkeypatch):
     monkeypatch.setitem(sys.modules, "funsor", None)
     with pytest.raises(ImportError, match="site 'z': expected funsor.*pip install 'flowvi.enum.'"):
         flow(host, 0).describe(*introduction(host))
+
+
+def test_the_backend_of_funsor():
+    """It has one at a time; flowvi leaves Pyro's as it is."""
+    host = HOSTS["numpyro"]
+    expected = host.loss(flow(host, 0), *introduction(host))
+    funsor.set_backend("torch")
+    assert_same(expected, host.loss(flow(host, 0), *introduction(host)))
+    assert funsor.get_backend() == "torch"
 
 
 def test_numpyro_takes_the_values_of_the_support():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -23,6 +24,20 @@ def require_funsor(site: str) -> None:
             f"site '{site}': expected funsor, with which NumPyro sums a site out, but it is not installed; "
             "pip install 'flowvi[enum]', or draw the site in the guide."
         ) from error
+
+
+@contextmanager
+def funsor_with_jax() -> Iterator[None]:
+    """Let funsor compute with JAX, as NumPyro needs it; it has one backend at a time, and Pyro may have chosen torch."""
+    import funsor
+
+    before = funsor.get_backend()
+    funsor.set_backend("jax")
+    try:
+        yield
+    finally:
+        if before == "torch":
+            funsor.set_backend(before)
 
 
 def enumerated_trace(

@@ -26,7 +26,16 @@ from flowvi.marginal import with_marginals
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, read_annotations
 from flowvi.numpyro.influence import influenced
-from flowvi.numpyro.marginal import contract, enumerated_trace, factors_of, is_enumerated, log_density_of, require_funsor, unshifted
+from flowvi.numpyro.marginal import (
+    contract,
+    enumerated_trace,
+    factors_of,
+    funsor_with_jax,
+    is_enumerated,
+    log_density_of,
+    require_funsor,
+    unshifted,
+)
 from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
 from flowvi.sites import Entropy, GuideSites
 
@@ -70,7 +79,8 @@ class NumPyroProgram:
             require_summable(of_model, names)
             self._require_marginals(names[0], mutable_state)
             nesting = max(jnp.ndim(log_prob) for log_prob in (*log_probs.values(), *model_log_probs.values()))
-            of_model, marginalised = self._marginalised(guide_trace, nesting)
+            with funsor_with_jax():
+                of_model, marginalised = self._marginalised(guide_trace, nesting)
         return Run(
             self,
             statements,
