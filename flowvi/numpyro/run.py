@@ -257,13 +257,12 @@ def _require_replayed(name: str, site: Mapping[str, Any], guide_trace: Mapping[s
             f"site '{unshifted(name)}': expected no site of the guide inside a scan with a site that is summed out, to which NumPyro "
             "does not bring the guide's value; draw the site outside of the scan, or write the chain as a loop with markov."
         )
-    if is_enumerated(site):
-        support = site["fn"].enumerate_support(expand=False)
-        if not isinstance(support, jax.core.Tracer) and not (support.ravel() == jnp.arange(support.size)).all():
-            raise ValueError(
-                f"site '{unshifted(name)}': expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found "
-                f"{support.ravel()}; NumPyro enumerates the indices of the values there. Use a Categorical."
-            )
+    lower = getattr(site["fn"].support, "lower_bound", 0)
+    if is_enumerated(site) and (isinstance(lower, jax.core.Tracer) or jnp.any(lower != 0)):
+        raise ValueError(
+            f"site '{unshifted(name)}': expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found that of "
+            f"{type(site['fn']).__name__}, which begins elsewhere; NumPyro enumerates the indices of the values. Use a Categorical."
+        )
 
 
 def _require_names(sites: GuideSites, guide_trace: Mapping[str, Any]) -> None:
