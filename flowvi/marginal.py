@@ -64,7 +64,11 @@ def with_marginals(
         statements |= {name: model[name].with_log_density(None) for name in names}
         site = next(name for name in marginalised if name in names)
         statements[site] = statements[site]._replace(
-            frames=frames, log_density=log_density if scale is None else log_density * scale, scale=scale, parts=names
+            frames=frames,
+            steps=frozenset.intersection(*(model[name].steps for name in names)),
+            log_density=log_density if scale is None else log_density * scale,
+            scale=scale,
+            parts=names,
         )
     return statements
 

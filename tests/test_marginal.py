@@ -237,6 +237,40 @@ def test_bounds(host, estimator):
     assert_same(theirs, ours)
 
 
+def test_pyro_bounds_in_sequential_plates():
+    """One bound for each iteration, as for each element of a plate."""
+    host = HOSTS["pyro"]
+
+    def model(sequential):
+        def local(suffix, y):
+            x = host.sample(f"x{suffix}", host.dist.Normal(host.array(0.0), host.array(1.0)))
+            z = switch(host, f"z{suffix}", host.array(0.3))
+            host.sample(f"y{suffix}", host.dist.Normal(x + 3 * z, host.array(1.0)), obs=y)
+
+        in_plates(sequential, local)
+
+    def guide(sequential):
+        def local(suffix, _):
+            host.sample(f"x{suffix}", host.dist.Normal(host.array(0.5), host.array(1.0)))
+
+        in_plates(sequential, local)
+
+    def in_plates(sequential, local):
+        y = host.array([2.0, -1.0])
+        if sequential:
+            for i in host.library.plate("n", 2):
+                local(i, y[i])
+        else:
+            with host.plate("n", 2):
+                local("", y)
+
+    losses = (
+        host.loss(host.flow.TraceFlow_RenyiELBO(0.5, 3, max_plate_nesting=1), lambda s=s: model(s), lambda s=s: guide(s))
+        for s in (True, False)
+    )
+    assert_same(*losses)
+
+
 def test_described(host):
     model, guide = introduction(host)
     for objective in (host.flow.TraceFlow_ELBO, host.flow.TraceFlow_RenyiELBO):
