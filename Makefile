@@ -22,7 +22,10 @@ lint: .venv/ready
 # Each command writes its tables to docs/tables, every table as soon as it is whole.
 bench: .venv/ready
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/draws.py
+	$(BIN)/python benchmarks/particles.py
 	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/compiled_pyro.py
 	$(BIN)/python benchmarks/variance.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/control_variate.py

@@ -33,7 +33,10 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(jax|numpyro|torch|pyro|numpy|np|pandas|matplotlib|rich|collections|typing|abc)\..*"),
     (r"py:data", r"flowvi\..*"),  # constants are not in the reference
-    (r"py:class", r"flowvi\.(assignment|baselines|estimated|estimators\.flow)\..*"),  # nor are the base classes of public ones
+    (
+        r"py:class",
+        r"flowvi\.(assignment|baselines|estimated|estimators\.flow|pyro\.jit)\..*",
+    ),  # nor are the base classes of public ones
     (r"py:(class|data)", r"[\w.]*(Array|ArrayLike|Any|Callable|Literal|Mapping|Sequence|Tensor|ndarray|ScoreParts)"),
 ]
 

@@ -178,6 +178,7 @@ class SiteDescription(NamedTuple):
         parameters: The parameters of its distribution.
         plates: Its plates.
         closed_form: Whether its divergence has a closed form; None where the objective asks for none.
+        together: Whether particles are drawn together there.
     """
 
     name: str
@@ -187,6 +188,7 @@ class SiteDescription(NamedTuple):
     parameters: tuple[str, ...]
     plates: tuple[str, ...]
     closed_form: bool | None = None
+    together: bool = False
 
 
 class Description(tuple[SiteDescription, ...]):
@@ -206,6 +208,11 @@ class Description(tuple[SiteDescription, ...]):
         description.marginalised = marginalised
         return description
 
+    @property
+    def together(self) -> tuple[str, ...]:
+        """The sites at which the particles are drawn together."""
+        return tuple(d.name for d in self if d.together)
+
     def __str__(self) -> str:
         rows = [("site", "estimator", "given by", "distribution", "parameters", "plates")]
         rows += [(d.name, d.estimator.label, d.source, d.distribution, ", ".join(d.parameters), ", ".join(d.plates)) for d in self]
@@ -218,6 +225,9 @@ class Description(tuple[SiteDescription, ...]):
             lines.append(f"{self.evaluations} evaluations of the program per particle")
         if self.marginalised:
             lines.append(summed_out(self.marginalised))
+        if self.together:
+            apart = [d.name for d in self if not d.together]
+            lines.append(f"particles drawn together: {', '.join(self.together)}; independently: {', '.join(apart) or 'none'}")
         return "\n".join(lines)
 
 

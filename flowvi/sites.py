@@ -45,6 +45,7 @@ class GuideSites:
         held: Sites that keep the value of another run, each with it and with what was attached there.
         bases: The base samples of sites at given values, where the host cannot find them from the values.
         log_probs: Unscaled log densities that the estimators have computed, so that the host need not.
+        together: The sites at which the particles are drawn together.
     """
 
     def __init__(self, assignment: Assignment, entropy: Entropy = "full"):
@@ -58,6 +59,7 @@ class GuideSites:
         self.held: dict[str, tuple[Any, Draw | None]] = {}
         self.bases: dict[str, Array] = {}
         self.log_probs: dict[str, Array] = {}
+        self.together: list[str] = []
 
     def fresh(self) -> GuideSites:
         """The same choices, for another run."""
@@ -108,7 +110,9 @@ class GuideSites:
         if drawn is not None:
             self.draws[name] = drawn
         plates = tuple(frame.name for frame in msg["cond_indep_stack"])
-        self.random[name] = SiteDescription(name, estimator, choice.source, target.family, target.parameters, plates)
+        self.random[name] = SiteDescription(
+            name, estimator, choice.source, target.family, target.parameters, plates, together=name in self.together
+        )
         self.aliases[name] = alias
         return None
 

@@ -24,7 +24,19 @@ def benchmark(monkeypatch, tmp_path):
 
 SLOW = [
     pytest.param(command, marks=pytest.mark.slow)
-    for command in ("compile_time", "variance", "control_variate", "discrete", "jumps", "marginal", "toy", "vae")
+    for command in (
+        "draws",
+        "particles",
+        "compile_time",
+        "compiled_pyro",
+        "variance",
+        "control_variate",
+        "discrete",
+        "jumps",
+        "marginal",
+        "toy",
+        "vae",
+    )
 ]
 
 

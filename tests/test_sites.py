@@ -266,8 +266,8 @@ def test_integers_under_every_mode(family):
         k = jnp.exp(t[0]) if family == "Poisson" else jax.nn.softmax(jnp.stack([0 * t[0], t[0], 0 * t[0]])) @ jnp.arange(3.0)
         return k * t[1]
 
-    expected_under(program, host, np.array(jax.grad(mean)(jnp.array([0.3, 0.7]))))
-    elbo = host.flow.TraceFlow_ELBO(3)
+    expected_under(program, host, np.array(jax.grad(mean)(jnp.array([0.3, 0.7]))), estimators={"k": LR()})
+    elbo = host.flow.TraceFlow_ELBO(3, estimators={"k": LR()})
 
     def loss(t):
         return elbo.loss(jax.random.key(0), {}, lambda: program.model(host, list(t)), lambda: program.guide(host, list(t)))

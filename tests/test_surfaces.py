@@ -148,6 +148,24 @@ def test_refused(host, fn, found):
         host.gradients(Program(part, part, (0.3,)), 1, estimators={"x": LR(jumps=HalfSpace(1.0))})
 
 
+def test_a_plane_that_the_model_annotates_inline(host):
+    """A new object, with new arrays, at every run."""
+
+    def model():
+        x = host.sample("x", law(host, t, False), infer={"estimator": RP(jumps=HalfSpace(host.array([1.0, 1.0]), 1.0))})
+        host.factor("cost", host.math.where(x.sum(-1) > 1, 1.0, 0.0))
+
+    def guide():
+        loc = host.param("loc", host.array([0.0, 0.0]))
+        host.sample("x", host.dist.Normal(loc, 1.0).to_event(1).mask(False))
+
+    t = [host.array(0.0)] * 3
+    elbo = host.flow.TraceFlow_ELBO()
+    _, params = host.fit(host.svi(model, guide, elbo), 3)
+    assert np.all(host.numpy(params["loc"]) > 0)
+    assert elbo.describe(model, guide).evaluations == 3
+
+
 def test_numbers_beside_a_plane():
     with pytest.raises(TypeError, match="RP: expected jumps that are all numbers or all a HalfSpace"):
         RP(jumps=[0.5, HalfSpace(1.0)])

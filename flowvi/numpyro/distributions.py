@@ -22,6 +22,7 @@ from numpyro.distributions.transforms import Transform
 import flowvi.ops.jax as ops
 from flowvi.estimated import ForwardsToBase, forwarded, name_of_site, require_an_estimator
 from flowvi.estimators import Draw, Estimator, attach
+from flowvi.numpyro.threefry import is_unrolled, rolled, takes
 from flowvi.rebuild import rebuild
 from flowvi.target import OWN_STANDARDIZATION, Target
 
@@ -249,6 +250,8 @@ def _made_up(leaf: Any) -> Any:
 def propose(target: NumPyroTarget, estimator: Estimator, key: jax.Array) -> jax.Array:
     """A draw of x, of the full shape, from the estimator's proposal; detached."""
     q, _ = estimator.proposal(ops, target)
+    if estimator.q is not None and is_unrolled(key) and not takes(q, key):
+        key = rolled(key)
     return target.sample(q, key)
 
 

@@ -15,8 +15,11 @@ from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST
+from flowvi.numpyro.particles import Together
 from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program
+from flowvi.numpyro.threefry import split
 from flowvi.objectives import LeaveOneOut, Particle, described, elbo_of, estimate, particle_baseline, require_options
+from flowvi.particles import Particles, require_particles
 from flowvi.run import Run
 from flowvi.sites import Entropy
 from flowvi.tape import Dependencies
@@ -47,6 +50,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         dependencies: ``"graph"``: a score or a weight multiplies the costs that share its plate element and depend on its site, as a
             jaxpr of another (abstract) run shows, which is made only where a site has a score or a weight; ``"plates"``: those
             that come after it in program order, which takes no second run.
+        particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
+            is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
+            drawn together is drawn independently; ``describe`` shows it.
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
@@ -71,6 +77,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     References:
         Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015. Roeder, Wu and Duvenaud 2017 (``"stl"``).
+        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes).
     """
 
     can_infer_discrete = True
@@ -87,23 +94,31 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         entropy: Entropy = "full",
         baseline: LeaveOneOut = "loo",
         dependencies: Dependencies = "graph",
+        particles: Particles = "independent",
     ):
         super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         require_options(entropy, baseline, dependencies)
+        require_particles(particles, num_particles, vectorize_particles)
+        self.particles: Particles = particles
         self.entropy: Entropy = entropy
         self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
         self.assignment = Assignment(estimators, default)
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
-        def particle(key):
-            return self._particle(NumPyroProgram(key, param_map, model, guide, args, kwargs, self.multi_sample_guide))
+        def particle(key, together=None):
+            return self._particle(NumPyroProgram(key, param_map, model, guide, args, kwargs, self.multi_sample_guide, together))
 
         if self.num_particles == 1:
             particles, mutable_state = particle(rng_key)
+        elif self.particles == "independent":
+            particles, mutable_state = self.vectorize_particles_fn(particle, split(rng_key, self.num_particles))
         else:
-            keys = random.split(rng_key, self.num_particles)
-            particles, mutable_state = self.vectorize_particles_fn(particle, keys)
+            shared, rng_key = split(rng_key)
+            particles, mutable_state = jax.vmap(lambda key, i: particle(key, self._together(i, shared)))(
+                split(rng_key, self.num_particles), jnp.arange(self.num_particles)
+            )
+        if self.num_particles > 1:
             mutable_state = of_first_particle(mutable_state)
         elbo = estimate(ops, particles, self.num_particles, self.baseline)
         return {"loss": jax.tree.map(jnp.negative, elbo), "mutable_state": mutable_state}
@@ -113,7 +128,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return elbo_of(HOST, run, self.dependencies, by_statement=not self.sum_sites), run.mutable_state or None
 
     def _describe(self, model, guide, args, kwargs) -> Description:
-        program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide)
+        together = None if self.particles == "independent" else self._together(0, random.key(1))
+        program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide, together)
         found = [described(self._run_any(program), self.dependencies)]
         if found[0].evaluations > 1 or any(site.estimator.compares for site in found[0]):
 
@@ -122,6 +138,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
             jax.eval_shape(count, program.initial_parameters())
         return found[-1]
+
+    def _together(self, number: jax.Array | int, key: jax.Array) -> Together:
+        return Together(self.particles, number, self.num_particles, key)
 
     def _run(self, program: NumPyroProgram) -> Run:
         run = self._run_any(program)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro
 from jax.lax import stop_gradient
-from numpyro.handlers import trace
+from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
 import flowvi.ops.jax as ops
@@ -17,7 +19,10 @@ from flowvi.estimators import LR, Draw, Estimator, attach
 from flowvi.flows import held_base
 from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching, propose
 from flowvi.numpyro.host import HOST
+from flowvi.numpyro.particles import Together
 from flowvi.numpyro.special_points import with_right_derivative
+from flowvi.numpyro.threefry import is_unrolled, takes, typed_like, unrolled
+from flowvi.particles import at_uniforms, can_be_joint
 from flowvi.shapes import rows
 from flowvi.sites import GuideSites, Visit, annotation, find_estimated, is_masked, not_random, weight_of_density
 from flowvi.target import Target
@@ -26,8 +31,8 @@ from flowvi.target import Target
 class attach_estimators(Messenger):
     """Let the estimator of every random site of the guide act where the guide draws."""
 
-    def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves):
-        self.sites, self.moving_leaves = sites, moving_leaves
+    def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves, together: Together | None = None):
+        self.sites, self.moving_leaves, self.together = sites, moving_leaves, together
         self.sizes = Sizes()
         super().__init__(fn)
 
@@ -56,7 +61,12 @@ class attach_estimators(Messenger):
                 msg["intermediates"] = target.intermediates(target.push(held_base(ops, target, base)))
             return None
         if estimator.uses_sampler:
-            if visit.wrapped is not None:
+            if self.together is not None and can_be_joint(target):
+                u = self.together.uniforms(name, msg["kwargs"]["rng_key"], target.shape)
+                msg["value"] = target.push(at_uniforms(ops, target, u))
+                msg["intermediates"] = target.intermediates(msg["value"])
+                self.sites.together.append(name)
+            elif visit.wrapped is not None:
                 p = target.p.expand(target.batch_shape)
                 msg["value"] = target.push(p(rng_key=msg["kwargs"]["rng_key"], sample_shape=()))
                 msg["intermediates"] = target.intermediates(msg["value"])
@@ -206,6 +216,36 @@ def _refuse_in_control_flow(target: Target, estimator: Estimator, choice: Choice
         f"handlers do not reach into scan and cond, so that {estimator} (given by: {choice.source}) cannot act on this draw; "
         "write numpyro.sample(name, flowvi.numpyro.Estimated(distribution, estimator)) there."
     )
+
+
+def seeded(fn: Callable, key: jax.Array, **options: Any) -> Messenger:
+    """As ``seed(fn, key)``: the same draws, by the quicker generator where one is."""
+    return own_keys(seed(fn, unrolled(key), **options), key)
+
+
+class own_keys(Messenger):
+    """Give a statement a key of the type of the program's ``key`` where it shows it to the program, or takes no other."""
+
+    def __init__(self, fn, key):
+        self.key = key
+        super().__init__(fn)
+
+    def process_message(self, msg):
+        key = msg["kwargs"].get("rng_key")
+        if msg["value"] is not None or not is_unrolled(key):
+            return
+        if msg["type"] == "prng_key" or (msg["type"] == "sample" and not takes(msg["fn"], key)):
+            msg["kwargs"]["rng_key"] = typed_like(key, self.key)
+        elif msg["type"] == "control_flow":
+            msg["fn"] = partial(self._with_either, msg["fn"])
+
+    def _with_either(self, fn, *args, rng_key, **kwargs):
+        """Handlers do not reach into scan and cond, so that all draws there have keys of one type."""
+        try:
+            return fn(*args, rng_key=rng_key, **kwargs)
+        except Exception:  # with another key it either runs, or raises the same error
+            pass
+        return fn(*args, rng_key=typed_like(rng_key, self.key), **kwargs)
 
 
 class read_annotations(Messenger):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from jax import random
-from numpyro.handlers import seed
 from numpyro.infer import RenyiELBO
 
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.estimators import Auto, Estimator
+from flowvi.numpyro.handlers import seeded
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.run import NumPyroProgram, of_first_particle, run_program
+from flowvi.numpyro.threefry import split
 from flowvi.objectives import Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
 
 
@@ -84,15 +85,15 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         return self.loss_with_mutable_state(rng_key, param_map, model, guide, *args, **kwargs)["loss"]
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
-        plate_key, rng_key = random.split(rng_key)  # one subsample for all particles
-        model, guide = (seed(f, plate_key, hide_types=["sample", "prng_key", "control_flow"]) for f in (model, guide))
+        plate_key, rng_key = split(rng_key)  # one subsample for all particles
+        model, guide = (seeded(f, plate_key, hide_types=["sample", "prng_key", "control_flow"]) for f in (model, guide))
 
         def particle(key):
             program = NumPyroProgram(key, param_map, model, guide, args, kwargs)
             run = run_program(program, self._assignment)
             return *bound_of(HOST, run, self.gradient), run.mutable_state or None
 
-        particles, scale, mutable_state = self.vectorize_particles_fn(particle, random.split(rng_key, self.num_particles))
+        particles, scale, mutable_state = self.vectorize_particles_fn(particle, split(rng_key, self.num_particles))
         loss = -renyi_bound(ops, particles, self.alpha, self.baseline).sum() * scale[0]
         return {"loss": loss, "mutable_state": of_first_particle(mutable_state)}
 

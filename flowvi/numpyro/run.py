@@ -24,7 +24,7 @@ from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
 from flowvi.marginal import with_marginals
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
-from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, read_annotations
+from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, own_keys, read_annotations, seeded
 from flowvi.numpyro.influence import influenced
 from flowvi.numpyro.marginal import (
     contract,
@@ -36,6 +36,8 @@ from flowvi.numpyro.marginal import (
     require_funsor,
     unshifted,
 )
+from flowvi.numpyro.particles import Together
+from flowvi.numpyro.threefry import split, unrolled
 from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
 from flowvi.sites import Entropy, GuideSites
 
@@ -51,13 +53,14 @@ class NumPyroProgram:
     args: tuple
     kwargs: dict[str, Any]
     multi_sample: bool = False
+    together: Together | None = None
     _moving: dict[bool, dict[tuple[str, bool], list[bool]]] = field(default_factory=dict, init=False, repr=False)
 
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
         guide = self._seeded_guide()
         if values:
             guide = substitute(guide, data=dict(values))
-        log_probs, guide_trace = self._log_probs(attach_estimators(guide, sites, self.moving_leaves), self.param_map)
+        log_probs, guide_trace = self._log_probs(attach_estimators(guide, sites, self.moving_leaves, self.together), self.param_map)
         _require_names(sites, guide_trace)
         for name, log_prob in sites.log_probs.items():  # NumPyro has computed the same again; one derivative is enough
             log_probs[name] = scale_and_mask(log_prob, scale=guide_trace[name]["scale"])
@@ -98,7 +101,8 @@ class NumPyroProgram:
         guided = {
             name: {**site, "infer": {**site["infer"], "enumerate": None}} for name, site in guide_trace.items() if "infer" in site
         }
-        replayed = replay(seed(self.model, random.split(self.rng_key)[0]), {**guide_trace, **guided})
+        key = split(self.rng_key)[0]
+        replayed = own_keys(replay(seed(self.model, unrolled(key)), {**guide_trace, **guided}), key)
         found = enumerated_trace(replayed, self.args, self.kwargs, self.param_map, max_plate_nesting)
         for name, site in found.items():
             _require_replayed(name, site, guide_trace)
@@ -126,7 +130,7 @@ class NumPyroProgram:
     branches = False  # a tracer decides nothing
 
     def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> jax.Array:
-        return random.uniform(random.fold_in(self.rng_key, crc32(name.encode())), shape)
+        return random.uniform(random.fold_in(unrolled(self.rng_key), crc32(name.encode())), shape)
 
     def variants(
         self, run: Run, replacements: Mapping[str, Replacement], num_runs: int, reduce: Callable[[Run], dict[str, jax.Array]]
@@ -205,13 +209,14 @@ class NumPyroProgram:
         return {site: list(islice(moves, size)) for site, size in sizes.items()}
 
     def _seeded_guide(self):
-        return seed(self.guide, random.split(self.rng_key)[1])
+        return seeded(self.guide, split(self.rng_key)[1])
 
     def _log_probs(self, program, params):
         return compute_log_probs(program, self.args, self.kwargs, params, sum_log_prob=False)
 
     def _replay_model(self, model, guide_trace):
-        replayed = replay(seed(model, random.split(self.rng_key)[0]), guide_trace)
+        key = split(self.rng_key)[0]
+        replayed = own_keys(replay(seed(model, unrolled(key)), guide_trace), key)  # last, so that it acts only where the model draws
         return self._log_probs(replayed, {**self.param_map, **_values(guide_trace, "mutable")})
 
     def _map_model(self, model, guide_trace, mutable_state):
@@ -228,13 +233,13 @@ class NumPyroProgram:
             raise ValueError("guide is missing `sample` sites.")
 
         def log_probs(key, latents):
-            with seed(rng_seed=key), substitute(data={**latents, **plates}):
+            with own_keys(None, key), seed(rng_seed=unrolled(key)), substitute(data={**latents, **plates}):
                 log_probs, model_trace = self._log_probs(model, {**self.param_map, **mutable_state})
             _validate_model(model_trace, plate_warning="loose")
             traces.append(model_trace)
             return log_probs
 
-        return jax.vmap(log_probs)(random.split(random.split(self.rng_key)[0], samples[0]), latents), traces[0]
+        return jax.vmap(log_probs)(split(split(self.rng_key)[0], samples[0]), latents), traces[0]
 
 
 def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entropy = "full") -> Run:

@@ -13,7 +13,7 @@ from jax.nn import log_softmax  # noqa: F401
 from jax.numpy import broadcast_to, concatenate, cos, exp, expm1, log, log1p, logaddexp, moveaxis, sin, sqrt, stack, tanh, tril, where  # noqa: F401
 from jax.numpy.linalg import eigh  # noqa: F401
 from jax.scipy.linalg import solve_triangular
-from jax.scipy.special import digamma, i0e, i1e, ndtr, polygamma  # noqa: F401
+from jax.scipy.special import digamma, i0e, i1e, ndtr, ndtri, polygamma  # noqa: F401
 
 from flowvi.ops import no_second_derivative
 

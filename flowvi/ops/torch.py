@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import broadcast_to, concatenate, cos, exp, expm1, log, log1p, logaddexp, moveaxis, sin, sqrt, stack, tanh, tril, where  # noqa: F401
 from torch.linalg import eigh  # noqa: F401
-from torch.special import digamma, i0e, i1e, log_softmax, ndtr  # noqa: F401
+from torch.special import digamma, i0e, i1e, log_softmax, ndtr, ndtri  # noqa: F401
 
 from flowvi.ops import no_second_derivative
 

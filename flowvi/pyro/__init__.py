@@ -10,9 +10,19 @@ from flowvi.host import register as _register
 from flowvi.pyro.distributions import Estimated
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.host import HOST as _HOST
+from flowvi.pyro.jit import JitTraceFlow_ELBO, JitTraceFlow_RenyiELBO
 from flowvi.pyro.renyi import TraceFlow_RenyiELBO
 from flowvi.pyro.report import gradient_report
+from flowvi.pyro.svi import CompiledSVI
 
-__all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "gradient_report"]
+__all__ = [
+    "CompiledSVI",
+    "Estimated",
+    "JitTraceFlow_ELBO",
+    "JitTraceFlow_RenyiELBO",
+    "TraceFlow_ELBO",
+    "TraceFlow_RenyiELBO",
+    "gradient_report",
+]
 
 _register(_HOST)

@@ -24,6 +24,7 @@ from flowvi.objectives import (
     stack_particles,
 )
 from flowvi.ops import times
+from flowvi.particles import Particles, require_particles
 from flowvi.pyro.baselines import annotated_baselines
 from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.host import HOST
@@ -65,6 +66,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             program order. ``"graph"``: those that depend on its site, as found by following every torch function of the run; what
             runs after Python has looked at a draw (``if k > 0``, ``k.item()``) counts as dependent on it. It costs time at every
             step. A draw that leaves torch for good (numpy code, pickles) and comes back is not followed.
+        particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
+            is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
+            drawn together is drawn independently; ``describe`` shows it.
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
@@ -90,6 +94,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     References:
         Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015. Roeder, Wu and Duvenaud 2017 (``"stl"``).
+        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes).
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         entropy: Entropy = "full",
         baseline: LeaveOneOut = "loo",
         dependencies: Dependencies = "plates",
+        particles: Particles = "independent",
     ):
         super().__init__(
             num_particles,
@@ -122,6 +128,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             tail_adaptive_beta,
         )
         require_options(entropy, baseline, dependencies)
+        require_particles(particles, num_particles, vectorize_particles)
+        self.particles: Particles = particles
         self.entropy: Entropy = entropy
         self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
@@ -168,7 +176,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         Returns:
             A scalar tensor.
         """
-        loss = torch.stack(list(self._losses(model, guide, args, kwargs))).sum()
+        loss = self._surrogate(model, guide, args, kwargs)
         warn_if_nan(loss, "loss")
         return loss
 
@@ -192,10 +200,15 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         warn_if_nan(total, "loss")  # type: ignore[call-overload]
         return total
 
+    def _surrogate(self, model, guide, args, kwargs) -> torch.Tensor:
+        """The loss as a scalar tensor; Python does not look at its value."""
+        return torch.stack(list(self._losses(model, guide, args, kwargs))).sum()
+
     def _losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         """Scalars that add up to the loss. Each can be differentiated separately, so that its graph can be freed."""
         looped = []
-        for program in programs(self, model, guide, args, kwargs, follows_tensors=self.dependencies == "graph"):
+        follows_tensors = self.dependencies == "graph"
+        for program in programs(self, model, guide, args, kwargs, follows_tensors=follows_tensors, particles=self.particles):
             run = self._run(program)
             annotated = annotated_baselines(program.traces[1], run.draws)
             particle = elbo_of(HOST, run, self.dependencies, baselines=annotated)
@@ -219,7 +232,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
     def _describe(self, model, guide, args, kwargs):
         with forked_generators():
             follows_tensors = self.dependencies == "graph"
-            run = self._run(PyroProgram(model, guide, args, kwargs, self, follows_tensors))
+            run = self._run(PyroProgram(model, guide, args, kwargs, self, follows_tensors, self.particles))
             return described(run, self.dependencies)
 
     def _run(self, program: PyroProgram) -> Run:

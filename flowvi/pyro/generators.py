@@ -6,6 +6,12 @@ from contextlib import AbstractContextManager
 from hashlib import blake2b
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+def is_tracing() -> bool:
+    """Whether a step is being traced, to be compiled."""
+    return get_proxy_mode() is not None
 
 
 def forked_generators() -> AbstractContextManager[None]:
@@ -20,10 +26,15 @@ def generator_states() -> tuple[torch.Tensor, ...]:
 
 
 def uniforms(states: tuple[torch.Tensor, ...], name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers for a site from a generator of its own, seeded by the states of torch's, which stay as they are."""
+    """Uniform numbers for a site from a generator of its own, seeded by the states of torch's, which stay as they are.
+
+    In a compiled step they come from torch's own generator: they need not be equal, only independent of what the program draws.
+    """
+    dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+    if is_tracing():
+        return torch.rand(shape, dtype=dtype, device=like.device)
     digest = blake2b(b"".join(state.numpy().tobytes() for state in states) + name.encode(), digest_size=7).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest))
-    dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
     return torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(like.device)
 
 

@@ -11,10 +11,12 @@ from pyro.poutine.util import site_is_subsample
 import flowvi.ops.torch as ops
 from flowvi.estimators import Draw, Estimator
 from flowvi.flows import held_base
+from flowvi.particles import Particles, at_uniforms, can_be_joint
 from flowvi.pyro.baselines import require_baseline_options
-from flowvi.pyro.distributions import PyroTarget, draw, is_partly_reparameterized
+from flowvi.pyro.distributions import PARTICLES, PyroTarget, draw, is_partly_reparameterized
 from flowvi.pyro.host import HOST
 from flowvi.pyro.module import learned_parameters
+from flowvi.pyro.particles import uniforms
 from flowvi.pyro.special_points import SAFE, with_right_derivative
 from flowvi.sites import GuideSites, Visit, annotation, is_masked, weight_of_density
 
@@ -112,6 +114,26 @@ class attach_estimators(Messenger):
             values = learned_parameters(msg["name"], learns)
         self.sites.learned |= {f"{msg['name']}.{name}": msg["name"] for name in learns}
         return target.with_learned(learns, values, weight_of_density(msg) if self.sites.entropy == "full" else 0.0)
+
+
+class attach_together(attach_estimators):
+    """Draw the particles, which are a plate, together at the sites of ``RP`` where that is possible."""
+
+    def __init__(self, sites: GuideSites, how: Particles):
+        super().__init__(sites)
+        self.how = how
+
+    def _drawn(self, msg, visit: Visit) -> Draw | None:
+        given, drawn = msg["value"] is not None, super()._drawn(msg, visit)
+        target: Any = visit.target
+        if not given and visit.estimator.uses_sampler and can_be_joint(target):
+            self.sites.together.append(msg["name"])
+            for frame in target.frames:  # none of this name where the program is described
+                if frame.name == PARTICLES:
+                    like = getattr(target.p, target.parameters[0])
+                    u = uniforms(self.how, target.shape, target.batch_ndim + frame.dim, like)
+                    msg["value"], msg["done"] = target.push(at_uniforms(ops, target, u)), True
+        return drawn
 
 
 class hold_values(Messenger):

@@ -138,13 +138,17 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         Returns:
             A scalar tensor.
         """
+        loss = self._surrogate(model, guide, args, kwargs)
+        warn_if_nan(loss, "loss")
+        return loss
+
+    def _surrogate(self, model, guide, args, kwargs) -> torch.Tensor:
+        """The loss as a scalar tensor; Python does not look at its value."""
         stacked = self.num_particles > 1 and self.vectorize_particles
         with nullcontext() if stacked else share_subsamples():
             particles, scales = zip(*map(self._reduce, programs(self, model, guide, args, kwargs)), strict=True)
         particle = particles[0] if stacked else BoundParticle(*map(_stack, zip(*particles, strict=True)))
-        loss = times(-renyi_bound(ops, particle, self.alpha, self.baseline).sum(), scales[0])
-        warn_if_nan(loss, "loss")
-        return loss
+        return times(-renyi_bound(ops, particle, self.alpha, self.baseline).sum(), scales[0])
 
     def _describe(self, model, guide, args, kwargs):
         with forked_generators():

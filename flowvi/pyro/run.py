@@ -23,9 +23,10 @@ from flowvi.assignment import Assignment
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
 from flowvi.marginal import with_marginals
+from flowvi.particles import Particles
 from flowvi.pyro.distributions import PyroTarget, unwrap
 from flowvi.pyro.generators import forked_generators, generator_states, restore_generators, uniforms
-from flowvi.pyro.handlers import attach_estimators, hold_values, replay_and_read
+from flowvi.pyro.handlers import attach_estimators, attach_together, hold_values, replay_and_read
 from flowvi.pyro.marginal import contraction, factors_of, marginalised_sites
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
 from flowvi.run import Replacement, Run, Statement
@@ -43,6 +44,7 @@ class PyroProgram:
         kwargs: Passed to both.
         elbo: The objective, for its ``max_plate_nesting``.
         follows_tensors: Whether to record, while the program runs, from which draws each tensor is computed.
+        particles: How particles that are a plate are drawn.
         traces: The traces of the first run, of the model and of the guide.
         start: The states of torch's generators when that run began; empty where no site compares the cost at several values.
         branches: Whether Python has looked at a draw in that run; where tensors are not followed, it may have.
@@ -54,6 +56,7 @@ class PyroProgram:
     kwargs: dict[str, Any]
     elbo: ELBO
     follows_tensors: bool = False
+    particles: Particles = "independent"
     traces: tuple[Any, Any] = field(default=(), repr=False)  # type: ignore[assignment]
     start: tuple[torch.Tensor, ...] = field(default=(), repr=False)
     branches: bool = True
@@ -120,8 +123,9 @@ class PyroProgram:
             self.start = generator_states()
 
     def _run(self, sites: GuideSites, held: hold_values | None = None, with_model: bool = True) -> Run:
+        attached = attach_estimators(sites) if self.particles == "independent" else attach_together(sites, self.particles)
         enumerates = sites.assignment.marginalises and not self._is_messenger
-        model, guide, annotations = self._traces(attach_estimators(sites), held or nullcontext(), with_model, enumerates)
+        model, guide, annotations = self._traces(attached, held or nullcontext(), with_model, enumerates)
         if held is None:
             self.traces = model, guide
         validate = is_validation_enabled()
@@ -191,7 +195,9 @@ class PyroProgram:
         return _subsamples(self.traces)
 
 
-def programs(elbo: ELBO, model, guide, args, kwargs, *, follows_tensors: bool = False) -> Iterator[PyroProgram]:
+def programs(
+    elbo: ELBO, model, guide, args, kwargs, *, follows_tensors: bool = False, particles: Particles = "independent"
+) -> Iterator[PyroProgram]:
     """The program of each particle of an objective: one after the other, or one in which they are a plate."""
     if not elbo.vectorize_particles:
         for _ in range(elbo.num_particles):
@@ -200,7 +206,7 @@ def programs(elbo: ELBO, model, guide, args, kwargs, *, follows_tensors: bool = 
     if elbo.max_plate_nesting == float("inf"):
         elbo._guess_max_plate_nesting(model, guide, args, kwargs)
     model, guide = (elbo._vectorized_num_particles(program) for program in (model, guide))
-    yield PyroProgram(model, guide, args, kwargs, elbo, follows_tensors)
+    yield PyroProgram(model, guide, args, kwargs, elbo, follows_tensors, particles)
 
 
 def _asks_to_sum_out(model: dict[str, Any], guide: dict[str, Any]) -> bool:
