@@ -32,6 +32,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/discrete.py
 	$(BIN)/python benchmarks/jumps.py
 	$(BIN)/python benchmarks/toy.py
+	$(BIN)/python benchmarks/marginal.py
 	$(BIN)/python benchmarks/vae.py
 
 # About ten minutes.

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 from flowvi.baselines import Baseline
 from flowvi.closures import closed_over, identity
-from flowvi.estimators import Estimator
+from flowvi.estimators import Enumerate, Estimator
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
+
+ENUMERATED = "infer['enumerate']"  # where the estimator of a site that the guide marks so comes from
 
 
 class Choice(NamedTuple):
@@ -34,8 +36,9 @@ class MissingAnnotationError(Exception):
 class Assignment:
     """Chooses the estimator of each random site, strongest first.
 
-    1. the objective's ``estimators``: by name, or a function of the site; 2. ``infer={"estimator": ...}`` at the guide's statement;
-    3. the wrapper ``Estimated``; 4. ``infer={"estimator": ...}`` at the model's statement; 5. the objective's ``default``.
+    1. the objective's ``estimators``: by name, or a function of the site; 2. ``infer={"estimator": ...}`` at the guide's statement, or
+    ``infer={"enumerate": ...}``, for ``Enumerate()``; 3. the wrapper ``Estimated``; 4. ``infer={"estimator": ...}`` at the model's
+    statement; 5. the objective's ``default``.
 
     A name is that of a random site of the guide, or of the model site it stands for.
 
@@ -46,6 +49,7 @@ class Assignment:
         seen: Names of the sites that had an estimator in an earlier run.
         compares: Whether some site has compared the cost at several values, so that the program ran several times; None before
             the first run.
+        marginalises: Whether an earlier run has shown a site of the model that the host is to sum out.
     """
 
     def __init__(self, estimators: Estimators, default: Estimator):
@@ -60,6 +64,7 @@ class Assignment:
         self.has_read_annotations = False
         self.seen: set[str] = set()
         self.compares: bool | None = None
+        self.marginalises = False
 
     def choose(self, site: Any, alias: str, wrapped: Estimator | None) -> Choice:
         """The estimator of a random site of the guide.
@@ -80,6 +85,8 @@ class Assignment:
             return Choice(require_estimator(estimator, f"site '{name}': estimators(site)"), "estimators(site)")
         if "estimator" in site["infer"]:
             return Choice(require_estimator(site["infer"]["estimator"], f"site '{name}': infer['estimator']"), "guide")
+        if site["infer"].get("enumerate"):
+            return Choice(_exact_sum(site), ENUMERATED)
         if wrapped is not None:
             return Choice(wrapped, "Estimated")
         if alias in self.annotations:
@@ -124,6 +131,16 @@ class Assignment:
                 f"site '{name}': {where} names no site of the guide; the random sites are: {sites}. "
                 "For a site that only some branches of the guide draw, give a function: estimators=lambda site: ..."
             )
+
+
+def _exact_sum(site: Any) -> Enumerate:
+    """The estimator for which ``infer={"enumerate": ...}`` stands."""
+    if site["infer"].get("num_samples") is not None:
+        raise ValueError(
+            f"site '{site['name']}': expected infer['enumerate'] without infer['num_samples'], which samples locally, as TraceTMC_ELBO "
+            "does; remove it to sum over all values, or give the site an estimator by infer['estimator'] or in the objective."
+        )
+    return Enumerate()
 
 
 def require_random(site: Any, wrapped: Estimator | None, what: str) -> None:
@@ -179,13 +196,16 @@ class Description(tuple[SiteDescription, ...]):
 
     Attributes:
         evaluations: How often a step runs guide and model for each particle.
+        marginalised: The sites of the model that the host sums out.
     """
 
     evaluations: int
+    marginalised: tuple[str, ...]
 
-    def __new__(cls, sites: Iterable[SiteDescription], evaluations: int = 1) -> Description:
+    def __new__(cls, sites: Iterable[SiteDescription], evaluations: int = 1, marginalised: tuple[str, ...] = ()) -> Description:
         description = super().__new__(cls, sites)
         description.evaluations = evaluations
+        description.marginalised = marginalised
         return description
 
     @property
@@ -203,10 +223,17 @@ class Description(tuple[SiteDescription, ...]):
             lines.append(f"divergence in closed form: {closed or 'none'}; sampled: {sampled or 'none'}")
         if self.evaluations > 1:
             lines.append(f"{self.evaluations} evaluations of the program per particle")
+        if self.marginalised:
+            lines.append(summed_out(self.marginalised))
         if self.together:
             apart = [d.name for d in self if not d.together]
             lines.append(f"particles drawn together: {', '.join(self.together)}; independently: {', '.join(apart) or 'none'}")
         return "\n".join(lines)
+
+
+def summed_out(names: tuple[str, ...]) -> str:
+    """What a table says of marginalised sites."""
+    return f"summed out by the host: {', '.join(names)}"
 
 
 class Describes:
@@ -228,9 +255,7 @@ class Describes:
         Returns:
             A tuple of records that prints as a table.
         """
-        sites, evaluations = self._describe(model, guide, args, kwargs)
-        return Description(sites.values(), evaluations)
+        return self._describe(model, guide, args, kwargs)
 
-    def _describe(self, model, guide, args, kwargs) -> Any:
-        """The random sites of a run, by name, and how often a step runs the program for each particle."""
+    def _describe(self, model, guide, args, kwargs) -> Description:
         raise NotImplementedError

@@ -62,7 +62,12 @@ def use_closed_forms(host: Host, run: Run) -> Run:
     guide, model = dict(run.guide), dict(run.model)
     for name in run.sites.random:
         of_guide, of_model = guide[name], model.get(name)
-        if of_model is None or of_guide.in_control_flow or not _count_alike(host.ops, of_guide, of_model):
+        if (
+            of_model is None
+            or of_model.log_density is None
+            or of_guide.in_control_flow
+            or not _count_alike(host.ops, of_guide, of_model)
+        ):
             continue
         if (divergence := host.divergence(of_guide, of_model)) is not None:
             guide[name] = of_guide.with_log_density(None)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from flowvi.assignment import Describes, Estimators
+from flowvi.assignment import Description, Estimators, summed_out
 from flowvi.estimators import Estimator
 
 Candidates = Estimators | Mapping[str, Estimators]
@@ -60,6 +60,7 @@ class GradientReport:
             number of samples (1 where q = p).
         seconds: For each candidate, the time of one sample of the gradient.
         num_samples: How many samples there are.
+        marginalised: The sites of the model that the host sums out.
 
     References:
         The effective sample size is Kish's, (sum w)^2 / sum w^2; see Owen 2013, chapter 9.
@@ -69,6 +70,7 @@ class GradientReport:
     effective_samples: dict[str, dict[str, float]]
     seconds: dict[str, float]
     num_samples: int
+    marginalised: tuple[str, ...] = ()
     _columns: tuple[str, ...] = field(
         default=("candidate", "parameter", "site", "estimator", "|mean|", "std", "snr", "share", "ess", "us"), repr=False
     )
@@ -133,7 +135,8 @@ class GradientReport:
         """The table as plain text."""
         cells = [self._columns, *self._cells()]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self._columns))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([*lines, summed_out(self.marginalised)] if self.marginalised else lines)
 
 
 def by_label(estimators: Candidates) -> dict[str, Estimators]:
@@ -147,12 +150,14 @@ class Measured:
     """Running moments of the gradients and weights of one candidate.
 
     Args:
-        estimators: The estimator of each random site.
+        description: The random sites.
         readers: For each parameter, the sites whose distribution reads it.
     """
 
-    def __init__(self, estimators: Mapping[str, Estimator], readers: Mapping[str, tuple[str, ...]]) -> None:
-        self.estimators, self.readers = estimators, readers
+    def __init__(self, description: Description, readers: Mapping[str, tuple[str, ...]]) -> None:
+        self.estimators = {site.name: site.estimator for site in description}
+        self.marginalised = description.marginalised
+        self.readers = readers
         self.gradients: dict[str, list[np.ndarray]] = {}
         self.log_weights: dict[str, list[np.ndarray]] = {}
         self.seconds = 0.0
@@ -190,9 +195,5 @@ def compare(estimators: Candidates, measure: Callable[[Estimators], Measured], n
         {label: one.effective_samples() for label, one in measured.items()},
         {label: one.seconds / num_samples for label, one in measured.items()},
         num_samples,
+        next(iter(measured.values())).marginalised,
     )
-
-
-def estimators_of(elbo: Describes, model, guide, args, kwargs) -> dict[str, Estimator]:
-    """The estimator of each random site."""
-    return {site.name: site.estimator for site in elbo.describe(model, guide, *args, **kwargs)}

@@ -5,8 +5,9 @@ An adapter knows how to run a program of its host and writes down what happened;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from flowvi.assignment import Assignment, MissingAnnotationError
@@ -29,7 +30,8 @@ class Statement(NamedTuple):
         scale: What the host multiplies the log density by; None for 1.
         mask: What the host masks the log density by, besides the masks of the distribution itself; None for no mask.
         in_control_flow: Whether it came out of a scan or cond, where statements may depend on each other in any order.
-        enumerated: Whether the program marks it as a site that the host is to sum out.
+        infer: How the program marks it, such as ``{"enumerate": "parallel"}``.
+        parts: Where the log density is that of several statements, some of whose sites the host has summed out: their names.
         total: The sum of its log density, where the host has computed it.
         intermediates: What the host has kept of its sampler's forward pass.
         steps: The iterations of sequential plates in which it is, each as the plate's name and the number of the iteration.
@@ -44,7 +46,8 @@ class Statement(NamedTuple):
     scale: Any = None
     mask: Any = None
     in_control_flow: bool = False
-    enumerated: bool = False
+    infer: Mapping[str, Any] = MappingProxyType({})
+    parts: tuple[str, ...] = ()
     total: Array | None = None
     intermediates: Any = None
     steps: frozenset[tuple[str, int]] = frozenset()
@@ -145,6 +148,7 @@ class Run:
         mutable_state: What the host keeps between steps besides parameters.
         closed_forms: Sites whose two log densities have been replaced by minus their divergence in closed form.
         held_entropy: Whether the derivative of the guide's log density at fixed values has been subtracted (sticking the landing).
+        marginalised: The sites of the model that the host has summed out.
         many_samples: Whether the guide's values have a leading dim of samples over which the model was mapped.
     """
 
@@ -157,6 +161,7 @@ class Run:
     mutable_state: Mapping[str, Any] = field(default_factory=dict)
     closed_forms: frozenset[str] = frozenset()
     held_entropy: bool = False
+    marginalised: tuple[str, ...] = ()
     many_samples: bool = False
 
     @property
@@ -198,17 +203,39 @@ def run(program: Program, sites: GuideSites) -> Run:
         result = program.run(sites.fresh())
     if assignment.remember(result.annotations):
         result = program.run(sites.fresh())
+    if not assignment.marginalises and (names := sites_to_sum_out(result.guide, result.model)):
+        require_summable(result.model, names)
+        assignment.marginalises = True
+        result = program.run(sites.fresh())
     observed = {name for name, statement in result.model.items() if statement.observed}
     assignment.verify(result.sites.aliases, result.sites.fixed, observed)
-    _refuse_enumerated(result)
+    if assignment.marginalises:
+        names = sites_to_sum_out(result.guide, result.model)
+        require_summable(result.model, [name for name in names if name not in result.marginalised])
     return result
 
 
-def _refuse_enumerated(run: Run) -> None:
-    """Refuse sites of the model that the host would sum out; drawn from the prior they would mean something else."""
-    for name, statement in run.model.items():
-        if statement.enumerated and not statement.observed and name not in run.guide:
-            raise ValueError(
-                f"site '{name}': expected a site that is observed or drawn in the guide, found infer['enumerate'] in the model, which "
-                "asks the host to sum it out; use TraceEnum_ELBO, or draw the site in the guide with flowvi.Enumerate()."
-            )
+def sites_to_sum_out(guide: Container[str], model: Mapping[str, Statement]) -> list[str]:
+    """The sites of the model that it asks the host to sum out: those that are neither observed nor drawn in the guide."""
+    return [name for name, s in model.items() if s.infer.get("enumerate") and not s.observed and name not in guide]
+
+
+def require_summable(model: Mapping[str, Statement], names: Iterable[str]) -> None:
+    """Refuse to sum out a site that the host would draw from its prior, which would mean something else."""
+    for name in names:
+        fn, infer = model[name].fn, model[name].infer
+        found = f"{type(fn).__name__} with infer={ {key: infer[key] for key in ('enumerate', 'num_samples') if infer.get(key)} }"
+        if infer["enumerate"] == "parallel" and infer.get("num_samples") is None:
+            if not getattr(fn, "has_enumerate_support", False):
+                found = f"{type(fn).__name__}, which has none"
+            else:
+                try:
+                    fn.enumerate_support(expand=False)
+                except (NotImplementedError, ValueError) as error:
+                    found = f"{type(fn).__name__} ({error})"
+                else:
+                    continue
+        raise ValueError(
+            f"site '{name}': to be summed out, a site of the model needs a finite support that the host enumerates, "
+            f"infer={{'enumerate': 'parallel'}} and no infer['num_samples'], found {found}; or draw the site in the guide."
+        )

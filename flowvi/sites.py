@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
-from flowvi.assignment import Assignment, Choice, MissingAnnotationError, SiteDescription, require_estimator, require_random
+from flowvi.assignment import ENUMERATED, Assignment, Choice, MissingAnnotationError, SiteDescription, require_estimator, require_random
 from flowvi.estimators import Draw, Estimator
 from flowvi.host import Host
 from flowvi.ops import Array
@@ -93,12 +93,6 @@ class GuideSites:
             require_random(msg, wrapped, what)
             self.fixed[name] = what
             return what
-        if msg["infer"].get("enumerate"):
-            raise ValueError(
-                f"site '{name}': expected a site that is sampled, found infer['enumerate']; remove it (handlers.infer_config or "
-                "poutine.infer_config does, where an autoguide sets it) and give the site the estimator Enumerate(), which sums over "
-                "its values, or use TraceEnum_ELBO, which sums over those of several sites at once."
-            )
         choice = self.assignment.choose(msg, alias, wrapped)
         try:
             target = target_of(msg, True)
@@ -109,6 +103,9 @@ class GuideSites:
         except ValueError as refusal:
             if choice.source == "default" and not self.assignment.has_read_annotations:
                 raise MissingAnnotationError(refusal) from refusal
+            if choice.source == ENUMERATED:
+                way = "Remove it, or give the site another estimator by infer['estimator'] or in the objective."
+                raise ValueError(f"{refusal} It has {choice.estimator} because of {ENUMERATED}. {way}") from refusal
             raise
         if drawn is not None:
             self.draws[name] = drawn

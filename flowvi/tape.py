@@ -113,6 +113,7 @@ def record(run: Run, dependencies: Dependencies) -> Tape:
         # stands for draws of the guide that have no statement; anything may depend on them
         graph = Graph(*({name: names | factors for name, names in of.items()} for of in graph))
     nodes = _nodes((run.guide[name] for name in run.guide if name in drawn), graph.draws)
+    graph = _of_parts(run, graph)
     ancestors = partial(scored_ancestors, draws=nodes, scored=frozenset(draws))
     of_draws, of_model, of_guide = map(
         ancestors, (nodes, _nodes(run.model.values(), graph.model), _nodes(run.guide.values(), graph.guide))
@@ -148,3 +149,11 @@ def _without_closed_forms(run: Run, graph: Graph) -> Graph:
     if not run.closed_forms:
         return graph
     return graph._replace(model=graph.model | {name: (graph.model[name] | graph.guide[name]) - {name} for name in run.closed_forms})
+
+
+def _of_parts(run: Run, graph: Graph) -> Graph:
+    """A marginal density depends on everything that one of its parts depends on."""
+    if not run.marginalised:
+        return graph
+    marginals = {s.name: frozenset().union(*(graph.model[part] for part in s.parts)) for s in run.model.values() if s.parts}
+    return graph._replace(model=graph.model | marginals)

@@ -129,7 +129,7 @@ DISCRETE = Refused(lambda h, t: h.dist.Bernoulli(logits=t), "needs a continuous 
 NO_SAMPLER = Refused(lambda h, t: h.dist.VonMises(t, h.array(1.0)), "RP needs a reparameterized sampler, but VonMises has none")
 NO_INVERSE = Refused(lambda h, t: h.dist.StudentT(4 + t, h.array(0.0), h.array(1.0)), ".*StudentT for a constant df")
 NO_MODEL = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), ".*expected Normal or MultivariateNormal, found Gamma")
-ENUMERATED = Refused(lambda h, t: h.dist.Bernoulli(logits=t), ".*enumerate", {"enumerate": "parallel"})
+ENUMERATED = Refused(lambda h, t: h.dist.Poisson(1 + t), "expected a finite support.*infer.'enumerate'", {"enumerate": "parallel"})
 NO_SUPPORT = Refused(lambda h, t: h.dist.Poisson(t), "expected a finite support that the host enumerates, but Poisson has none")
 NO_INTEGERS = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "needs a distribution of integers, but Gamma is continuous")
 NO_WEAK_DERIVATIVE = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "no weak derivative of Gamma in its concentration")

@@ -33,6 +33,7 @@ SLOW = [
         "control_variate",
         "discrete",
         "jumps",
+        "marginal",
         "toy",
         "vae",
     )

@@ -121,7 +121,7 @@ def tape_in_numpyro(model, guide, dependencies="graph"):
 
 
 def tape_in_pyro(model, guide, dependencies="graph"):
-    program = PyroProgram(model, guide, (), {}, float("inf"), follows_tensors=dependencies == "graph")
+    program = PyroProgram(model, guide, (), {}, flowvi.pyro.TraceFlow_ELBO(), follows_tensors=dependencies == "graph")
     return record(run(program, GuideSites(Assignment(None, Auto()))), dependencies)
 
 
@@ -189,7 +189,7 @@ def test_parents_lead_through_parameters(host):
     if host.name == "numpyro":
         tape = record(run_program(NumPyroProgram(jax.random.key(0), {}, model, guide, (), {}), assignment), "graph")
     else:
-        program = PyroProgram(model, guide, (), {}, float("inf"), follows_tensors=True)
+        program = PyroProgram(model, guide, (), {}, flowvi.pyro.TraceFlow_ELBO(), follows_tensors=True)
         tape = record(run(program, GuideSites(assignment)), "graph")
     assert ancestors(tape)["of b"] == {"a", "b"}
     assert {site.name: names(site) for site in tape.sites} == {"a": {"a"}, "b": {"a", "b"}}

@@ -156,14 +156,22 @@ def test_pyro_autoguides_with_vectorized_particles(name):
     assert_same(*(of_pyro(elbo, partial(make_guide, PYRO, name), hierarchical(PYRO)) for elbo in elbos))
 
 
-def test_pyro_an_enumerated_autoguide_is_refused():
+def test_pyro_an_enumerated_autoguide_takes_the_exact_sum():
     def model():
-        pyro.sample("k", pyro.distributions.Bernoulli(torch.tensor(0.3)))
+        k = pyro.sample("k", pyro.distributions.Bernoulli(torch.tensor(0.3)))
+        pyro.sample("y", pyro.distributions.Normal(3 * k, torch.tensor(1.0)), obs=torch.tensor(2.0))
 
     guide = pyro.infer.autoguide.AutoDiscreteParallel(model)
     guide()
-    with pytest.raises(ValueError, match="site 'k': .*Enumerate.., which sums over its"):
-        flowvi.pyro.TraceFlow_ELBO().loss(model, guide)
+    (parameter,) = guide.parameters()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, parameter)[0]
+
+    expected = gradient(pyro.infer.TraceEnum_ELBO(max_plate_nesting=0).differentiable_loss(model, guide))
+    for _ in range(3):
+        assert_same(gradient(flowvi.pyro.TraceFlow_ELBO().differentiable_loss(model, guide)).numpy(), expected.numpy())
+    assert str(flowvi.pyro.TraceFlow_ELBO(estimators={"k": LR()}).describe(model, guide)[0].estimator) == "LR()"
 
 
 # ---- handlers: a guide and a model that a handler changes

@@ -4,6 +4,7 @@ Each docstring says what the host gets wrong. Where the half of the host fails, 
 drop that half, and say from which version on.
 """
 
+import funsor
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -405,3 +406,39 @@ def test_a_plate_that_is_entered_again(host, outside):
     wrong_under(theirs, program, host, of_costs - of_divergences)
     found = host.gradients_of(theirs, program, 20_000)
     np.testing.assert_allclose(found.mean(), of_costs / 2 - of_divergences, atol=5 * found.std() / len(found) ** 0.5)
+
+
+# ---- 12: sites of the model that the hosts sum out
+
+
+def evaluated(host, model, *elbos):
+    """The losses of a guide without a site."""
+    return [float(host.loss(elbo, model, lambda: None)) for elbo in elbos]
+
+
+@pytest.mark.filterwarnings("ignore:Out-of-support values")
+def test_numpyro_enumerates_the_indices_of_a_support():
+    """NumPyro gives an enumerated site the values 0, 1, ... whatever its support: here 0 and 1 instead of 2 and 3."""
+
+    def model():
+        z = numpyro.sample("z", numpyro_dist.DiscreteUniform(2, 3), infer={"enumerate": "parallel"})
+        numpyro.sample("y", numpyro_dist.Normal(z, 1.0), obs=2.0)
+
+    funsor.set_backend("jax")  # an import of Pyro's may have given it another
+    exact = -np.log(0.5 * (1 + np.exp(-0.5)) / np.sqrt(2 * np.pi))
+    theirs, ours = evaluated(NUMPYRO, model, numpyro.infer.TraceEnum_ELBO(), NUMPYRO.flow.TraceFlow_ELBO())
+    assert abs(ours - exact) < 1e-10
+    assert theirs > exact + 0.5
+
+
+def test_a_masked_distribution_that_pyro_sums_out():
+    """Pyro masks the probabilities of a marginalised site that is masked by ``.mask``: they add up to the number of its values."""
+
+    def model():
+        z = pyro.sample("z", pyro_dist.Bernoulli(torch.tensor(0.3)).mask(False), infer={"enumerate": "parallel"})
+        pyro.sample("y", pyro_dist.Normal(z, 1.0).mask(False), obs=torch.tensor(2.0))
+
+    elbos = (elbo(max_plate_nesting=0) for elbo in (pyro.infer.TraceEnum_ELBO, PYRO.flow.TraceFlow_ELBO))
+    theirs, ours = evaluated(PYRO, model, *elbos)
+    assert abs(ours) < 1e-12
+    assert abs(theirs + np.log(2)) < 1e-12

@@ -317,7 +317,13 @@ def two_sites(guide_infer=None, model_infer=None, observed_infer=None):
             {},
             {"guide_infer": {"enumerate": "parallel"}},
             ValueError,
-            "site 'x': .*found infer.'enumerate'.*Enumerate.., which sums over its",
+            "site 'x': expected a finite support .* has Enumerate.. because of infer.'enumerate'.*. Remove it, or give",
+        ),
+        (
+            {},
+            {"guide_infer": {"enumerate": "parallel", "num_samples": 3}},
+            ValueError,
+            "site 'x': expected infer.'enumerate'. without infer.'num_samples'.",
         ),
     ],
 )

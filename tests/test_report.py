@@ -9,6 +9,7 @@ import pytest
 from cases import EXACT
 
 from flowvi import LR, RP, Flow
+from flowvi.assignment import Description, SiteDescription
 from flowvi.report import Measured, by_label
 
 matplotlib.use("agg")
@@ -97,6 +98,7 @@ def test_labels():
 
 def test_effective_samples():
     """Kish's (sum w)^2 / sum w^2 as a fraction: equal weights give 1, one weight among n gives 1 / n."""
-    measured = Measured({"equal": LR(), "one": LR(), "plain": LR()}, {})
+    sites = [SiteDescription(name, LR(), "", "", (), ()) for name in ("equal", "one", "plain")]
+    measured = Measured(Description(sites), {})
     measured.add({}, {"equal": np.zeros((4, 2)), "one": np.array([0.0, -np.inf, -np.inf, -np.inf])})
     assert measured.effective_samples() == {"equal": 1.0, "one": 0.25, "plain": 1.0}

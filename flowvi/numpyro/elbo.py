@@ -11,7 +11,7 @@ from jax import random
 from numpyro.infer import Trace_ELBO
 
 import flowvi.ops.jax as ops
-from flowvi.assignment import Assignment, Describes, Estimators, SiteDescription
+from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST
@@ -127,11 +127,11 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         run = self._run(program)
         return elbo_of(HOST, run, self.dependencies, by_statement=not self.sum_sites), run.mutable_state or None
 
-    def _describe(self, model, guide, args, kwargs) -> tuple[dict[str, SiteDescription], int]:
+    def _describe(self, model, guide, args, kwargs) -> Description:
         together = None if self.particles == "independent" else self._together(0, random.key(1))
         program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide, together)
         found = [described(self._run_any(program), self.dependencies)]
-        if found[0][1] > 1 or any(site.estimator.compares for site in found[0][0].values()):
+        if found[0].evaluations > 1 or any(site.estimator.compares for site in found[0]):
 
             def count(params):  # only a traced parameter is known to be live
                 found.append(described(self._run_any(replace(program, param_map=params)), self.dependencies))

@@ -8,7 +8,7 @@ from jax import random
 from numpyro.infer import RenyiELBO
 
 import flowvi.ops.jax as ops
-from flowvi.assignment import Assignment, Describes, Estimators
+from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.handlers import seeded
 from flowvi.numpyro.host import HOST
@@ -98,4 +98,5 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         return {"loss": loss, "mutable_state": of_first_particle(mutable_state)}
 
     def _describe(self, model, guide, args, kwargs):
-        return run_program(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs), self._assignment).sites.random, 1
+        run = run_program(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs), self._assignment)
+        return Description(run.sites.random.values(), marginalised=run.marginalised)

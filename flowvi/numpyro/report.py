@@ -20,7 +20,7 @@ from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.handlers import adaptive
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.run import NumPyroProgram
-from flowvi.report import Candidates, GradientReport, Measured, compare, estimators_of
+from flowvi.report import Candidates, GradientReport, Measured, compare
 
 BATCH = 100
 
@@ -105,8 +105,8 @@ def gradient_report(
         def log_weights(key):
             return {name: draw.log_weight for name, draw in run(key).draws.items() if draw.log_weight is not None}
 
-        estimators = estimators_of(elbo, model, guide, args, kwargs)
-        measured = Measured(estimators, _readers(run, key, {name: constrained[name] for name in of_program}, constrained))
+        description = elbo.describe(model, guide, *args, **kwargs)
+        measured = Measured(description, _readers(run, key, {name: constrained[name] for name in of_program}, constrained))
         size = min(BATCH, num_samples)
         gradient, log_weights = jax.jit(jax.vmap(gradient)), jax.jit(jax.vmap(log_weights))
         jax.block_until_ready(gradient(random.split(key, size)))  # compiled before it is timed

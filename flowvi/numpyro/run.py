@@ -18,15 +18,27 @@ from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
 from numpyro.util import _validate_model, check_model_guide_match
 
+import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
+from flowvi.marginal import with_marginals
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, own_keys, read_annotations, seeded
 from flowvi.numpyro.influence import influenced
+from flowvi.numpyro.marginal import (
+    contract,
+    enumerated_trace,
+    factors_of,
+    funsor_with_jax,
+    is_enumerated,
+    log_density_of,
+    require_funsor,
+    unshifted,
+)
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.threefry import split, unrolled
-from flowvi.run import Replacement, Run, Statement, run
+from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
 from flowvi.sites import Entropy, GuideSites
 
 
@@ -65,8 +77,48 @@ class NumPyroProgram:
             mutable_state |= _values(model_trace, "mutable")
         plates = {name: site["args"] for name, site in model_trace.items() if site["type"] == "plate"}
         subsampled = {name: size / subsample for name, (size, subsample) in plates.items() if subsample and size > subsample}
-        of_model = _statements(model_trace, model_log_probs)
-        return Run(self, statements, of_model, sites, model.annotations, subsampled, mutable_state, many_samples=self.multi_sample)
+        of_model, marginalised = _statements(model_trace, model_log_probs), tuple[str, ...]()
+        if sites.assignment.marginalises and (names := sites_to_sum_out(statements, of_model)):
+            require_summable(of_model, names)
+            self._require_marginals(names[0], mutable_state)
+            nesting = max(jnp.ndim(log_prob) for log_prob in (*log_probs.values(), *model_log_probs.values()))
+            with funsor_with_jax():
+                of_model, marginalised = self._marginalised(guide_trace, nesting)
+        return Run(
+            self,
+            statements,
+            of_model,
+            sites,
+            model.annotations,
+            subsampled,
+            mutable_state,
+            marginalised=marginalised,
+            many_samples=self.multi_sample,
+        )
+
+    def _marginalised(self, guide_trace, max_plate_nesting: int) -> tuple[dict[str, Statement], tuple[str, ...]]:
+        """The statements of the model, and the sites that NumPyro has summed out."""
+        guided = {
+            name: {**site, "infer": {**site["infer"], "enumerate": None}} for name, site in guide_trace.items() if "infer" in site
+        }
+        key = split(self.rng_key)[0]
+        replayed = own_keys(replay(seed(self.model, unrolled(key)), {**guide_trace, **guided}), key)
+        found = enumerated_trace(replayed, self.args, self.kwargs, self.param_map, max_plate_nesting)
+        for name, site in found.items():
+            _require_replayed(name, site, guide_trace)
+        names = sorted((name for name, site in found.items() if is_enumerated(site)), key=lambda name: name != unshifted(name))
+        unscaled = {name: log_density_of(site) for name, site in found.items()}
+        scaled = {name: scale_and_mask(log_prob, scale=found[name]["scale"]) for name, log_prob in unscaled.items()}
+        statements = with_marginals(ops, _statements(found, scaled), names, factors_of(found, names, unscaled), contract)
+        first_steps = {name: statements[name]._replace(infer={}) for name in found if name != unshifted(name)}
+        return statements | first_steps, tuple(dict.fromkeys(map(unshifted, names)))
+
+    def _require_marginals(self, site: str, mutable_state) -> None:
+        """Refuse to sum out a site of a program for which this is not possible."""
+        require_funsor(site)
+        for found, what in ((mutable_state, "mutable state"), (self.multi_sample, "multi_sample_guide=True")):
+            if found:
+                raise ValueError(f"site '{site}': expected no {what} where a site of the model is summed out; draw it in the guide.")
 
     def annotations(self) -> dict[str, Estimator]:
         _, guide_trace = self._log_probs(self._seeded_guide(), self.param_map)
@@ -104,6 +156,7 @@ class NumPyroProgram:
         def log_probs(**marks):
             of_guide, guide_trace = self._log_probs(mark_draws(self._seeded_guide(), marks, scored), self.param_map)
             of_model, _ = self._replay_model(self.model, guide_trace)
+            of_model |= {name: of_model[unshifted(name)] for name in run.model if name != unshifted(name)}
             return of_guide, of_model, {name: guide_trace[name]["value"] for name in marks}
 
         return Graph(*eval_provenance(log_probs, **dict.fromkeys(drawn, jnp.zeros(()))))
@@ -200,6 +253,23 @@ def of_first_particle(mutable_state: Any) -> Any:
     return jax.tree.map(lambda a: a[0], mutable_state)
 
 
+def _require_replayed(name: str, site: Mapping[str, Any], guide_trace: Mapping[str, Any]) -> None:
+    """Refuse what NumPyro's enumeration does not bring into ``scan``: values of the guide, and supports other than 0, 1, 2, ..."""
+    if not site.get("_control_flow_done") and name == unshifted(name):
+        return
+    if unshifted(name) in guide_trace and not site["is_observed"]:
+        raise ValueError(
+            f"site '{unshifted(name)}': expected no site of the guide inside a scan with a site that is summed out, to which NumPyro "
+            "does not bring the guide's value; draw the site outside of the scan, or write the chain as a loop with markov."
+        )
+    lower = getattr(site["fn"].support, "lower_bound", 0)
+    if is_enumerated(site) and (isinstance(lower, jax.core.Tracer) or jnp.any(lower != 0)):
+        raise ValueError(
+            f"site '{unshifted(name)}': expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found that of "
+            f"{type(site['fn']).__name__}, which begins elsewhere; NumPyro enumerates the indices of the values. Use a Categorical."
+        )
+
+
 def _require_names(sites: GuideSites, guide_trace: Mapping[str, Any]) -> None:
     """Refuse a handler around the objective that renames sites, after their estimators have acted."""
     if renamed := [name for name in sites.random if name not in guide_trace]:
@@ -228,8 +298,8 @@ def _statements(trace, log_probs: dict[str, jax.Array]) -> dict[str, Statement]:
             site["is_observed"],
             site["scale"],
             in_control_flow=bool(site.get("_control_flow_done")),
-            enumerated=bool(site["infer"].get("enumerate")),
             intermediates=site["intermediates"],
+            infer=site["infer"],
         )
         for name, site in trace.items()
         if site["type"] == "sample"

@@ -11,7 +11,7 @@ from collections.abc import Container
 from typing import NamedTuple
 
 from flowvi.alternatives import Comparison
-from flowvi.assignment import SiteDescription
+from flowvi.assignment import Description
 from flowvi.dependence import Ancestor, Frame
 from flowvi.entropy import use_closed_forms
 from flowvi.estimators import Enumerate
@@ -117,7 +117,7 @@ def _placed(plans: list[SitePlan], share: bool) -> list[SitePlan]:
     return placed
 
 
-def described(run: Run, dependencies: Dependencies) -> tuple[dict[str, SiteDescription], int]:
+def described(run: Run, dependencies: Dependencies) -> Description:
     """The random sites with the estimators that act there, and how often a step runs guide and model for each particle.
 
     It runs them once, and once more for each value of a site that needs a run of its own.
@@ -126,11 +126,11 @@ def described(run: Run, dependencies: Dependencies) -> tuple[dict[str, SiteDescr
     if run.sites.entropy == "analytic":
         sites = {name: site._replace(closed_form=name in run.closed_forms) for name, site in sites.items()}
     if not any(draw.comparison is not None or draw.instead is not None for draw in run.draws.values()):
-        return sites, 1
+        return Description(sites.values(), marginalised=run.marginalised)
     tape = choose(record(run, dependencies), run)
     chosen = {s.name for s in tape.sites if s.draw.instead is not None and s.draw.comparison is not None}
     sites = {name: site._replace(estimator=Enumerate()) if name in chosen else site for name, site in sites.items()}
-    return sites, 1 + _num_runs(plan(tape, run.program.branches))
+    return Description(sites.values(), 1 + _num_runs(plan(tape, run.program.branches)), run.marginalised)
 
 
 def _num_runs(plans: list[SitePlan]) -> int:

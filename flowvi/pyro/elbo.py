@@ -225,14 +225,14 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return -torch.as_tensor(estimate(ops, particles, num_particles, self.baseline))
 
     def _get_trace(self, model, guide, args, kwargs):
-        program = PyroProgram(model, guide, args, kwargs, self.max_plate_nesting)
+        program = PyroProgram(model, guide, args, kwargs, self)
         self._run(program)
         return tuple(map(prune_subsample_sites, program.traces))
 
     def _describe(self, model, guide, args, kwargs):
         with forked_generators():
             follows_tensors = self.dependencies == "graph"
-            run = self._run(PyroProgram(model, guide, args, kwargs, self.max_plate_nesting, follows_tensors, self.particles))
+            run = self._run(PyroProgram(model, guide, args, kwargs, self, follows_tensors, self.particles))
             return described(run, self.dependencies)
 
     def _run(self, program: PyroProgram) -> Run:

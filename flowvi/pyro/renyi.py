@@ -10,7 +10,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import warn_if_nan
 
 import flowvi.ops.torch as ops
-from flowvi.assignment import Assignment, Describes, Estimators
+from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import BoundParticle, Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
 from flowvi.ops import times
@@ -152,10 +152,11 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
 
     def _describe(self, model, guide, args, kwargs):
         with forked_generators():
-            return self._run(PyroProgram(model, guide, args, kwargs, self.max_plate_nesting)).sites.random, 1
+            run = self._run(PyroProgram(model, guide, args, kwargs, self))
+            return Description(run.sites.random.values(), marginalised=run.marginalised)
 
     def _get_trace(self, model, guide, args, kwargs):
-        program = PyroProgram(model, guide, args, kwargs, self.max_plate_nesting)
+        program = PyroProgram(model, guide, args, kwargs, self)
         self._run(program)
         return tuple(map(prune_subsample_sites, program.traces))
 

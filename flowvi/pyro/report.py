@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +17,7 @@ from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST
 from flowvi.pyro.run import PyroProgram
-from flowvi.report import Candidates, GradientReport, Measured, compare, estimators_of
+from flowvi.report import Candidates, GradientReport, Measured, compare
 from flowvi.run import Run
 
 
@@ -79,16 +80,16 @@ def gradient_report(
 
     def measure(choice: Estimators) -> Measured:
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
-        estimators = estimators_of(elbo, model, guide, args, kwargs)
-        program = PyroProgram(model, guide, args, kwargs, elbo.max_plate_nesting)
+        description = elbo.describe(model, guide, *args, **kwargs)
+        program = partial(PyroProgram, model, guide, args, kwargs, elbo)
         with forked_generators(), poutine.trace(param_only=True) as used:
             seed_generators(seed)
-            run = elbo._run(program)
+            run = elbo._run(program())
             nodes = used.trace.nodes
             parameters: dict[str, Any] = {name: nodes[name]["value"] for name in nodes if name not in run.sites.learned}
             leaves = {name: parameter.unconstrained() for name, parameter in parameters.items()}
             weighted = any(draw.log_weight is not None for draw in run.draws.values())
-            measured = Measured(estimators, _readers(run, leaves))
+            measured = Measured(description, _readers(run, leaves))
             for _ in tqdm(range(num_samples), disable=not progress_bar, desc="gradients"):
                 start = perf_counter()
                 loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
@@ -97,7 +98,7 @@ def gradient_report(
                 measured.seconds += perf_counter() - start  # only now have the numbers arrived: calls to a GPU return earlier
                 measured.add(rows, {})
                 if weighted:
-                    draws = elbo._run(program).draws
+                    draws = elbo._run(program()).draws
                     measured.add({}, {name: d.log_weight[None].cpu() for name, d in draws.items() if d.log_weight is not None})
         return measured
 

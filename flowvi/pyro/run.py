@@ -13,17 +13,21 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
+from pyro.util import check_model_guide_match, check_site_shape
 
 import flowvi.ops.torch as ops
+from flowvi.assignment import Assignment
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
+from flowvi.marginal import with_marginals
 from flowvi.particles import Particles
 from flowvi.pyro.distributions import PyroTarget, unwrap
 from flowvi.pyro.generators import forked_generators, generator_states, restore_generators, uniforms
 from flowvi.pyro.handlers import attach_estimators, attach_together, hold_values, replay_and_read
+from flowvi.pyro.marginal import contraction, factors_of, marginalised_sites
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
 from flowvi.run import Replacement, Run, Statement
 from flowvi.sites import GuideSites, weight_of_density
@@ -38,7 +42,7 @@ class PyroProgram:
         guide: The guide.
         args: Passed to both.
         kwargs: Passed to both.
-        max_plate_nesting: As in Pyro, for its checks of shapes.
+        elbo: The objective, for its ``max_plate_nesting``.
         follows_tensors: Whether to record, while the program runs, from which draws each tensor is computed.
         particles: How particles that are a plate are drawn.
         traces: The traces of the first run, of the model and of the guide.
@@ -50,7 +54,7 @@ class PyroProgram:
     guide: Callable
     args: tuple
     kwargs: dict[str, Any]
-    max_plate_nesting: Any
+    elbo: ELBO
     follows_tensors: bool = False
     particles: Particles = "independent"
     traces: tuple[Any, Any] = field(default=(), repr=False)  # type: ignore[assignment]
@@ -62,8 +66,7 @@ class PyroProgram:
         if values is not None:
             return self._run(sites, hold_values({**self._held_subsamples(), **values}), with_model)
         assignment = sites.assignment
-        if assignment.compares is not False:  # the state is only needed to run again, and takes time to copy
-            self.start = generator_states()
+        self._begin(assignment)
         run = self._followed(sites) if self.follows_tensors else self._run(sites)
         compares = any(d.comparison is not None or (d.instead is not None and not self.branches) for d in run.draws.values())
         if compares or assignment.compares is None:
@@ -97,7 +100,6 @@ class PyroProgram:
         reduced = []
         with torch.no_grad(), forked_generators():
             for i in range(num_runs):
-                restore_generators(self.start)
                 changed = {name: r for name, r in replacements.items() if r.covers(i)}
                 downstream = frozenset().union(*(r.downstream for r in changed.values()))
                 sites = run.sites.fresh()
@@ -110,40 +112,63 @@ class PyroProgram:
         assert self._graph is not None
         return self._graph
 
+    def _begin(self, assignment: Assignment) -> None:
+        """Let a second run draw what the first one drew, unless Pyro has to find ``max_plate_nesting`` first, which draws too."""
+        if self.start:
+            restore_generators(self.start)
+        if assignment.marginalises and not self._is_messenger and self.elbo.max_plate_nesting == float("inf"):
+            self.elbo._guess_max_plate_nesting(self.model, self.guide, self.args, self.kwargs)
+            self.start = ()
+        if not self.start and assignment.compares is not False:  # the state is only needed to run again, and takes time to copy
+            self.start = generator_states()
+
     def _run(self, sites: GuideSites, held: hold_values | None = None, with_model: bool = True) -> Run:
         attached = attach_estimators(sites) if self.particles == "independent" else attach_together(sites, self.particles)
-        model, guide, annotations = self._traces(attached, held or nullcontext(), with_model)
+        enumerates = sites.assignment.marginalises and not self._is_messenger
+        model, guide, annotations = self._traces(attached, held or nullcontext(), with_model, enumerates)
         if held is None:
             self.traces = model, guide
         validate = is_validation_enabled()
-        if validate and with_model:
-            check_model_guide_match(model, guide, self.max_plate_nesting)
-            check_if_enumerated(guide)
+        of_model, of_guide = _sites(model), _sites(guide)
+        if validate and with_model and (enumerates or not _asks_to_sum_out(of_model, of_guide)):
+            check_model_guide_match(model, guide, self.elbo.max_plate_nesting)
         # a GuideMessenger runs the model too, whose factors do not belong to the guide
         sites.draws = {name: draw for name, draw in sites.draws.items() if name in guide.nodes}
         for name, log_prob in sites.log_probs.items():
             if name in guide.nodes:
                 site = guide.nodes[name]
                 site["log_prob"] = scale_and_mask(log_prob, site["scale"], site["mask"])
-        of_model, of_guide = _sites(model), _sites(guide)
         for trace, statements in ((model, of_model), (guide, of_guide)):
             trace.compute_log_prob(lambda name, _, statements=statements: name in statements)
             if validate:
                 for site in statements.values():
-                    check_site_shape(site, self.max_plate_nesting)
+                    check_site_shape(site, self.elbo.max_plate_nesting)
         for name in sites.biased:
             _add_path(name, of_model)
             _add_path(name, of_guide)
         subsampled: dict[str, float] = {}
-        return Run(self, _statements(of_guide), _statements(of_model, subsampled), sites, annotations, subsampled)
+        statements = _statements(of_model, subsampled)
+        marginalised = marginalised_sites(of_model, of_guide) if enumerates else ()
+        if marginalised:
+            factors = factors_of(model, of_model, marginalised)
+            _require_paths(sites, of_model, [factor.name for factor in factors])
+            statements = with_marginals(ops, statements, marginalised, factors, contraction(model))
+        return Run(self, _statements(of_guide), statements, sites, annotations, subsampled, marginalised=marginalised)
 
-    def _traces(self, attached: AbstractContextManager, held: AbstractContextManager, with_model: bool = True):
+    @property
+    def _is_messenger(self) -> bool:
+        return isinstance(poutine.unwrap(self.guide), Messenger)
+
+    def _traces(
+        self, attached: AbstractContextManager, held: AbstractContextManager, with_model: bool = True, enumerates: bool = False
+    ):
         """Run the guide, and the model replayed against it: their traces, and what the model annotates.
 
         Args:
             attached: The handler around the guide.
             held: The handler around both, which acts first.
             with_model: Whether to run the model.
+            enumerates: Whether to enumerate the sites that the model asks Pyro to sum out.
         """
         messenger = poutine.unwrap(self.guide)
         if isinstance(messenger, Messenger):  # a GuideMessenger runs both itself
@@ -155,13 +180,14 @@ class PyroProgram:
         if not with_model:
             return poutine.Trace(), guide, {}
         replay = replay_and_read(guide)
+        program = EnumMessenger(-1 - self.elbo.max_plate_nesting)(self.model) if enumerates else self.model
         with held:
-            model = poutine.trace(replay(self.model)).get_trace(*self.args, **self.kwargs)
+            model = poutine.trace(replay(program)).get_trace(*self.args, **self.kwargs)
         return model, guide, replay.annotations
 
     def _held_subsamples(self) -> dict[str, Any]:
         """The subsample that the first run drew at each plate, for a run that draws nothing."""
-        if isinstance(poutine.unwrap(self.guide), Messenger):
+        if self._is_messenger:
             raise ValueError(
                 "entropy='stl' and gradient='dreg' run the guide again without the model, which a GuideMessenger cannot do; "
                 "use entropy='full' and gradient='plain'."
@@ -175,12 +201,16 @@ def programs(
     """The program of each particle of an objective: one after the other, or one in which they are a plate."""
     if not elbo.vectorize_particles:
         for _ in range(elbo.num_particles):
-            yield PyroProgram(model, guide, args, kwargs, elbo.max_plate_nesting, follows_tensors)
+            yield PyroProgram(model, guide, args, kwargs, elbo, follows_tensors)
         return
     if elbo.max_plate_nesting == float("inf"):
         elbo._guess_max_plate_nesting(model, guide, args, kwargs)
     model, guide = (elbo._vectorized_num_particles(program) for program in (model, guide))
-    yield PyroProgram(model, guide, args, kwargs, elbo.max_plate_nesting, follows_tensors, particles)
+    yield PyroProgram(model, guide, args, kwargs, elbo, follows_tensors, particles)
+
+
+def _asks_to_sum_out(model: dict[str, Any], guide: dict[str, Any]) -> bool:
+    return any(site["infer"].get("enumerate") and not site["is_observed"] and name not in guide for name, site in model.items())
 
 
 def _add_path(name: str, sites: dict[str, Any]) -> None:
@@ -192,6 +222,17 @@ def _add_path(name: str, sites: dict[str, Any]) -> None:
     weight = target.with_learned({}, {}, weight_of_density(site)).own_density_at(ops, x)
     site["log_prob"] = site["log_prob"] + target.to_batch((weight * ops.tether(x) * p.logits.detach()).sum(-1))
     site.pop("log_prob_sum", None)
+
+
+def _require_paths(sites: GuideSites, model: dict[str, Any], summed: Iterable[str]) -> None:
+    """Refuse to sum out a density to which :func:`_add_path` would have to add a path first."""
+    for name in summed:
+        one_hot = isinstance(unwrap(model[name]["fn"]), torch.distributions.OneHotCategorical)
+        if name in sites.draws and sites.random[name].estimator.biased and one_hot:
+            raise ValueError(
+                f"site '{name}': expected no {sites.random[name].estimator} at a one-hot value whose density in the model depends on a "
+                "site that is summed out; use LR() or Enumerate()."
+            )
 
 
 def _subsamples(traces: Iterable[Any]) -> dict[str, Any]:
@@ -228,7 +269,7 @@ def _statements(sites: dict[str, Any], subsampled: dict[str, float] | None = Non
             site["is_observed"],
             site["scale"],
             site["mask"],
-            enumerated=bool(site["infer"].get("enumerate")),
+            infer=site["infer"],
             total=None if subsampled is None else site.get("log_prob_sum"),
             steps=steps,
         )

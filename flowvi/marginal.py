@@ -1,0 +1,100 @@
+"""Sites of the model that the host sums out: which statements are contracted together, and the cost that they become.
+
+A statement whose log density depends on the value of a marginalised site z is a factor. Factors that share such sites, directly or by
+way of others, are one component. The host contracts it to
+
+    log sum_z prod_j exp(f_j),
+
+once for each element of the plates that all of its statements share; over the other plates the contraction multiplies. The
+component counts as one cost, which depends on everything that one of its statements depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flowvi.dependence import Frame
+from flowvi.ops import Array, Ops
+from flowvi.run import Statement
+
+
+class Factor(NamedTuple):
+    """The log density of a statement that depends on marginalised sites.
+
+    Attributes:
+        name: The name of the statement.
+        frames: Its plates.
+        dims: The marginalised sites on which it depends, its own included where it is one; by any names.
+        log_density: Masked, but not scaled, in whatever form the host contracts; that of a marginalised site is not masked, so that
+            its probabilities always add up to 1.
+    """
+
+    name: str
+    frames: frozenset[Frame]
+    dims: frozenset[str]
+    log_density: Any
+
+
+Contract = Callable[[Sequence[Factor], frozenset[Frame]], Array]
+
+
+def with_marginals(
+    ops: Ops, model: Mapping[str, Statement], marginalised: Sequence[str], factors: Sequence[Factor], contract: Contract
+) -> dict[str, Statement]:
+    """The statements of a model, with the log density of each component at the first of its marginalised sites.
+
+    Args:
+        ops: The operations of the backend.
+        model: The statements of the model, its marginalised sites enumerated.
+        marginalised: The marginalised sites.
+        factors: The statements that depend on them.
+        contract: ``contract(component, frames)`` sums out all dims of a component's factors, and multiplies over all plates but
+            ``frames``; returns an array whose batch dims are those of ``frames``.
+
+    Raises:
+        ValueError: Statements of a component have different scales, so that no scale of the marginal density is right.
+    """
+    statements = dict(model)
+    for component in _components(factors):
+        names = tuple(dict.fromkeys(factor.name for factor in component))
+        scale = _common_scale(ops, [model[name] for name in names])
+        frames = frozenset.intersection(*(factor.frames for factor in component))
+        log_density = contract(component, frames)
+        statements |= {name: model[name].with_log_density(None) for name in names}
+        site = next(name for name in marginalised if name in names)
+        statements[site] = statements[site]._replace(
+            frames=frames,
+            steps=frozenset.intersection(*(model[name].steps for name in names)),
+            log_density=log_density if scale is None else log_density * scale,
+            scale=scale,
+            parts=names,
+        )
+    return statements
+
+
+def _components(factors: Sequence[Factor]) -> list[list[Factor]]:
+    """The factors in groups that share no dims."""
+    components: list[tuple[set[str], list[Factor]]] = []
+    for factor in factors:
+        joined = [component for component in components if not component[0].isdisjoint(factor.dims)]
+        components = [component for component in components if component not in joined]
+        dims = set(factor.dims).union(*(dims for dims, _ in joined))
+        components.append((dims, [*(member for _, members in joined for member in members), factor]))
+    return [members for _, members in components]
+
+
+def _common_scale(ops: Ops, statements: Sequence[Statement]) -> Any:
+    """The scale of all statements of a component."""
+    first, *_ = scales = [1.0 if statement.scale is None else statement.scale for statement in statements]
+    for statement, scale in zip(statements, scales, strict=True):
+        if shape := getattr(scale, "shape", ()):
+            _refuse(statement.name, f"found a scale of shape {tuple(shape)}; give one number, or mask the statement")
+        if not ops.is_known_equal(first, scale):
+            found = f"found {first} at '{statements[0].name}' and {scale} at '{statement.name}'"
+            _refuse(statement.name, f"{found}; put the same scale, or the same subsampled plate, around all of them")
+    return statements[0].scale
+
+
+def _refuse(name: str, found: str):
+    raise ValueError(f"site '{name}': expected one scale for all statements that are summed out together, {found}.")
