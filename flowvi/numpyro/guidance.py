@@ -24,6 +24,7 @@ from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.handlers import adaptive
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.run import NumPyroProgram
+from flowvi.run import Held
 from flowvi.tape import Joint
 
 ELEMENTS = 1_000_000  # of the gradients of one batch
@@ -267,10 +268,10 @@ class NumPyroProbe:
             return held_values(HOST, bench._run(random.fold_in(bench.key, seed)))
 
         def densities(seed, value):
-            again = bench._run(random.fold_in(bench.key, seed)).again({**values(seed), site: value})
+            again = bench._run(random.fold_in(bench.key, seed)).again({**values(seed), site: Held(value)})
             return {name: s.log_density for name, s in statements(again).items()}
 
-        self._value = jax.jit(lambda seed: values(seed)[site])
+        self._value = jax.jit(lambda seed: values(seed)[site].value)
         self._densities = jax.jit(jax.vmap(densities, (None, 0)))
         self._slopes = jax.jit(jax.jacrev(lambda value, seed: {name: jnp.sum(d) for name, d in densities(seed, value).items()}))
 

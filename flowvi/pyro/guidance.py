@@ -22,7 +22,7 @@ from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST
 from flowvi.pyro.run import PyroProgram
-from flowvi.run import Run
+from flowvi.run import Held, Run
 from flowvi.tape import Joint, follows_tensors
 
 BATCH = 8  # gradients
@@ -282,7 +282,7 @@ class PyroProbe:
         return torch.as_tensor(value).to(run.guide[self.site].value)
 
     def _at(self, run: Run, x: torch.Tensor) -> dict[str, Any]:
-        again = run.again({**held_values(HOST, run), self.site: x})
+        again = run.again({**held_values(HOST, run), self.site: Held(x)})
         return {name: torch.as_tensor(s.log_density) for name, s in statements(again).items()}
 
 
