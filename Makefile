@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The tests run one process per core; each keeps to one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow lint bench bench-adaptive docs clean
+.PHONY: demo test test-slow lint bench bench-adaptive bench-guidance docs clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -38,6 +38,10 @@ bench: .venv/ready
 # About ten minutes.
 bench-adaptive: .venv/ready
 	$(BIN)/python benchmarks/adaptive.py
+
+# About an hour.
+bench-guidance: .venv/ready
+	$(BIN)/python benchmarks/guidance.py
 
 docs: .venv/ready
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

@@ -12,7 +12,26 @@ from flowvi.ops import Array
 from flowvi.run import Run, Statement
 
 Ancestors = Mapping[str, frozenset[Ancestor]]
-Dependencies = Literal["graph", "plates"]
+
+
+class Joint(NamedTuple):
+    """Some sites on whose every element every cost counts as dependent: right whatever the program does, and noisy.
+
+    Attributes:
+        base: How to find which costs depend on the other sites.
+        sites: The names of the sites.
+    """
+
+    base: Literal["graph", "plates"]
+    sites: frozenset[str]
+
+
+Dependencies = Literal["graph", "plates"] | Joint
+
+
+def follows_tensors(dependencies: Dependencies) -> bool:
+    """Whether the program has to be followed to find which costs depend on which site."""
+    return (dependencies.base if isinstance(dependencies, Joint) else dependencies) == "graph"
 
 
 class Term(NamedTuple):
@@ -104,6 +123,8 @@ def record(run: Run, dependencies: Dependencies) -> Tape:
         run: The run.
         dependencies: ``"graph"``: a statement depends on what it was computed from; ``"plates"``: on all statements before it.
     """
+    if isinstance(dependencies, Joint):
+        return _jointly(record(run, dependencies.base), dependencies.sites)
     draws = scored_draws(run.draws)
     drawn = frozenset(draws).union(name for name, statement in run.guide.items() if not statement.observed)
     graph = _by_order(run, drawn)
@@ -120,6 +141,16 @@ def record(run: Run, dependencies: Dependencies) -> Tape:
     )
     sites = [Site(name, run.guide[name].frames, draw, of_draws[name]) for name, draw in draws.items()]
     return Tape(costs(run, of_model, of_guide), sites, graph.draws)
+
+
+def _jointly(tape: Tape, names: frozenset[str]) -> Tape:
+    """The tape on which every cost depends on every element of the named sites."""
+    joint = frozenset(Ancestor(site.name, frozenset()) for site in tape.sites if site.name in names)
+
+    def widened(ancestors: frozenset[Ancestor]) -> frozenset[Ancestor]:
+        return joint.union(ancestor for ancestor in ancestors if ancestor.name not in names)
+
+    return tape._replace(terms=[term._replace(ancestors=widened(term.ancestors)) for term in tape.terms])
 
 
 def _nodes(statements: Iterable[Statement], ancestors: Mapping[str, frozenset[str]]) -> tuple[Node, ...]:

@@ -9,11 +9,12 @@ except ImportError as error:
 from flowvi.host import register as _register
 from flowvi.numpyro.distributions import Estimated
 from flowvi.numpyro.elbo import TraceFlow_ELBO
+from flowvi.numpyro.guidance import check_program, recommend
 from flowvi.numpyro.handlers import adaptive
 from flowvi.numpyro.host import HOST as _HOST
 from flowvi.numpyro.renyi import TraceFlow_RenyiELBO
 from flowvi.numpyro.report import gradient_report
 
-__all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "adaptive", "gradient_report"]
+__all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "adaptive", "check_program", "gradient_report", "recommend"]
 
 _register(_HOST)

@@ -9,6 +9,7 @@ except ImportError as error:
 from flowvi.host import register as _register
 from flowvi.pyro.distributions import Estimated
 from flowvi.pyro.elbo import TraceFlow_ELBO
+from flowvi.pyro.guidance import check_program, recommend
 from flowvi.pyro.host import HOST as _HOST
 from flowvi.pyro.jit import JitTraceFlow_ELBO, JitTraceFlow_RenyiELBO
 from flowvi.pyro.renyi import TraceFlow_RenyiELBO
@@ -22,7 +23,9 @@ __all__ = [
     "JitTraceFlow_RenyiELBO",
     "TraceFlow_ELBO",
     "TraceFlow_RenyiELBO",
+    "check_program",
     "gradient_report",
+    "recommend",
 ]
 
 _register(_HOST)

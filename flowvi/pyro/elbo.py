@@ -32,7 +32,7 @@ from flowvi.pyro.module import LearningModule
 from flowvi.pyro.run import PyroProgram, programs
 from flowvi.run import Run, run
 from flowvi.sites import Entropy, GuideSites
-from flowvi.tape import Dependencies
+from flowvi.tape import Dependencies, follows_tensors
 
 
 class TraceFlow_ELBO(Describes, Trace_ELBO):
@@ -207,8 +207,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
     def _losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         """Scalars that add up to the loss. Each can be differentiated separately, so that its graph can be freed."""
         looped = []
-        follows_tensors = self.dependencies == "graph"
-        for program in programs(self, model, guide, args, kwargs, follows_tensors=follows_tensors, particles=self.particles):
+        follows = follows_tensors(self.dependencies)
+        for program in programs(self, model, guide, args, kwargs, follows_tensors=follows, particles=self.particles):
             run = self._run(program)
             annotated = annotated_baselines(program.traces[1], run.draws)
             particle = elbo_of(HOST, run, self.dependencies, baselines=annotated)
@@ -231,8 +231,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _describe(self, model, guide, args, kwargs):
         with forked_generators():
-            follows_tensors = self.dependencies == "graph"
-            run = self._run(PyroProgram(model, guide, args, kwargs, self, follows_tensors, self.particles))
+            follows = follows_tensors(self.dependencies)
+            run = self._run(PyroProgram(model, guide, args, kwargs, self, follows, self.particles))
             return described(run, self.dependencies)
 
     def _run(self, program: PyroProgram) -> Run:

@@ -1,0 +1,225 @@
+"""What `check_program` finds, and what `recommend` chooses.
+
+Three tables. In the first a bias is planted at one site of a small program (`planted.py`): whether it is found, at which site, and
+where. The second counts false alarms on random programs whose estimators are right. The third has the choice of `recommend` for
+programs of many kinds: its noise times time over that of the best objective of all that it tried, measured again in turn, and its
+gains. About an hour; the rows of one host, table and program by `--only`:
+
+    python benchmarks/guidance.py
+    python benchmarks/guidance.py --smoke
+    python benchmarks/guidance.py --only NumPyro biases
+    python benchmarks/guidance.py --only Pyro choices "eight schools"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+import numpyro
+import pyro
+import torch
+from planted import BIASES, Planted, parameter, right
+from programs import HOSTS, NumPyro, Program, eight_schools, mixture_guide, noisy_cone
+from tables import Options, figure, options, table
+from timing import use_one_thread
+from variance import FUNCTIONS, expectation
+
+from flowvi import Auto
+from flowvi.guidance import Search, Watch, advise
+from flowvi.guidance.search import BATCHES
+from flowvi.numpyro.guidance import PARTICLES as OF_NUMPYRO
+from flowvi.numpyro.guidance import NumPyroBench
+from flowvi.pyro.guidance import PARTICLES as OF_PYRO
+from flowvi.pyro.guidance import PyroBench
+
+CHECK, RIGHT, CHOICE, TRUTH = 10.0, 5.0, 30.0, 10.0  # seconds
+NUM_RIGHT, CHUNK = 200, 20
+
+
+def check(h: Any, planted: Planted, seconds: float) -> tuple[Any, float]:
+    pyro.clear_param_store()
+    model, guide, estimators = planted.make(h)
+    start = perf_counter()
+    return h.flow.check_program(model, guide, estimators=estimators, seconds=seconds), perf_counter() - start
+
+
+def biases(asked: Options) -> None:
+    about = f"A planted bias: the sites that `check_program` names in {CHECK:.0f} seconds at most, and what it says."
+    with table("guidance_biases", asked, ("Host", "Bias", "Planted at", "Found at", "It says", "Samples", "Seconds"), about) as row:
+        for h in HOSTS[:1] if asked.smoke else HOSTS:
+            for name, planted in list(BIASES.items())[: 1 if asked.smoke else None]:
+                if asked.wants(h.name, "biases", name):
+                    found, seconds = check(h, planted, CHECK)
+                    samples = max((one.test.num_samples for one in found.sites if one.test), default=0)
+                    sites = ", ".join(f"`{one.site}`" for one in found.failed) or "none"
+                    says = "; ".join(one.remark for one in found.failed)
+                    row(h.name, name, f"`{planted.site}`", sites, says, samples, figure(seconds, ".1f"))
+
+
+def false_alarms(asked: Options) -> None:
+    about = f"Random programs whose estimators are right, each checked for {RIGHT:.0f} seconds at most: false alarms."
+    columns = ("Host", "Seeds", "Programs", "Sites compared", "False alarms", "Median detectable bias, of the gradient")
+    with table("guidance_right", asked, columns, about) as row:
+        for h in HOSTS[1:] if asked.smoke else HOSTS:
+            for first in range(0, NUM_RIGHT, CHUNK)[: 1 if asked.smoke else None]:
+                seeds = range(first, first + (2 if asked.smoke else CHUNK))
+                if asked.wants(h.name, "right", f"{first}-{first + CHUNK - 1}"):
+                    found = [check(h, right(seed), 1.0 if asked.smoke else RIGHT)[0] for seed in seeds]
+                    tests = [one.test for each in found for one in each.sites if one.test is not None]
+                    detectable = figure(float(np.median([test.detectable for test in tests])), ".2g")
+                    alarms = sum(bool(each.failed) for each in found)
+                    row(h.name, f"{seeds[0]} to {seeds[-1]}", len(seeds), len(tests), alarms, detectable)
+
+
+# Programs to choose for.
+
+
+def one_site(prior: Callable, guide: Callable, mean: Callable = lambda h, x: x) -> Callable[[Any], Program]:
+    """A latent site in front of one observation."""
+
+    def make(h):
+        def model():
+            x = h.ppl.sample("x", prior(h))
+            h.ppl.sample("y", h.dist.Normal(mean(h, 1.0 * x), 0.7), obs=h.array(1.2))
+
+        return Program(model, lambda: h.ppl.sample("x", guide(h)))
+
+    return make
+
+
+def mixed(h: Any) -> Program:
+    """A discrete and a continuous site in one mean, and local sites of a plate."""
+    y = h.array(np.array([0.3, 1.8, -0.4, 1.1]))
+
+    def model():
+        w = h.ppl.sample("w", h.dist.Normal(h.array(0.0), 1.0))
+        with h.ppl.plate("data", 4):
+            k = h.ppl.sample("k", h.dist.Bernoulli(h.array(0.5)))
+            h.ppl.sample("y", h.dist.Normal(w + 1.5 * k, 0.6), obs=y)
+
+    def guide():
+        h.ppl.sample("w", h.dist.Normal(parameter(h, "loc", 0.2), parameter(h, "scale", 0.6, True)))
+        logits = parameter(h, "logits", np.zeros(4))
+        with h.ppl.plate("data", 4):
+            h.ppl.sample("k", h.dist.Bernoulli(logits=logits))
+
+    return Program(model, guide)
+
+
+def uniform_logits(h: Any, size: int):
+    return h.dist.Categorical(logits=h.array(np.zeros(size)))
+
+
+CHOICES: dict[str, Callable[[Any], Program]] = {
+    **{
+        f"{name}, k = {k:g}": (lambda h, make=make, k=k: expectation(h, make, k))
+        for name, (make, ks) in FUNCTIONS.items()
+        for k in (ks[0], ks[-1])
+    },
+    "cos(20 x)": lambda h: expectation(h, FUNCTIONS["cos(k x)"][0], 20.0),
+    "Bernoulli": one_site(lambda h: h.dist.Bernoulli(h.array(0.4)), lambda h: h.dist.Bernoulli(logits=parameter(h, "logits", 0.3))),
+    "Categorical of 8": one_site(
+        lambda h: uniform_logits(h, 8),
+        lambda h: h.dist.Categorical(logits=parameter(h, "logits", np.linspace(-1, 1, 8))),
+        lambda h, x: x / 3,
+    ),
+    "Categorical of 40": one_site(
+        lambda h: uniform_logits(h, 40),
+        lambda h: h.dist.Categorical(logits=parameter(h, "logits", np.linspace(-1, 1, 40))),
+        lambda h, x: x / 15,
+    ),
+    "Poisson": one_site(lambda h: h.dist.Poisson(h.array(2.0)), lambda h: h.dist.Poisson(parameter(h, "rate", 1.5, True))),
+    "Normal": one_site(
+        lambda h: h.dist.Normal(h.array(0.0), 1.0),
+        lambda h: h.dist.Normal(parameter(h, "loc", 0.2), parameter(h, "scale", 0.7, True)),
+    ),
+    "Gamma": one_site(
+        lambda h: h.dist.Gamma(h.array(2.0), 1.0),
+        lambda h: h.dist.Gamma(parameter(h, "a", 2.5, True), parameter(h, "b", 1.5, True)),
+    ),
+    "Beta": one_site(
+        lambda h: h.dist.Beta(h.array(1.0), 1.0), lambda h: h.dist.Beta(parameter(h, "a", 2.0, True), parameter(h, "b", 1.5, True))
+    ),
+    "VonMises": one_site(
+        lambda h: h.dist.VonMises(h.array(0.0), h.array(0.5)),
+        lambda h: h.dist.VonMises(parameter(h, "loc", 0.3), parameter(h, "concentration", 2.0, True)),
+        lambda h, x: h.xp.sin(x),
+    ),
+    "MultivariateNormal": one_site(
+        lambda h: h.dist.MultivariateNormal(h.array(np.zeros(3)), scale_tril=h.array(np.eye(3))),
+        lambda h: h.dist.MultivariateNormal(parameter(h, "loc", np.full(3, 0.2)), scale_tril=parameter(h, "tril", 0.6 * np.eye(3))),
+        lambda h, x: x.sum(-1),
+    ),
+    "mixed": mixed,
+    "mixture guide": lambda h: mixture_guide(h, h.dist.Normal),
+    "eight schools": lambda h: eight_schools(h, h.dist.Normal),
+    "noisy cone": lambda h: noisy_cone(h, h.dist.Normal),
+}
+
+
+@contextmanager
+def bench_of(h: Any, program: Program) -> Iterator[tuple[Any, int]]:
+    """The bench of a program, and the number of particles of a check."""
+    pyro.clear_param_store()
+    if h is NumPyro:
+        yield NumPyroBench(program.model, program.guide, program.args, {}, None, Auto(), None, None), OF_NUMPYRO
+    else:
+        with PyroBench.opened(program.model, program.guide, program.args, {}, None, Auto(), 0) as bench:
+            yield bench, OF_PYRO
+
+
+def over_the_best(search: Search, seconds: float) -> tuple[float, str, int]:
+    """The score of the search's choice over the best one of all that it tried, measured again in turn; that one; how many there are."""
+    trials = {setting: replace(trial, deviations=[], times=[]) for setting, trial in search.trials.items()}
+    start = perf_counter()
+    for _ in range(BATCHES):
+        for trial in trials.values():
+            trial.run()
+        if perf_counter() - start > seconds:
+            break
+    best = min(trials, key=lambda setting: trials[setting].score)
+    others = ", ".join(f"{name}: {e}" for name, e in best.chosen if search.estimator(name) != e)
+    which = "" if best == search.best else f"{others or 'default'}; {best.entropy!r}"
+    return trials[search.best].score / trials[best].score, which, len(trials)
+
+
+def choices(asked: Options) -> None:
+    about = (
+        f"What `recommend` chooses in {CHOICE:.0f} seconds; its noise x time over that of the best objective of all that it tried, "
+        f"measured again in turn for {TRUTH:.0f} seconds; and how many times as much the default and the host's own objective need, "
+        "with 95% intervals."
+    )
+    columns = ("Host", "Program", "Choice", "Tried", "Over the best", "Which is", "Default", "Host's own", "Seconds")
+    with table("guidance_choices", asked, columns, about) as row:
+        for h in HOSTS[1:] if asked.smoke else HOSTS:
+            for name, make in CHOICES.items():
+                if (asked.smoke and name != "Bernoulli") or not asked.wants(h.name, "choices", name):
+                    continue
+                with bench_of(h, make(h)) as (bench, particles), Watch(CHOICE, False) as clock:
+                    search = Search(bench, (1,), clock)
+                    advice = advise(search, CHOICE, particles)
+                    spent = CHOICE - clock.left()
+                    share, which, tried = over_the_best(search, TRUTH)
+                chosen = ", ".join(f"`{site}`: {e}" for site, e in advice.estimators.items()) + f"; {advice.options['entropy']!r}"
+                gains = advice.gain_over_default, advice.gain_over_host or "refused"
+                row(h.name, name, chosen, tried, figure(share, ".2f"), which, *gains, figure(spent, ".0f"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = options(__file__, __doc__, argv)
+    use_one_thread()
+    numpyro.enable_x64()
+    jax.config.update("jax_enable_x64", True)
+    torch.set_default_dtype(torch.float64)
+    for of in (biases, false_alarms, choices):
+        of(asked)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Which estimator each site should have, and whether one is biased on a program: what ``recommend`` and ``check_program`` share.
+
+An adapter measures gradients and costs (:mod:`flowvi.guidance.bench`); everything else is here.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from tqdm import tqdm
+
+from flowvi.guidance.bench import Batch, Bench, Draw, Probe, Setting, over, plates, statements
+from flowvi.guidance.bias import BiasTest
+from flowvi.guidance.candidates import GuideSite
+from flowvi.guidance.jumps import Place
+from flowvi.guidance.program_check import Checker, ProgramCheck, SiteCheck
+from flowvi.guidance.recommendation import Gain, Recommendation, SiteAdvice, advise
+from flowvi.guidance.search import Search, Tried
+
+__all__ = [
+    "Batch",
+    "Bench",
+    "BiasTest",
+    "Checker",
+    "Draw",
+    "Gain",
+    "GuideSite",
+    "Place",
+    "Probe",
+    "ProgramCheck",
+    "Recommendation",
+    "Search",
+    "Setting",
+    "SiteAdvice",
+    "SiteCheck",
+    "Tried",
+    "Watch",
+    "advise",
+    "over",
+    "plates",
+    "statements",
+]
+
+
+class Watch:
+    """A clock that runs down, with a progress bar.
+
+    Args:
+        seconds: How long it runs.
+        progress_bar: Whether it shows a bar.
+    """
+
+    def __init__(self, seconds: float, progress_bar: bool):
+        self.seconds, self.start = seconds, perf_counter()
+        self.bar = tqdm(total=round(seconds, 1), disable=not progress_bar, bar_format="{desc}: {bar} {n:.0f}/{total:.0f} s")
+
+    def __enter__(self) -> Watch:
+        """Begin."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+    def left(self) -> float:
+        """The seconds that are left; less than 0 where it took longer."""
+        spent = perf_counter() - self.start
+        self.bar.update(min(spent, self.seconds) - self.bar.n)
+        return self.seconds - spent
+
+    def show(self, what: str) -> None:
+        """Show what is being done."""
+        self.bar.set_description(what)

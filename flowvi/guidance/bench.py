@@ -1,0 +1,152 @@
+"""What guidance needs from an adapter: gradients of an objective, how long they take, and costs at given values of a site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from flowvi.assignment import Estimators
+from flowvi.estimators import Estimator
+from flowvi.guidance.candidates import GuideSite
+from flowvi.objectives import LeaveOneOut
+from flowvi.run import Run, Statement
+from flowvi.sites import Entropy
+
+
+class Setting(NamedTuple):
+    """An objective.
+
+    Attributes:
+        chosen: The sites whose estimator is not the one that they have without advice, each with its estimator.
+        entropy: How the guide's own log density is differentiated.
+        num_particles: The number of particles.
+        baseline: Whether the mean over the other particles is subtracted from the costs of a score.
+        joint: The sites whose scores multiply every cost.
+        of_host: Whether it is the host's own objective, which has particles only.
+    """
+
+    chosen: tuple[tuple[str, Estimator], ...] = ()
+    entropy: Entropy = "full"
+    num_particles: int = 1
+    baseline: LeaveOneOut = "loo"
+    joint: frozenset[str] = frozenset()
+    of_host: bool = False
+
+    def at(self, estimators: Mapping[str, Estimator]) -> Setting:
+        """The same with other estimators at some sites."""
+        return self._replace(chosen=tuple(sorted((dict(self.chosen) | dict(estimators)).items(), key=lambda item: item[0])))
+
+    def without(self, names: frozenset[str]) -> Setting:
+        """The same with the estimators that some sites have without advice."""
+        return self._replace(chosen=tuple(item for item in self.chosen if item[0] not in names))
+
+
+class Batch(NamedTuple):
+    """Gradients at consecutive random keys.
+
+    Attributes:
+        gradients: With the samples along the first axis, and all elements of all parameters along the second.
+        seconds: The time of one of them.
+    """
+
+    gradients: np.ndarray
+    seconds: float
+
+
+Draw = Callable[[int], Batch]  # of the number of a batch, which stands for its random keys
+
+
+class Probe(Protocol):
+    """The log densities of a run as functions of the value of one site, all other values of the guide held.
+
+    Statements have the labels of :func:`statements`; the site's own label in ``plates`` is ``""``.
+
+    Attributes:
+        plates: For each statement, its plates by name, each with its (negative) dim.
+        event_ndim: The number of event dims of the site's value.
+    """
+
+    @property
+    def plates(self) -> Mapping[str, Mapping[str, int]]: ...
+    @property
+    def event_ndim(self) -> int: ...
+
+    def value(self, seed: int) -> np.ndarray:
+        """The value of the site in the run of a seed."""
+        ...
+
+    def densities(self, seed: int, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Each statement's log density in that run, with the value of the site replaced by each of ``values`` (first axis)."""
+        ...
+
+    def slopes(self, seed: int, value: np.ndarray) -> dict[str, np.ndarray]:
+        """The automatic derivative of the sum of each statement's log density in the value of the site, at ``value``."""
+        ...
+
+
+def statements(run: Run) -> dict[str, Statement]:
+    """The statements of a run that have a log density, those of the model first, each under a label for messages."""
+    both = ((run.model, "statement '{}'"), (run.guide, "the guide's statement '{}'"))
+    return {label.format(name): s for of, label in both for name, s in of.items() if s.log_density is not None}
+
+
+def plates(run: Run, site: str) -> dict[str, dict[str, int]]:
+    """The plates of each statement, and of a site under the label ``""``."""
+    labelled = {**statements(run), "": run.guide[site]}
+    return {label: {frame.name: frame.dim for frame in s.frames} for label, s in labelled.items()}
+
+
+class Bench(Protocol):
+    """A model and a guide at given parameters.
+
+    Attributes:
+        sites: The random sites of the guide, in program order.
+        parameters: The parameters in the order of a gradient's elements, each with how many it has.
+    """
+
+    @property
+    def sites(self) -> Mapping[str, GuideSite]: ...
+    @property
+    def parameters(self) -> Mapping[str, int]: ...
+
+    def gradients(self, setting: Setting) -> Draw:
+        """The gradients of an objective. Batches of one number have the same keys, whatever the setting.
+
+        Raises:
+            ValueError: Where an estimator refuses its site.
+        """
+        ...
+
+    def probe(self, site: str) -> Probe:
+        """The costs as functions of a site."""
+        ...
+
+
+class Clock(Protocol):
+    """How much time is left."""
+
+    def left(self) -> float:
+        """The seconds that are left."""
+        ...
+
+    def show(self, what: str) -> None:
+        """Show what is being done."""
+        ...
+
+
+def parameter_at(bench: Bench, element: int) -> str:
+    """The name of the parameter to which an element of the gradient belongs."""
+    for name, size in bench.parameters.items():
+        if element < size:
+            return name
+        element -= size
+    raise IndexError(element)
+
+
+def over(given: Estimators, chosen: dict[str, Estimator]) -> Estimators:
+    """The estimators that are ``chosen``, above those that are given."""
+    if given is None or isinstance(given, Mapping):
+        return {**(given or {}), **chosen}
+    return lambda site: chosen.get(site["name"]) or given(site)

@@ -1,0 +1,222 @@
+r"""A sequential test of whether two gradients have one mean.
+
+Both are drawn at the same keys, and their differences are tested after more and more of them. Look j spends the part
+:math:`\alpha / ((j + 1)(j + 2))` of the probability of a false alarm, so that all looks together spend at most :math:`\alpha`.
+A third of it
+goes to the elements of the mean difference, each by its z-score, with Bonferroni's correction. The other thirds go to two directions
+that each look takes from the data of the earlier ones: the gradient, and the mean difference over its variance. What a look finds must
+be confirmed by fresh differences, because z-scores of few and heavy-tailed numbers are larger than those of a Normal.
+
+References:
+    Lan and DeMets 1983 (alpha spending).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from flowvi.guidance.bench import Draw
+
+CONFIRMED = 4.0  # the z-score of fresh differences, along one direction of a known sign
+POWER = 1.2816  # a bias this many standard errors beyond the threshold is seen in nine of ten cases
+ROUNDING = 1e-5  # differences of this size, relative to the root mean square of the gradient, are rounding errors
+SMALLEST = 8  # the fewest batches that decide
+
+
+@dataclass(frozen=True)
+class BiasTest:
+    """What a sequential test found.
+
+    Attributes:
+        biased: Whether the means differ.
+        z: The z-score of what was confirmed, or else the largest one over the elements.
+        element: The element of the gradient in which the means differ most.
+        bias: The estimated difference of the means, relative to the size of the first one.
+        detectable: The least bias along the gradient that would have been found in nine of ten cases, relative to the gradient.
+        num_samples: The number of differences.
+    """
+
+    biased: bool
+    z: float
+    element: int
+    bias: float
+    detectable: float
+    num_samples: int
+
+
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # batches of the first gradient and of the difference
+
+
+class _Differences:
+    """Differences of two gradients at the same keys.
+
+    Attributes:
+        used: The elements that the second gradient moves.
+        num_read: How many batches were read.
+    """
+
+    def __init__(self, own: Draw, reference: Draw):
+        self.own, self.reference = own, reference
+        self.used: np.ndarray = np.zeros(0, bool)
+        self.num_read = 0
+
+    def read(self, count: int, time_left: Callable[[], bool] = lambda: True) -> Pairs:
+        """The next batches; fewer where time runs out."""
+        pairs: Pairs = []
+        while len(pairs) < count and (time_left() or not pairs):
+            a, b = (draw(self.num_read).gradients for draw in (self.own, self.reference))
+            here = (b != 0).any(0)
+            self.used = self.used | here if self.num_read else here
+            self.num_read += 1
+            pairs.append((a, a - b))
+        return pairs
+
+
+class _Moments:
+    """Running means and variances of differences, and of the first gradient."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.sums: list[np.ndarray] = []
+
+    def add(self, pairs: Pairs) -> None:
+        for own, difference in pairs:
+            new = [own.sum(0), (own**2).sum(0), difference.sum(0), (difference**2).sum(0)]
+            self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.n else new
+            self.n += len(own)
+
+    @property
+    def own(self) -> np.ndarray:
+        return self.sums[0] / self.n
+
+    @property
+    def size(self) -> np.ndarray:
+        return np.sqrt(self.sums[1] / self.n)
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.sums[2] / self.n
+
+    @property
+    def variance(self) -> np.ndarray:
+        return np.maximum(self.sums[3] / self.n - self.mean**2, 0.0) * self.n / (self.n - 1)
+
+    @property
+    def z(self) -> np.ndarray:
+        error = np.sqrt(self.variance / self.n + (ROUNDING * self.size) ** 2)
+        return np.divide(self.mean, error, out=np.zeros_like(error), where=error > 0)
+
+
+class _Along:
+    """The z-score of differences along a direction that may change with every look.
+
+    Attributes:
+        direction: The last direction.
+        deviation: The standard deviation along it.
+        n: How many differences there were.
+    """
+
+    def __init__(self) -> None:
+        self.direction, self.deviation, self.n, self.sum = np.zeros(0), 0.0, 0, 0.0
+
+    def add(self, pairs: Pairs, direction: np.ndarray) -> None:
+        x = np.concatenate([difference @ direction for _, difference in pairs])
+        self.direction, self.deviation = direction, float(x.std(ddof=1))
+        if self.deviation > 0:
+            self.sum += float(x.sum()) / self.deviation
+        self.n += len(x)
+
+    @property
+    def z(self) -> float:
+        return self.sum / math.sqrt(self.n) if self.n else 0.0
+
+
+class MeanTest:
+    """Compares the means of two gradients, look by look.
+
+    Args:
+        own: The gradient to test.
+        reference: One whose mean is right. An element that it leaves at exactly 0, such as a parameter of a baseline, is not compared.
+        alpha: The probability of a false alarm.
+        tolerance: A bias, relative to the gradient, below which it need not look.
+
+    Attributes:
+        result: What was found so far.
+        is_decided: Whether it knows.
+    """
+
+    def __init__(self, own: Draw, reference: Draw, alpha: float, tolerance: float):
+        self.differences, self.moments = _Differences(own, reference), _Moments()
+        self.along_gradient, self.along_difference = _Along(), _Along()
+        self.alpha, self.tolerance = alpha, tolerance
+        self.num_looks = 0
+        self.result = BiasTest(False, 0.0, 0, 0.0, math.inf, 0)
+        self.is_decided = False
+
+    def look(self, time_left: Callable[[], bool] = lambda: True) -> None:
+        """Look once more, at as many differences as were read before, or at fewer where time runs out."""
+        moments, differences = self.moments, self.differences
+        share = self.alpha / ((self.num_looks + 1) * (self.num_looks + 2)) / 3
+        new = differences.read(max(differences.num_read, SMALLEST), time_left)
+        used = differences.used
+        if moments.n:
+            self.along_gradient.add(new, np.where(used, moments.own, 0.0))
+            self.along_difference.add(new, _steepest(moments, used))
+        moments.add(new)
+        self.num_looks += 1
+        if not np.isfinite(moments.mean).all():
+            element = int(np.isfinite(moments.mean).argmin())
+            self._decide(BiasTest(True, math.inf, element, math.inf, math.inf, moments.n))
+            return
+        z = np.where(used, moments.z, 0.0)
+        element = int(np.abs(z).argmax())
+        compared = max(int((used & (moments.variance > 0)).sum()), 1)
+        suspects = []
+        if abs(z[element]) > _threshold(share / compared):
+            suspects.append(np.where(np.arange(z.size) == element, np.sign(z), 0.0))
+        suspects += [one.direction for one in (self.along_gradient, self.along_difference) if abs(one.z) > _threshold(share)]
+        for suspect in suspects:
+            again = differences.read(2 * differences.num_read)
+            moments.add(again)
+            if abs(confirmed := _z(again, suspect)) > CONFIRMED:
+                bias = float(np.linalg.norm(moments.mean[used])) / (float(np.linalg.norm(moments.own[used])) or 1.0)
+                self._decide(BiasTest(True, abs(confirmed), element, bias, self.result.detectable, moments.n))
+                return
+        detectable = (_threshold(share) + POWER) * self._error(used) if z.any() else 0.0
+        self.result = BiasTest(False, float(abs(z[element])), element, 0.0, detectable, moments.n)
+        self.is_decided = detectable < self.tolerance
+
+    def _error(self, used: np.ndarray) -> float:
+        """The standard error of the mean difference along the gradient, relative to the gradient without its noise."""
+        own = np.where(used, self.moments.own, 0.0)
+        noise = float(np.where(used, self.moments.size**2 - self.moments.own**2, 0.0).sum()) / self.moments.n
+        square = float(own @ own)
+        if square <= noise or not self.along_gradient.n:
+            return math.inf
+        return self.along_gradient.deviation / math.sqrt(self.along_gradient.n * square * (square - noise))
+
+    def _decide(self, result: BiasTest) -> None:
+        self.result, self.is_decided = result, True
+
+
+def _threshold(p: float) -> float:
+    return -NormalDist().inv_cdf(p / 2)
+
+
+def _z(pairs: Pairs, direction: np.ndarray) -> float:
+    """The z-score of the mean difference along a direction."""
+    x = np.concatenate([difference @ direction for _, difference in pairs])
+    error = float(x.std(ddof=1)) / math.sqrt(len(x))
+    return float(x.mean()) / error if error > 0 else math.inf * float(np.sign(x.mean()))
+
+
+def _steepest(moments: _Moments, used: np.ndarray) -> np.ndarray:
+    """The mean difference over its variance, where it is above the noise at all."""
+    variance = moments.variance + (ROUNDING * moments.size) ** 2
+    direction = np.divide(moments.mean, variance, out=np.zeros_like(variance), where=variance > 0)
+    return np.where(used & (np.abs(moments.z) > 1), direction, 0.0)

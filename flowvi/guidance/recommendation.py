@@ -1,0 +1,185 @@
+"""What ``recommend`` returns, and how it comes about: search, check of the winner, confirmation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flowvi.estimators import LR, RP, Estimator
+from flowvi.guidance.bench import Bench, Clock, Setting
+from flowvi.guidance.candidates import GuideSite, in_words
+from flowvi.guidance.noise import FLOOR
+from flowvi.guidance.program_check import Checker, ProgramCheck
+from flowvi.guidance.search import Search, Tried, ratio
+from flowvi.guidance.table import Table
+
+SEARCH, CONFIRM, CHECK, GAIN = 0.6, 0.05, 0.25, 0.1  # the shares of the time
+UNCOUNTED = 1e6  # a ratio to what has no noise at all
+ROUNDS = 3  # how often a choice that the check rejects is replaced
+CONFIDENCE, TOLERANCE = 0.999, 0.1
+
+
+class Gain(NamedTuple):
+    """By how much noise times time is reduced, with its 95% interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """The ratio and the interval."""
+        if self.ratio > UNCOUNTED:
+            return "more than a million"
+        return f"{self.ratio:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+@dataclass(frozen=True)
+class SiteAdvice:
+    """The advice for one site.
+
+    Attributes:
+        site: The site's name.
+        estimator: The recommended estimator.
+        reason: Why, in words.
+        tried: What was tried there, the best one first.
+    """
+
+    site: str
+    estimator: Estimator
+    reason: str
+    tried: tuple[Tried, ...]
+
+
+@dataclass(frozen=True)
+class Recommendation(Table):
+    """What ``recommend`` found; prints as a table.
+
+    Attributes:
+        estimators: A mapping from sites to estimators, as ``TraceFlow_ELBO`` takes it. A site whose annotation is best is left out.
+        options: The other options of ``TraceFlow_ELBO``.
+        gain_over_default: By how much noise times time falls below that of ``TraceFlow_ELBO()``, at as many particles.
+        gain_over_host: The same for the host's own objective; None where it cannot run the program.
+        sites: The advice for each site.
+        check: What ``check_program`` says about it.
+        untried: How many candidates there was no time for.
+    """
+
+    estimators: Mapping[str, Estimator]
+    options: Mapping[str, Any]
+    gain_over_default: Gain
+    gain_over_host: Gain | None
+    sites: tuple[SiteAdvice, ...]
+    check: ProgramCheck
+    untried: int
+    columns = ("site", "estimator", "noise of the next", "time of the next", "reason")
+    num_words = 2
+
+    @property
+    def title(self) -> str:
+        return "recommended estimators"
+
+    @property
+    def footer(self) -> tuple[str, ...]:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        lines = [f"options: {options}", f"noise x time: the default needs {self.gain_over_default} times as much"]
+        if self.gain_over_host is not None:
+            lines.append(f"noise x time: the host's own objective needs {self.gain_over_host} times as much")
+        lines += [f"check_program: '{one.site}' may be biased: {one.remark}" for one in self.check.failed]
+        return (*lines, *([f"no time for {self.untried} candidates; give more seconds"] if self.untried else []))
+
+    def rows(self) -> Iterator[tuple]:
+        """The table: site, estimator, noise and time of the second best relative to it, reason."""
+        for advice in self.sites:
+            others = [t for t in advice.tried if t.estimator != advice.estimator]
+            noise, time = (others[0].noise, others[0].time) if others else (float("nan"), float("nan"))
+            yield (advice.site, repr(advice.estimator), noise, time, advice.reason)
+
+    def plot(self, ax=None):
+        """Noise times time of what was tried at each site, relative to what is recommended, as a ``matplotlib`` figure.
+
+        Args:
+            ax: The axes to draw into; new ones by default.
+
+        Returns:
+            The figure.
+        """
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots(layout="constrained")[1] if ax is None else ax
+        for y, advice in enumerate(self.sites):
+            for tried in advice.tried:
+                x = min(max(tried.noise * tried.time, 1e-3), 1e6)
+                ax.plot(x, y, "o", color="C3" if tried.estimator == advice.estimator else "C0")
+                ax.annotate(repr(tried.estimator), (x, y), rotation=45, textcoords="offset points", xytext=(2, 4), fontsize="x-small")
+        ax.set_yticks(range(len(self.sites)), [advice.site for advice in self.sites])
+        ax.set_xscale("log")
+        ax.set_xlabel("noise x time, relative to the recommended estimator (red)")
+        ax.invert_yaxis()
+        return ax.figure
+
+
+def advise(search: Search, seconds: float, check_particles: int) -> Recommendation:
+    """The recommendation for a program.
+
+    Args:
+        search: A search that has not begun.
+        seconds: How long it may take.
+        check_particles: The number of particles with which the winner is checked.
+    """
+    bench, clock = search.bench, search.clock
+    search.run(SEARCH * seconds)
+    clock.show("confirm")
+    search.keep_default(CONFIRM * seconds)
+    check = _check(bench, search, CHECK * seconds, clock, check_particles)
+    for _ in range(ROUNDS):
+        if not check.failed:
+            break
+        for one in check.failed:
+            search.ban(one.site, 0.1 * seconds)
+        check = _check(bench, search, CHECK * seconds, clock, check_particles)
+    clock.show("gain")
+    plain = search.default._replace(num_particles=search.best.num_particles)
+    of_host = Setting(num_particles=search.best.num_particles, of_host=True)
+    measured = search.measure([search.best, plain, of_host], max(GAIN * seconds, clock.left()))
+    best = measured[search.best]
+    advice = tuple(_advice(search, site) for site in bench.sites.values())
+    return Recommendation(
+        {one.site: one.estimator for one in advice if _is_explicit(search, bench.sites[one.site])},
+        {"num_particles": search.best.num_particles, "entropy": search.best.entropy},
+        Gain(*ratio(measured[plain], best)),
+        Gain(*ratio(measured[of_host], best)) if of_host in measured else None,
+        advice,
+        check,
+        search.untried,
+    )
+
+
+def _check(bench: Bench, search: Search, seconds: float, clock: Clock, particles: int) -> ProgramCheck:
+    return Checker(bench, search.best._replace(num_particles=particles), CONFIDENCE, clock, TOLERANCE).run(seconds)
+
+
+def _is_explicit(search: Search, site: GuideSite) -> bool:
+    """Whether the mapping has to name a site."""
+    return not site.in_control_flow and (site.name in dict(search.best.chosen) or not site.is_annotated)
+
+
+def _advice(search: Search, site: GuideSite) -> SiteAdvice:
+    estimator, tried = search.estimator(site.name), tuple(sorted(search.tried[site.name].values(), key=lambda t: t.score))
+    if site.in_control_flow:
+        wrapped = LR() if site.is_discrete else RP()
+        reason = f"{site.description}, inside scan or cond, where only the wrapper acts: Estimated(distribution, {wrapped})"
+        return SiteAdvice(site.name, wrapped, reason, ())
+    words = f"{site.description}: {in_words(site, max(search.num_particles), estimator)}"
+    if banned := search.banned.get(site.name):
+        words += f"; {', '.join(map(repr, banned))} would be biased on this program"
+    others = [t for t in tried if t.estimator != estimator and t.estimator not in search.banned.get(site.name, [])]
+    if others:
+        words += f"; {_versus(next((t for t in others if t.estimator == site.estimator), others[0]))}"
+    return SiteAdvice(site.name, estimator, words, tried)
+
+
+def _versus(other: Tried) -> str:
+    exact = other.noise > 0.1 / FLOOR
+    noise = "noisy where this is exact" if exact else f"{other.noise:.2g} times as noisy"
+    return f"{other.estimator} would be {noise} at {other.time:.2g} of the time"

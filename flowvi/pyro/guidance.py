@@ -1,0 +1,290 @@
+"""``recommend`` and ``check_program`` for Pyro."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+
+from flowvi.assignment import Estimators
+from flowvi.entropy import held_values
+from flowvi.estimators import Auto, Estimator
+from flowvi.guidance import Batch, Checker, Draw, ProgramCheck, Recommendation, Search, Setting, Watch, advise, over, plates, statements
+from flowvi.guidance.candidates import guide_sites
+from flowvi.pyro.elbo import TraceFlow_ELBO
+from flowvi.pyro.generators import forked_generators, seed_generators
+from flowvi.pyro.host import HOST
+from flowvi.pyro.run import PyroProgram
+from flowvi.run import Held, Run
+from flowvi.tape import Joint, follows_tensors
+
+BATCH = 8  # gradients
+WARM_UP, RATE = 300, 0.05  # steps of Adam on what an estimator learns
+PARTICLES = 4  # of a gradient that is checked
+
+
+def recommend(
+    model,
+    guide,
+    *args,
+    num_particles: int | tuple[int, ...] = 1,
+    seconds: float = 60.0,
+    seed: int = 0,
+    progress_bar: bool = True,
+    **kwargs,
+) -> Recommendation:
+    r"""Choose the estimator of each site by measuring: the least noise times time, :math:`\overline{v_i / m_i} \cdot t`.
+
+    :math:`v_i` is the variance of element i of the gradient in the unconstrained parameters, t the time of a step. :math:`m_i` is the
+    second moment of that element without advice, by whose root an Adam step divides it; so every element counts in the units in
+    which Adam moves it. Sites of one kind are chosen together, the others held, then each by itself as far as time allows. Bad
+    candidates are dropped early. What learns is warmed up first. No estimator is recommended that :func:`check_program` finds biased.
+
+    **Requirements**: as for :func:`gradient_report`. Parameters have their values in the parameter store, and keep them.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        *args: Passed to both.
+        num_particles: The number of particles, or several to choose from, such as ``(1, 4, 16)``.
+        seconds: How long it may take.
+        seed: Every candidate begins with it; the state of torch's generator is put back.
+        progress_bar: Whether to show a progress bar.
+        **kwargs: Passed to model and guide.
+
+    Returns:
+        A :class:`flowvi.guidance.Recommendation`, which prints as a table. Its ``estimators`` and ``options`` are arguments of
+        :class:`TraceFlow_ELBO`.
+
+    Raises:
+        ValueError: Naming the site, where the program cannot run without advice.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from flowvi.pyro import TraceFlow_ELBO, recommend
+        >>> def model():
+        ...     k = pyro.sample("k", dist.Categorical(probs=torch.ones(4) / 4))
+        ...     pyro.sample("y", dist.Normal(1.0 * k, 1.0), obs=torch.tensor(2.0))
+        >>> def guide():
+        ...     pyro.sample("k", dist.Categorical(logits=pyro.param("l", torch.zeros(4))))
+        >>> pyro.clear_param_store()
+        >>> advice = recommend(model, guide, seconds=3, progress_bar=False)
+        >>> list(advice.estimators), sorted(advice.options)
+        (['k'], ['entropy', 'num_particles'])
+        >>> elbo = TraceFlow_ELBO(estimators=advice.estimators, **advice.options)
+        >>> pyro.clear_param_store()
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19. Karnin, Koren and Somekh 2013 (successive halving).
+    """
+    numbers = (num_particles,) if isinstance(num_particles, int) else tuple(num_particles)
+    with Watch(seconds, progress_bar) as clock, PyroBench.opened(model, guide, args, kwargs, None, Auto(), seed) as bench:
+        return advise(Search(bench, numbers, clock), seconds, PARTICLES)
+
+
+def check_program(
+    model,
+    guide,
+    *args,
+    estimators: Estimators = None,
+    default: Estimator = Auto(),  # noqa: B008
+    confidence: float = 0.999,
+    seconds: float = 60.0,
+    seed: int = 0,
+    progress_bar: bool = False,
+    **kwargs,
+) -> ProgramCheck:
+    r"""Check that no site's estimator is biased on this program: :math:`E[g_s] = E[g_{\mathrm{LR}}]` for each site s.
+
+    The mean gradient with each site's estimator is compared with that with ``LR()`` at the site, which is right whatever the cost
+    does: jumps, hidden derivatives (``detach``, rounding), angles without a period, a field across a boundary, a baseline that looks
+    downstream, an estimator declared right that is not. Where the elements of a plate read each other, the reference multiplies every
+    element's score by all costs. The test is sequential and stops as soon as it knows.
+
+    **Requirements**: as for :func:`gradient_report`. A support that does not move with a parameter, else there is no reference.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        *args: Passed to both.
+        estimators: As for :class:`TraceFlow_ELBO`.
+        default: The estimator of a site for which none is given.
+        confidence: The probability that nothing is reported where every gradient is right.
+        seconds: How long it may take, over all sites.
+        seed: The seed of all draws; the state of torch's generator is put back.
+        progress_bar: Whether to show a progress bar.
+        **kwargs: Passed to model and guide.
+
+    Returns:
+        A :class:`flowvi.guidance.ProgramCheck`, which prints as a table: for each site whether its estimator is biased, where the
+        cost shows it, and how small a bias would have been found.
+
+    Raises:
+        ValueError: Naming the site; see the estimators.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from flowvi.pyro import check_program
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.factor("cost", torch.where(x > 0.5, 4.0, 0.0))
+        >>> def guide():
+        ...     pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.2)), 1.0))
+        >>> pyro.clear_param_store()
+        >>> check = check_program(model, guide, seconds=10)
+        >>> [(one.site, one.place.statement, round(one.place.x, 3)) for one in check.failed]
+        [('x', "statement 'cost'", 0.5)]
+        >>> pyro.clear_param_store()
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19. Lan and DeMets 1983 (alpha spending).
+    """
+    with Watch(seconds, progress_bar) as clock, PyroBench.opened(model, guide, args, kwargs, estimators, default, seed) as bench:
+        return Checker(bench, Setting(num_particles=PARTICLES), confidence, clock).run(seconds)
+
+
+class PyroBench:
+    """See :class:`flowvi.guidance.Bench`."""
+
+    def __init__(self, model, guide, args, kwargs, estimators, default, seed):
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.given, self.default, self.seed = estimators, default, seed
+        self.elbo = TraceFlow_ELBO(estimators=estimators, default=default)
+        self.trained = set(pyro.get_param_store().keys())  # what an estimator has learned so far is kept
+        with poutine.trace(param_only=True) as used:
+            run = self.run(self.elbo, 0)
+        nodes: dict[str, Any] = used.trace.nodes
+        self.sites = guide_sites(HOST, run, self.elbo.describe(model, guide, *args, **kwargs))
+        self.leaves = {name: nodes[name]["value"].unconstrained() for name in nodes if name not in run.sites.learned}
+        self.parameters = {name: leaf.numel() for name, leaf in self.leaves.items()}
+
+    @classmethod
+    @contextmanager
+    def opened(cls, *arguments) -> Iterator[PyroBench]:
+        """A bench that leaves the generators, the parameter store and the gradients as they were, but for parameters of the program."""
+        with forked_generators():
+            bench = cls(*arguments)
+            gradients = {name: leaf.grad for name, leaf in bench.leaves.items()}
+            try:
+                yield bench
+            finally:
+                for name, leaf in bench.leaves.items():
+                    leaf.grad = gradients[name]
+                store = pyro.get_param_store()
+                for name in set(store.keys()) - bench.trained - set(bench.leaves):
+                    del store[name]
+
+    def gradients(self, setting: Setting) -> Draw:
+        elbo = self._host_objective(setting) if setting.of_host else self._objective(setting)
+        learned = {} if setting.of_host else self._learned(elbo)
+        kept = {name: leaf.detach().clone() for name, leaf in learned.items()}
+
+        def draw(number: int) -> Batch:
+            for name, leaf in learned.items():
+                leaf.data.copy_(kept[name])
+            rows, seconds = [], 0.0
+            for i in range(BATCH):
+                seed_generators(self._seed(number * BATCH + i))
+                self._clear({**self.leaves, **learned})
+                start = perf_counter()
+                elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
+                seconds += perf_counter() - start
+                rows.append(np.concatenate([_row(leaf) for leaf in self.leaves.values()] or [np.zeros(0)]))
+            return Batch(np.stack(rows), seconds / BATCH)
+
+        elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)  # refuses what is wrong; a first step takes longer
+        return draw
+
+    def probe(self, site: str) -> PyroProbe:
+        return PyroProbe(self, site)
+
+    def run(self, elbo: TraceFlow_ELBO, number: int) -> Run:
+        seed_generators(self._seed(number))
+        follows = follows_tensors(elbo.dependencies)
+        return elbo._run(PyroProgram(self.model, self.guide, self.args, self.kwargs, elbo, follows))
+
+    def _seed(self, number: int) -> int:
+        return (self.seed * 1_000_003 + number) % 2**63
+
+    @staticmethod
+    def _clear(leaves: Mapping[str, torch.Tensor]) -> None:
+        for leaf in leaves.values():
+            leaf.grad = None
+
+    def _objective(self, setting: Setting) -> TraceFlow_ELBO:
+        elbo = TraceFlow_ELBO(
+            setting.num_particles,
+            estimators=over(self.given, dict(setting.chosen)),
+            default=self.default,
+            entropy=setting.entropy,
+            baseline=setting.baseline,
+        )
+        if setting.joint:
+            elbo.dependencies = Joint("plates", setting.joint)
+        return elbo
+
+    def _host_objective(self, setting: Setting):
+        pathwise = all(site.is_pathwise_in_host for site in self.sites.values())
+        return (Trace_ELBO if pathwise else TraceGraph_ELBO)(setting.num_particles)
+
+    def _learned(self, elbo: TraceFlow_ELBO) -> dict[str, Any]:
+        """What estimators learn, after some steps at fixed parameters of the program; what is trained already stays."""
+        store: Any = pyro.get_param_store()
+        for name in set(store.keys()) - self.trained - set(self.leaves):
+            del store[name]  # another candidate may have learned something else under this name
+        names = self.run(elbo, 0).sites.learned
+        learned: dict[str, Any] = {name: store[name].unconstrained() for name in names}
+        if moving := {name: leaf for name, leaf in learned.items() if name not in self.trained}:
+            optimizer = torch.optim.Adam(list(moving.values()), RATE)
+            for i in range(WARM_UP):
+                seed_generators(self._seed(-1 - i))
+                self._clear({**self.leaves, **learned})
+                elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
+                optimizer.step()
+        return learned
+
+
+class PyroProbe:
+    """See :class:`flowvi.guidance.Probe`."""
+
+    def __init__(self, bench: PyroBench, site: str):
+        self.bench, self.site = bench, site
+        first = bench.run(bench.elbo, 0)
+        self.plates: Mapping[str, Mapping[str, int]] = plates(first, site)
+        self.event_ndim = len(first.guide[site].fn.event_shape)
+
+    def value(self, seed: int) -> np.ndarray:
+        return HOST.numpy(self.bench.run(self.bench.elbo, seed).guide[self.site].value).copy()
+
+    def densities(self, seed: int, values: np.ndarray) -> dict[str, np.ndarray]:
+        run = self.bench.run(self.bench.elbo, seed)
+        rows = [self._at(run, self._like(run, value)) for value in values]
+        return {name: np.stack([HOST.numpy(row[name]) for row in rows]) for name in rows[0]}
+
+    def slopes(self, seed: int, value: np.ndarray) -> dict[str, np.ndarray]:
+        run = self.bench.run(self.bench.elbo, seed)
+        x = self._like(run, value).requires_grad_()
+        slopes = {}
+        for name, density in self._at(run, x).items():
+            total = density.sum()
+            (slope,) = torch.autograd.grad(total, [x], retain_graph=True, allow_unused=True) if total.requires_grad else (None,)
+            slopes[name] = np.zeros_like(value) if slope is None else HOST.numpy(slope)
+        return slopes
+
+    def _like(self, run: Run, value: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(value).to(run.guide[self.site].value)
+
+    def _at(self, run: Run, x: torch.Tensor) -> dict[str, Any]:
+        again = run.again({**held_values(HOST, run), self.site: Held(x)})
+        return {name: torch.as_tensor(s.log_density) for name, s in statements(again).items()}
+
+
+def _row(leaf: torch.Tensor) -> np.ndarray:
+    return np.zeros(leaf.numel()) if leaf.grad is None else leaf.grad.reshape(-1).cpu().double().numpy().copy()

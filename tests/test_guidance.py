@@ -1,0 +1,307 @@
+"""``recommend`` and ``check_program``: the test of two means, and tiny programs whose truth is known, in both hosts."""
+
+import math
+import time
+
+import jax
+import matplotlib
+import matplotlib.pyplot
+import numpy as np
+import numpyro
+import pyro
+import pytest
+import torch
+
+import flowvi.guidance
+from flowvi import LR, RP, AdaptiveFlow, DisARM, Enumerate, Flow
+from flowvi.guidance import Batch
+from flowvi.guidance.bias import MeanTest
+from flowvi.guidance.candidates import ROWS
+from flowvi.guidance.noise import Scale, Trial
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def _own_time(monkeypatch):
+    """Only the time of this process counts, so that a busy machine changes nothing."""
+    monkeypatch.setattr(flowvi.guidance, "perf_counter", time.process_time)
+
+
+# ---- the test of two means
+
+
+def draws(law, shift=0.0, seed=0):
+    """Gradients of six elements, and a reference whose mean differs by ``shift`` in two of them."""
+
+    def own(number):
+        rng = np.random.default_rng([seed, number])
+        return Batch(1.0 + 0.1 * rng.normal(size=(16, 6)), 1.0)
+
+    def reference(number):
+        rng = np.random.default_rng([seed, number, 1])
+        noise = {
+            "normal": lambda: rng.normal(size=(16, 6)),
+            "heavy": lambda: rng.standard_t(3, size=(16, 6)),
+            "skew": lambda: rng.lognormal(0, 1, size=(16, 6)) - math.exp(0.5),
+            "rare": lambda: (rng.uniform(size=(16, 6)) < 0.02) / 0.02 - 1.0,
+        }[law]()
+        return Batch(1.0 + noise - shift * np.array([1, 1, 0, 0, 0, 0]), 1.0)
+
+    return own, reference
+
+
+@pytest.mark.parametrize("law", ["normal", "heavy", "skew", "rare"])
+def test_false_alarms(law):
+    """At a level of 5% hardly one in 200 tests is wrong, since what is found has to be confirmed."""
+    alarms = 0
+    for seed in range(200):
+        test = MeanTest(*draws(law, seed=seed), 0.05, 0.0)
+        for _ in range(2):
+            test.look()
+        alarms += test.result.biased
+    assert alarms <= 1
+
+
+@pytest.mark.parametrize("law", ["normal", "heavy", "skew", "rare"])
+def test_power(law):
+    """A bias is found, by its element and its size."""
+    test = MeanTest(*draws(law, shift=1.5), 0.001, 0.0)
+    while not test.is_decided and test.num_looks < 7:
+        test.look()
+    assert test.result.biased
+    assert test.result.element in (0, 1)
+    assert abs(test.result.bias / (1.5 * math.sqrt(2 / 6)) - 1) < 0.3
+
+
+def test_what_would_have_been_found():
+    """A bias along the gradient as large as is said to be detectable is found in most cases."""
+    test = MeanTest(*draws("normal"), 0.001, 0.1)
+    while not test.is_decided:
+        test.look()
+    detectable = test.result.detectable
+    assert not test.result.biased
+    assert 0.02 < detectable < 0.1
+    found = 0
+    for seed in range(20):
+        own, reference = draws("normal", seed=seed)
+        again = MeanTest(own, lambda i, r=reference: Batch(r(i).gradients - detectable, 1.0), 0.001, 0.0)
+        for _ in range(test.num_looks):
+            again.look()
+        found += again.result.biased
+    assert found > 12
+
+
+def test_elements_that_the_reference_leaves_alone():
+    """The parameters of a baseline are trained by one of the two gradients only."""
+
+    def gradients(fill):
+        return lambda number: Batch(np.random.default_rng(number).normal(size=(8, 2)) * [1.0, 0.0] + [1.0, fill], 1.0)
+
+    test = MeanTest(gradients(5.0), gradients(0.0), 0.01, 0.01)
+    test.look()
+    assert test.is_decided
+    assert not test.result.biased
+
+
+# ---- the criterion
+
+
+def test_noise_counts_elements_in_the_units_of_adam():
+    rng = np.random.default_rng(0)
+    units = np.array([1e-4, 1.0, 1e5])
+    gradients = [units * (1.0 + rng.normal(size=(64, 3))) for _ in range(200)]
+    scale = Scale.of(gradients)
+    trial = Trial(lambda number: Batch(gradients[number], 2.0 + number), scale)
+    for _ in gradients:
+        trial.run()
+    assert abs(trial.noise - 0.5) < 0.02  # variance 1 over second moment 2, in every unit
+    assert trial.seconds == 2.0
+    assert abs(trial.excess(trial)[0]) < 1e-12
+    halved = Trial(lambda number: Batch(gradients[number] / 2, 1.0), scale)
+    for _ in gradients:
+        halved.run()
+    excess, error = trial.excess(halved)
+    assert abs(excess - 7) < 5 * max(error, 1e-6) + 0.5  # four times the variance, twice the time
+
+
+def test_elements_without_a_gradient_do_not_count():
+    scale = Scale.of([np.array([[1.0, 0.0], [3.0, 0.0]])])
+    np.testing.assert_allclose(scale.weights, [1 / 5, 0.0])
+
+
+# ---- check_program
+
+
+def normal_program(host, cost, name="x"):
+    pyro.clear_param_store()
+
+    def model():
+        cost(host.sample(name, host.dist.Normal(host.array(0.0), host.array(1.0))))
+
+    def guide():
+        host.sample(name, host.dist.Normal(host.param("loc", host.array(0.2)), host.param("scale", host.array(0.9))))
+
+    return model, guide
+
+
+def jump(host):
+    return lambda x: host.factor("cost", host.math.where(x > 0.5, 2.0, 0.0) + 0.3 * x)
+
+
+def test_a_jump(host):
+    check = host.flow.check_program(*normal_program(host, jump(host)), seconds=20)
+    (found,) = check.failed
+    assert found.site == "x"
+    assert found.estimator == RP()
+    assert found.place.statement == "statement 'cost'"
+    assert abs(found.place.x - 0.5) < 1e-6
+    assert "jumps by 2 where 'x' crosses 0.5" in str(check)
+    assert list(check.to_pandas()["result"]) == ["biased"]
+
+
+@pytest.mark.slow
+def test_a_hidden_path_at_the_second_of_two_sites(host):
+    """The first site's gradient is wrong too, since its path leads through the second, which is at fault."""
+    pyro.clear_param_store()
+
+    def model():
+        x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        z = host.sample("z", host.dist.Normal(x, host.array(1.0)))
+        hidden = z.detach() if host.name == "pyro" else jax.lax.stop_gradient(z)
+        host.sample("y", host.dist.Normal(hidden, host.array(0.5)), obs=host.array(2.0))
+
+    def guide():
+        x = host.sample("x", host.dist.Normal(host.param("loc", host.array(0.2)), host.array(0.8)))
+        host.sample("z", host.dist.Normal(x + host.param("shift", host.array(0.1)), host.array(0.8)))
+
+    check = host.flow.check_program(model, guide, seconds=20)
+    assert [(one.site, one.place.statement) for one in check.failed] == [("z", "statement 'y'")]
+    assert check.sites[0].note == "its path leads through 'z', whose bias it has"
+
+
+@pytest.mark.slow
+def test_elements_that_read_each_other(host):
+    """A score of the plate multiplies its own element's cost only, which is a bias here; a path is none."""
+    pyro.clear_param_store()
+    y = host.array([1.0, 0.2, 1.4])
+
+    def model():
+        with host.plate("data", 3):
+            x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))
+            neighbour = host.math.roll(x, 1, -1)
+            host.sample("y", host.dist.Normal(x + 1.5 * neighbour, host.array(0.7)), obs=y)
+
+    def guide():
+        loc = host.param("loc", host.array([0.1, -0.4, 0.3]))
+        with host.plate("data", 3):
+            host.sample("x", host.dist.Normal(loc, host.array(0.9)))
+
+    (found,) = host.flow.check_program(model, guide, estimators={"x": LR()}, seconds=20).failed
+    assert str(found.place) == "statement 'y' reads '{site}' at other elements of the plate 'data'"
+    check = host.flow.check_program(model, guide, estimators={"x": RP()}, seconds=3)
+    assert not check.failed
+    assert check.sites[0].reference == "LR() of all costs"
+
+
+@pytest.mark.slow
+def test_no_bias(host):
+    program = normal_program(host, lambda x: host.sample("y", host.dist.Normal(x, host.array(0.8)), obs=host.array(1.1)))
+    check = host.flow.check_program(*program, estimators={"x": Flow(loc=lambda x, p: 0.5)}, seconds=3)
+    (one,) = check.sites
+    assert one.verdict == "no bias found"
+    assert 0 < one.test.detectable < 1
+    (one,) = host.flow.check_program(*program, estimators={"x": LR()}).sites
+    assert one.verdict == "right"
+
+
+@pytest.mark.slow
+def test_a_divergence_that_is_wrong(host):
+    """A psi whose mean is not 0 is no bias beside the leave-one-out mean, but it is without one."""
+    program = normal_program(host, lambda x: host.sample("y", host.dist.Normal(x, host.array(0.8)), obs=host.array(1.1)))
+    velocity = lambda x, p, dtheta: 0.5 * (dtheta.loc + (x - p.loc) / p.scale * dtheta.scale)
+    wrong = Flow(velocity, divergence=lambda x, p, dtheta: 0.2 * dtheta.scale / p.scale)
+    (found,) = host.flow.check_program(*program, estimators={"x": wrong}, seconds=20).failed
+    assert found.parameter == "scale"
+
+
+# ---- recommend
+
+
+def test_an_exact_sum(host):
+    pyro.clear_param_store()
+
+    def model():
+        k = host.sample("k", host.dist.Categorical(probs=host.array([0.1, 0.2, 0.3, 0.4])))
+        host.sample("y", host.dist.Normal(1.0 * k, host.array(1.0)), obs=host.array(2.0))
+
+    def guide():
+        host.sample("k", host.dist.Categorical(logits=host.param("logits", host.array([0.4, 0.1, 0.0, 0.2]))))
+
+    advice = host.flow.recommend(model, guide, seconds=9, progress_bar=False)
+    assert advice.estimators == {"k": Enumerate()}
+    assert "LR() would be noisy where this is exact" in advice.sites[0].reason
+    assert "discrete, 4 values" in advice.sites[0].reason
+    assert advice.gain_over_default.low > 10
+    assert advice.gain_over_host.low > 10
+    assert not advice.check.failed
+    assert "check_program" not in str(advice)
+    assert len(advice.to_pandas()) == advice.to_rich().row_count == 1
+    matplotlib.pyplot.close(advice.plot())
+    elbo = host.flow.TraceFlow_ELBO(estimators=advice.estimators, **advice.options)
+    assert np.isfinite(host.loss(elbo, model, guide))
+
+
+def test_nothing_biased_is_recommended(host, monkeypatch):
+    """RP has the least noise where the cost jumps, and the wrong mean."""
+    monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:2])
+    cost = lambda x: host.factor("cost", host.math.where(x > 0.5, 3.0, 0.0) + 3.0 * x)
+    advice = host.flow.recommend(*normal_program(host, cost), seconds=12, progress_bar=False)
+    assert advice.estimators == {"x": LR()}
+    assert "RP() would be biased on this program" in advice.sites[0].reason
+
+
+def test_pyro_is_left_as_it_was(monkeypatch):
+    """Generators, parameters and gradients; also what candidates learn."""
+    from hosts import HOSTS
+
+    host = HOSTS["pyro"]
+    monkeypatch.setattr(flowvi.pyro.guidance, "WARM_UP", 5)
+    program = normal_program(host, lambda x: host.factor("cost", -(x**2)))
+    for part in program:
+        pyro.poutine.trace(part).get_trace()
+    gradient = torch.ones(())
+    pyro.param("loc").unconstrained().grad = gradient
+    before = torch.get_rng_state(), {name: value.clone() for name, value in pyro.get_param_store().items()}
+    host.flow.recommend(*program, seconds=2, progress_bar=False)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert dict(pyro.get_param_store().items()) == before[1]
+    assert pyro.param("loc").unconstrained().grad is gradient
+
+
+def test_numpyro_inside_scan():
+    """Only the wrapper can act there: nothing is measured, and the advice says so."""
+    from numpyro.contrib.control_flow import scan
+
+    def program():
+        loc = numpyro.param("loc", jax.numpy.zeros(3))
+
+        def step(x, loc):
+            return numpyro.sample("x", numpyro.distributions.Normal(loc, 1.0)), None
+
+        scan(step, 0.0, loc)
+
+    def model():
+        scan(lambda x, _: (numpyro.sample("x", numpyro.distributions.Normal(0.5 * x, 1.0)), None), 0.0, None, length=3)
+
+    advice = flowvi.numpyro.recommend(model, program, seconds=1, progress_bar=False)
+    assert advice.estimators == {}
+    assert "Estimated(distribution, RP())" in advice.sites[0].reason
+    assert advice.check.sites[0].verdict == "not checked"
+
+
+def test_what_misses_jumps():
+    from flowvi.guidance.candidates import misses_jumps
+
+    assert [misses_jumps(e) for e in (RP(), AdaptiveFlow(), Flow(loc=lambda x, p: 1.0))] == [True] * 3
+    assert [misses_jumps(e) for e in (LR(), Enumerate(), DisARM())] == [False] * 3
