@@ -33,6 +33,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/jumps.py
 	$(BIN)/python benchmarks/toy.py
 	$(BIN)/python benchmarks/vae.py
+	$(BIN)/python benchmarks/digits.py
 
 # About ten minutes.
 bench-adaptive: .venv/ready
