@@ -54,6 +54,9 @@ class NumPyroHost:
     array = staticmethod(jnp.asarray)
     numpy = staticmethod(np.asarray)
 
+    def devices(self) -> list[str]:
+        return list(map(str, jax.devices()))
+
     @contextmanager
     def precise(self) -> Iterator[None]:
         with jax.enable_x64(True), validation_enabled(False):
