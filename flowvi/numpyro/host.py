@@ -19,6 +19,11 @@ import flowvi.ops.jax
 from flowvi.numpyro.distributions import WRAPPERS, Estimated, NumPyroTarget, unwrap
 from flowvi.numpyro.proposals import Proposal
 
+try:
+    from jax import enable_x64
+except ImportError:  # an older JAX
+    from jax.experimental import enable_x64  # type: ignore[no-redef, attr-defined]
+
 
 class NumPyroHost:
     """See :class:`flowvi.host.Host`."""
@@ -59,7 +64,7 @@ class NumPyroHost:
 
     @contextmanager
     def precise(self) -> Iterator[None]:
-        with jax.enable_x64(True), validation_enabled(False):
+        with enable_x64(True), validation_enabled(False):
             yield
 
     def sample(self, target: NumPyroTarget, q: Any, seed: int) -> jax.Array:
