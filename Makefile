@@ -27,7 +27,8 @@ package:
 	build/package/bin/python -m pip install --quiet build
 	build/package/bin/python -m build --outdir dist .
 	build/package/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[numpyro,pyro,test]"
-	tar -xzf dist/*.tar.gz -C build/package --strip-components=1 --one-top-level=sdist
+	mkdir build/package/sdist
+	tar -xzf dist/*.tar.gz -C build/package/sdist --strip-components=1
 	cd build/package/sdist && ../bin/python -P -m flowvi && ../bin/pytest -n auto tests/test_imports.py tests/test_drop_in.py tests/test_exact.py
 
 lint: .venv/ready

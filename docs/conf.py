@@ -66,6 +66,7 @@ bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"
 bibtex_reference_style = "author_year"
 
+copybutton_selector = "div:not(.highlight-diff) > div.highlight pre"  # a diff is not to be copied
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

@@ -1,7 +1,7 @@
 """A program with every kind of estimator in two processes under DistributedDataParallel, run by test_scaling.py.
 
-Each process has half of the data. The first one prints the largest relative difference of the gradients from the mean of those that
-one process computes for either half, and that from the gradients of the other half alone.
+Each process has half of the data. The first one prints the largest relative difference of the gradients from the mean of those of the
+two halves, computed in one process, and from those of the other half alone.
 """
 
 import multiprocessing
@@ -49,35 +49,38 @@ class Guide(PyroModule):
             pyro.sample("local", dist.Normal(self.local_loc, 0.6))
 
 
-def gradients(wrap, rank):
-    """Those of the modules' parameters, and those of what the estimators learn, which is in Pyro's store of parameters."""
+def gradients(rank, together):
+    """Those of all parameters by name, for the half of the data of a rank; ``together`` averages them over the processes."""
     pyro.clear_param_store()
-    loss = wrap(TraceFlow_ELBO(4, estimators=ESTIMATORS)(Model(), Guide()))
+    module = TraceFlow_ELBO(4, estimators=ESTIMATORS)(Model(), Guide())
     data = torch.linspace(-2.0, 2.0, 8).reshape(2, 4)[rank]
+    module(data)  # makes what the estimators learn
+    own = {id(parameter) for parameter in module.parameters()}
+    loss = DistributedDataParallel(module) if together else module
     pyro.set_rng_seed(rank)
     loss(data).backward()
-    known = set(loss.parameters())
-    learned = {name: p.grad for name, p in pyro.get_param_store().named_parameters() if p not in known}
-    return [p.grad for p in loss.parameters()], learned
+    stored = {name: p.grad for name, p in pyro.get_param_store().named_parameters() if id(p) not in own}
+    for gradient in stored.values() if together else ():
+        torch.distributed.all_reduce(gradient)
+        gradient /= 2
+    return {**{name: p.grad for name, p in module.named_parameters()}, **stored}
 
 
 def difference(found, expected):
-    return max(float(((a - b).abs() / (1 + b.abs())).max()) for a, b in zip(found, expected, strict=True))
+    return max(float(((found[name] - expected[name]).abs() / (1 + expected[name].abs())).max()) for name in found)
 
 
 def work(rank):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    together, learned = gradients(DistributedDataParallel, rank)
-    for gradient in learned.values():
-        torch.distributed.all_reduce(gradient)
+    found = gradients(rank, together=True)
     if rank == 0:
-        halves, parts = zip(*(gradients(lambda module: module, half) for half in (0, 1)), strict=True)
-        print("parameters", difference(together, [(a + b) / 2 for a, b in zip(*halves, strict=True)]))
-        assert set(learned) == {"control.control_variate", "local.velocity", "local.control"}
-        print("learned", difference(learned.values(), [parts[0][name] + parts[1][name] for name in learned]))
-        print("another half", difference(together, halves[1]))
+        one, other = (gradients(half, together=False) for half in (0, 1))
+        assert set(found) == set(one) == set(other)
+        assert sum("control" in name or "velocity" in name for name in found) == 3
+        print("mean of the halves", difference(found, {name: (one[name] + other[name]) / 2 for name in one}))
+        print("another half", difference(found, other))
     torch.distributed.destroy_process_group()
 
 
