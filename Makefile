@@ -18,7 +18,7 @@ test-slow: .venv/ready
 test-oldest:
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[numpyro,pyro,test]'
-	build/oldest/bin/python -m pytest -n auto tests/test_drop_in.py tests/test_exact.py tests/test_bounds.py tests/test_numpyro_svi.py tests/test_pyro_svi.py
+	build/oldest/bin/python -m pytest -n auto tests/test_drop_in.py tests/test_estimated.py tests/test_report.py tests/test_bounds.py tests/test_numpyro_svi.py tests/test_pyro_svi.py
 
 # The wheel and the sdist, into dist/. The tests of the sdist then run on the wheel, in an environment of its own.
 package:

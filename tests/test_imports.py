@@ -67,8 +67,20 @@ def test_a_library_that_is_not_installed(monkeypatch):
     assert list(report())[1:] == ["flowvi.numpyro: numpyro is not installed", "flowvi.pyro: pyro-ppl is not installed"]
 
 
+PROJECT = Path(__file__).parent.parent
+
+
 def test_the_version_to_cite():
-    assert f"\nversion: {flowvi.__version__}\n" in (Path(__file__).parent.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {flowvi.__version__}\n" in (PROJECT / "CITATION.cff").read_text()
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    """Those of pyproject.toml; jaxlib comes with jax."""
+    oldest = re.findall(r"^([\w-]+)==(.+)$", (PROJECT / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    bounds = re.findall(
+        r'"([\w-]+)>=([\d.]+)"', re.search(r"^numpyro = .*\npyro = .*$", (PROJECT / "pyproject.toml").read_text(), re.M)[0]
+    )
+    assert sorted(bounds) == sorted(pair for pair in oldest if pair[0] != "jaxlib")
 
 
 # ---- which way dependencies point
