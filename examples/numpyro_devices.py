@@ -1,6 +1,6 @@
 """Particles and data on several devices, in NumPyro.
 
-On one machine without accelerators, eight devices can be forced on the CPU to try it (they show no gain, since they share the cores):
+On one machine without accelerators, eight devices can be forced on the CPU to try it (they share its cores):
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/numpyro_devices.py [--smoke]
 """
