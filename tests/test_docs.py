@@ -133,7 +133,7 @@ def test_readme(host, capsys):
 
 def test_readme_is_short():
     lines = README.splitlines()
-    assert len(lines) <= 126
+    assert len(lines) <= 128
     assert lines.index("```diff") < 12
     assert max(len(cell) for line in lines if line.startswith("| ") for cell in line.split(" | ")) < 130
 
