@@ -24,6 +24,7 @@ def numbers(*command):
     return {label: float(number) for label, number in (line.rsplit(" ", 1) for line in output(*command).splitlines())}
 
 
+@pytest.mark.slow
 def test_numpyro_on_eight_devices():
     """RP, LR with its leave-one-out baseline over the particles of all devices, Flow, what is learned, and an exact sum."""
     found = numbers("tests/sharded.py")
