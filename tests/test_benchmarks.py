@@ -35,6 +35,8 @@ SLOW = [
         "jumps",
         "toy",
         "vae",
+        "digits",
+        "scaling",
     )
 ]
 
