@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The tests run one process per core; each keeps to one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow lint bench bench-adaptive bench-guidance docs clean
+.PHONY: demo test test-slow test-oldest lint bench bench-adaptive bench-guidance docs package clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -13,6 +13,23 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -n auto -m slow
+
+# A core of the tests, with the oldest versions of the host libraries.
+test-oldest:
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[numpyro,pyro,test]'
+	build/oldest/bin/python -m pytest -n auto tests/test_drop_in.py tests/test_estimated.py tests/test_report.py tests/test_bounds.py tests/test_numpyro_svi.py tests/test_pyro_svi.py
+
+# The wheel and the sdist, into dist/. The tests of the sdist then run on the wheel, in an environment of its own.
+package:
+	rm -rf dist build/package
+	$(PYTHON) -m venv build/package
+	build/package/bin/python -m pip install --quiet build
+	build/package/bin/python -m build --outdir dist .
+	build/package/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[numpyro,pyro,test]"
+	mkdir build/package/sdist
+	tar -xzf dist/*.tar.gz -C build/package/sdist --strip-components=1
+	cd build/package/sdist && ../bin/python -P -m flowvi && ../bin/pytest -n auto tests/test_imports.py tests/test_drop_in.py tests/test_exact.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -34,6 +51,8 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/toy.py
 	$(BIN)/python benchmarks/marginal.py
 	$(BIN)/python benchmarks/vae.py
+	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/scaling.py
 
 # About ten minutes.
 bench-adaptive: .venv/ready

@@ -35,7 +35,7 @@ nitpick_ignore_regex = [
     (r"py:data", r"flowvi\..*"),  # constants are not in the reference
     (
         r"py:class",
-        r"flowvi\.(assignment|baselines|estimated|estimators\.flow|pyro\.jit)\..*",
+        r"flowvi\.(assignment|baselines|estimated|estimators\.flow|estimators\.relaxed|pyro\.jit)\..*",
     ),  # nor are the base classes of public ones
     (r"py:(class|data)", r"[\w.]*(Array|ArrayLike|Any|Callable|Literal|Mapping|Sequence|Tensor|ndarray|ScoreParts)"),
 ]
@@ -66,6 +66,7 @@ bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"
 bibtex_reference_style = "author_year"
 
+copybutton_selector = "div:not(.highlight-diff) > div.highlight pre"  # a diff is not to be copied
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

@@ -64,6 +64,10 @@ class Host(Protocol):
         """The distribution inside independent, expanded, masked and ``Estimated`` wrappers, with its own batch shape."""
         ...
 
+    def devices(self) -> list[str]:
+        """The devices that are there, by name."""
+        ...
+
     def array(self, x: Any, /) -> Array:
         """Numbers as an array, floats in the default precision; an array keeps its derivatives."""
         ...

@@ -36,6 +36,8 @@ SLOW = [
         "marginal",
         "toy",
         "vae",
+        "digits",
+        "scaling",
     )
 ]
 

@@ -1,12 +1,15 @@
 """Each part imports without the packages that it does not need, and says what to install where one that it needs is missing."""
 
 import ast
+import re
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 from processes import run
 
 import flowvi
+from flowvi.__main__ import report
 
 EVERYTHING = ("jax", "numpyro", "torch", "pyro")
 
@@ -46,6 +49,40 @@ def test_a_missing_host_says_what_to_install(module, missing, hint):
     assert hint in run((missing,), code)
 
 
+@pytest.mark.parametrize("blocked", [(), ("jax", "numpyro"), EVERYTHING])
+def test_the_command_for_bug_reports(blocked):
+    """It prints versions and devices, or that a library cannot be imported."""
+    first, *adapters = run(blocked, "import runpy\nrunpy.run_module('flowvi', run_name='__main__')").splitlines()
+    assert first.startswith(f"flowvi {flowvi.__version__}, Python 3.")
+    for line, (adapter, package) in zip(adapters, {"flowvi.numpyro": "jax", "flowvi.pyro": "torch"}.items(), strict=True):
+        assert re.match(rf"{adapter}: .*{package} \d", line)
+        assert ("cannot be imported: ModuleNotFoundError" if package in blocked else "; devices: ") in line
+
+
+def test_a_library_that_is_not_installed(monkeypatch):
+    def version(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("flowvi.__main__.version", version)
+    assert list(report())[1:] == ["flowvi.numpyro: numpyro is not installed", "flowvi.pyro: pyro-ppl is not installed"]
+
+
+PROJECT = Path(__file__).parent.parent
+
+
+def test_the_version_to_cite():
+    assert f"\nversion: {flowvi.__version__}\n" in (PROJECT / "CITATION.cff").read_text()
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    """Those of pyproject.toml; jaxlib comes with jax."""
+    oldest = re.findall(r"^([\w-]+)==(.+)$", (PROJECT / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    bounds = re.findall(
+        r'"([\w-]+)>=([\d.]+)"', re.search(r"^numpyro = .*\npyro = .*$", (PROJECT / "pyproject.toml").read_text(), re.M)[0]
+    )
+    assert sorted(bounds) == sorted(pair for pair in oldest if pair[0] != "jaxlib")
+
+
 # ---- which way dependencies point
 
 ROOT = Path(flowvi.__file__).parent
@@ -71,7 +108,8 @@ def imported_by(path):
 
 
 MODULES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in ROOT.rglob("*.py")}
-CORE = [name for name in MODULES if not name.startswith(ADAPTERS)]
+COMMAND = "flowvi.__main__"  # a command, which looks for the adapters
+CORE = [name for name in MODULES if not name.startswith(ADAPTERS) and name != COMMAND]
 
 
 @pytest.mark.parametrize("name", CORE)

@@ -15,10 +15,10 @@ from flowvi.target import Target
 class DisARM(Estimator):
     r"""The antithetic estimator for Bernoullis: :math:`E_i = \tfrac12 (b'_i - b_i)\,m_i\,(\phi(b') - \phi(b))\,\nabla_\theta l_i`.
 
-    l are the logits, p the probabilities and :math:`m = \max(p, 1-p)`. The draw is b = [v < p] for a uniform number v, and b' is
-    [1 - v < p], that of the opposite one. u = 0 and there is no score. All elements of the site share one more evaluation of the
-    program, and each multiplies the whole difference; the elements of a plate multiply their own, where all that depends on them stays
-    within the plate. The rest of the program is drawn with the same random numbers.
+    l are the logits, p the probabilities and :math:`m = \max(p, 1-p)`. For a uniform number v, the draw is b = [v < p] and its
+    opposite is b' = [1 - v < p]. u = 0 and there is no score. All elements of the site share one more evaluation of the program, in
+    which the rest is drawn with the same random numbers. Each element multiplies the whole difference of the costs, or the difference
+    of its own costs in a plate where everything that depends on it stays within the plate.
 
     With ``num_values`` of n it is ARMS: n values of each element, every two of which have the same correlation rho < 0, with
     :math:`E_i = \tfrac{1}{(n-1)(1-\rho_i)} \sum_m (b^m_i - \bar b_i)\,\phi(b^m)\,\nabla_\theta l_i`, from n - 1 more evaluations.

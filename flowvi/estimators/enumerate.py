@@ -18,15 +18,14 @@ class Enumerate(Estimator):
     u = 0 and there is no score: the cost is evaluated at all values m of the site. The rest of the program is drawn with the same
     random numbers, so that only the noise of other sites remains.
 
-    The elements of a plate take their values in one run where all that depends on them stays within the plate: a thousand local
-    Bernoullis take one more evaluation of the program. Each other element needs runs of its own. ``describe`` tells how many
-    evaluations a step makes.
+    All elements of a plate share one run if everything that depends on them stays within the plate: a thousand local Bernoullis take
+    one more evaluation of the program. Every other element needs runs of its own. ``describe`` tells how many evaluations a step makes.
 
     **Requirements**: a distribution with a finite ``enumerate_support``, whose support does not move. Not inside ``scan`` or ``cond``.
 
     Args:
-        lanes: ``"all"`` gives every element that cannot share a run runs of its own; ``"random"`` draws one such run for all of them,
-            with a probability in proportion to the weight of its value, which is unbiased and takes one more evaluation.
+        lanes: For elements that cannot share a run. ``"all"`` makes all their runs. ``"random"`` draws one of these runs, with a
+            probability in proportion to the weight of its value: it is unbiased, and takes one more evaluation in total.
 
     Raises:
         TypeError: ``lanes`` is neither of these.

@@ -82,7 +82,7 @@ class Estimator(ABC):
 
     @property
     def label(self) -> str:
-        """What tables show: its repr, and whether it is biased."""
+        """Its repr, and whether it is biased, as tables show it."""
         return f"{self!r} (biased)" if self.biased else repr(self)
 
     def resolve(self, target: Target) -> Estimator:

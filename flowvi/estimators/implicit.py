@@ -16,9 +16,8 @@ from flowvi.target import Target
 class ImplicitRP(Estimator):
     r"""Implicit reparameterization: :math:`u = -(\partial S/\partial x)^{-1}\,\partial_\theta S(x;\theta)`, from a standardization S.
 
-    psi = 0 where the law of S(x) is free of the parameters (a cdf, a standardization). For any other invertible S set
-    ``exact=False``: psi is then the derivative of log p(x; theta) - log |det dS/dx| along the flow, which is the generalised
-    reparameterization.
+    If the law of S(x) does not depend on the parameters, as for a cdf, psi = 0. For any other invertible S set ``exact=False``: psi is
+    then the derivative of log p(x; theta) - log |det dS/dx| along the flow, which is the generalised reparameterization.
 
     **Requirements**: S differentiable in x and in the parameters, and invertible in x; a cost without jumps in x. For a scalar
     family S is elementwise; for an event S maps it to a vector of the same size and its Jacobian is solved densely.
@@ -27,7 +26,7 @@ class ImplicitRP(Estimator):
         standardization: ``S(x, p) -> eps`` with x of shape batch_shape + event_shape (detached) and p with *live* parameters. The
             default is the distribution's own cdf.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
-        exact: Whether the law of S(x) is free of the parameters.
+        exact: Whether the law of S(x) does not depend on the parameters.
         jumps: Where the cost jumps as x crosses a number t: numbers, arrays that broadcast to x, or functions of p (with live
             parameters). Each takes two more evaluations of the program, and adds the surface term p(t) (u(t) - dt/dtheta) [phi].
 

@@ -23,14 +23,14 @@ class LR(Estimator):
     anything, discontinuous or a black box, as long as its jumps do not move with the parameters either.
 
     Args:
-        baseline: Subtracted from the costs instead of the objective's leave-one-out mean over particles; ``"plate"`` is the mean
-            over the other elements of the site's plates of the costs that are theirs alone, which needs no second particle;
-            ``"optimal"`` is for each parameter the one of least variance, E[psi^2 phi] / E[psi^2], estimated from the other
-            particles (a vector that belongs to one event, such as logits, counts as one parameter). With few particles that estimate
-            is noisy, and the leave-one-out mean may be better.
+        baseline: What is subtracted from the costs, in place of the objective's leave-one-out mean over particles. A
+            :class:`~flowvi.Baseline` is trained. ``"plate"`` is the mean cost of the other elements of the site's plates; it needs no
+            second particle. ``"optimal"`` is the baseline of least variance for each parameter, E[psi^2 phi] / E[psi^2], estimated
+            from the other particles; a vector that belongs to one event, such as logits, counts as one parameter. With few particles
+            that estimate is noisy, and the leave-one-out mean may be better.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
-        jumps: Where the cost jumps as x crosses a number t that moves with a parameter; see :class:`RP`. A jump that stays is no bias
-            for LR and need not be given.
+        jumps: Where the cost jumps as x crosses a number t that moves with a parameter; see :class:`RP`. LR is right at a jump that
+            stays, which need not be given.
 
     Raises:
         TypeError: ``baseline`` is neither a :class:`~flowvi.Baseline` nor one of the names.

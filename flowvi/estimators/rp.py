@@ -33,11 +33,11 @@ class RP(Estimator):
 
     Args:
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
-        force: Trust the derivative of the host's sampler where its flag denies that there is one.
-        control_variate: ``"quadratic"``: the model couples all coordinates of the site's event, with a coefficient for each pair;
-            ``"diagonal"``: it couples none; ``"cubic"``: the quadratic model, with up to four directions along which the curvature
-            changes. Nothing is coupled along a batch dim, also outside of a plate (NumPyro's AutoDiagonalNormal has such a dim).
-            None: no control variate.
+        force: Trust the derivative of the host's sampler even where its flag says that there is none.
+        control_variate: The model of the cost. ``"quadratic"`` has a coefficient for each pair of coordinates of the site's event,
+            ``"diagonal"`` one for each coordinate, and ``"cubic"`` adds to the quadratic model up to four directions along which the
+            curvature changes. No model couples the elements of a batch dim, in a plate or not (NumPyro's AutoDiagonalNormal has such
+            a dim). None: no control variate.
         shared: Whether the elements of the site's plates share the coefficients of the control variate. By default they do in a plate
             that may be another mini-batch at every step: one that is not subsampled, and for whose elements no parameter of the guide
             has a row each.

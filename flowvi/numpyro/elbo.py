@@ -47,9 +47,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             ``"analytic"`` takes the divergence of guide and model at a site in closed form where the host knows one.
         baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
             estimator's own ``baseline`` replaces it at its site.
-        dependencies: ``"graph"``: a score or a weight multiplies the costs that share its plate element and depend on its site, as a
-            jaxpr of another (abstract) run shows, which is made only where a site has a score or a weight; ``"plates"``: those
-            that come after it in program order, which takes no second run.
+        dependencies: Which costs a score or a weight multiplies. ``"graph"``: those that share its plate element and depend on its
+            site. The jaxpr of one more, abstract run shows them; it is made only if some site has a score or a weight.
+            ``"plates"``: those that come after it in program order, which needs no such run.
         particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
             is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
             drawn together is drawn independently; ``describe`` shows it.

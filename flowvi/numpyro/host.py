@@ -19,6 +19,11 @@ import flowvi.ops.jax
 from flowvi.numpyro.distributions import WRAPPERS, Estimated, NumPyroTarget, unwrap
 from flowvi.numpyro.proposals import Proposal
 
+try:
+    from jax import enable_x64
+except ImportError:  # an older JAX
+    from jax.experimental import enable_x64  # type: ignore[no-redef, attr-defined]
+
 
 class NumPyroHost:
     """See :class:`flowvi.host.Host`."""
@@ -54,9 +59,12 @@ class NumPyroHost:
     array = staticmethod(jnp.asarray)
     numpy = staticmethod(np.asarray)
 
+    def devices(self) -> list[str]:
+        return list(map(str, jax.devices()))
+
     @contextmanager
     def precise(self) -> Iterator[None]:
-        with jax.enable_x64(True), validation_enabled(False):
+        with enable_x64(True), validation_enabled(False):
             yield
 
     def sample(self, target: NumPyroTarget, q: Any, seed: int) -> jax.Array:

@@ -212,6 +212,7 @@ class NumPyroProgram:
         return seeded(self.guide, split(self.rng_key)[1])
 
     def _log_probs(self, program, params):
+        params = jax.tree.map(lambda leaf: leaf, params)  # NumPyro before 0.21 changes mutable state in place
         return compute_log_probs(program, self.args, self.kwargs, params, sum_log_prob=False)
 
     def _replay_model(self, model, guide_trace):

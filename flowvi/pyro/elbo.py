@@ -62,10 +62,10 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             ``"analytic"`` takes the divergence of guide and model at a site in closed form where the host knows one.
         baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
             estimator's own ``baseline`` replaces it at its site.
-        dependencies: ``"plates"``: a score or a weight multiplies the costs that share its plate element and come after it in
-            program order. ``"graph"``: those that depend on its site, as found by following every torch function of the run; what
-            runs after Python has looked at a draw (``if k > 0``, ``k.item()``) counts as dependent on it. It costs time at every
-            step. A draw that leaves torch for good (numpy code, pickles) and comes back is not followed.
+        dependencies: Which costs a score or a weight multiplies. ``"plates"``: those that share its plate element and come after it
+            in program order. ``"graph"``: those that depend on its site, which takes time at every step to follow each torch
+            function of the run. What runs after Python has looked at a draw (``if k > 0``, ``k.item()``) counts as dependent on it. A
+            draw that leaves torch (numpy code, pickles) and comes back is not followed.
         particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
             is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
             drawn together is drawn independently; ``describe`` shows it.

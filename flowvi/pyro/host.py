@@ -56,6 +56,10 @@ class PyroHost:
 
     compiles = False
 
+    def devices(self) -> list[str]:
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+
     def array(self, x: Any) -> torch.Tensor:
         x = torch.as_tensor(x)
         return x.to(torch.get_default_dtype()) if x.is_floating_point() else x
