@@ -109,7 +109,7 @@ class GuideSites:
             raise
         if drawn is not None:
             self.draws[name] = drawn
-        plates = tuple(frame.name for frame in msg["cond_indep_stack"])
+        plates = tuple([frame.name for frame in msg["cond_indep_stack"]])  # a generator takes a call for each
         self.random[name] = SiteDescription(
             name, estimator, choice.source, target.family, target.parameters, plates, together=name in self.together
         )

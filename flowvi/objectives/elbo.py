@@ -91,22 +91,16 @@ def _plus(costs: Any, contribution: Array) -> Any:
 
 def _unweighted(run: Run, by_statement: bool) -> Array | dict[str, Array] | None:
     """The costs of a run in which no site has a score or a weight, so that dependence does not matter."""
-    costs: dict[str, Array] = {}
-    for name in {**run.model, **run.guide}:
-        of_model, of_guide = _sum(run.model.get(name)), _sum(run.guide.get(name))
-        if of_guide is None and of_model is not None:
-            costs[name] = of_model
-        elif of_guide is not None:
-            costs[name] = -of_guide if of_model is None else of_model - of_guide
+    costs = _sums(run.model)
+    for name, of_guide in _sums(run.guide).items():
+        costs[name] = costs[name] - of_guide if name in costs else -of_guide
     for term in control_terms(run.draws):
         costs[term.name] = costs[term.name] + term.cost.sum() if term.name in costs else term.cost.sum()
     return costs if by_statement else total(list(costs.values())) if costs else None
 
 
-def _sum(statement: Statement | None) -> Array | None:
-    if statement is None or statement.log_density is None:
-        return None
-    return statement.log_density.sum() if statement.total is None else statement.total
+def _sums(statements: Mapping[str, Statement]) -> dict[str, Array]:
+    return {s.name: s.log_density.sum() if s.total is None else s.total for s in statements.values() if s.log_density is not None}
 
 
 def _of_tape(ops: Ops, tape: Tape, by_statement: bool, baselines: Mapping[str, MakeScores] | None) -> Particle:
