@@ -367,6 +367,11 @@ def each(argnames, values, slow_in_numpyro=lambda value: False, hosts=lambda val
     return pytest.mark.parametrize(("host", *((argnames,) if isinstance(argnames, str) else argnames)), parameters)
 
 
+slow_in_numpyro = pytest.mark.parametrize(
+    "host", [pytest.param(HOSTS["numpyro"], id="numpyro", marks=pytest.mark.slow), pytest.param(HOSTS["pyro"], id="pyro")]
+)  # of a test that has no other values; see :func:`each`
+
+
 def always(value):
     return True
 

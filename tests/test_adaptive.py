@@ -13,7 +13,7 @@ import pyro.distributions as pyro_dist
 import pytest
 import torch
 from cases import CASES, EXACT, mixture
-from hosts import HOSTS, Program, chain, each, z_scores
+from hosts import HOSTS, Program, always, chain, each, slow_in_numpyro, z_scores
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
@@ -239,7 +239,7 @@ def test_the_hosts_agree(family):
 # ---- what is learned
 
 
-@pytest.mark.parametrize("entropy", ["full", "stl"])
+@each("entropy", ["full", "stl"], slow_in_numpyro=lambda entropy: entropy == "full")
 def test_coefficients_descend_the_second_moment(host, entropy):
     """The derivative of the squared gradient in loc and scale, by differences: it is quadratic in the coefficients."""
     params = {"loc": 0.4, "scale": 0.8}
@@ -313,6 +313,7 @@ def test_the_proposal_descends_the_second_moment(host, batch):
     np.testing.assert_allclose(g["x.proposal"], -(g["loc"] ** 2 + g["scale"] ** 2).sum() * dlog_q, rtol=1e-8)
 
 
+@slow_in_numpyro
 def test_nothing_else_changes(host):
     """The loss and the gradients of other parameters are those of the field itself, bit for bit, whatever the coefficients."""
 
@@ -357,7 +358,7 @@ def plate_program(host, size, subsample_size):
     return model, guide
 
 
-@each("vectorize", [False, True], slow_in_numpyro=lambda vectorize: not vectorize)
+@each("vectorize", [False, True], slow_in_numpyro=always)
 def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
     model, guide = plate_program(host, 6, 2)
     options = {"num_particles": 3, "vectorize_particles": vectorize, "plates": 1, "estimators": {"x": AdaptiveFlow(q="learned")}}

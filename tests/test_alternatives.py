@@ -17,7 +17,7 @@ import pyro
 import pyro.infer.autoguide.effect
 import pytest
 import torch
-from hosts import HOSTS, Program, each, z_scores
+from hosts import HOSTS, Program, each, slow_in_numpyro, z_scores
 from kinds import half_velocity, wide
 
 import flowvi.numpyro
@@ -379,6 +379,7 @@ def subsampled_program(size):
     return Program(guide, model, LOGITS, plates=1)
 
 
+@slow_in_numpyro
 def test_a_subsampled_plate(host):
     """Without noise but for the subsample: an element of it has twice its own gradient, the others none."""
     truth = exact(subsampled_program(4), k=binary(4))

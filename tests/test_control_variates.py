@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as pyro_dist
 import pytest
 import torch
-from hosts import HOSTS, Program, each
+from hosts import HOSTS, Program, always, each, slow_in_numpyro
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 
@@ -201,6 +201,7 @@ def test_coefficients_descend_the_second_moment(host, family, kind, entropy):
         np.testing.assert_allclose(g[name].ravel()[i], (f[0] - 8 * f[1] + 8 * f[2] - f[3]) / 12, rtol=1e-8)
 
 
+@slow_in_numpyro
 def test_nothing_else_changes(host):
     """At coefficients of 0 the loss, and every other gradient, are those of RP, whichever way the particles are run."""
     # Pyro's particles are a batch dim of x, which quartic does not know
@@ -234,7 +235,7 @@ def plate_program(host, size, subsample_size):
     return model, guide
 
 
-@each("vectorize", [False, True], slow_in_numpyro=lambda vectorize: not vectorize)
+@each("vectorize", [False, True], slow_in_numpyro=always)
 def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
     model, guide = plate_program(host, 6, 2)
     estimators = {"z": RP(control_variate="quadratic"), "k": LR()}

@@ -5,6 +5,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from hosts import slow_in_numpyro
 from matplotlib import pyplot as plt
 from processes import run
 from scipy import stats
@@ -65,6 +66,7 @@ def test_velocity_of_a_normal(host, normal):
             close(psi[label][1], (1 - a) * score)
 
 
+@slow_in_numpyro
 def test_velocity_by_name_and_by_function(host):
     """Named parameters of families with alternatives, derived attributes and bounds; Auto is resolved; a move of a mixture."""
     d, a, x = host.dist, host.array, np.linspace(0.1, 0.9, 7)  # of one length, so that JAX compiles less
@@ -96,6 +98,7 @@ def test_velocity_by_name_and_by_function(host):
     assert figure.axes[0].get_title() == "mixture"
 
 
+@slow_in_numpyro
 def test_velocity_in_two_dimensions(host):
     """Moving loc along e: u = e and psi = 0 for RP and its field, u = 0 and psi = e . Sigma^-1 (x - loc) for LR."""
     tril, e = np.array([[1.0, 0.0], [0.5, 0.8]]), np.array([1.0, -2.0])
@@ -164,6 +167,7 @@ def test_proposal(host, normal):
     close([low, high], stats.norm(LOC, SCALE).ppf([0.001, 0.999]), 0.3)
 
 
+@slow_in_numpyro
 def test_gradients(host, normal):
     """Samples of a blend are the blend of samples; means and variances of LR and RP at (x - 1)^2 are those of a Normal's moments."""
     p = host.dist.Normal(host.array(0.0), host.array(1.0))
