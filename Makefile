@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The tests run one process per core; each keeps to one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow test-oldest lint bench bench-adaptive bench-guidance docs package clean
+.PHONY: demo test test-slow test-oldest lint bench bench-adaptive bench-guidance bench-gpu docs package clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -53,6 +53,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/vae.py
 	$(BIN)/python benchmarks/counting.py
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/counting.py
 	$(BIN)/python benchmarks/scaling.py
 
 # About ten minutes.
@@ -62,6 +63,10 @@ bench-adaptive: .venv/ready
 # About an hour.
 bench-guidance: .venv/ready
 	$(BIN)/python benchmarks/guidance.py
+
+# About five minutes; without a GPU it says so and stops.
+bench-gpu: .venv/ready
+	$(BIN)/python benchmarks/gpu.py
 
 docs: .venv/ready
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

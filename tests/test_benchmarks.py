@@ -38,6 +38,8 @@ SLOW = [
         "vae",
         "digits",
         "scaling",
+        "counting",
+        "gpu",
     )
 ]
 

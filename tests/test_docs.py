@@ -9,10 +9,14 @@ from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 from shutil import copytree, ignore_patterns
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sphinx.util.inventory import InventoryFile
+
+import flowvi.numpyro
+from flowvi import Enumerate
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -106,8 +110,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
-    """The code blocks of the README in a language, NumPyro's and Pyro's."""
-    return dict(zip(("numpyro", "pyro"), re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL), strict=True))
+    """The first code blocks of the README in a language, NumPyro's and Pyro's, and what may follow."""
+    return dict(zip(("numpyro", "pyro", "advice"), re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL), strict=False))
 
 
 @pytest.mark.parametrize("host", ["numpyro", "pyro"])
@@ -131,9 +135,18 @@ def test_readme(host, capsys):
     assert len([line for line in diff.splitlines() if line.startswith("+")]) <= 2
 
 
+def test_readme_asks_for_advice(monkeypatch):
+    """The short block, after NumPyro's script, with an advice that takes no time."""
+    advice = SimpleNamespace(estimators={"matters": Enumerate()}, options={"entropy": "stl", "num_particles": 4})
+    monkeypatch.setattr(flowvi.numpyro, "recommend", lambda model, guide: advice)
+    names = {"TraceFlow_ELBO": flowvi.numpyro.TraceFlow_ELBO, "model": None, "guide": None}
+    exec(blocks("python")["advice"], names)
+    assert (names["elbo"].num_particles, names["elbo"].entropy) == (4, "stl")
+
+
 def test_readme_is_short():
     lines = README.splitlines()
-    assert len(lines) <= 128
+    assert len(lines) <= 134
     assert lines.index("```diff") < 12
     assert max(len(cell) for line in lines if line.startswith("| ") for cell in line.split(" | ")) < 130
 
