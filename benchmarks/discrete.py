@@ -43,7 +43,7 @@ def mixed_cone(h: Any) -> Program:
 
 
 def joint(h: Any) -> Program:
-    """Four Bernoullis that meet in one cost."""
+    """Four Bernoullis that enter one cost."""
 
     def model():
         b = h.ppl.sample("k", h.dist.Bernoulli(h.array([0.5] * 4)).to_event(1))

@@ -34,7 +34,7 @@ FLOW = Flow(loc=lambda x, p: 1.0, scale=lambda x, p: (x - p.loc) / p.scale)
 
 
 class Comparison(NamedTuple):
-    """Two ways to serve the sites of one guide, as functions from an ELBO's options to an ELBO."""
+    """Two ways to estimate the gradient of one guide, as functions from an ELBO's options to an ELBO."""
 
     what: str
     ours: Callable[..., Any]

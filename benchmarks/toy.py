@@ -1,4 +1,4 @@
-"""Mean and variance of the gradient in a logit: the toy problem of REBAR and RELAX, and four Bernoullis that meet in one cost.
+"""Mean and variance of the gradient in a logit: the toy problem of REBAR and RELAX, and four Bernoullis that enter one cost.
 
 The toy problem is the cost (b - t)^2 of one Bernoulli; the gradients are those of the cost, without densities. What an estimator learns
 is learned first, at fixed logits. A row is one estimate, of one particle, or of two for the leave-one-out mean. About a minute:

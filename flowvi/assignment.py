@@ -232,7 +232,7 @@ class Description(tuple[SiteDescription, ...]):
 
 
 def summed_out(names: tuple[str, ...]) -> str:
-    """What a table says of marginalised sites."""
+    """The line of a table that names the marginalised sites."""
     return f"summed out by the host: {', '.join(names)}"
 
 

@@ -18,7 +18,7 @@ from flowvi.alternatives import Alternatives, Comparison
 from flowvi.ops import Array, Ops
 from flowvi.target import Target
 
-ULPS = 8  # how far from the surface, in units of the last digit of the terms of g, for each of them
+ULPS = 8  # for each coordinate: how far from the surface the alternatives are, in units in the last place of g
 
 
 @dataclass(frozen=True)

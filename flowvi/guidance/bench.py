@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from flowvi.guidance.candidates import GuideSite
 from flowvi.objectives import LeaveOneOut
 from flowvi.run import Run, Statement
 from flowvi.sites import Entropy
+from flowvi.tape import Joint
 
 
 class Setting(NamedTuple):
@@ -145,7 +146,40 @@ def parameter_at(bench: Bench, element: int) -> str:
     raise IndexError(element)
 
 
-def over(given: Estimators, chosen: dict[str, Estimator]) -> Estimators:
+def objective(
+    bench: Bench,
+    setting: Setting,
+    own: Callable[..., Any],
+    of_host: tuple[Callable[..., Any], Callable[..., Any]],
+    estimators: Estimators,
+    default: Estimator,
+) -> Any:
+    """The objective of a setting.
+
+    Args:
+        bench: The program.
+        setting: The setting.
+        own: The adapter's ``TraceFlow_ELBO``.
+        of_host: The host's objective for programs whose sites are all pathwise, and that for all others.
+        estimators: The estimators that are given without advice.
+        default: The estimator of a site for which none is given.
+    """
+    if setting.of_host:
+        pathwise = all(site.is_pathwise_in_host for site in bench.sites.values())
+        return of_host[0 if pathwise else 1](setting.num_particles)
+    elbo = own(
+        setting.num_particles,
+        estimators=_over(estimators, dict(setting.chosen)),
+        default=default,
+        entropy=setting.entropy,
+        baseline=setting.baseline,
+    )
+    if setting.joint:
+        elbo.dependencies = Joint(elbo.dependencies, setting.joint)
+    return elbo
+
+
+def _over(given: Estimators, chosen: dict[str, Estimator]) -> Estimators:
     """The estimators that are ``chosen``, above those that are given."""
     if given is None or isinstance(given, Mapping):
         return {**(given or {}), **chosen}

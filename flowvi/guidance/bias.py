@@ -2,10 +2,9 @@ r"""A sequential test of whether two gradients have one mean.
 
 Both are drawn at the same keys, and their differences are tested after more and more of them. Look j spends the part
 :math:`\alpha / ((j + 1)(j + 2))` of the probability of a false alarm, so that all looks together spend at most :math:`\alpha`.
-A third of it
-goes to the elements of the mean difference, each by its z-score, with Bonferroni's correction. The other thirds go to two directions
-that each look takes from the data of the earlier ones: the gradient, and the mean difference over its variance. What a look finds must
-be confirmed by fresh differences, because z-scores of few and heavy-tailed numbers are larger than those of a Normal.
+A third of it goes to the elements of the mean difference, each by its z-score, with Bonferroni's correction. The other thirds go to two
+directions that each look takes from the data of the earlier ones: the gradient, and the mean difference over its variance. Fresh
+differences must confirm what a look finds, because z-scores of few and heavy-tailed numbers are larger than those of a Normal.
 
 References:
     Lan and DeMets 1983 (alpha spending).
@@ -56,7 +55,7 @@ class _Differences:
     """Differences of two gradients at the same keys.
 
     Attributes:
-        used: The elements that the second gradient moves.
+        used: The elements that were not 0 in at least one sample of the second gradient.
         num_read: How many batches were read.
     """
 

@@ -1,6 +1,6 @@
-"""Which estimators can serve a site: one row for each, which says where it is worth a try.
+"""The estimators to try at a site: one row for each, which says where it is worth a try.
 
-A row need not be exact about what its estimator requires: what refuses the site at its first run is dropped.
+A row need not be exact about what its estimator requires: an estimator that refuses the site at its first run is dropped.
 """
 
 from __future__ import annotations

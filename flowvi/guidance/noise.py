@@ -26,7 +26,7 @@ class Scale(NamedTuple):
 
     @staticmethod
     def of(batches: list[np.ndarray]) -> Scale:
-        """The weights that some gradients imply, whose batches are not kept together."""
+        """The weights that some batches of gradients imply."""
         second = sum((g**2).sum(0) for g in batches) / sum(len(g) for g in batches)
         counts = second > NEGLIGIBLE * second.max(initial=0.0)
         return Scale(np.divide(counts, second, out=np.zeros_like(second), where=counts) / max(int(counts.sum()), 1))

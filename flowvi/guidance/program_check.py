@@ -13,9 +13,9 @@ from flowvi.guidance.jumps import Place, reading_elements, where
 from flowvi.guidance.table import Table
 
 ITSELF = "it is the reference itself"
-AT_FAULT = 5.0  # seconds for each biased site above another one
-MEMORY = 300_000  # elements of gradients, times the samples of a batch
-TOLERANCE = 0.02  # a site is looked at no longer where a bias of this share of the gradient would have been found
+AT_FAULT = 5.0  # seconds for each biased site that comes before another one
+MEMORY = 300_000  # how many batches are kept, times the elements of a gradient
+TOLERANCE = 0.02  # a site is decided once a bias of this share of the gradient would have been found
 
 
 @dataclass(frozen=True)

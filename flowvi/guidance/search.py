@@ -15,7 +15,7 @@ from flowvi.guidance.noise import FLOOR, Scale, Trial
 CLEARLY = 2.5  # standard errors
 ALIKE = 0.05  # scores that differ by less than this share are not told apart
 BATCHES = 128  # the most batches of one trial in a race
-SURE, KNOWN = 8, 0.1  # a confirmation takes so many batches at least, if there is time, and ends at so small an error
+SURE, KNOWN = 8, 0.1  # batches that a confirmation takes at least, if there is time, and the error at which it ends
 FIRST = 4  # batches that set the weights of the elements, and after which the first candidates drop out
 
 
@@ -211,7 +211,7 @@ class Search:
         return self.trials[setting]
 
     def _race(self, racers: Mapping[Setting, Trial], own_end: float, end: float) -> Setting:
-        """The setting of least score, found by measuring the better half twice as well each time."""
+        """The setting of least score, by successive halving: those that stay get twice as many batches."""
         racing = dict(racers)
         batches = FIRST
         while True:

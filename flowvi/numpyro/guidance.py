@@ -18,14 +18,26 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Estimators
 from flowvi.entropy import held_values
 from flowvi.estimators import Auto, Estimator
-from flowvi.guidance import Batch, Checker, Draw, ProgramCheck, Recommendation, Search, Setting, Watch, advise, over, plates, statements
+from flowvi.guidance import (
+    Batch,
+    Checker,
+    Draw,
+    ProgramCheck,
+    Recommendation,
+    Search,
+    Setting,
+    Watch,
+    advise,
+    objective,
+    plates,
+    statements,
+)
 from flowvi.guidance.candidates import guide_sites
 from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.handlers import adaptive
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.run import NumPyroProgram
 from flowvi.run import Held
-from flowvi.tape import Joint
 
 ELEMENTS = 1_000_000  # of the gradients of one batch
 LARGEST, SMALLEST = 64, 4  # batches
@@ -175,7 +187,7 @@ class NumPyroBench:
         self.size = int(np.clip(ELEMENTS // max(sum(self.parameters.values()), 1), SMALLEST, LARGEST))
 
     def gradients(self, setting: Setting) -> Draw:
-        elbo = self._host_objective(setting) if setting.of_host else self._objective(setting)
+        elbo = objective(self, setting, TraceFlow_ELBO, (Trace_ELBO, TraceGraph_ELBO), self.given, self.default)
         learns = any(estimator.learns(ops, self.sites[name].target) for name, estimator in setting.chosen)
         svi, unconstrained = self._svi(elbo) if learns or self.learns_already else self.plain  # which takes time
         of_program = {name: unconstrained[name] for name in self.parameters}
@@ -215,22 +227,6 @@ class NumPyroBench:
         svi = SVI(self.model, guide, numpyro.optim.SGD(1.0), elbo)
         state = svi.init(self.key, *self.args, init_params=self.params, **self.kwargs)
         return svi, svi.optim.get_params(state.optim_state)
-
-    def _objective(self, setting: Setting) -> TraceFlow_ELBO:
-        elbo = TraceFlow_ELBO(
-            setting.num_particles,
-            estimators=over(self.given, dict(setting.chosen)),
-            default=self.default,
-            entropy=setting.entropy,
-            baseline=setting.baseline,
-        )
-        if setting.joint:
-            elbo.dependencies = Joint("graph", setting.joint)
-        return elbo
-
-    def _host_objective(self, setting: Setting):
-        pathwise = all(site.is_pathwise_in_host for site in self.sites.values())
-        return (Trace_ELBO if pathwise else TraceGraph_ELBO)(setting.num_particles)
 
     def _warmed_up(self, loss, of_program, learned):
         """What estimators learn in some steps at fixed parameters of the program; what is given stays."""

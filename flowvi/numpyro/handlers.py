@@ -243,7 +243,7 @@ class own_keys(Messenger):
         """Handlers do not reach into scan and cond, so that all draws there have keys of one type."""
         try:
             return fn(*args, rng_key=rng_key, **kwargs)
-        except Exception:  # with another key it either runs, or raises the same error
+        except Exception:  # where the key is not the cause, the next call raises the error again
             pass
         return fn(*args, rng_key=typed_like(rng_key, self.key), **kwargs)
 

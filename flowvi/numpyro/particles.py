@@ -50,7 +50,8 @@ class Together(NamedTuple):
         order, shift = random.split(key)
         numbers = jnp.arange(self.num_particles, dtype=jnp.uint32)
         width = self.num_particles.bit_length()
-        # One array of random bits and numbers: XLA sorts one sooner than two. Numbers decide ties; the shift makes the law exact.
+        # Random bits on the left, the particle's number on the right: XLA sorts one array faster than two. Equal bits leave the order
+        # to the numbers; the random shift makes every place equally probable all the same.
         mixed = jnp.sort(random.bits(order, (*shape, self.num_particles), jnp.uint32) >> width << width | numbers, -1)
         place = mixed[..., self.number] & (2**width - 1)
         return (place.astype(int) + random.randint(shift, shape, 0, self.num_particles)) % self.num_particles

@@ -1,8 +1,8 @@
 """Guides whose log density NumPyro differentiates wrongly, or to NaN, at special values of their parameters.
 
-* At logits of exactly 0 the derivative of a Bernoulli or Binomial is z where z - 1/2 is right: it is that from above in one term
-  and that from below in another. Any other number, however small, is differentiated rightly.
-* At a probability of 0 or 1, or a rate of 0, the derivative of what did not happen is 0 times infinity.
+* At logits of exactly 0 the derivative of the log density of a Bernoulli at x is x instead of x - 1/2, and that of a Binomial is wrong
+  likewise: one term has the derivative from above, another that from below. At all other logits, however small, it is right.
+* At a probability of 0 or 1, or a rate of 0, the derivative of the term of what did not happen is 0 times infinity.
 
 ``tests/test_densities.py`` fails where NumPyro has mended it.
 """
@@ -86,7 +86,7 @@ def with_right_derivative(fn: dist.Distribution) -> dist.Distribution:
         return fn if inner is fn.base_dist else _with(fn, base_dist=inner)  # type: ignore[attr-defined]
     if isinstance(fn, dist.BernoulliLogits | dist.BinomialLogits):
         logits = jnp.asarray(fn.logits)
-        return _with(fn, logits=logits + jnp.finfo(logits.dtype).tiny)  # which changes 0, and nothing else that is not as small
+        return _with(fn, logits=logits + jnp.finfo(logits.dtype).tiny)  # changes 0, and otherwise only numbers that are as tiny
     if (safe := SAFE.get(type(fn))) is not None:
         new = _with(fn)
         new.__class__ = safe

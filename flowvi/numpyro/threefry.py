@@ -56,7 +56,7 @@ def takes(fn: Callable[..., Any], key: jax.Array) -> bool:
     """Whether a distribution draws with keys of this type; a Poisson, for one, takes no other than JAX's own."""
     try:
         jax.eval_shape(lambda k: fn(rng_key=k, sample_shape=()), key)
-    except Exception:  # with another key it either draws, or raises the same error
+    except Exception:  # where the key is not the cause, the draw with JAX's own key raises the error again
         return False
     return True
 

@@ -141,7 +141,7 @@ def require_backend(backend: str) -> None:
 
 
 def _fits(compiled: Compiled) -> bool:
-    """Whether a graph holds for the parameters of now, after taking over those whose tensor is another one."""
+    """Whether a graph holds for the present parameters; takes over those that have another tensor of the same layout."""
     store = pyro.get_param_store()._params
     for (name, known), live in zip(compiled.leaves.items(), compiled.live, strict=True):
         leaf = store.get(name)

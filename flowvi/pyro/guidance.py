@@ -16,14 +16,27 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from flowvi.assignment import Estimators
 from flowvi.entropy import held_values
 from flowvi.estimators import Auto, Estimator
-from flowvi.guidance import Batch, Checker, Draw, ProgramCheck, Recommendation, Search, Setting, Watch, advise, over, plates, statements
+from flowvi.guidance import (
+    Batch,
+    Checker,
+    Draw,
+    ProgramCheck,
+    Recommendation,
+    Search,
+    Setting,
+    Watch,
+    advise,
+    objective,
+    plates,
+    statements,
+)
 from flowvi.guidance.candidates import guide_sites
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST
 from flowvi.pyro.run import PyroProgram
 from flowvi.run import Held, Run
-from flowvi.tape import Joint, follows_tensors
+from flowvi.tape import follows_tensors
 
 BATCH = 8  # gradients
 WARM_UP, RATE = 300, 0.05  # steps of Adam on what an estimator learns
@@ -182,7 +195,7 @@ class PyroBench:
                     del store[name]
 
     def gradients(self, setting: Setting) -> Draw:
-        elbo = self._host_objective(setting) if setting.of_host else self._objective(setting)
+        elbo = objective(self, setting, TraceFlow_ELBO, (Trace_ELBO, TraceGraph_ELBO), self.given, self.default)
         learned = {} if setting.of_host else self._learned(elbo)
         kept = {name: leaf.detach().clone() for name, leaf in learned.items()}
 
@@ -217,22 +230,6 @@ class PyroBench:
     def _clear(leaves: Mapping[str, torch.Tensor]) -> None:
         for leaf in leaves.values():
             leaf.grad = None
-
-    def _objective(self, setting: Setting) -> TraceFlow_ELBO:
-        elbo = TraceFlow_ELBO(
-            setting.num_particles,
-            estimators=over(self.given, dict(setting.chosen)),
-            default=self.default,
-            entropy=setting.entropy,
-            baseline=setting.baseline,
-        )
-        if setting.joint:
-            elbo.dependencies = Joint("plates", setting.joint)
-        return elbo
-
-    def _host_objective(self, setting: Setting):
-        pathwise = all(site.is_pathwise_in_host for site in self.sites.values())
-        return (Trace_ELBO if pathwise else TraceGraph_ELBO)(setting.num_particles)
 
     def _learned(self, elbo: TraceFlow_ELBO) -> dict[str, Any]:
         """What estimators learn, after some steps at fixed parameters of the program; what is trained already stays."""
