@@ -20,7 +20,7 @@ class Auto(Estimator):
     * RP where the host's distribution is fully reparameterized with an unbiased derivative.
     * Enumerate at a discrete site with finitely many values, as long as all such sites together take at most two evaluations of the
       program more for each particle; first come, first served in program order. So a Bernoulli takes one, and so does a plate of them
-      on which the costs depend element by element. It needs to know that draws decide nothing but numbers: in NumPyro that is so; in Pyro
+      if each element has its own costs. It needs to know that draws decide nothing but numbers: in NumPyro that is so; in Pyro
       ``dependencies="graph"`` finds out. A Rényi bound and a site inside ``scan`` or ``cond`` have no exact sum.
     * LR everywhere else, with the baseline of the objective.
 
