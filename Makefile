@@ -53,7 +53,6 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/vae.py
 	$(BIN)/python benchmarks/counting.py
 	$(BIN)/python benchmarks/digits.py
-	$(BIN)/python benchmarks/counting.py
 	$(BIN)/python benchmarks/scaling.py
 
 # About ten minutes.
