@@ -25,7 +25,7 @@ class Factor(NamedTuple):
     Attributes:
         name: The name of the statement.
         frames: Its plates.
-        dims: The marginalised sites on which it depends, its own included where it is one; by any names.
+        dims: The marginalised sites on which it depends, its own included where it is one; by the names of the host's dims.
         log_density: Masked, but not scaled, in whatever form the host contracts; that of a marginalised site is not masked, so that
             its probabilities always add up to 1.
     """

@@ -15,7 +15,7 @@ Ancestors = Mapping[str, frozenset[Ancestor]]
 
 
 class Joint(NamedTuple):
-    """Some sites on whose every element every cost counts as dependent: right whatever the program does, and noisy.
+    """Lets every cost count as dependent on every element of some sites: right whatever the program does, but noisy.
 
     Attributes:
         base: How to find which costs depend on the other sites.

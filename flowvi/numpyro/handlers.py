@@ -219,12 +219,12 @@ def _refuse_in_control_flow(target: Target, estimator: Estimator, choice: Choice
 
 
 def seeded(fn: Callable, key: jax.Array, **options: Any) -> Messenger:
-    """As ``seed(fn, key)``: the same draws, by the quicker generator where one is."""
+    """As ``seed(fn, key)``: the same draws, by the quicker generator where there is one."""
     return own_keys(seed(fn, unrolled(key), **options), key)
 
 
 class own_keys(Messenger):
-    """Give a statement a key of the type of the program's ``key`` where it shows it to the program, or takes no other."""
+    """Give a statement a key of the type of the program's ``key`` if it hands the key to the program, or takes no other type."""
 
     def __init__(self, fn, key):
         self.key = key

@@ -82,7 +82,7 @@ def _without_own_densities(ops: Ops, tape: Tape) -> Tape:
 
 
 def _plus(costs: Any, contribution: Array) -> Any:
-    """The costs and what has the value 0, which in a dict by statement stands with the first."""
+    """Add a contribution of value 0 to the costs; in a dict by statement, to the first."""
     if not isinstance(costs, dict):
         return costs + contribution
     first = next(iter(costs))

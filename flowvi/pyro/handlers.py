@@ -128,7 +128,7 @@ class attach_together(attach_estimators):
         target: Any = visit.target
         if not given and visit.estimator.uses_sampler and can_be_joint(target):
             self.sites.together.append(msg["name"])
-            for frame in target.frames:  # none of this name where the program is described
+            for frame in target.frames:  # there is none while `describe` runs the program
                 if frame.name == PARTICLES:
                     like = getattr(target.p, target.parameters[0])
                     u = uniforms(self.how, target.shape, target.batch_ndim + frame.dim, like)
