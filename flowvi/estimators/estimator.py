@@ -52,7 +52,7 @@ class Estimator(ABC):
         enters: Whether it acts on the base sample of a plain ``TransformedDistribution`` (or on the outermost value).
         jumps: Where the cost jumps as the site crosses a number.
         compares: Whether it compares the cost at several values of its site, so that it runs the program several times.
-        biased: Whether its mean is not the gradient, as the tables say that show it.
+        biased: Whether its mean is not the gradient; tables mark such an estimator.
         inputs: Arrays that its functions read, which exist before the site is drawn.
         uses_sampler: Whether the derivative is that of the host's own sampler, so that nothing has to be attached.
         baseline: What is subtracted from the costs that multiply the score; None for the objective's baseline.
