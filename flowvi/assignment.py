@@ -161,8 +161,7 @@ def _require_upstream_inputs(estimator: Estimator, name: str) -> Estimator:
     if baseline or estimator.inputs:
         raise ValueError(
             f"site '{name}': a {'baseline' if baseline else 'surrogate'} with inputs cannot be given in the model, where they may lie "
-            "downstream of the site; "
-            "give it at the site's statement in the guide."
+            "downstream of the site; give it at the site's statement in the guide."
         )
     return estimator
 
@@ -240,9 +239,10 @@ class Describes:
     """An objective that can describe the estimator of each site."""
 
     def describe(self, model, guide, *args, **kwargs) -> Description:
-        """Each random site: its estimator, where that was given, its distribution's parameters, its plates; and the evaluations.
+        """Each random site: its estimator, where that was given, its distribution's parameters, its plates.
 
-        Under ``entropy="analytic"`` also at which sites the divergence has a closed form, and at which it is sampled.
+        Below them, where there are any: the evaluations of the program, the sites that the host sums out, the sites at which particles
+        are drawn together, and under ``entropy="analytic"`` those at which the divergence has a closed form.
 
         Runs guide and model once, in NumPyro at their initial parameters; in Pyro the state of torch's generators is put back.
 
