@@ -41,8 +41,8 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
-        ValueError: ``alpha`` is 1. At the first run, naming the site: a proposal, an estimator's own baseline, and under
-            ``"dreg"`` a site with a score or a moving support.
+        ValueError: ``alpha`` is 1. At the first run, naming the site: a proposal, an estimator's own baseline, an estimator that
+            compares values, has a control variate or is biased, and under ``"dreg"`` a site with a score or a moving support.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -52,8 +52,8 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         ...     numpyro.sample("y", dist.Normal(2.0 * k, 1.0), obs=1.5)
         >>> def guide():
         ...     numpyro.sample("k", dist.Bernoulli(logits=numpyro.param("l", 0.0)))
-        >>> svi = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(0.1), TraceFlow_RenyiELBO(num_particles=5))
-        >>> bool(svi.run(jax.random.key(0), 200, progress_bar=False).params["l"] > 0.5)
+        >>> svi = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(0.03), TraceFlow_RenyiELBO(num_particles=5))
+        >>> bool(svi.run(jax.random.key(0), 500, progress_bar=False).params["l"] > 0.5)
         True
 
     References:

@@ -50,8 +50,8 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
-        ValueError: ``alpha`` is 1. At the first run, naming the site: a proposal, an estimator's own baseline, and under
-            ``"dreg"`` a site with a score or a moving support.
+        ValueError: ``alpha`` is 1. At the first run, naming the site: a proposal, an estimator's own baseline, an estimator that
+            compares values, has a control variate or is biased, and under ``"dreg"`` a site with a score or a moving support.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
