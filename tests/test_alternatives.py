@@ -519,7 +519,8 @@ def test_the_number_of_evaluations(host, program, options, runs):
 def test_describe_prints_the_evaluations(host):
     t = [host.array(x) for x in CHAIN.theta]
     parts = lambda: CHAIN.model(host, t), lambda: CHAIN.guide(host, t)
-    printed = [str(host.flow.TraceFlow_ELBO(estimators={"a": e}).describe(*parts)).splitlines() for e in (LR(), Enumerate())]
+    elbos = [host.flow.TraceFlow_ELBO(estimators={"a": a, "b": LR()}) for a in (LR(), Enumerate())]
+    printed = [str(elbo.describe(*parts)).splitlines() for elbo in elbos]
     assert printed[1][-1] == "2 evaluations of the program per particle"
     assert "evaluations" not in printed[0][-1]
 
