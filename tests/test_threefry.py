@@ -217,3 +217,17 @@ def test_other_generators_stay():
 
 def test_a_jax_that_unrolls(off):
     assert threefry.unrolled(KEY) is KEY
+
+
+def test_a_deterministic_statement():
+    """It draws nothing, and has no arguments in NumPyro."""
+
+    def program():
+        x = numpyro.sample("x", dist.Normal(numpyro.param("m", 0.0), 1.0))
+        numpyro.factor("cost", numpyro.deterministic("doubled", 2 * x))
+
+    ours, theirs = (
+        elbo.loss(KEY, {"m": 0.3}, lambda: numpyro.sample("x", dist.Normal(0.0, 1.0)), program)
+        for elbo in (TraceFlow_ELBO(), Trace_ELBO())
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)

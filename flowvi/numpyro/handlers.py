@@ -231,8 +231,10 @@ class own_keys(Messenger):
         super().__init__(fn)
 
     def process_message(self, msg):
+        if msg["value"] is not None:  # a statement that draws nothing, such as a deterministic one, may have no kwargs
+            return
         key = msg["kwargs"].get("rng_key")
-        if msg["value"] is not None or not is_unrolled(key):
+        if not is_unrolled(key):
             return
         if msg["type"] == "prng_key" or (msg["type"] == "sample" and not takes(msg["fn"], key)):
             msg["kwargs"]["rng_key"] = typed_like(key, self.key)
