@@ -402,6 +402,32 @@ def test_the_state_of_the_optimizer_is_that_of_svi():
             np.testing.assert_allclose(ours, losses[0], rtol=1e-9)
 
 
+@pytest.mark.parametrize("optim", [pyro.optim.Adam, pyro.optim.ClippedAdam])
+def test_two_programs_that_share_an_optimizer(optim):
+    """They share its state at the parameters that both have, as in Pyro."""
+
+    def model():
+        pyro.sample("x", dist.Normal(1.0, 1.0))
+
+    def guide():
+        pyro.sample("x", dist.Delta(pyro.param("m", torch.tensor(0.1))))
+
+    def other():
+        pyro.sample("x", dist.Delta(pyro.param("m", torch.tensor(0.1)) * pyro.param("k", torch.tensor(0.7))))
+
+    def trained(svi):
+        pyro.clear_param_store()
+        shared = optim({"lr": 0.1})
+        both = [svi(model, g, shared, TraceFlow_ELBO()) for g in (guide, other)]
+        for _ in range(2):  # the second time with new parameters
+            pyro.clear_param_store()
+            for one in both * 4:
+                one.step()
+        return [pyro.param(name).item() for name in ("m", "k")]
+
+    np.testing.assert_allclose(trained(partial(CompiledSVI, backend="eager")), trained(SVI), rtol=1e-12)
+
+
 def test_a_decaying_average_of_costs():
     """Pyro's own baseline sets a parameter at each step."""
 

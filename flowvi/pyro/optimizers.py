@@ -58,7 +58,8 @@ class JointOptimizer:
             for group in self.torch.param_groups:
                 group["params"][:] = [p for p in group["params"] if p is not old]
             self.torch.state.pop(old, None)
-            del self.optim.optim_objs[old], self.optim.grad_clip[old]
+            self.optim.optim_objs.pop(old, None)  # another step with the same optimizer may have dropped it
+            self.optim.grad_clip.pop(old, None)
         alone = self._optimizer_of(leaf)
         options = {key: value for key, value in alone.param_groups[0].items() if key != "params"}
         if self.torch is None:
@@ -71,6 +72,8 @@ class JointOptimizer:
             self._options.append(options)
         if leaf in alone.state:
             self.torch.state[leaf] = alone.state[leaf]
+        if (known := self.optim.optim_objs.get(leaf)) is not None:  # that of another step with the same optimizer, which it shares
+            self.torch.state[leaf] = (known.joint.torch if isinstance(known, _StateOf) else known).state[leaf]
         self._leaves[name] = leaf
         self.optim.grad_clip[leaf] = self.optim._get_grad_clip(leaf)  # type: ignore[arg-type]
         self.optim.optim_objs[leaf] = state = _StateOf(self, leaf)
@@ -131,7 +134,7 @@ class JointClippedAdam(ClippedAdam):
             grads: Any = [p.grad for p in params]
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    self.state[p].update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                 self.state[p]["step"] += 1
             steps, means, squares = ([self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq"))
             torch._foreach_clamp_min_(grads, -group["clip_norm"])
