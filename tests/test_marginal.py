@@ -453,3 +453,19 @@ def test_values_of_marginalised_sites(host, name):
         z = predictive(jax.random.key(1))["z"]
         assert numpyro.infer.Predictive(model, guide=guide, params=params, num_samples=7)(jax.random.key(1))["z"].shape == (7, 5)
     assert host.numpy(z).tolist() == [[0, 0, 1, 1, 1]]
+
+
+def test_recommended_beside_the_hosts_own_enumeration():
+    """Pyro's other objectives would draw in the model what is summed out."""
+    h = HOSTS["pyro"]
+
+    def model():
+        b = h.sample("b", h.dist.Bernoulli(h.array(0.3)))
+        z = switch(h, "z", h.array(0.3))
+        h.sample("y", h.dist.Normal(b + z, h.array(1.0)), obs=h.array(1.0))
+
+    def guide():
+        h.sample("b", h.dist.Bernoulli(logits=h.param("m", h.array(0.0))))
+
+    pyro.clear_param_store()
+    assert "the host's own objective" in str(h.flow.recommend(model, guide, seconds=0.5, progress_bar=False))

@@ -105,12 +105,15 @@ class Bench(Protocol):
     Attributes:
         sites: The random sites of the guide, in program order.
         parameters: The parameters in the order of a gradient's elements, each with how many it has.
+        marginalises: Whether the host sums sites of the model out.
     """
 
     @property
     def sites(self) -> Mapping[str, GuideSite]: ...
     @property
     def parameters(self) -> Mapping[str, int]: ...
+    @property
+    def marginalises(self) -> bool: ...
 
     def gradients(self, setting: Setting) -> Draw:
         """The gradients of an objective. Batches of one number have the same keys, whatever the setting.
@@ -150,7 +153,7 @@ def objective(
     bench: Bench,
     setting: Setting,
     own: Callable[..., Any],
-    of_host: tuple[Callable[..., Any], Callable[..., Any]],
+    of_host: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
     estimators: Estimators,
     default: Estimator,
 ) -> Any:
@@ -160,13 +163,14 @@ def objective(
         bench: The program.
         setting: The setting.
         own: The adapter's ``TraceFlow_ELBO``.
-        of_host: The host's objective for programs whose sites are all pathwise, and that for all others.
+        of_host: The host's objective for programs whose sites are all pathwise, that for all others, and that which sums sites of
+            the model out.
         estimators: The estimators that are given without advice.
         default: The estimator of a site for which none is given.
     """
     if setting.of_host:
         pathwise = all(site.is_pathwise_in_host for site in bench.sites.values())
-        return of_host[0 if pathwise else 1](setting.num_particles)
+        return of_host[2 if bench.marginalises else 0 if pathwise else 1](setting.num_particles)
     elbo = own(
         setting.num_particles,
         estimators=_over(estimators, dict(setting.chosen)),

@@ -12,7 +12,7 @@ import numpy as np
 import numpyro
 from jax import random
 from jax.flatten_util import ravel_pytree
-from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
 import flowvi.ops.jax as ops
 from flowvi.assignment import Estimators
@@ -180,6 +180,7 @@ class NumPyroBench:
         svi, unconstrained = self.plain
         self.constrained = svi.constrain_fn(unconstrained)
         run = self._run(self.key)
+        self.marginalises = bool(run.marginalised)
         self.sites = guide_sites(HOST, run, self.elbo.describe(model, guide, *args, **kwargs))
         self.learns_already = bool(run.sites.learned)
         of_program = {name: value for name, value in unconstrained.items() if name not in run.sites.learned}
@@ -187,7 +188,8 @@ class NumPyroBench:
         self.size = int(np.clip(ELEMENTS // max(sum(self.parameters.values()), 1), SMALLEST, LARGEST))
 
     def gradients(self, setting: Setting) -> Draw:
-        elbo = objective(self, setting, TraceFlow_ELBO, (Trace_ELBO, TraceGraph_ELBO), self.given, self.default)
+        of_host = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+        elbo = objective(self, setting, TraceFlow_ELBO, of_host, self.given, self.default)
         learns = any(estimator.learns(ops, self.sites[name].target) for name, estimator in setting.chosen)
         svi, unconstrained = self._svi(elbo) if learns or self.learns_already else self.plain  # which takes time
         of_program = {name: unconstrained[name] for name in self.parameters}

@@ -11,7 +11,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 
 from flowvi.assignment import Estimators
 from flowvi.entropy import held_values
@@ -174,6 +174,7 @@ class PyroBench:
         with poutine.trace(param_only=True) as used:
             run = self.run(self.elbo, 0)
         nodes: dict[str, Any] = used.trace.nodes
+        self.marginalises = bool(run.marginalised)
         self.sites = guide_sites(HOST, run, self.elbo.describe(model, guide, *args, **kwargs))
         self.leaves = {name: nodes[name]["value"].unconstrained() for name in nodes if name not in run.sites.learned}
         self.parameters = {name: leaf.numel() for name, leaf in self.leaves.items()}
@@ -195,7 +196,8 @@ class PyroBench:
                     del store[name]
 
     def gradients(self, setting: Setting) -> Draw:
-        elbo = objective(self, setting, TraceFlow_ELBO, (Trace_ELBO, TraceGraph_ELBO), self.given, self.default)
+        of_host = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+        elbo = objective(self, setting, TraceFlow_ELBO, of_host, self.given, self.default)
         learned = {} if setting.of_host else self._learned(elbo)
         kept = {name: leaf.detach().clone() for name, leaf in learned.items()}
 
