@@ -34,11 +34,10 @@ from flowvi.estimators import Estimator
 
 
 class Refused(NamedTuple):
-    """A site at which an estimator raises: its distribution ``(h, t) -> p``, a part of the message, and the site's ``infer``."""
+    """A site at which an estimator raises: its distribution ``(h, t) -> p``, and a part of the message."""
 
     distribution: Callable[[Any, Any], Any]
     message: str
-    infer: Mapping[str, Any] = {}
 
 
 def normal(h, loc, scale):
@@ -66,7 +65,7 @@ class Row:
     """
 
     make: Callable[[], Estimator]
-    refused: Refused
+    refused: Refused | None
     cases: tuple[str, ...] = ("normal-scale-square", "elbo-normal-normal-off")
     particles: tuple[int, ...] = (1, 4)
     learned: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -129,7 +128,8 @@ DISCRETE = Refused(lambda h, t: h.dist.Bernoulli(logits=t), "needs a continuous 
 NO_SAMPLER = Refused(lambda h, t: h.dist.VonMises(t, h.array(1.0)), "RP needs a reparameterized sampler, but VonMises has none")
 NO_INVERSE = Refused(lambda h, t: h.dist.StudentT(4 + t, h.array(0.0), h.array(1.0)), ".*StudentT for a constant df")
 NO_MODEL = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), ".*expected Normal or MultivariateNormal, found Gamma")
-ENUMERATED = Refused(lambda h, t: h.dist.Poisson(1 + t), "expected a finite support.*infer.'enumerate'", {"enumerate": "parallel"})
+
+
 NO_SUPPORT = Refused(lambda h, t: h.dist.Poisson(t), "expected a finite support that the host enumerates, but Poisson has none")
 NO_INTEGERS = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "needs a distribution of integers, but Gamma is continuous")
 NO_WEAK_DERIVATIVE = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "no weak derivative of Gamma in its concentration")
@@ -183,7 +183,7 @@ ROWS = {
     "GumbelSoftmax": Row(lambda: GumbelSoftmax(0.5), NOT_RELAXED, (), site=bernoulli),
     "StraightThrough": Row(StraightThrough, NOT_RELAXED, (), site=bernoulli),
     "ReinMax": Row(ReinMax, NOT_RELAXED, TOY, site=bernoulli),  # the cost is quadratic
-    "Auto": Row(Auto, ENUMERATED, WITH_DISCRETE),
+    "Auto": Row(Auto, None, WITH_DISCRETE),  # only what it chooses refuses
 }
 
 
