@@ -25,6 +25,7 @@ from hosts import HOSTS, Program
 from flowvi import LR, RP, AdaptiveFlow, Baseline, Enumerate, Flow, ImplicitRP
 from flowvi.baselines import PlateMean
 from flowvi.dependence import Ancestor
+from flowvi.numpyro import threefry
 
 THETA = (0.4, -0.3, 0.7, 0.2)
 PLATES = {"a": -1, "b": -2}  # each of two elements
@@ -325,6 +326,7 @@ def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1, alpha: float | 
 
         monkeypatch.setattr(jax.random, "normal", normal)
         monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+        monkeypatch.setattr(threefry, "is_a_loop", lambda: False)  # else each sampler is tried once before it draws
         if alpha is None:
             elbo = h.flow.TraceFlow_ELBO(particles, one_by_one, estimators=case.estimators, **case.options)
         else:

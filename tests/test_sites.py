@@ -91,6 +91,18 @@ def test_a_boundary_that_stays_where_a_transform_moves_what_is_inside(host):
     expected_under(program, host, np.exp(0.3), default=LR())
 
 
+def test_the_inverse_of_composed_transforms_is_known(host):
+    """x = exp(t + e) with e from a Normal, as one transform that is made of two."""
+    transforms = host.dist.transforms
+
+    def distribution(h, t, v):
+        parts = [transforms.AffineTransform(t[0], h.array(0.5)), transforms.ExpTransform()]
+        return h.dist.TransformedDistribution(h.dist.Normal(h.array(0.0), h.array(1.0)), [transforms.ComposeTransform(parts)])
+
+    program = chain([0.3], {"x": distribution}, {"x": lambda h, t, v: v["x"]})
+    expected_under(program, host, np.exp(0.3 + 0.5 * 0.25), default=LR())
+
+
 @pytest.mark.parametrize("kind", ["LR", "RP", "half"])
 def test_exact_elementwise_formula(host, kind):
     """E = w (u . grad phi + psi phi), written out, for one sample of a vector of Normals with a proposal."""

@@ -17,7 +17,7 @@ from jax.lax import stop_gradient
 from multipledispatch import dispatch
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.distributions.flows import BlockNeuralAutoregressiveTransform
-from numpyro.distributions.transforms import Transform
+from numpyro.distributions.transforms import ComposeTransform, Transform, _InverseTransform
 
 import flowvi.ops.jax as ops
 from flowvi.estimated import ForwardsToBase, forwarded, name_of_site, require_an_estimator
@@ -69,7 +69,10 @@ class NumPyroTarget(Target):
 
     @staticmethod
     def lacks_inverse(transform):
-        return isinstance(transform, BlockNeuralAutoregressiveTransform) or type(transform)._inverse is Transform._inverse
+        if isinstance(transform, ComposeTransform):
+            return any(map(NumPyroTarget.lacks_inverse, transform.parts))
+        inverts = isinstance(transform, _InverseTransform) or type(transform)._inverse is not Transform._inverse
+        return isinstance(transform, BlockNeuralAutoregressiveTransform) or not inverts
 
     @staticmethod
     def host_validates():

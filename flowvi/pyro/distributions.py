@@ -16,6 +16,7 @@ from pyro.distributions.transforms.radial import ConditionedRadial
 from pyro.infer.util import is_validation_enabled
 from torch.distributions import constraints
 from torch.distributions.kl import kl_divergence, register_kl
+from torch.distributions.transforms import _InverseTransform
 
 import flowvi.ops.torch as ops
 from flowvi.estimated import ForwardsToBase, name_of_site, require_an_estimator
@@ -93,7 +94,10 @@ class PyroTarget(Target):
 
     @staticmethod
     def lacks_inverse(transform):
-        return is_kind(transform, ONE_WAY) or type(transform)._inverse is torch.distributions.Transform._inverse
+        if is_kind(transform, torch.distributions.ComposeTransform):
+            return any(map(PyroTarget.lacks_inverse, transform.parts))
+        inverts = is_kind(transform, _InverseTransform) or type(transform)._inverse is not torch.distributions.Transform._inverse
+        return is_kind(transform, ONE_WAY) or not inverts
 
     def lacks_rsample(self):
         p = self.p
