@@ -277,7 +277,7 @@ def test_coefficients_descend_the_second_moment(host, entropy):
         np.testing.assert_allclose(g[name][i], (above - below) / 2, rtol=1e-8)
 
 
-@pytest.mark.parametrize("batch", [(), (2,)], ids=["scalar", "event"])
+@each("batch", {"scalar": (), "event": (2,)}, slow_in_numpyro=bool)
 def test_the_proposal_descends_the_second_moment(host, batch):
     """Its derivative is -g^2 d log q / d eta at each sample; two more parameters, of value 0, show the weight and x.
 
@@ -421,6 +421,7 @@ def wave(h, x):
     return h.math.sin(2 * x) - 0.4 * x**2
 
 
+@pytest.mark.slow
 def test_learned_in_numpyro():
     """The noise of an autoguide's gradient falls; forward mode is refused."""
 

@@ -17,7 +17,7 @@ import pyro
 import pyro.infer.autoguide.effect
 import pytest
 import torch
-from hosts import HOSTS, Program, each, slow_in_numpyro, z_scores
+from hosts import HOSTS, Program, always, each, slow_in_numpyro, z_scores
 from kinds import half_velocity, wide
 
 import flowvi.numpyro
@@ -315,7 +315,7 @@ def event_program(rows):
     return Program(lambda h, t: part(h, t, 0), lambda h, t: part(h, t, 1), TWO, plates=1)
 
 
-@pytest.mark.parametrize(("lanes", "runs"), [("all", 4), ("random", 2)])
+@each(("lanes", "runs"), {"all": ("all", 4), "random": ("random", 2)}, slow_in_numpyro=always)
 def test_coordinates_of_an_event_take_lanes(host, lanes, runs):
     program = event_program(ROWS)
     truth = sum(exact(event_program([row]), k=binary(3), x=NORMAL) for row in ROWS)
@@ -510,7 +510,7 @@ COUNTED = {
 }
 
 
-@each(("program", "options", "runs"), COUNTED)
+@each(("program", "options", "runs"), COUNTED, slow_in_numpyro=[COUNTED[name] for name in ("event", "nested", "chain")].__contains__)
 def test_the_number_of_evaluations(host, program, options, runs):
     options = {"default": Enumerate(), **options}
     assert evaluations(host, program, **options) == counting(host, program, **options) == runs

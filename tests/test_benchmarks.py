@@ -25,6 +25,7 @@ def benchmark(monkeypatch, tmp_path):
 SLOW = [
     pytest.param(command, marks=pytest.mark.slow)
     for command in (
+        "growth",
         "draws",
         "particles",
         "compile_time",
@@ -44,7 +45,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("command", ["step_time", "growth", *SLOW])
+@pytest.mark.parametrize("command", ["step_time", *SLOW])
 def test_smoke(benchmark, command, capsys, tmp_path):
     module = benchmark(command)
     module.main(["--smoke"])

@@ -22,6 +22,7 @@ class Walk(ForecastingModel):
         self.predict(dist.Normal(0.0, 0.5).expand([1]).to_event(1), drift.cumsum(-2) + bias)
 
 
+@pytest.mark.slow
 def test_a_forecaster_trained_by_svi():
     """Made without a step, trained by SVI with any loss, it forecasts."""
     data, covariates = 0.2 * torch.arange(12.0)[:, None], torch.zeros(15, 0)

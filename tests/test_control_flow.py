@@ -17,7 +17,7 @@ import flowvi.pyro
 from flowvi import LR, RP
 
 
-@pytest.mark.parametrize("particles", [1, 4])
+@pytest.mark.parametrize("particles", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_python_control_flow_in_pyro(particles):
     """A branch on a discrete latent, in guide and model: the site z is there only sometimes. Provenance would not see it."""
     logit, loc = (torch.tensor(v, requires_grad=True) for v in (0.3, 0.4))

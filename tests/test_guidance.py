@@ -11,6 +11,7 @@ import numpyro
 import pyro
 import pytest
 import torch
+from hosts import slow_in_numpyro
 
 import flowvi.guidance
 from flowvi import LR, RP, AdaptiveFlow, DisARM, Enumerate, Flow
@@ -228,6 +229,7 @@ def test_a_divergence_that_is_wrong(host):
 # ---- recommend
 
 
+@slow_in_numpyro
 def test_an_exact_sum(host):
     pyro.clear_param_store()
 

@@ -134,7 +134,7 @@ def guides_and_particles():
     """In NumPyro each is a compilation, so that several particles are left to the slow tests but for one guide."""
     for host, names in AUTOGUIDES.items():
         for name, particles in product(names, (1, 3)):
-            slow = host == "numpyro" and particles == 3 and name != "AutoNormal"
+            slow = host == "numpyro" and (particles == 3 or name == "AutoBNAFNormal") and name != "AutoNormal"
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(HOSTS[host], name, particles, id=f"{host}-{getattr(name, '__name__', name)}-{particles}", marks=marks)
 
