@@ -432,14 +432,19 @@ def assert_unbiased(case: Case, host: str, monkeypatch, particles: int = 1, alph
     np.testing.assert_allclose(found, truth, rtol=1e-7, atol=1e-7, err_msg=str(case))
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("seed", range(30))
+def in_hosts(seeds, in_numpyro: int):
+    """Every seed in Pyro, and in NumPyro, which compiles each program, the first few; the others are left to the slow tests."""
+    for i, seed in enumerate(seeds):
+        for host in HOSTS:
+            yield pytest.param(seed, host, id=f"{seed}-{host}", marks=pytest.mark.slow if host == "numpyro" and i >= in_numpyro else ())
+
+
+@pytest.mark.parametrize(("seed", "host"), in_hosts(range(30), 10))
 def test_random_program(seed, host, monkeypatch):
     assert_unbiased(made(seed, host), host, monkeypatch)
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("seed", [200, *range(202, 212), *range(213, 224)])
+@pytest.mark.parametrize(("seed", "host"), in_hosts([200, *range(202, 212), *range(213, 224)], 8))
 def test_random_program_with_enumerated_sites(seed, host, monkeypatch):
     case = enumerated(made(seed, host))
     assert Enumerate() in case.estimators.values()
@@ -455,14 +460,12 @@ def test_random_program_with_learners(seed, monkeypatch):
     assert_unbiased(enumerated(case) if seed % 2 else case, "numpyro", monkeypatch)
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("seed", range(100, 110))
+@pytest.mark.parametrize(("seed", "host"), in_hosts(range(100, 110), 5))
 def test_random_program_with_two_particles(seed, host, monkeypatch):
     assert_unbiased(made(seed, host, elements=3, normals=1), host, monkeypatch, 2)
 
 
-@pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("seed", range(150, 160))
+@pytest.mark.parametrize(("seed", "host"), in_hosts(range(150, 160), 5))
 def test_random_bound(seed, host, monkeypatch):
     """Of two particles; a statement outside every plate keeps all of it inside the logarithm."""
     case = made(seed, host, elements=3, normals=1, deltas=False)
