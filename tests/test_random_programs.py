@@ -439,12 +439,12 @@ def in_hosts(seeds, in_numpyro: int):
             yield pytest.param(seed, host, id=f"{seed}-{host}", marks=pytest.mark.slow if host == "numpyro" and i >= in_numpyro else ())
 
 
-@pytest.mark.parametrize(("seed", "host"), in_hosts(range(30), 10))
+@pytest.mark.parametrize(("seed", "host"), list(in_hosts(range(30), 10)))
 def test_random_program(seed, host, monkeypatch):
     assert_unbiased(made(seed, host), host, monkeypatch)
 
 
-@pytest.mark.parametrize(("seed", "host"), in_hosts([200, *range(202, 212), *range(213, 224)], 8))
+@pytest.mark.parametrize(("seed", "host"), list(in_hosts([200, *range(202, 212), *range(213, 224)], 8)))
 def test_random_program_with_enumerated_sites(seed, host, monkeypatch):
     case = enumerated(made(seed, host))
     assert Enumerate() in case.estimators.values()
@@ -460,12 +460,12 @@ def test_random_program_with_learners(seed, monkeypatch):
     assert_unbiased(enumerated(case) if seed % 2 else case, "numpyro", monkeypatch)
 
 
-@pytest.mark.parametrize(("seed", "host"), in_hosts(range(100, 110), 5))
+@pytest.mark.parametrize(("seed", "host"), list(in_hosts(range(100, 110), 5)))
 def test_random_program_with_two_particles(seed, host, monkeypatch):
     assert_unbiased(made(seed, host, elements=3, normals=1), host, monkeypatch, 2)
 
 
-@pytest.mark.parametrize(("seed", "host"), in_hosts(range(150, 160), 5))
+@pytest.mark.parametrize(("seed", "host"), list(in_hosts(range(150, 160), 5)))
 def test_random_bound(seed, host, monkeypatch):
     """Of two particles; a statement outside every plate keeps all of it inside the logarithm."""
     case = made(seed, host, elements=3, normals=1, deltas=False)
