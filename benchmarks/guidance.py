@@ -202,7 +202,7 @@ def choices(asked: Options) -> None:
                 if (asked.smoke and name != "Bernoulli") or not asked.wants(h.name, "choices", name):
                     continue
                 with bench_of(h, make(h)) as (bench, particles), Watch(CHOICE, False) as clock:
-                    search = Search(bench, (1,), clock)
+                    search = Search(bench, 1, clock)
                     advice = advise(search, CHOICE, particles)
                     spent = CHOICE - clock.left()
                     share, which, tried = over_the_best(search, TRUTH)

@@ -56,7 +56,7 @@ class Search:
 
     Args:
         bench: The program.
-        num_particles: The numbers of particles to try.
+        num_particles: The number of particles, or several to choose from; the first is that of the default.
         clock: How much time is left.
 
     Attributes:
@@ -68,9 +68,10 @@ class Search:
         banned: For each site the estimators that are biased on this program.
     """
 
-    def __init__(self, bench: Bench, num_particles: tuple[int, ...], clock: Clock):
-        self.bench, self.num_particles, self.clock = bench, num_particles, clock
-        self.default = self.best = Setting(num_particles=num_particles[0])
+    def __init__(self, bench: Bench, num_particles: int | tuple[int, ...], clock: Clock):
+        self.bench, self.clock = bench, clock
+        self.num_particles = (num_particles,) if isinstance(num_particles, int) else tuple(num_particles)
+        self.default = self.best = Setting(num_particles=self.num_particles[0])
         self.trials: dict[Setting, Trial] = {}
         self.refused: dict[Setting, str] = {}
         self.tried: dict[str, dict[Estimator, Tried]] = {name: {} for name in bench.sites}

@@ -100,10 +100,9 @@ def recommend(
     References:
         Parmas and Sugiyama 2021, eq. 19. Karnin, Koren and Somekh 2013 (successive halving).
     """
-    numbers = (num_particles,) if isinstance(num_particles, int) else tuple(num_particles)
     with Watch(seconds, progress_bar) as clock:
         bench = NumPyroBench(model, guide, args, kwargs, None, Auto(), params, rng_key)
-        return advise(Search(bench, numbers, clock), seconds, PARTICLES)
+        return advise(Search(bench, num_particles, clock), seconds, PARTICLES)
 
 
 def check_program(
