@@ -21,6 +21,20 @@ class Choice(NamedTuple):
     source: str
 
 
+class Settled(NamedTuple):
+    """A site at which there is nothing to decide as long as its distribution is of the same family.
+
+    Attributes:
+        families: The classes of the site's distribution and of those inside it, outermost first.
+        alias: The name of the model site for which it stands.
+        description: Its description.
+    """
+
+    families: tuple[type, ...]
+    alias: str
+    description: SiteDescription
+
+
 class MissingAnnotationError(Exception):
     """The default estimator was refused at a site before the model, which may name another one, has been read.
 
@@ -46,6 +60,7 @@ class Assignment:
         annotations: The estimators annotated in the model at its last run, by name. The guide runs before the model, so these
             come from the previous run; ``remember`` returns whether they have changed since.
         has_read_annotations: Whether a run of the model has been read.
+        settled: The sites of plain ``RP`` by default, at which the host draws and there is nothing to decide in a later run.
         seen: Names of the sites that had an estimator in an earlier run.
         compares: Whether some site has compared the cost at several values, so that the program ran several times; None before
             the first run.
@@ -59,7 +74,9 @@ class Assignment:
         elif estimators is not None and not callable(estimators):
             raise TypeError(f"estimators: expected a mapping from site names or a function of the site, found {estimators!r}.")
         require_estimator(default, "default")
-        self.estimators, self.default = estimators, default
+        self.estimators = dict(estimators) if isinstance(estimators, Mapping) else estimators
+        self.default = default
+        self.settled: dict[str, Settled] = {}
         self.annotations: dict[str, Estimator] = {}
         self.has_read_annotations = False
         self.seen: set[str] = set()
@@ -98,7 +115,10 @@ class Assignment:
         before, self.annotations, self.has_read_annotations = self.annotations, annotations, True
         if not annotations and not before:
             return False
-        return {k: identity(v) for k, v in annotations.items()} != {k: identity(v) for k, v in before.items()}
+        changed = {k: identity(v) for k, v in annotations.items()} != {k: identity(v) for k, v in before.items()}
+        if changed:
+            self.settled.clear()
+        return changed
 
     def forget(self, is_stale: Callable[[Any], bool]) -> None:
         """Drop the annotations of the last run whose functions close over a value that ``is_stale``."""

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
-from flowvi.assignment import ENUMERATED, Assignment, Choice, MissingAnnotationError, SiteDescription, require_estimator, require_random
-from flowvi.estimators import Draw, Estimator
+from flowvi.assignment import (
+    ENUMERATED,
+    Assignment,
+    Choice,
+    MissingAnnotationError,
+    Settled,
+    SiteDescription,
+    require_estimator,
+    require_random,
+)
+from flowvi.estimators import RP, Draw, Estimator
 from flowvi.host import Host
 from flowvi.ops import Array
 from flowvi.target import Target
@@ -116,6 +125,15 @@ class GuideSites:
         self.aliases[name] = alias
         return None
 
+    def settle(self, msg: Any) -> None:
+        """Note that a later run need not decide anything at a random site, if its estimator is plain ``RP`` by default."""
+        name, assignment = msg["name"], self.assignment
+        description = self.random[name]
+        by_default = description.source == "default" and not callable(assignment.estimators)
+        if by_default and description.estimator == RP() and name not in self.draws:
+            families = tuple(type(fn) for fn in _inside(msg["fn"]))
+            assignment.settled[name] = Settled(families, self.aliases[name], description)
+
 
 def not_random(host: Host, msg: Any) -> str | None:
     """What a statement is, if it is not a random choice; None if it is one."""
@@ -152,12 +170,18 @@ def find_estimated(host: Host, fn: Any) -> Estimator | None:
     return None
 
 
+def _inside(fn: Any) -> Iterator[Any]:
+    """A distribution and those inside it, outermost first."""
+    while fn is not None:
+        yield fn
+        fn = getattr(fn, "base_dist", None)
+
+
 def masks(fn: Any) -> Iterator[Any]:
     """The masks of the wrappers around a family, outermost first."""
-    while hasattr(fn, "base_dist"):
-        if type(fn).__name__ == "MaskedDistribution":
-            yield fn._mask
-        fn = fn.base_dist
+    for inside in _inside(fn):
+        if type(inside).__name__ == "MaskedDistribution":
+            yield inside._mask
 
 
 def is_masked(fn: Any) -> bool:

@@ -116,3 +116,41 @@ def test_a_joint_site_is_named(host, annotate):
     assert "latent" in joint
     with pytest.raises(ValueError, match=f"site 'w': .* names a site that is no random choice.*The random sites are: '{joint}'"):
         described(host, guide, model, estimators=None if annotate else {"w": LR()})
+
+
+def test_a_site_that_was_plain_is_chosen_anew_where_it_changes(host):
+    """One objective, whose guide is another program at each step: each time the site gets what a fresh objective gives it."""
+
+    def normal():
+        return host.dist.Normal(host.param("m", host.array(0.1)), host.array(1.0))
+
+    def in_a_plate():
+        with host.plate("rows", 2):
+            host.sample("x", normal())
+
+    def observed():
+        host.sample("x", normal(), obs=host.array(0.3))
+        host.sample("z", normal())
+
+    guides = {
+        "annotated": lambda: host.sample("x", normal(), infer={"estimator": LR()}),
+        "discrete": lambda: host.sample("x", host.dist.Poisson(host.array(2.0))),
+        "wrapped": lambda: host.sample("x", host.flow.Estimated(normal(), LR())),
+        "wrapped inside": lambda: host.sample("x", host.flow.Estimated(normal().expand((2,)), LR()).to_event(1)),
+        "event": lambda: host.sample("x", normal().expand((2,)).to_event(1)),
+        "plate": in_a_plate,
+        "observed": observed,
+    }
+    plain = guides["plain"] = lambda: host.sample("x", normal())
+    for options in ({}, {"estimators": lambda site: LR() if "chosen" in site["infer"] else None}):
+        elbo = host.flow.TraceFlow_ELBO(**options)
+        for guide in guides.values():
+            for program in (plain, guide, plain):
+                assert elbo.describe(program, program) == host.flow.TraceFlow_ELBO(**options).describe(program, program)
+
+
+def test_a_model_that_starts_to_annotate_a_plain_site(host):
+    guide, plain = annotated(host)
+    _, marked = annotated(host, model_infer={"estimator": LR()})
+    elbo = host.flow.TraceFlow_ELBO()
+    assert [type(elbo.describe(model, guide)[0].estimator) for model in (plain, plain, marked, plain)] == [RP, RP, LR, RP]

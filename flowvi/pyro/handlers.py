@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
@@ -9,6 +10,7 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_subsample
 
 import flowvi.ops.torch as ops
+from flowvi.assignment import Settled
 from flowvi.estimators import Draw, Estimator
 from flowvi.flows import held_base
 from flowvi.particles import Particles, at_uniforms, can_be_joint
@@ -20,19 +22,45 @@ from flowvi.pyro.particles import uniforms
 from flowvi.pyro.special_points import SAFE, with_right_derivative
 from flowvi.sites import GuideSites, Visit, annotation, is_masked, weight_of_density
 
+_NAMES_AN_ESTIMATOR = frozenset({"estimator", "enumerate", "baseline"})  # the keys of infer
+_name_of = attrgetter("name")
+
+
+def _is_as_before(msg, settled: Settled) -> bool:
+    """Whether Pyro draws at a site as it did in an earlier run. Most sites are such, so that this has to be fast."""
+    fn: Any = msg["fn"]
+    for family in settled.families:
+        if type(fn) is not family:
+            return False
+        fn = getattr(fn, "base_dist", None)
+    return (
+        msg["fn"].has_rsample
+        and msg["value"] is None
+        and not msg["is_observed"]
+        and _NAMES_AN_ESTIMATOR.isdisjoint(msg["infer"])
+        and tuple(map(_name_of, msg["cond_indep_stack"])) == settled.description.plates
+    )
+
 
 class attach_estimators(Messenger):
     """Let the estimator of every random site of the guide act where the guide draws."""
+
+    settles = True  # whether a site of plain ``RP`` has nothing to decide in a later run
 
     def __init__(self, sites: GuideSites):
         super().__init__()
         self.sites = sites
         self.params: list[Any] = []
+        self.settled = sites.assignment.settled if self.settles and not (sites.held or sites.replaced) else {}
 
     def _pyro_post_param(self, msg):
         self.params.append(msg["value"])
 
     def _pyro_sample(self, msg):
+        settled = self.settled.get(msg["name"])
+        if settled is not None and _is_as_before(msg, settled):
+            self.sites.random[msg["name"]], self.sites.aliases[msg["name"]] = settled.description, settled.alias
+            return
         if site_is_subsample(msg):
             if msg["name"] in self.sites.held:
                 self._hold(msg)
@@ -42,6 +70,8 @@ class attach_estimators(Messenger):
         what = self.sites.visit(HOST, msg, alias, self._target, self._draw)
         if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
             self.sites.draws[msg["name"]] = Draw(msg["value"], score=msg["fn"].log_prob(msg["value"]))
+        if what is None:
+            self.sites.settle(msg)
 
     def _target(self, msg, enters: bool) -> PyroTarget:
         first_use = msg["name"] not in self.sites.assignment.seen
@@ -118,6 +148,8 @@ class attach_estimators(Messenger):
 
 class attach_together(attach_estimators):
     """Draw the particles, which are a plate, together at the sites of ``RP`` where that is possible."""
+
+    settles = False
 
     def __init__(self, sites: GuideSites, how: Particles):
         super().__init__(sites)
