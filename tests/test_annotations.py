@@ -129,11 +129,12 @@ def test_a_site_that_was_plain_is_chosen_anew_where_it_changes(host):
             host.sample("x", normal())
 
     def observed():
-        host.sample("x", normal(), obs=host.array(0.3))
+        host.sample("x", normal(), obs=host.array(0.3), infer={"is_auxiliary": True})
         host.sample("z", normal())
 
     guides = {
         "annotated": lambda: host.sample("x", normal(), infer={"estimator": LR()}),
+        "marked": lambda: host.sample("x", normal(), infer={"chosen": True}),
         "discrete": lambda: host.sample("x", host.dist.Poisson(host.array(2.0))),
         "wrapped": lambda: host.sample("x", host.flow.Estimated(normal(), LR())),
         "wrapped inside": lambda: host.sample("x", host.flow.Estimated(normal().expand((2,)), LR()).to_event(1)),
@@ -146,7 +147,8 @@ def test_a_site_that_was_plain_is_chosen_anew_where_it_changes(host):
         elbo = host.flow.TraceFlow_ELBO(**options)
         for guide in guides.values():
             for program in (plain, guide, plain):
-                assert elbo.describe(program, program) == host.flow.TraceFlow_ELBO(**options).describe(program, program)
+                model = plain if program is guides["annotated"] else program
+                assert elbo.describe(model, program) == host.flow.TraceFlow_ELBO(**options).describe(model, program)
 
 
 def test_a_model_that_starts_to_annotate_a_plain_site(host):

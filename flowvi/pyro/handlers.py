@@ -35,8 +35,7 @@ def _is_as_before(msg, settled: Settled) -> bool:
         fn = getattr(fn, "base_dist", None)
     return (
         msg["fn"].has_rsample
-        and msg["value"] is None
-        and not msg["is_observed"]
+        and msg["value"] is None  # neither observed nor held
         and _NAMES_AN_ESTIMATOR.isdisjoint(msg["infer"])
         and tuple(map(_name_of, msg["cond_indep_stack"])) == settled.description.plates
     )
