@@ -12,7 +12,7 @@ place of r_k.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from flowvi.dependence import Frame
@@ -104,26 +104,31 @@ def _bound_particle(ops: Ops, run: Run, terms: list[Term], at_fixed_draws: list[
         if at_fixed_draws is not None and draw.score is not None:
             _refuse(name, "gradient='dreg' needs sites without a score; use RP() or ImplicitRP(), or gradient='plain'.")
     shared, sequential, scale = shared_plates(terms, run.subsampled)
-    shape = ops.broadcast_shapes(*(sum_to(term.log_density, shared).shape for term in terms))
-    zero = 0 * ops.stop_gradient(sum_to(terms[0].log_density, shared))
+    reduced = [sum_to(term.log_density, shared) for term in terms]
+    shape = ops.broadcast_shapes(*(a.shape for a in reduced))
 
     def step_of(statement: Term | Statement) -> frozenset[tuple[str, int]]:
         return frozenset((name, index) for name, index in statement.steps if name in sequential)
 
-    steps = dict.fromkeys(map(step_of, terms))
+    steps = dict.fromkeys(map(step_of, terms)) if sequential else ()
 
-    def shared_sum(arrays: list[tuple[frozenset[tuple[str, int]], Array]]) -> Array | None:
-        """The sum over all but the shared plates; the iterations of sequential ones are a new axis on the right."""
+    def summed(arrays: list[Array], statements: Sequence[Term | Statement]) -> Array | None:
+        """The sum of arrays over the shared plates; the iterations of sequential ones are a new axis on the right."""
         if not arrays:
             return None
-        summed = [[sum_to(a, shared) for of, a in arrays if of == step] or [zero] for step in steps]
-        sums = [ops.broadcast_to(total(of_step), shape) for of_step in summed]
-        return ops.stack(sums, -1) if sequential else sums[0]
+        if not sequential:
+            return ops.broadcast_to(total(arrays), shape)
+        zero = 0 * ops.stop_gradient(reduced[0])
+        of_steps = [[a for a, of in zip(arrays, statements, strict=True) if step_of(of) == step] or [zero] for step in steps]
+        return ops.stack([ops.broadcast_to(total(of_step), shape) for of_step in of_steps], -1)
 
-    log_ratio = times(shared_sum([(step_of(term), term.cost) for term in terms]), 1 / scale)
-    score = shared_sum([(step_of(run.guide[name]), draw.score) for name, draw in run.draws.items() if draw.score is not None])
-    direct = None if at_fixed_draws is None else shared_sum([(step_of(term), term.cost) for term in at_fixed_draws])
-    return BoundParticle(log_ratio, score, None if direct is None else times(direct, 1 / scale)), scale
+    log_ratio = summed([a if term.sign > 0 else -a for a, term in zip(reduced, terms, strict=True)], terms)
+    scores = {name: draw.score for name, draw in run.draws.items() if draw.score is not None}
+    score = summed([sum_to(a, shared) for a in scores.values()], [run.guide[name] for name in scores])
+    direct = None
+    if at_fixed_draws is not None:
+        direct = summed([sum_to(term.cost, shared) for term in at_fixed_draws], at_fixed_draws)
+    return BoundParticle(times(log_ratio, 1 / scale), score, None if direct is None else times(direct, 1 / scale)), scale
 
 
 def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: LeaveOneOut) -> Array:
