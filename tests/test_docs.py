@@ -88,6 +88,7 @@ def built(root):
     return root / "html"
 
 
+@pytest.mark.slow  # half a minute; `.ci/run` runs it
 def test_site(tmp_path):
     """One test, so that one process builds the site once."""
     site = built(tmp_path)
