@@ -19,8 +19,9 @@ from test_every_estimator import THETA, of_row
 import flowvi.pyro.generators
 from flowvi import LR, Enumerate, FiniteDifference
 from flowvi.pyro import CompiledSVI, JitTraceFlow_ELBO, JitTraceFlow_RenyiELBO, TraceFlow_ELBO, TraceFlow_RenyiELBO
+from flowvi.pyro.arguments import Arguments
 from flowvi.pyro.compiled import CompiledLoss
-from flowvi.pyro.tracing import Arguments, _Operations
+from flowvi.pyro.operations import Operations
 
 PYRO = HOSTS["pyro"]
 
@@ -49,7 +50,7 @@ def step_of_graph(elbo, model, guide, *args, init=None):
 def step_of_host(elbo, model, guide, *args, init=None):
     """Loss and gradients without a graph, with the draws that the graph makes."""
     initialize(init or {})
-    with pyro.validation_enabled(False), pytest.MonkeyPatch.context() as patch, _Operations():
+    with pyro.validation_enabled(False), pytest.MonkeyPatch.context() as patch, Operations():
         patch.setattr(flowvi.pyro.generators, "is_tracing", lambda: True)
         elbo.loss_and_grads(model, guide, *args)
         initialize(init or {})

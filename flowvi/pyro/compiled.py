@@ -10,9 +10,11 @@ import pyro
 import torch
 from torch.nn import Parameter
 
+from flowvi.pyro.arguments import Arguments
 from flowvi.pyro.elbo import TraceFlow_ELBO
+from flowvi.pyro.operations import ReadsNumbersError
 from flowvi.pyro.renyi import TraceFlow_RenyiELBO
-from flowvi.pyro.tracing import Arguments, ReadsNumbersError, Traced, place_of, trace
+from flowvi.pyro.tracing import Traced, place_of, trace
 
 Backend = Literal["inductor", "eager"]
 MOST = 8  # how many shapes of the arguments are compiled

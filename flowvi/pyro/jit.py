@@ -10,10 +10,10 @@ from pyro import poutine
 from pyro.util import warn_if_nan
 
 import flowvi.ops.torch as ops
+from flowvi.pyro.arguments import Arguments
 from flowvi.pyro.compiled import Backend, CompiledLoss, Value, require_backend
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.renyi import TraceFlow_RenyiELBO
-from flowvi.pyro.tracing import Arguments
 
 
 class _Jit:

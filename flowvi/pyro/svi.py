@@ -12,11 +12,12 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
 from tqdm import tqdm
 
+from flowvi.pyro.arguments import Arguments
 from flowvi.pyro.compiled import Backend, CompiledLoss, require_backend
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.optimizers import JointOptimizer
 from flowvi.pyro.renyi import TraceFlow_RenyiELBO
-from flowvi.pyro.tracing import Arguments, distinct
+from flowvi.pyro.tracing import distinct
 
 
 class CompiledSVI:
@@ -112,8 +113,7 @@ class CompiledSVI:
             leaves = distinct({name: site["value"].unconstrained() for name, site in nodes.items()})
             self._loss_and_gradients.prepare(arguments, tuple(nodes))
         else:
-            loss = value.loss.item()
-            warn_if_nan(loss, "loss")  # type: ignore[call-overload]
+            loss = _number(value.loss)
             store = pyro.get_param_store()._params
             leaves = {name: store[name] for name in value.gradients}
             for name, gradient in value.gradients.items():
@@ -137,10 +137,8 @@ class CompiledSVI:
             with poutine.trace(param_only=True) as used:
                 loss = self.loss.loss(self.model, self.guide, *args, **kwargs)
             self._loss.prepare(arguments, tuple(used.trace.nodes))
-        else:
-            loss = value.loss.item()
-            warn_if_nan(loss, "loss")  # type: ignore[call-overload]
-        return loss
+            return loss
+        return _number(value.loss)
 
     def run(self, num_steps: int, *args, progress_bar: bool = True, **kwargs) -> torch.Tensor:
         """Take many steps with the same arguments.
@@ -155,6 +153,12 @@ class CompiledSVI:
             The losses, of shape (num_steps,).
         """
         return torch.tensor([self.step(*args, **kwargs) for _ in tqdm(range(num_steps), disable=not progress_bar)])
+
+
+def _number(loss: torch.Tensor) -> float:
+    value = loss.item()
+    warn_if_nan(value, "loss")  # type: ignore[call-overload]
+    return value
 
 
 def _arguments(args: tuple, kwargs: dict[str, Any]) -> Arguments:
