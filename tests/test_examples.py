@@ -28,12 +28,14 @@ def test_smoke(script):
 
 
 GALLERY = sorted((ROOT / "examples").glob("plot_*.py"))
-LONG = dict.fromkeys(("plot_directions.py", "plot_hierarchy.py"), pytest.mark.slow)  # `make docs` runs them too
+LONG = (
+    *("plot_change_point.py", "plot_directions.py", "plot_earthquakes.py", "plot_hierarchy.py", "plot_labels.py", "plot_river.py"),
+)  # `make docs` runs them too
 matplotlib.use("agg")
 
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
-@pytest.mark.parametrize("script", [pytest.param(path.name, marks=LONG.get(path.name, ())) for path in GALLERY])
+@pytest.mark.parametrize("script", [pytest.param(path.name, marks=[pytest.mark.slow] * (path.name in LONG)) for path in GALLERY])
 def test_gallery(script, monkeypatch):
     """In single precision, as a user runs it; it ends with a figure and a sentence on it."""
     monkeypatch.setattr(sys, "argv", [script, "--smoke"])

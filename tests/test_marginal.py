@@ -469,3 +469,34 @@ def test_recommended_beside_the_hosts_own_enumeration():
 
     pyro.clear_param_store()
     assert "the host's own objective" in str(h.flow.recommend(model, guide, seconds=0.5, progress_bar=False))
+
+
+def test_a_chain_in_scan_under_jit():
+    """A site that the model sums out in each step of a scan, in a compiled step, against the forward recursion."""
+    y, stay = np.array([0.3, 1.8, 2.2, -0.4]), 0.8
+
+    def model():
+        x = numpyro.sample("x", numpyro.distributions.Normal(0.0, 1.0))
+
+        def step(state, y):
+            up = jnp.where(state == 1, stay, 1 - stay)
+            state = numpyro.sample("state", numpyro.distributions.Bernoulli(up), infer={"enumerate": "parallel"})
+            numpyro.sample("y", numpyro.distributions.Normal(x + 2.0 * state, 1.0), obs=y)
+            return state, None
+
+        numpyro.contrib.control_flow.scan(step, 0, y)
+
+    def guide():
+        numpyro.sample("x", numpyro.distributions.Delta(numpyro.param("x0", 0.1)))
+
+    def exact(x):
+        log_density, forward = norm.logpdf(x), jnp.array([1.0, 0.0])
+        for of_step in y:
+            forward = jnp.array([[stay, 1 - stay], [1 - stay, stay]]) @ forward * norm.pdf(of_step, x + 2.0 * jnp.arange(2))
+        return -log_density - jnp.log(forward.sum())
+
+    def loss(x):
+        return flow(HOSTS["numpyro"], 0).loss(jax.random.key(0), {"x0": x}, model, guide)
+
+    for found, expected in zip(*(jax.jit(jax.value_and_grad(f))(0.1) for f in (loss, exact)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-10)

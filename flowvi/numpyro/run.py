@@ -10,6 +10,7 @@ from zlib import crc32
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import random
 from jax.lax import stop_gradient
 from numpyro.distributions.util import scale_and_mask
@@ -264,7 +265,7 @@ def _require_replayed(name: str, site: Mapping[str, Any], guide_trace: Mapping[s
             "does not bring the guide's value; draw the site outside of the scan, or write the chain as a loop with markov."
         )
     lower = getattr(site["fn"].support, "lower_bound", 0)
-    if is_enumerated(site) and (isinstance(lower, jax.core.Tracer) or jnp.any(lower != 0)):
+    if is_enumerated(site) and (isinstance(lower, jax.core.Tracer) or np.any(np.asarray(lower) != 0)):
         raise ValueError(
             f"site '{unshifted(name)}': expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found that of "
             f"{type(site['fn']).__name__}, which begins elsewhere; NumPyro enumerates the indices of the values. Use a Categorical."
