@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from flowvi.baselines import Baseline
 from flowvi.closures import closed_over, identity
 from flowvi.estimators import Enumerate, Estimator
+from flowvi.fields.field import name_of
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
 
@@ -232,7 +233,12 @@ class Description(tuple[SiteDescription, ...]):
         """The sites at which the particles are drawn together."""
         return tuple(d.name for d in self if d.together)
 
+    def __repr__(self) -> str:
+        """The call that makes it."""
+        return f"Description({super().__repr__()}, evaluations={self.evaluations}, marginalised={self.marginalised})"
+
     def __str__(self) -> str:
+        """The table."""
         rows = [("site", "estimator", "given by", "distribution", "parameters", "plates")]
         rows += [(d.name, d.estimator.label, d.source, d.distribution, ", ".join(d.parameters), ", ".join(d.plates)) for d in self]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -256,7 +262,20 @@ def summed_out(names: tuple[str, ...]) -> str:
 
 
 class Describes:
-    """An objective that can describe the estimator of each site."""
+    """An objective that can describe the estimator of each site, and that prints as the call that makes it."""
+
+    _given: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        objective = super().__new__(cls)
+        objective._given = args, kwargs
+        return objective
+
+    def __repr__(self) -> str:
+        """The arguments as they were given, functions by name."""
+        args, kwargs = self._given
+        given = [*map(name_of, args), *(f"{name}={name_of(value)}" for name, value in kwargs.items())]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def describe(self, model, guide, *args, **kwargs) -> Description:
         """Each random site: its estimator, where that was given, its distribution's parameters, its plates.

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from flowvi.ops import Array, Ops
+from flowvi.refusals import refusal
 from flowvi.shapes import broadcasts
 from flowvi.target import Target
 
@@ -80,7 +81,7 @@ class BestOfOthers(NamedTuple):
 
     def term(self, ops: Ops, name: str, score: Score, num_particles: int) -> Array:
         if num_particles == 1:
-            raise ValueError(f"site '{name}': baseline='optimal' needs several particles, found 1; use 'plate', a Baseline or None.")
+            raise refusal(name, "baseline='optimal' needs several particles, found 1; use 'plate', a Baseline or None.")
         best = _best_of_others(ops, self.square, score.cost, score.weight)
         return score.score * (score.cost - score.weighted(best))
 
@@ -137,9 +138,10 @@ def make_score(ops: Ops, name: str, score: Array, cost: Array, weight: Array | N
 def require_plate_shape(name: str, baseline: Array, shape: tuple[int, ...]) -> None:
     """Refuse a baseline that does not broadcast to the ``shape`` of the site's plates."""
     if not broadcasts(baseline.shape, shape):
-        raise ValueError(
-            f"site '{name}': a baseline must have the shape of the site's plates or one that broadcasts to it, "
-            f"expected {tuple(shape)}, found {tuple(baseline.shape)}."
+        raise refusal(
+            name,
+            f"a baseline must have the shape of the site's plates or one that broadcasts to it, "
+            f"expected {tuple(shape)}, found {tuple(baseline.shape)}.",
         )
 
 
@@ -149,7 +151,7 @@ def _fitted(value: Array, ops: Ops, costs: SiteCosts) -> tuple[Score, ...]:
 
 def _mean_of_other_elements(ops: Ops, costs: SiteCosts) -> tuple[Score, ...]:
     if costs.num_elements == 1:
-        raise ValueError(f"site '{costs.name}': baseline='plate' needs a plate of several elements, found none; use the default.")
+        raise refusal(costs.name, "baseline='plate' needs a plate of several elements, found none; use the default.")
     own = costs.own_costs()
     return (make_score(ops, *costs[:4], (own.sum() - own) / (costs.num_elements - 1)),)
 

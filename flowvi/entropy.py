@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from flowvi.host import Host
 from flowvi.ops import Ops
+from flowvi.refusals import refusal
 from flowvi.run import Held, Run, Statement
 from flowvi.sites import Entropy, masks
 
@@ -91,7 +92,8 @@ def _require_one_order(guide: list[str], model: list[str]) -> None:
     in_guide, in_model = ([name for name in one if name in other] for one, other in ((guide, model), (model, guide)))
     for first, second in zip(in_guide, in_model, strict=True):
         if first != second:
-            raise ValueError(
-                f"site '{first}': entropy='analytic' needs the latent sites in one order in guide and model, expected {in_model} as in "
-                f"the model, found {in_guide}; reorder the guide, or use entropy='full'."
+            raise refusal(
+                first,
+                f"entropy='analytic' needs the latent sites in one order in guide and model, expected {in_model} as in "
+                f"the model, found {in_guide}; reorder the guide, or use entropy='full'.",
             )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from flowvi.dependence import Frame
 from flowvi.ops import Array, Ops
+from flowvi.refusals import refusal
 from flowvi.run import Statement
 
 
@@ -97,4 +98,4 @@ def _common_scale(ops: Ops, statements: Sequence[Statement]) -> Any:
 
 
 def _refuse(name: str, found: str):
-    raise ValueError(f"site '{name}': expected one scale for all statements that are summed out together, {found}.")
+    raise refusal(name, f"expected one scale for all statements that are summed out together, {found}.")

@@ -14,6 +14,7 @@ from flowvi.assignment import Assignment, MissingAnnotationError
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Draw, Estimator
 from flowvi.ops import Array
+from flowvi.refusals import refusal
 from flowvi.sites import GuideSites
 
 
@@ -235,7 +236,8 @@ def require_summable(model: Mapping[str, Statement], names: Iterable[str]) -> No
                     found = f"{type(fn).__name__} ({error})"
                 else:
                     continue
-        raise ValueError(
-            f"site '{name}': to be summed out, a site of the model needs a finite support that the host enumerates, "
-            f"infer={{'enumerate': 'parallel'}} and no infer['num_samples'], found {found}; or draw the site in the guide."
+        raise refusal(
+            name,
+            f"to be summed out, a site of the model needs a finite support that the host enumerates, "
+            f"infer={{'enumerate': 'parallel'}} and no infer['num_samples'], found {found}; or draw the site in the guide.",
         )

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NoReturn, Self
 from flowvi.family import family_of, names
 from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops, SecondMoment
+from flowvi.refusals import refusal
 from flowvi.shapes import Shapes, broadcasts
 from flowvi.support import Support, moving_bounds
 
@@ -391,4 +392,4 @@ class Target(Shapes, ABC):
         ops.check(ok, f"site '{self.name}': {message}")
 
     def refuse(self, message: str) -> NoReturn:
-        raise ValueError(f"site '{self.name}': {message}")
+        raise refusal(self.name, message)

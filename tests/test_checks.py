@@ -203,7 +203,7 @@ def test_the_same_family_in_numpyro_is_right():
 def test_the_report(host):
     report = check_estimator(von_mises(host), Flow(fields.von_mises()), **QUICK)
     lines = str(report).splitlines()
-    assert lines[0] == "Flow(velocity=von_mises()) at VonMises(loc, concentration)"
+    assert lines[0] == "Flow(velocity=fields.von_mises()) at VonMises(loc, concentration)"
     assert [c.name for c in report.conditions] == [line.split("  ")[0] for line in lines[1:]]
     assert any(line.startswith("boundary flux") and "holds" in line and "periodic costs only" in line for line in lines)
     assert not report.failed

@@ -362,7 +362,7 @@ def test_flow_holds_one_field():
     by_name, by_field = Flow(loc=abs, scale=round), Flow(fields.per_element(loc=abs, scale=round))
     assert by_name == by_field
     assert hash(by_name) == hash(by_field)
-    assert repr(by_name) == "Flow(velocity=per_element(loc=abs, scale=round))"
+    assert repr(by_name) == "Flow(velocity=fields.per_element(loc=abs, scale=round))"
     proposed = Flow(loc=abs, scale=round, q=max)
     assert proposed != by_name
     assert proposed.at_p() == by_name

@@ -32,7 +32,7 @@ def test_imports_alone(module, blocked, loaded):
 
 def test_estimators_need_no_host():
     code = "import flowvi\nprint(flowvi.Flow(loc=lambda x, p: 0.5), flowvi.LR(), flowvi.__version__)"
-    assert run(EVERYTHING, code).startswith("Flow(velocity=per_element(loc=<lambda>)) LR() ")
+    assert run(EVERYTHING, code).startswith("Flow(velocity=fields.per_element(loc=<lambda>)) LR() ")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_one_candidate(host, program):
     (plain,) = {r.candidate for r in report(host, program, num_samples=20).parameters}
     assert plain == ""
     found = report(host, program, estimators={"x": Flow(loc=lambda x, p: 0.5)}, num_samples=20)
-    assert "Flow(velocity=per_element(loc=<lambda>))" in str(found)
+    assert "Flow(velocity=fields.per_element(loc=<lambda>))" in str(found)
     assert {r.candidate for r in found.parameters} == {""}
 
 

@@ -146,7 +146,7 @@ def dirichlet() -> Field:
         pull = d * x * _beta_implicit(ops, p.concentration, rest, x, x.sum(-1)[..., None] - x)
         return pull - x * pull.sum(-1)[..., None]
 
-    return Field(velocity, "pathwise", families=families_with(dirichlet), name="dirichlet()")
+    return Field(velocity, "pathwise", families=families_with(dirichlet), name="fields.dirichlet()")
 
 
 def student_t() -> Field:

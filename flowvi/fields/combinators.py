@@ -167,7 +167,7 @@ def per_element(**u: Callable[[Array, Any], Array]) -> Field:
     """
     elements = PerElement(tuple(u.items()))
     arguments = ", ".join(f"{name}={name_of(u_of)}" for name, u_of in u.items())
-    return Field(elements, name=f"per_element({arguments})", elementwise=elements)
+    return Field(elements, name=f"fields.per_element({arguments})", elementwise=elements)
 
 
 def _as_field(field: Field | Velocity) -> Field:
@@ -179,7 +179,7 @@ def _combined(name: str, velocity: Velocity, divergence: Velocity, *parts: Field
     named = [part.families for part in parts if part.families]
     families = tuple(f for f in named[0] if all(f in other for other in named)) if named else ()
     automatic = all(part.divergence is None for part in parts)
-    return Field(velocity, None if automatic else divergence, families=families, name=name)
+    return Field(velocity, None if automatic else divergence, families=families, name=f"fields.{name}")
 
 
 def _divergence(field: Field, x: Array, p: Any, dtheta: Tangents) -> Array:

@@ -186,7 +186,7 @@ def _of_parts(name: str, families: Sequence[str], parts: Callable[[Any], Mapping
     def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
         return _along(x, p, dtheta, parts(p))
 
-    return Field(velocity, "pathwise", rides=rides, families=tuple(families), name=name, parts=parts)
+    return Field(velocity, "pathwise", rides=rides, families=tuple(families), name=f"fields.{name}", parts=parts)
 
 
 def _closed(name: str, families: Sequence[str], **u: tuple[Elementwise, Elementwise]) -> Field:
@@ -196,7 +196,7 @@ def _closed(name: str, families: Sequence[str], **u: tuple[Elementwise, Elementw
         lambda x, p, dtheta: _along(x, p, dtheta, velocities),
         lambda x, p, dtheta: _along(x, p, dtheta, divergences),
         families=tuple(families),
-        name=f"{name}()",
+        name=f"fields.{name}()",
     )
 
 

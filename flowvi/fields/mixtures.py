@@ -47,7 +47,7 @@ def implicit() -> Field:
         dcdf = dtheta.of(lambda p: ops.where(right, -_survival(dtheta.target.cdf, x, p), cdf(x, p)))
         return ops.asarray(0.0, x) if dcdf is None else -dcdf / ops.exp(p.log_prob(x))
 
-    return Field(velocity, "pathwise", rides=True, name="implicit()")
+    return Field(velocity, "pathwise", rides=True, name="fields.implicit()")
 
 
 def _survival(cdf: Callable[[Array, Any], Array], x: Array, p: Any) -> Array:
@@ -152,7 +152,7 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
         return {} if len(p.event_shape) else _mixture_parts(p, components)
 
     arguments = [f"orders={orders}"] * (orders is not None) + [f"components={components}"] * (components is not None)
-    return Field(velocity, "pathwise", families=families_with(mixture), name=f"mixture({', '.join(arguments)})", parts=parts)
+    return Field(velocity, "pathwise", families=families_with(mixture), name=f"fields.mixture({', '.join(arguments)})", parts=parts)
 
 
 def _mixture_parts(p: Any, field: Field | None) -> dict[str, Part]:

@@ -105,7 +105,7 @@ def _multivariate_normal(
         return _total(terms) if terms else ops.asarray(0.0, x)
 
     argument = "" if null is None else f"null={getattr(null, '__name__', null)}"
-    return Field(velocity, "pathwise", families=families, name=f"{name}({argument})")
+    return Field(velocity, "pathwise", families=families, name=f"fields.{name}({argument})")
 
 
 def _times(a: Array, x: Array) -> Array:

@@ -39,6 +39,7 @@ from flowvi.numpyro.marginal import (
 )
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.threefry import split, unrolled
+from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
 from flowvi.sites import Entropy, GuideSites
 
@@ -119,7 +120,7 @@ class NumPyroProgram:
         require_funsor(site)
         for found, what in ((mutable_state, "mutable state"), (self.multi_sample, "multi_sample_guide=True")):
             if found:
-                raise ValueError(f"site '{site}': expected no {what} where a site of the model is summed out; draw it in the guide.")
+                raise refusal(site, f"expected no {what} where a site of the model is summed out; draw it in the guide.")
 
     def annotations(self) -> dict[str, Estimator]:
         _, guide_trace = self._log_probs(self._seeded_guide(), self.param_map)
@@ -260,15 +261,17 @@ def _require_replayed(name: str, site: Mapping[str, Any], guide_trace: Mapping[s
     if not site.get("_control_flow_done") and name == unshifted(name):
         return
     if unshifted(name) in guide_trace and not site["is_observed"]:
-        raise ValueError(
-            f"site '{unshifted(name)}': expected no site of the guide inside a scan with a site that is summed out, to which NumPyro "
-            "does not bring the guide's value; draw the site outside of the scan, or write the chain as a loop with markov."
+        raise refusal(
+            unshifted(name),
+            "expected no site of the guide inside a scan with a site that is summed out, to which NumPyro "
+            "does not bring the guide's value; draw the site outside of the scan, or write the chain as a loop with markov.",
         )
     lower = getattr(site["fn"].support, "lower_bound", 0)
     if is_enumerated(site) and (isinstance(lower, jax.core.Tracer) or np.any(np.asarray(lower) != 0)):
-        raise ValueError(
-            f"site '{unshifted(name)}': expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found that of "
-            f"{type(site['fn']).__name__}, which begins elsewhere; NumPyro enumerates the indices of the values. Use a Categorical."
+        raise refusal(
+            unshifted(name),
+            f"expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found that of "
+            f"{type(site['fn']).__name__}, which begins elsewhere; NumPyro enumerates the indices of the values. Use a Categorical.",
         )
 
 
@@ -276,9 +279,10 @@ def _require_names(sites: GuideSites, guide_trace: Mapping[str, Any]) -> None:
     """Refuse a handler around the objective that renames sites, after their estimators have acted."""
     if renamed := [name for name in sites.random if name not in guide_trace]:
         found = ", ".join(f"'{name}'" for name in guide_trace)
-        raise ValueError(
-            f"site '{renamed[0]}': expected it in the trace of the guide, found {found}; a handler around the objective, such as "
-            "scope, has renamed it; put the handler around the guide and the model."
+        raise refusal(
+            renamed[0],
+            f"expected it in the trace of the guide, found {found}; a handler around the objective, such as "
+            "scope, has renamed it; put the handler around the guide and the model.",
         )
 
 
@@ -316,7 +320,8 @@ def require_known(sites: GuideSites, param_map: Mapping[str, Any]) -> None:
     """Refuse a program whose optimizer has parameters, but not those that an estimator learns."""
     if param_map and (unknown := [name for name in sites.learned if name not in param_map]):
         site = sites.learned[unknown[0]]
-        raise ValueError(
-            f"site '{site}': {sites.random[site].estimator} learns the parameter '{unknown[0]}', but SVI does not know it; pass SVI "
-            "the guide flowvi.numpyro.adaptive(guide, elbo), and give the estimator in the objective or in the guide."
+        raise refusal(
+            site,
+            f"{sites.random[site].estimator} learns the parameter '{unknown[0]}', but SVI does not know it; pass SVI "
+            "the guide flowvi.numpyro.adaptive(guide, elbo), and give the estimator in the objective or in the guide.",
         )

@@ -21,6 +21,7 @@ from flowvi.host import Host
 from flowvi.objectives.options import Gradient, LeaveOneOut
 from flowvi.objectives.plates import sum_to
 from flowvi.ops import Array, Ops, times, total
+from flowvi.refusals import refusal
 from flowvi.run import Run, Statement
 from flowvi.tape import Term, costs
 
@@ -164,4 +165,4 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
 
 
 def _refuse(name: str, message: str) -> NoReturn:
-    raise ValueError(f"site '{name}': {message}")
+    raise refusal(name, message)

@@ -19,6 +19,7 @@ from flowvi.host import Host
 from flowvi.objectives.plates import sum_to
 from flowvi.objectives.weights import weigh
 from flowvi.ops import Array, Ops, total
+from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run
 from flowvi.tape import Ancestors, Dependencies, Site, Tape, Term, costs, record
 
@@ -213,9 +214,10 @@ def _dependent(ops: Ops, site: SitePlan, terms: list[Term], log_weights: dict[st
 
 
 def _refuse_joint_branch(site: SitePlan, term: Term):
-    raise ValueError(
-        f"site '{site.name}': its elements change in one run, but where they do the program takes another branch, whose cost "
-        f"'{term.name}' depends on all of them; choose by torch.where instead of by if, or use LR()."
+    raise refusal(
+        site.name,
+        f"its elements change in one run, but where they do the program takes another branch, whose cost "
+        f"'{term.name}' depends on all of them; choose by torch.where instead of by if, or use LR().",
     )
 
 

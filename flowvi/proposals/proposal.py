@@ -27,7 +27,7 @@ class Density(ABC):
 
 
 def named(name: str, q: Proposal) -> Proposal:
-    q.__name__ = name
+    q.__name__ = f"proposals.{name}"
     return q
 
 

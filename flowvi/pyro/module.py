@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import effectful
 
 from flowvi.learned.parameters import Learned
+from flowvi.refusals import refusal
 
 
 class LearningModule(ELBOModule):
@@ -73,8 +74,9 @@ class _own_what_is_learned(Messenger):
 
 def _refuse(name: str) -> NoReturn:
     site = name.rpartition(".")[0]
-    raise ValueError(
-        f"site '{site}': with module_local_params=True what its estimator learns ('{name}') is a parameter of the module "
+    raise refusal(
+        site,
+        f"with module_local_params=True what its estimator learns ('{name}') is a parameter of the module "
         "elbo(model, guide), found another caller, such as pyro.infer.SVI; train that module by an optimizer of torch, or set "
-        "module_local_params=False."
+        "module_local_params=False.",
     )

@@ -19,6 +19,7 @@ from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.handlers import share_subsamples
 from flowvi.pyro.host import HOST
 from flowvi.pyro.run import PyroProgram, programs
+from flowvi.refusals import refusal
 from flowvi.run import Run, run
 from flowvi.sites import GuideSites
 
@@ -166,9 +167,10 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
     def _reduce(self, program: PyroProgram) -> tuple[BoundParticle, float]:
         run = self._run(program)
         for name in annotated_baselines(program.traces[1], run.sites.random):
-            raise ValueError(
-                f"site '{name}': expected no infer['baseline'] under a bound, which has its own baseline, the leave-one-out bound; "
-                "remove it, or use TraceFlow_ELBO."
+            raise refusal(
+                name,
+                "expected no infer['baseline'] under a bound, which has its own baseline, the leave-one-out bound; "
+                "remove it, or use TraceFlow_ELBO.",
             )
         return bound_of(HOST, run, self.gradient)
 

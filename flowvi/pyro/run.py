@@ -29,6 +29,7 @@ from flowvi.pyro.generators import forked_generators, generator_states, restore_
 from flowvi.pyro.handlers import attach_estimators, attach_together, hold_values, replay_and_read
 from flowvi.pyro.marginal import contraction, factors_of, marginalised_sites
 from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
+from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run, Statement
 from flowvi.sites import GuideSites, weight_of_density
 
@@ -229,9 +230,10 @@ def _require_paths(sites: GuideSites, model: dict[str, Any], summed: Iterable[st
     for name in summed:
         one_hot = isinstance(unwrap(model[name]["fn"]), torch.distributions.OneHotCategorical)
         if name in sites.draws and sites.random[name].estimator.biased and one_hot:
-            raise ValueError(
-                f"site '{name}': expected no {sites.random[name].estimator} at a one-hot value whose density in the model depends on a "
-                "site that is summed out; use LR() or Enumerate()."
+            raise refusal(
+                name,
+                f"expected no {sites.random[name].estimator} at a one-hot value whose density in the model depends on a "
+                "site that is summed out; use LR() or Enumerate().",
             )
 
 

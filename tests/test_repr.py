@@ -1,0 +1,82 @@
+"""What a repr shows can be pasted back as code, and an error says where to read more."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flowvi
+from flowvi import LR, RP, AdaptiveFlow, Auto, DisARM, Enumerate, Flow, GumbelSoftmax, HalfSpace, ImplicitRP, MeasureValued, fields, proposals
+from flowvi.assignment import Description, SiteDescription
+from flowvi.refusals import PAGE
+
+NAMES = {**{name: getattr(flowvi, name) for name in flowvi.__all__}, "Description": Description, "SiteDescription": SiteDescription}
+
+
+def velocity(x, p):
+    return x
+
+
+ESTIMATORS = [
+    *(Auto(), LR(), LR(baseline="plate"), LR(baseline="optimal"), LR(q=velocity), RP(), RP(control_variate="cubic"), RP(jumps=[1.0, 2.0])),
+    *(RP(jumps=HalfSpace([1.0, 2.0], 0.5)), ImplicitRP(standardization=velocity), Flow(velocity), AdaptiveFlow(bumps=0, q="learned")),
+    *(Enumerate(lanes="random"), MeasureValued(), DisARM(4), GumbelSoftmax(0.5)),
+]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_estimators(estimator):
+    assert eval(repr(estimator), {**NAMES, "velocity": velocity}) == estimator
+
+
+NAMED = [  # two of them are never equal, since they hold new functions
+    *(Flow(fields.von_mises()), Flow(loc=velocity), Flow(fields.masked(velocity, fields.location_scale())), Flow(fields.dirichlet())),
+    *(Flow(fields.summed(fields.location_scale(), fields.scaled(0.5, fields.location_scale()))), Flow(fields.mixture())),
+    *(Flow(fields.multivariate_normal()), Flow(fields.implicit()), LR(q=proposals.tempered(2.0)), LR(q=proposals.student_t(3.0))),
+    *(LR(q=proposals.slice_by_height()), RP(q=proposals.defensive(proposals.tempered(2.0), 0.1)), Flow(fields.von_mises(cut=1.0))),
+]
+
+
+@pytest.mark.parametrize("estimator", NAMED, ids=repr)
+def test_fields_and_proposals(estimator):
+    again = eval(repr(estimator), {**NAMES, "velocity": velocity})
+    assert type(again) is type(estimator)
+    assert repr(again) == repr(estimator)
+
+
+@pytest.mark.parametrize("name", ["TraceFlow_ELBO", "TraceFlow_RenyiELBO"])
+def test_objectives(host, name):
+    make = getattr(host.flow, name)
+    names = {**NAMES, name: make}
+    assert repr(make()) == f"{name}()"
+    shown = f"{name}(0.5, num_particles=4, estimators={{'k': LR(), 'x': RP(jumps=(1.0,))}}, baseline=None)"
+    shown = shown.replace("0.5, ", "") if name == "TraceFlow_ELBO" else shown
+    objective = eval(shown, names)
+    assert objective.num_particles == 4
+    for one in (objective, copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
+        assert repr(one) == shown
+
+
+def test_descriptions(host):
+    def normal():
+        host.sample("x", host.dist.Normal(host.array(0.3), 1.0))
+
+    found = host.flow.TraceFlow_ELBO(estimators={"x": LR()}).describe(normal, normal)
+    again = eval(repr(found), NAMES)
+    assert again == found
+    assert str(again) == str(found)
+
+
+def test_a_refusal_names_its_page(host):
+    assert (Path(__file__).parent.parent / PAGE).is_file()
+    elbo = host.flow.TraceFlow_ELBO(estimators={"k": RP()})
+
+    def bernoulli():
+        host.sample("k", host.dist.Bernoulli(host.array(np.array(0.3))))
+
+    with pytest.raises(ValueError, match="site 'k'") as error:
+        elbo.describe(bernoulli, bernoulli)
+    refusal = error.value.__cause__ or error.value  # Pyro raises it again, with the shapes of its trace
+    assert refusal.__notes__ == [f"What flowvi refuses, and why: {PAGE}"]
