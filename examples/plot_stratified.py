@@ -53,7 +53,7 @@ print(elbo.describe(model, guide))
 # The variance of the gradient with K particles, for each way to draw them.
 
 WAYS = ("independent", "antithetic", "stratified")
-variances = {name: {way: [] for way in WAYS} for name in ("loc", "scale")}
+variances: dict[str, dict[str, list[float]]] = {name: {way: [] for way in WAYS} for name in ("loc", "scale")}
 for way in WAYS:
     for k in COUNTS:
         options = {"num_particles": k, "vectorize_particles": True, "max_plate_nesting": 0, "particles": way}

@@ -28,12 +28,12 @@ def test_smoke(script):
 
 
 GALLERY = sorted((ROOT / "examples").glob("plot_*.py"))
-QUICK = ("adaptive", "importance", "lr_to_rp", "mixture_guide", "stratified", "vae", "velocity")
+QUICK = [f"plot_{name}.py" for name in ("adaptive", "importance", "lr_to_rp", "mixture_guide", "stratified", "vae", "velocity")]
 matplotlib.use("agg")
 
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
-@pytest.mark.parametrize("script", [pytest.param(path.name, marks=[pytest.mark.slow] * (path.stem.removeprefix("plot_") not in QUICK)) for path in GALLERY])
+@pytest.mark.parametrize("script", [pytest.param(path.name, marks=[] if path.name in QUICK else pytest.mark.slow) for path in GALLERY])
 def test_gallery(script, monkeypatch):
     """In single precision, as a user runs it; it ends with a figure and a sentence on it."""
     monkeypatch.setattr(sys, "argv", [script, "--smoke"])

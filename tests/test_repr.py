@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 
 import flowvi
-from flowvi import LR, RP, AdaptiveFlow, Auto, DisARM, Enumerate, Flow, GumbelSoftmax, HalfSpace, ImplicitRP, MeasureValued, fields, proposals
+from flowvi import (
+    LR,
+    RP,
+    AdaptiveFlow,
+    Auto,
+    DisARM,
+    Enumerate,
+    Flow,
+    GumbelSoftmax,
+    HalfSpace,
+    ImplicitRP,
+    MeasureValued,
+    fields,
+    proposals,
+)
 from flowvi.assignment import Description, SiteDescription
 from flowvi.refusals import PAGE
 
@@ -20,7 +34,16 @@ def velocity(x, p):
 
 
 ESTIMATORS = [
-    *(Auto(), LR(), LR(baseline="plate"), LR(baseline="optimal"), LR(q=velocity), RP(), RP(control_variate="cubic"), RP(jumps=[1.0, 2.0])),
+    *(
+        Auto(),
+        LR(),
+        LR(baseline="plate"),
+        LR(baseline="optimal"),
+        LR(q=velocity),
+        RP(),
+        RP(control_variate="cubic"),
+        RP(jumps=[1.0, 2.0]),
+    ),
     *(RP(jumps=HalfSpace([1.0, 2.0], 0.5)), ImplicitRP(standardization=velocity), Flow(velocity), AdaptiveFlow(bumps=0, q="learned")),
     *(Enumerate(lanes="random"), MeasureValued(), DisARM(4), GumbelSoftmax(0.5)),
 ]

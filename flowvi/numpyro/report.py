@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
@@ -35,7 +36,7 @@ def gradient_report(
     params: dict[str, Any] | None = None,
     rng_key: jax.Array | None = None,
     progress_bar: bool = False,
-    options: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     **kwargs,
 ) -> GradientReport:
     r"""Measure the noise of the gradient: its mean and variance in each parameter, over samples of one particle or more.

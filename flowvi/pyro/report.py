@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -30,7 +31,7 @@ def gradient_report(
     num_samples: int = 1000,
     seed: int = 0,
     progress_bar: bool = False,
-    options: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     **kwargs,
 ) -> GradientReport:
     r"""Measure the noise of the gradient: its mean and variance in each parameter, over samples of one particle or more.
