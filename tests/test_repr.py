@@ -5,9 +5,12 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pyro.distributions
 import pytest
 
 import flowvi
+import flowvi.checks
+import flowvi.pyro
 from flowvi import (
     LR,
     RP,
@@ -22,9 +25,10 @@ from flowvi import (
     MeasureValued,
     fields,
     proposals,
+    refusals,
 )
 from flowvi.assignment import Description, SiteDescription
-from flowvi.refusals import PAGE
+from flowvi.checks import report
 
 NAMES = {**{name: getattr(flowvi, name) for name in flowvi.__all__}, "Description": Description, "SiteDescription": SiteDescription}
 
@@ -92,8 +96,17 @@ def test_descriptions(host):
     assert str(again) == str(found)
 
 
+def test_pages():
+    assert all((Path(__file__).parent.parent / page).is_file() for page in (refusals.PAGE, report.PAGE))
+
+
+def test_a_failed_check_names_its_page():
+    with pytest.raises(flowvi.checks.EstimatorError) as error:
+        flowvi.check_estimator(pyro.distributions.Exponential(1.0), Flow(rate=lambda x, p: 1.0 + 0 * x), num_samples=100)
+    assert error.value.__notes__ == [f"What each condition means: {report.PAGE}"]
+
+
 def test_a_refusal_names_its_page(host):
-    assert (Path(__file__).parent.parent / PAGE).is_file()
     elbo = host.flow.TraceFlow_ELBO(estimators={"k": RP()})
 
     def bernoulli():
@@ -102,4 +115,4 @@ def test_a_refusal_names_its_page(host):
     with pytest.raises(ValueError, match="site 'k'") as error:
         elbo.describe(bernoulli, bernoulli)
     refusal = error.value.__cause__ or error.value  # Pyro raises it again, with the shapes of its trace
-    assert refusal.__notes__ == [f"What flowvi refuses, and why: {PAGE}"]
+    assert refusal.__notes__ == [f"What flowvi refuses, and why: {refusals.PAGE}"]

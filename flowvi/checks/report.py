@@ -44,6 +44,9 @@ class EstimatorReport:
         return "\n".join([self.title, *(f"{c.name.ljust(width)}  {results[c.holds]:5}  {c.found}" for c in self.conditions)])
 
 
+PAGE = "docs/checking.md"
+
+
 class EstimatorError(AssertionError):
     """Conditions of an estimator that do not hold.
 
@@ -55,3 +58,4 @@ class EstimatorError(AssertionError):
         self.report = report
         lines = (f"- {c.name}: {c.found}" for c in report.failed)
         super().__init__("\n".join([f"{report.title}: {len(report.failed)} of {len(report.conditions)} conditions fail.", *lines]))
+        self.add_note(f"What each condition means: {PAGE}")
