@@ -67,6 +67,7 @@ bench-guidance: .venv/ready
 bench-gpu: .venv/ready
 	$(BIN)/python benchmarks/gpu.py
 
+# Several minutes: it runs the examples of the gallery.
 docs: .venv/ready
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
