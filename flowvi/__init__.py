@@ -24,7 +24,7 @@ from flowvi.estimators import (
 )
 from flowvi.learned.flow import AdaptiveFlow
 from flowvi.learned.surrogate import Surrogate
-from flowvi.surfaces import HalfSpace
+from flowvi.surfaces import HalfSpace, LevelSet
 
 if TYPE_CHECKING:
     from flowvi.checks import check_estimator
@@ -42,6 +42,7 @@ __all__ = [
     "GumbelSoftmax",
     "HalfSpace",
     "ImplicitRP",
+    "LevelSet",
     "MeasureValued",
     "ReinMax",
     "StraightThrough",

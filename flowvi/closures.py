@@ -13,12 +13,12 @@ from typing import Any
 from flowvi.baselines import Baseline
 from flowvi.estimators import Estimator
 from flowvi.fields.field import Field, PerElement
-from flowvi.surfaces import HalfSpace
+from flowvi.surfaces import Surface
 
 
 def identity(value: Any) -> Any:
     """A key that is equal for equal estimators; two functions are equal if they have the same code and close over the same objects."""
-    if isinstance(value, Estimator | Baseline | Field | PerElement | HalfSpace):
+    if isinstance(value, Estimator | Baseline | Field | PerElement | Surface):
         return type(value), tuple(identity(v) for v in vars(value).values())
     if isinstance(value, tuple | list):
         return tuple(identity(v) for v in value)
@@ -35,7 +35,7 @@ def closed_over(value: Any, seen: set[int]) -> Iterator[Any]:
         return
     seen.add(id(value))
     yield value
-    if isinstance(value, Estimator | Baseline | Field | PerElement | HalfSpace):
+    if isinstance(value, Estimator | Baseline | Field | PerElement | Surface):
         inner: Iterable[Any] = vars(value).values()
     elif isinstance(value, tuple | list):
         inner = value

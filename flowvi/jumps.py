@@ -11,10 +11,10 @@ from typing import Any
 
 from flowvi.alternatives import Alternatives, Comparison
 from flowvi.ops import Array, Ops
-from flowvi.surfaces import HalfSpace, surface_comparison
+from flowvi.surfaces import Surface, surface_comparison
 from flowvi.target import Target
 
-Jump = float | Array | Callable[[Any], Array] | HalfSpace
+Jump = float | Array | Callable[[Any], Array] | Surface
 ULPS = 8  # how far above and below, in units of the last digit of 1 + |t|, so that x + 1 > t + 1 tells them apart too
 
 
@@ -25,14 +25,14 @@ class JumpsField:
         """The jumps of an estimator; none for the class itself, which makes that the default."""
         return () if estimator is None else vars(estimator)["jumps"]
 
-    def __set__(self, estimator: Any, value: Sequence[Jump] | HalfSpace) -> None:
+    def __set__(self, estimator: Any, value: Sequence[Jump] | Surface) -> None:
         """Refuse what is no sequence."""
-        if isinstance(value, HalfSpace):
+        if isinstance(value, Surface):
             value = (value,)
         if not isinstance(value, list | tuple):
             raise TypeError(f"{type(estimator).__name__}: expected jumps=[t, ...], found {value!r}.")
-        if len({isinstance(jump, HalfSpace) for jump in value}) > 1:
-            raise TypeError(f"{type(estimator).__name__}: expected jumps that are all numbers or all a HalfSpace, found {value!r}.")
+        if len({isinstance(jump, Surface) for jump in value}) > 1:
+            raise TypeError(f"{type(estimator).__name__}: expected jumps that are all numbers or all surfaces, found {value!r}.")
         vars(estimator)["jumps"] = tuple(value)
 
 
@@ -46,7 +46,7 @@ def jump_comparison(ops: Ops, target: Target, x: Array, jumps: tuple[Jump, ...],
         jumps: Where the cost jumps: numbers, arrays that broadcast to x, or functions of p (with live parameters); or surfaces.
         velocity: The velocity of the estimator's field at a point, live, with the value 0.
     """
-    if surfaces := tuple(jump for jump in jumps if isinstance(jump, HalfSpace)):
+    if surfaces := tuple(jump for jump in jumps if isinstance(jump, Surface)):
         return surface_comparison(ops, target, x, surfaces, velocity)
     if target.event_ndim or target.transforms or target.is_discrete():
         target.refuse(

@@ -43,7 +43,7 @@ class RP(Estimator):
             has a row each.
         jumps: Where the cost jumps as x crosses a number t: numbers, arrays that broadcast to x, or functions of p (with live
             parameters). Each takes two more evaluations of the program, and adds the surface term p(t) (u(t) - dt/dtheta) [phi]. For
-            an event, a :class:`~flowvi.HalfSpace`, or several of them.
+            an event, a surface, :class:`~flowvi.HalfSpace` or :class:`~flowvi.LevelSet`, or several of them.
 
     Raises:
         TypeError: A control variate that does not exist, or one beside ``q``; ``shared`` without one.
