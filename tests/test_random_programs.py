@@ -22,15 +22,19 @@ import pytest
 import torch
 from hosts import HOSTS, Program
 
-from flowvi import LR, RP, AdaptiveFlow, Baseline, Enumerate, Flow, ImplicitRP
+from flowvi import LR, RP, AdaptiveFlow, Baseline, Enumerate, Flow, ImplicitRP, Surrogate, relaxations
 from flowvi.baselines import PlateMean
 from flowvi.dependence import Ancestor
 from flowvi.numpyro import threefry
+from flowvi.numpyro.distributions import NumPyroTarget
+from flowvi.pyro.distributions import PyroTarget
 
 THETA = (0.4, -0.3, 0.7, 0.2)
 PLATES = {"a": -1, "b": -2}  # each of two elements
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(28)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
+UNIFORMS = 1 / (1 + np.exp(-np.linspace(-30, 30, 81)))  # even in the logit, which is exact for what is not smooth at 0 and 1
+SHARES = UNIFORMS * (1 - UNIFORMS) / (UNIFORMS * (1 - UNIFORMS)).sum()
 
 
 def wide(p):
@@ -73,6 +77,13 @@ ESTIMATORS = {
         Flow(half_velocity, q=wide),
         Flow(scale=curved, q=wide, baseline="plate"),
     ],
+}
+SURROGATES = {
+    "Bernoulli": [
+        Surrogate(lambda z, w: w["a"] * z + w["b"] * z**2 + 0.3, {"a": 0.8, "b": -0.3}),  # RELAX
+        Surrogate(lambda b: 1.3 * b - 0.4 * b**2, temperature=1.5),  # REBAR
+    ],
+    "Normal": [Surrogate(lambda z, w: w * z**2 - 0.2 * z, 0.7)],  # LAX
 }
 LEARNERS = [AdaptiveFlow(bumps=1), AdaptiveFlow(bumps=0, q=wide), RP(control_variate="cubic"), RP(control_variate="diagonal")]
 
@@ -271,6 +282,18 @@ def outcomes(case: Case, particles: int = 1) -> tuple[list[list[np.ndarray]], np
     return [values[i * n : (i + 1) * n] for i in range(particles)], weight
 
 
+def with_noise(case: Case, values: list[list[np.ndarray]], weight: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The same outcomes at each of the uniform numbers between 0 and 1 that the estimators at Bernoullis may ask for.
+
+    One number is enough for all of them: what they make of it are sums of functions of one such number each.
+    """
+    if not any(isinstance(case.estimators[name], Surrogate) for name, site in case.latents.items() if site.family == "Bernoulli"):
+        return values, weight, np.full(len(weight), 0.5)
+    n = len(UNIFORMS)
+    values = [[np.repeat(own, n, 0) for own in of_particle] for of_particle in values]
+    return values, np.outer(weight, SHARES).ravel(), np.tile(UNIFORMS, len(weight))
+
+
 class Forced:
     """What the generators hand out, and the probabilities with which they were asked for it at first.
 
@@ -305,7 +328,7 @@ def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1, alpha: float | 
     """The mean of the estimated gradient, of the ELBO or of the Rényi bound of order ``alpha``."""
     h, program, learned = HOSTS["numpyro"], program_of(case), learned_in_numpyro(case)
 
-    def estimate(theta, values):
+    def estimate(theta, values, noise):
         forced = Forced(values)
 
         def normal(key, shape=(), dtype=float):
@@ -326,6 +349,7 @@ def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1, alpha: float | 
 
         monkeypatch.setattr(jax.random, "normal", normal)
         monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+        monkeypatch.setattr(NumPyroTarget, "uniforms", lambda target, shape, like: jnp.broadcast_to(noise, shape))
         monkeypatch.setattr(threefry, "is_a_loop", lambda: False)  # else each sampler is tried once before it draws
         if alpha is None:
             elbo = h.flow.TraceFlow_ELBO(particles, one_by_one, estimators=case.estimators, **case.options)
@@ -340,15 +364,15 @@ def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1, alpha: float | 
         gradient, probabilities = jax.grad(objective, has_aux=True)(theta)
         return gradient, jnp.prod(jnp.array(probabilities))
 
-    values, weight = outcomes(case, particles)
-    gradient, probability = jax.jit(jax.vmap(estimate, (None, 0)))(jnp.array(THETA), jax.tree.map(jnp.asarray, values))
+    values, weight, noise = with_noise(case, *outcomes(case, particles))
+    gradient, probability = jax.jit(jax.vmap(estimate, (None, 0, 0)))(jnp.array(THETA), *jax.tree.map(jnp.asarray, (values, noise)))
     return (weight * np.asarray(probability)) @ np.asarray(gradient)
 
 
 def mean_in_pyro(case: Case, monkeypatch, particles: int = 1, alpha: float | None = None) -> np.ndarray:
     """As in NumPyro; every outcome is an element of an outermost plate."""
     h, program = HOSTS["pyro"], program_of(case)
-    values, weight = outcomes(case, particles)
+    values, weight, noise = with_noise(case, *outcomes(case, particles))
     forced = Forced(values)
 
     def next_value():
@@ -367,7 +391,12 @@ def mean_in_pyro(case: Case, monkeypatch, particles: int = 1, alpha: float | Non
         return value + 0 * p
 
     monkeypatch.setattr(torch.distributions.normal, "_standard_normal", normal)
+
+    def uniforms(target, shape, like):
+        return torch.as_tensor(noise).reshape((-1, 1, 1)).expand(shape)
+
     monkeypatch.setattr(torch, "bernoulli", bernoulli)
+    monkeypatch.setattr(PyroTarget, "uniforms", uniforms)
     pyro.clear_param_store()
     options = {"particles": particles, "vectorize": False, "estimators": case.estimators}
     if alpha is None:
@@ -449,6 +478,26 @@ def test_random_program_with_enumerated_sites(seed, host, monkeypatch):
     case = enumerated(made(seed, host))
     assert Enumerate() in case.estimators.values()
     assert_unbiased(case, host, monkeypatch)
+
+
+def with_surrogates(case: Case, seed: int) -> Case:
+    """The same program with a ``Surrogate`` at two of three sites."""
+    rng = np.random.default_rng(seed)
+    names = {name: SURROGATES[site.family] for name, site in random_sites(case.latents).items() if rng.random() < 0.7}
+    return case._replace(estimators=case.estimators | {name: fits[rng.integers(len(fits))] for name, fits in names.items()})
+
+
+@pytest.mark.parametrize(("seed", "host"), list(in_hosts([253, *range(250, 253), 255, 257], 1)))
+def test_random_program_with_surrogates(seed, host, monkeypatch):
+    case = made(seed, host, normals=1)
+    assert_unbiased(with_surrogates(enumerated(case) if seed % 2 else case, seed), host, monkeypatch)
+
+
+def test_a_wrong_slope_of_a_relaxation_is_rejected(monkeypatch):
+    given = relaxations.Binary._given
+    monkeypatch.setattr(relaxations.Binary, "_given", lambda *args: (given(*args)[0], 0 * given(*args)[1]))
+    with pytest.raises(AssertionError):
+        assert_unbiased(with_surrogates(made(250, "pyro", normals=1), 250), "pyro", monkeypatch)
 
 
 @pytest.mark.parametrize("seed", range(50, 60))

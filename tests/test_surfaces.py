@@ -68,9 +68,8 @@ MOVING = {
 }
 
 
-@pytest.mark.parametrize("name", MOVING)
-def test_unbiased(host, name):
-    estimator, multivariate = MOVING[name]
+@each(("estimator", "multivariate"), MOVING, slow_in_numpyro=lambda row: not row[1])
+def test_unbiased(host, estimator, multivariate):
     truth = exact(multivariate)
     samples = host.gradients_with(program(multivariate), 20_000, lambda h, t: {"x": estimator(h, t)})
     assert np.all(np.abs(z_scores(samples, truth)) < 5), (samples.mean(0), truth)
@@ -287,6 +286,7 @@ def test_two_crossings_of_one_line(host):
         assert 0.1 < share < 0.9  # of the draws inside of the disc
 
 
+@slow_in_numpyro
 def test_refused_level_sets(host):
     with pytest.raises(TypeError, match=r"LevelSet: expected a function g\(x, p\), found 1.0"):
         LevelSet(1.0, along=1.0)
