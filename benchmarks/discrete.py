@@ -1,8 +1,8 @@
 """Variance and cost of the estimators at discrete sites, and at a jump of the cost.
 
 The gradient is that of the guide's logits (at the jump: of the location and of the scale), with four particles at discrete sites and
-one at the jump. In one program all estimators take four evaluations of it instead, by fewer particles. The ratio of step times is that
-to LR, the two sides in turn. About three minutes:
+one at the jump. Where the name of the program says so, all estimators take two or four evaluations of it instead, by fewer particles.
+The ratio of step times is that to LR, the two sides in turn. About five minutes:
 
     python benchmarks/discrete.py
     python benchmarks/discrete.py --smoke
@@ -55,6 +55,21 @@ def joint(h: Any) -> Program:
     return Program(model, guide)
 
 
+def categories(h: Any) -> Program:
+    """Four Categoricals of three values that enter one cost."""
+    logits = np.array([[0.3, -0.4, 0.8], [0.1, 0.5, -0.9], [0.0, 0.2, 0.1], [1.0, -0.3, 0.4]])
+    scores = h.array([[1.0, -0.6, 0.2], [0.4, 0.8, -1.0], [-0.5, 0.9, 0.0], [0.3, -0.7, 0.6]])
+
+    def model():
+        k = h.ppl.sample("k", h.dist.Categorical(logits=h.array(np.zeros((4, 3)))).to_event(1))
+        h.ppl.factor("cost", -((h.xp.stack([scores[i][k[..., i]] for i in range(4)], -1).sum(-1) - 0.3) ** 2))
+
+    def guide():
+        h.ppl.sample("k", h.dist.Categorical(logits=h.ppl.param("logits", h.array(logits))).to_event(1))
+
+    return Program(model, guide)
+
+
 def local(h: Any) -> Program:
     """A hundred local Bernoullis in a plate, each with an observation."""
     x = h.array(np.linspace(-1.5, 3.5, 100))
@@ -100,8 +115,9 @@ def jump(h: Any) -> Program:
 
 
 FINITE = {"LR": LR(), "Enumerate": flowvi.Enumerate()}
-# each with its particles: four evaluations for all of them
+# each with its particles: as many evaluations for all of them
 EQUAL = {"LR": (4, LR()), "DisARM": (2, flowvi.DisARM()), "DisARM, four values": (1, flowvi.DisARM(num_values=4))}
+TWO = {"LR": (2, LR()), "DisARM": (1, flowvi.DisARM()), "Enumerate, random lane": (1, flowvi.Enumerate("random"))}
 ROWS: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "mixed cone": (mixed_cone, 4, FINITE),
     "four Bernoullis in one cost": (
@@ -115,6 +131,8 @@ ROWS: dict[str, tuple[Any, int, dict[str, Any]]] = {
         },
     ),
     "four Bernoullis, four evaluations": (joint, 4, EQUAL),
+    "four Categoricals, two evaluations": (categories, 2, TWO),
+    "four Categoricals, four evaluations": (categories, 4, EQUAL),
     "100 local Bernoullis": (local, 4, FINITE),
     "a Poisson": (counts, 4, {"LR": LR(), "FiniteDifference": flowvi.FiniteDifference(), "MeasureValued": flowvi.MeasureValued()}),
     "a jump": (

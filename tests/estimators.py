@@ -133,7 +133,6 @@ NO_MODEL = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), ".*expected N
 NO_SUPPORT = Refused(lambda h, t: h.dist.Poisson(t), "expected a finite support that the host enumerates, but Poisson has none")
 NO_INTEGERS = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "needs a distribution of integers, but Gamma is continuous")
 NO_WEAK_DERIVATIVE = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "no weak derivative of Gamma in its concentration")
-NO_BERNOULLI = Refused(lambda h, t: h.dist.Binomial(2, logits=t), "DisARM needs a Bernoulli, .*found Binomial")
 
 NO_PATH = Refused(lambda h, t: h.dist.Poisson(t), "Surrogate needs one of Bernoulli, .*found Poisson")
 NO_TEMPERATURE = Refused(lambda h, t: h.dist.Normal(t, h.array(1.0)), "a temperature relaxes a discrete site, but Normal has no relax")
@@ -175,7 +174,7 @@ ROWS = {
     "FiniteDifference, down": Row(lambda: FiniteDifference(downwards=True), NO_INTEGERS, DISCRETE_ONLY, site=bernoulli),
     "FiniteDifference, share": Row(lambda: FiniteDifference(share=0.5), NO_INTEGERS, DISCRETE_ONLY, site=bernoulli),
     "MeasureValued": Row(MeasureValued, NO_WEAK_DERIVATIVE),
-    "DisARM": Row(DisARM, NO_BERNOULLI, ("bernoulli-logit-t0.45",), site=bernoulli),
+    "DisARM": Row(DisARM, NO_SUPPORT, DISCRETE_ONLY, site=bernoulli),
     "Surrogate": Row(lambda: Surrogate(polynomial, {"a": [0.0, 0.0]}), NO_PATH, ("normal-scale-square",), learned=POLYNOMIAL, **SHARED),
     "Surrogate, temperature": Row(
         lambda: Surrogate(toy, temperature=0.5), NO_TEMPERATURE, TOY, learned=RELAXED, site=bernoulli, **SHARED

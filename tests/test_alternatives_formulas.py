@@ -15,7 +15,7 @@ import numpyro.distributions
 import pyro.distributions
 import pytest
 import torch
-from hosts import HOSTS, Program, z_scores
+from hosts import HOSTS, Program, each, z_scores
 from quadrature import nodes
 
 from flowvi import LR, DisARM, Enumerate, FiniteDifference, MeasureValued, Surrogate
@@ -457,6 +457,72 @@ def test_disarm(host, name, by):
     check_disarm(host, LOGITS[name], DisARM(), by)
 
 
+def opposites(p, x):
+    """All that can become of x: the opposite value, the two uniform numbers, and the probability."""
+    found, up_to = [], 0.0
+    for y, mass in enumerate(p):
+        if y != x:
+            u, accepted = (up_to + mass / 2) / (1 - p[x]), min(1.0, (1 - p[x]) / (1 - mass))
+            found += [(y, (u, accepted / 2), mass / (1 - p[x]) * accepted)]
+            found += [(x, (u, (1 + accepted) / 2), mass / (1 - p[x]) * (1 - accepted))]
+            up_to += mass
+    return [outcome for outcome in found if outcome[-1] > 0]
+
+
+def check_categories(host, logits, size, one_hot, estimator):
+    """All that can happen at two elements, or at one with three values."""
+    logits = np.array(logits)
+    p, categories = np.stack([softmax(row) for row in logits]), np.arange(logits.shape[1])
+    of_element = []
+    for row in p:
+        pairs = [([x, y], numbers, row[x] * mass) for x in categories for y, numbers, mass in opposites(row, x)]
+        singles = [([x], (row[:x].sum() + row[x] / 2, 0.5), row[x]) for x in categories]
+        rows = pairs if size == 2 else [(a + b, (*u, *v), m * k) for (a, u, m), (b, v, k) in product(pairs, singles)]
+        of_element.append(rows)
+    every = list(product(*of_element))
+    values = np.array([[row[0] for row in rows] for rows in every])  # outcomes, elements, values
+    u = np.moveaxis(np.array([[row[1] for row in rows] for rows in every]), -1, 0)
+    masses = np.array([np.prod([row[2] for row in rows]) for rows in every])
+    x, unit = values[..., 0], np.eye(len(categories))
+    if one_hot:
+        u = np.broadcast_to(u[..., None], (*u.shape, len(categories)))
+        make = lambda h, theta: h.dist.OneHotCategorical(logits=theta).to_event(1)
+        given = unit[x].astype(float if host.name == "pyro" else int)
+    else:
+        make, given = lambda h, theta: h.dist.Categorical(logits=theta).to_event(1), x
+    found = compared(host, make, {"theta": logits}, estimator, given, u)
+    others = found.values.argmax(-1) if one_hot else found.values
+    np.testing.assert_array_equal(np.moveaxis(others, 0, -1), values[..., 1:])
+    for k in range(size):
+        np.testing.assert_allclose(masses @ unit[values[:, 0, k]], p[0], atol=1e-12)  # each has the law of the draw
+    f = lambda x: np.sin(1.3 * (x @ np.arange(1, len(p) + 1))) + x[..., 0] ** 2
+    mean = (found.weights["theta"] * (f(others) - f(x)) * masses).sum((-1, -2))
+    outcomes = np.array(list(product(categories, repeat=len(p))))
+
+    def mean_of(theta):
+        of = np.stack([softmax(row) for row in theta])
+        return (np.prod([of[i, outcomes[:, i]] for i in range(len(p))], 0) * f(outcomes)).sum()
+
+    np.testing.assert_allclose(mean, by_complex_step(mean_of, {"theta": logits})["theta"], rtol=1e-9, atol=1e-10)
+
+
+CATEGORIES = {
+    "two elements": ([[0.3, -0.5, 1.2], [0.0, 0.0, 0.0]], 2, False),
+    "vectors": ([[0.3, -0.5, 1.2], [1.9, 0.0, -0.4]], 2, True),
+    "three values": ([[0.3, -0.5, 1.2, 0.2]], 3, False),
+}
+
+
+@each(
+    ("logits", "size", "one_hot"),
+    CATEGORIES,
+    slow_in_numpyro=lambda row: row[1] > 2,
+    hosts=lambda row: ["pyro"] if row[2] else HOSTS,  # NumPyro has no vectors of 0 and 1
+)
+def test_disarm_of_categories(host, logits, size, one_hot):
+    check_categories(host, logits, size, one_hot, DisARM(num_values=size))
+
+
 @pytest.mark.parametrize("size", [3, 5])
 def test_values_that_are_antithetic_in_pairs(host, size):
     """Each has the law of the draw, any two have the correlation by which the weights are divided, which bounds it from below."""
@@ -511,6 +577,7 @@ def test_a_wrong_sign_is_rejected(host):
         lambda: check_integers(host, INTEGERS["Poisson"], WrongDifference()),
         lambda: check_numbers(host, NUMBERS["Laplace"], WrongWeakDerivative()),
         lambda: check_disarm(host, LOGITS["below and above"], WrongDisARM(), "logits"),
+        lambda: check_categories(host, *CATEGORIES["two elements"], WrongDisARM()),
     ):
         with pytest.raises(AssertionError, match="Not equal to tolerance"):
             wrong()
@@ -546,12 +613,7 @@ REFUSED = {
         lambda h, t: h.dist.Gamma(1 + t, 1 + t),
         "no weak derivative of Gamma in its concentration, which is live; .*make the concentration a constant",
     ),
-    "DisARM, Categorical": (
-        DisARM(),
-        lambda h, t: h.dist.Categorical(logits=t + h.array([0.0, 1.0])),
-        "DisARM needs a Bernoulli, expected one of Bernoulli, .*found Categorical",
-    ),
-    "DisARM, Normal": (DisARM(), lambda h, t: h.dist.Normal(t, h.array(1.0)), "DisARM needs a Bernoulli, .*found Normal"),
+    "DisARM, Normal": (DisARM(), lambda h, t: h.dist.Normal(t, h.array(1.0)), "expected a finite support .* but Normal has none"),
 }
 
 

@@ -1,13 +1,14 @@
-"""Antithetic runs for all elements of a Bernoulli."""
+"""Antithetic runs for all elements of a discrete site."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from flowvi.alternatives import Alternatives, Comparison
+from flowvi.estimators.enumerate import masses_over
 from flowvi.estimators.estimator import Draw, Estimator
-from flowvi.family import family_of, names
-from flowvi.ops import Array, Ops
+from flowvi.family import family_of
+from flowvi.ops import Array, Ops, total
 from flowvi.target import Target
 
 
@@ -23,14 +24,19 @@ class DisARM(Estimator):
     With ``num_values`` of n it is ARMS: n values of each element, every two of which have the same correlation rho < 0, with
     :math:`E_i = \tfrac{1}{(n-1)(1-\rho_i)} \sum_m (b^m_i - \bar b_i)\,\phi(b^m)\,\nabla_\theta l_i`, from n - 1 more evaluations.
 
-    **Requirements**: a Bernoulli. Not inside ``scan`` or ``cond``.
+    At any other finite support, such as that of a Categorical, the draw x and its opposite y differ as often as the law of y allows by
+    Metropolis' rule: y is drawn from the values other than x, and accepted with probability (1 - p(x)) / (1 - p(y)), else it is x.
+    :math:`E_i = \tfrac12 (1 - \min(p(x_i), p(y_i)))\,(\phi(y) - \phi(x))\,\nabla_\theta (\log p(y_i) - \log p(x_i))`. n values
+    are such pairs, and E is the mean over every two of the values, where the factor 1 - min(...) is 1 for two of different pairs.
+
+    **Requirements**: a distribution with a finite ``enumerate_support``, whose support does not move. Not inside ``scan`` or ``cond``.
 
     Args:
         num_values: How many values of the site are compared, the draw among them.
 
     Raises:
         TypeError: ``num_values`` is no integer above 1.
-        ValueError: At the first run, naming the site: a distribution that is no Bernoulli.
+        ValueError: At the first run, naming the site: a support that is infinite, or not the same for all elements of a batch.
 
     Example:
         At probabilities of 1/2 all four Bernoullis are turned over. Each has a quarter of the difference 16 - 8 n of the cost, up to
@@ -50,7 +56,8 @@ class DisARM(Estimator):
         [0.0, 2.0, 4.0]
 
     References:
-        Dong, Mnih and Tucker 2020; Yin, Ho, Yan, Qian and Zhou 2020 (U2G). Dimitriev and Zhou 2021 (ARMS).
+        Dong, Mnih and Tucker 2020; Yin, Ho, Yan, Qian and Zhou 2020 (U2G). Dimitriev and Zhou 2021 (ARMS). Dong, Mnih and Tucker 2021
+        (couplings of categories with weights p(x) p(y) / p(x, y)). Liu 1996 (the rule by which y is drawn).
     """
 
     num_values: int = 2
@@ -63,10 +70,10 @@ class DisARM(Estimator):
             raise TypeError(f"DisARM: expected num_values of 2 or more, found {self.num_values!r}.")
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        return self._of_bits(ops, target, x) if family_of(target.p).binary else self._of_values(ops, target, x)
+
+    def _of_bits(self, ops: Ops, target: Target, x: Array) -> Draw:
         p = target.p
-        if not family_of(p).binary:
-            binary = ", ".join(names(lambda family: family.binary))
-            target.refuse(f"DisARM needs a Bernoulli, expected one of {binary}, found {target.family}; use LR() or MeasureValued().")
         probs = ops.stop_gradient(p.probs)
         others = self.num_values - 1
 
@@ -88,3 +95,53 @@ class DisARM(Estimator):
             return Alternatives(values, ops.broadcast_to(weights, values.shape))
 
         return Draw(x, comparison=Comparison(make, x, target.event_ndim, target.batch_ndim, others, others + 1, joint=True))
+
+    def _of_values(self, ops: Ops, target: Target, x: Array) -> Draw:
+        support, n = target.enumerated_support(), self.num_values
+
+        def make(uniforms: Array) -> Alternatives:
+            numbers = uniforms.reshape((n - 1, 2, *x.shape))
+            for _ in range(target.event_ndim):
+                numbers = numbers[..., 0]
+            values = support.reshape((support.shape[0], *(1,) * len(target.batch_shape), *target.event_shape))
+            equal = values == x[None]
+            live = masses_over(ops, target, values)
+            masses = ops.stop_gradient(live)
+            # which value each of the n is, as unit vectors along the first axis
+            each = [equal.all(tuple(range(equal.ndim - target.event_ndim, equal.ndim))) if target.event_ndim else equal]
+            for i, (u, v) in enumerate(numbers):
+                each.append(_chosen(ops, masses, u) if i % 2 else _opposite(ops, masses, each[-1], u, v))
+            probs = [_at(ops, here, masses) for here in each]
+            logs = [ops.log(_at(ops, here, live)) for here in each]
+            weights = []
+            for i in range(1, n):
+                others = [
+                    (1 - ops.where(probs[i] < probs[j], probs[i], probs[j]) if j // 2 == i // 2 else 1) * (logs[i] - logs[j])
+                    for j in range(n)
+                    if j != i
+                ]
+                weights.append(1 + ops.tether(total(others) / (n * (n - 1))))  # the 1 keeps a cost that is not finite
+            shape = (*masses.shape, *(1,) * target.event_ndim)
+            chosen = [ops.where(here.reshape(shape), values, 0 * values).sum(0) for here in each[1:]]
+            return Alternatives(ops.stack(chosen, 0), ops.stack(weights, 0))
+
+        return Draw(x, comparison=Comparison(make, x, target.event_ndim, target.batch_ndim, n - 1, 2 * (n - 1), joint=True))
+
+
+def _chosen(ops: Ops, masses: Array, u: Array) -> Array:
+    """One of the values by their masses, which need not add up to 1, from uniform numbers: unit vectors along the first axis."""
+    up_to = masses.cumsum(0)
+    reached = (up_to > u * up_to[-1]) | (up_to >= up_to[-1])
+    before = ops.concatenate([reached[:1] & ~reached[:1], reached[:-1]], 0)
+    return reached & ~before
+
+
+def _opposite(ops: Ops, masses: Array, here: Array, u: Array, v: Array) -> Array:
+    """A value that has the same law, and is seldom the same."""
+    proposed = _chosen(ops, ops.where(here, 0 * masses, masses), u)
+    accepted = v * (1 - _at(ops, proposed, masses)) < 1 - _at(ops, here, masses)
+    return ops.where(accepted, proposed, here)
+
+
+def _at(ops: Ops, here: Array, masses: Array) -> Array:
+    return ops.where(here, masses, 0 * masses).sum(0)

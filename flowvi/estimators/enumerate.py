@@ -68,7 +68,7 @@ class Enumerate(Estimator):
             here = equal.all(tuple(range(equal.ndim - target.event_ndim, equal.ndim))) if target.event_ndim else equal
             twice = ops.concatenate([here, here], 0)
             others = ops.stack([twice[size - j : 2 * size - j] for j in range(1, size)], 0)  # (size - 1, size, *batch)
-            masses = _masses(ops, target, values)
+            masses = masses_over(ops, target, values)
             weights = ops.where(others, masses[None], 0 * masses[None]).sum(1)
             over_event = others.reshape((*others.shape, *(1,) * target.event_ndim))
             return Alternatives(ops.where(over_event, values[None], 0 * values[None]).sum(1), weights)
@@ -77,7 +77,7 @@ class Enumerate(Estimator):
         return Draw(x, comparison=comparison)
 
 
-def _masses(ops: Ops, target: Target, values: Array) -> Array:
+def masses_over(ops: Ops, target: Target, values: Array) -> Array:
     """The probability of each value, live, with the values on the left."""
     masses = family_of(target.p).masses
     masses_of = ops.exp(target.p.log_prob(values)) if masses is None else masses(ops, target.p, values)
