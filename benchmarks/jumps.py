@@ -1,13 +1,15 @@
 """Training where the cost jumps: the year in which coal mines became safer, and a thermostat.
 
 In the change point, the likelihood jumps at each of 111 years. In the thermostat, each temperature decides whether the heater is on. A
-row holds the ELBO after a number of steps, in nats, as its mean over 5 seeds with the standard error, each from 1000 draws (larger is
-better), and the milliseconds of one step. All take four particles, the same seeds and Adam. In NumPyro, where all seeds run at once;
-about two minutes:
+row holds the ELBO after a number of steps, in nats, as its mean over some seeds with the standard error, each from 1000 draws (larger
+is better), and the milliseconds of one step. All take four particles and Adam. In NumPyro, where all seeds run at once, there are five
+of them; in Pyro, where they run one after the other and each evaluation of the program takes its time, there are two. About fifty
+minutes, of which Pyro's change point with its 223 evaluations takes forty; NumPyro alone takes two:
 
     python benchmarks/jumps.py
     python benchmarks/jumps.py --smoke
-    python benchmarks/jumps.py --only thermostat
+    python benchmarks/jumps.py --only NumPyro
+    python benchmarks/jumps.py --only Pyro thermostat
 """
 
 from __future__ import annotations
@@ -17,17 +19,16 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
+import pyro
 from jax import random
+from programs import HOSTS, NumPyro, Pyro
 from tables import figure, options, table
-from timing import use_one_thread
+from timing import particles, use_one_thread
 
 from flowvi import LR, RP, Flow, fields
 from flowvi.estimators import Estimator
-from flowvi.numpyro import TraceFlow_ELBO
 
 # British coal-mining disasters with ten or more deaths in each of the years from 1851 to 1961 (Jarrett 1979)
 DISASTERS = np.array(
@@ -36,6 +37,7 @@ DISASTERS = np.array(
 YEARS = np.arange(len(DISASTERS))
 THRESHOLD, HOURS = 19.0, 8
 TEMPERATURES = np.array([17.2, 19.4, 17.6, 20.3, 18.1, 16.9, 19.9, 18.6])
+SEEDS: dict[Any, int] = {NumPyro: 5, Pyro: 2}
 
 
 class Study(NamedTuple):
@@ -49,42 +51,44 @@ class Study(NamedTuple):
     rate: float
 
 
-def normal(name: str, loc: float, scale: float) -> jax.Array:
+def normal(h: Any, name: str, loc: float, scale: float) -> Any:
     """A Normal site of the guide."""
-    log_scale = numpyro.param(f"{name}_log_scale", np.log(scale))
-    return numpyro.sample(name, dist.Normal(numpyro.param(f"{name}_loc", loc), jnp.exp(log_scale)))
+    log_scale = h.ppl.param(f"{name}_log_scale", h.array(np.log(scale)))
+    return h.ppl.sample(name, h.dist.Normal(h.ppl.param(f"{name}_loc", h.array(loc)), h.xp.exp(log_scale)))
 
 
-def change_point() -> Study:
+def change_point(h: Any) -> Study:
+    years, disasters = h.array(YEARS), h.array(DISASTERS)
+
     def model():
-        year = numpyro.sample("year", dist.Normal(55.0, 30.0))
-        early, late = (numpyro.sample(name, dist.Normal(0.0, 1.0)) for name in ("early", "late"))
-        rates = jnp.exp(jnp.where(year > YEARS, early, late))
-        numpyro.sample("disasters", dist.Poisson(rates).to_event(1), obs=DISASTERS)
+        year = h.ppl.sample("year", h.dist.Normal(h.array(55.0), 30.0))
+        early, late = (h.ppl.sample(name, h.dist.Normal(h.array(0.0), 1.0)) for name in ("early", "late"))
+        rates = h.xp.exp(h.xp.where(year[..., None] > years, early[..., None], late[..., None]))
+        h.ppl.sample("disasters", h.dist.Poisson(rates).to_event(1), obs=disasters)
 
     def guide():
-        normal("year", 70.0, 10.0)
+        normal(h, "year", 70.0, 10.0)
         for name in ("early", "late"):
-            normal(name, 0.5, 0.2)
+            normal(h, name, 0.5, 0.2)
 
-    return Study(model, guide, ["year"], [float(year) for year in YEARS], lambda x, p: jnp.sin(jnp.pi * x) ** 2, 0.1)
+    return Study(model, guide, ["year"], [float(year) for year in YEARS], lambda x, p: h.xp.sin(np.pi * x) ** 2, 0.1)
 
 
-def thermostat() -> Study:
+def thermostat(h: Any) -> Study:
     names = [f"x{hour}" for hour in range(HOURS)]
 
     def model():
-        expected, noise = 19.0, 2.0
+        expected, noise = h.array(19.0), 2.0
         for hour, name in enumerate(names):
-            x = numpyro.sample(name, dist.Normal(expected, noise))
-            numpyro.sample(f"y{hour}", dist.Normal(x, 1.5), obs=TEMPERATURES[hour])
-            expected, noise = x + jnp.where(x > THRESHOLD, -1.5, 2.0), 0.7
+            x = h.ppl.sample(name, h.dist.Normal(expected, noise))
+            h.ppl.sample(f"y{hour}", h.dist.Normal(x, 1.5), obs=h.array(TEMPERATURES[hour]))
+            expected, noise = x + h.xp.where(x > THRESHOLD, -1.5, 2.0), 0.7
 
     def guide():
         for name in names:
-            normal(name, THRESHOLD, 1.0)
+            normal(h, name, THRESHOLD, 1.0)
 
-    return Study(model, guide, names, [THRESHOLD], lambda x, p: 1 - jnp.exp(-(((x - THRESHOLD) / 0.5) ** 2)), 0.03)
+    return Study(model, guide, names, [THRESHOLD], lambda x, p: 1 - h.xp.exp(-(((x - THRESHOLD) / 0.5) ** 2)), 0.03)
 
 
 def estimators(study: Study) -> dict[str, Estimator]:
@@ -102,26 +106,30 @@ STUDIES = {"change point": change_point, "thermostat": thermostat}
 def main(argv: list[str] | None = None) -> None:
     options_given = options(__file__, __doc__, argv)
     use_one_thread()
-    checkpoints, seeds, draws = ([1, 2], 2, 20) if options_given.smoke else ([100, 300, 1000], 5, 1000)
-    columns = ("program", "estimator", "evaluations", *(f"{n} steps" for n in checkpoints), "ms a step")
-    about = f"The ELBO after so many steps, mean and standard error over {seeds} seeds; larger is better."
+    checkpoints, draws = ([1, 2], 20) if options_given.smoke else ([100, 300, 1000], 1000)
+    columns = ("host", "program", "estimator", "evaluations", *(f"{n} steps" for n in checkpoints), "ms a step")
+    about = "The ELBO after so many steps, mean and standard error over the seeds; larger is better."
     with table("jumps", options_given, columns, about) as row:
-        for name, make in STUDIES.items():
-            study = make()
-            for label, estimator in estimators(study).items():
-                if not options_given.wants(name, label):
-                    continue
-                elbo = TraceFlow_ELBO(4, estimators=dict.fromkeys(study.sites, estimator), default=RP())
-                evaluations = elbo.describe(study.model, study.guide).evaluations
-                bounds, seconds = train(study, elbo, checkpoints, seeds, draws)
-                cells = [f"{figure(b.mean(), '.2f')} ± {figure(b.std(ddof=1) / np.sqrt(seeds), '.2f')}" for b in bounds]
-                row(name, label, evaluations, *cells, f"{1e3 * seconds:.2f}")
+        for h in HOSTS:
+            seeds = 2 if options_given.smoke else SEEDS[h]
+            for name, make in STUDIES.items():
+                study = make(h)
+                for label, estimator in estimators(study).items():
+                    if not options_given.wants(h.name, name, label):
+                        continue
+                    pyro.clear_param_store()
+                    given = {"estimators": dict.fromkeys(study.sites, estimator), "default": RP(), "dependencies": "graph"}
+                    elbo = h.flow.TraceFlow_ELBO(**particles(h, 4), **given)
+                    evaluations = elbo.describe(study.model, study.guide).evaluations
+                    value = h.flow.TraceFlow_ELBO(**particles(h, draws), default=RP())
+                    bounds, seconds = TRAIN[h](study, elbo, value, checkpoints, seeds)
+                    cells = [f"{figure(b.mean(), '.2f')} ± {figure(b.std(ddof=1) / np.sqrt(seeds), '.2f')}" for b in bounds]
+                    row(h.name, name, label, evaluations, *cells, f"{1e3 * seconds:.2f}")
 
 
-def train(study: Study, elbo: TraceFlow_ELBO, checkpoints: list[int], seeds: int, draws: int) -> tuple[list[np.ndarray], float]:
-    """For each checkpoint the ELBO of each seed, and the seconds of one step of one seed."""
+def together(study: Study, elbo: Any, value: Any, checkpoints: list[int], seeds: int) -> tuple[list[np.ndarray], float]:
+    """In NumPyro, for each checkpoint the ELBO of each seed, and the seconds of one step of one seed."""
     svi = numpyro.infer.SVI(study.model, study.guide, numpyro.optim.Adam(study.rate), elbo)
-    value = TraceFlow_ELBO(draws, default=RP())
 
     def advance(state: Any, steps: int) -> Any:
         return jax.lax.fori_loop(0, steps, lambda _, state: svi.update(state)[0], state)
@@ -141,6 +149,24 @@ def train(study: Study, elbo: TraceFlow_ELBO, checkpoints: list[int], seeds: int
         bounds.append(np.array(jax.lax.map(bound, state)))
     return bounds, spent / (checkpoints[-1] * seeds)
 
+
+def in_turn(study: Study, elbo: Any, value: Any, checkpoints: list[int], seeds: int) -> tuple[list[np.ndarray], float]:
+    """As :func:`together`, in Pyro."""
+    bounds, spent = np.empty((len(checkpoints), seeds)), 0.0
+    for seed in range(seeds):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        svi = pyro.infer.SVI(study.model, study.guide, pyro.optim.Adam({"lr": study.rate}), elbo)
+        for i, steps in enumerate(np.diff([0, *checkpoints])):
+            start = perf_counter()
+            for _ in range(steps):
+                svi.step()
+            spent += perf_counter() - start
+            bounds[i, seed] = -value.loss(study.model, study.guide)
+    return list(bounds), spent / (checkpoints[-1] * seeds)
+
+
+TRAIN = {NumPyro: together, Pyro: in_turn}
 
 if __name__ == "__main__":
     main()

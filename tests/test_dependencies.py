@@ -184,15 +184,32 @@ def test_parents_lead_through_parameters(host):
         b = sample("b", dist.Normal(host.array(0.0), host.array(1.0)))
         host.factor("of b", b)
 
-    estimator = LR(q=lambda p: dist.Normal(host.array(0.0), host.array(2.0)))
-    assignment = Assignment({"a": estimator, "b": estimator}, Auto())
-    if host.name == "numpyro":
-        tape = record(run_program(NumPyroProgram(jax.random.key(0), {}, model, guide, (), {}), assignment), "graph")
-    else:
-        program = PyroProgram(model, guide, (), {}, flowvi.pyro.TraceFlow_ELBO(), follows_tensors=True)
-        tape = record(run(program, GuideSites(assignment)), "graph")
+    tape = tape_in(host, model, guide, LR(q=lambda p: dist.Normal(host.array(0.0), host.array(2.0))))
     assert ancestors(tape)["of b"] == {"a", "b"}
     assert {site.name: names(site) for site in tape.sites} == {"a": {"a"}, "b": {"a", "b"}}
+
+
+def tape_in(host, model, guide, estimator):
+    assignment = Assignment({"a": estimator, "b": estimator}, Auto())
+    if host.name == "numpyro":
+        return record(run_program(NumPyroProgram(jax.random.key(0), {}, model, guide, (), {}), assignment), "graph")
+    program = PyroProgram(model, guide, (), {}, flowvi.pyro.TraceFlow_ELBO(), follows_tensors=True)
+    return record(run(program, GuideSites(assignment)), "graph")
+
+
+def test_a_value_of_the_guide_does_not_depend_on_parents_in_the_model(host):
+    def guide():
+        for name in "ab":
+            host.sample(name, host.dist.Normal(host.array(0.1), host.array(1.0)))
+
+    def model():
+        a = host.sample("a", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        b = host.sample("b", host.dist.Normal(a, host.array(1.0)))
+        host.factor("of b", b)
+
+    tape = tape_in(host, model, guide, LR())
+    assert ancestors(tape)["of b"] == {"b"}
+    assert {(term.sign, term.name): names(term) for term in tape.terms if term.name == "b"} == {(1, "b"): {"a", "b"}, (-1, "b"): {"b"}}
 
 
 def test_scan_and_cond_of_the_host():

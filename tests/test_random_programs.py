@@ -287,7 +287,7 @@ def with_noise(case: Case, values: list[list[np.ndarray]], weight: np.ndarray) -
 
     One number is enough for all of them: what they make of it are sums of functions of one such number each.
     """
-    if not any(isinstance(case.estimators[name], Surrogate) for name, site in case.latents.items() if site.family == "Bernoulli"):
+    if not any(isinstance(case.estimators.get(name), Surrogate) for name, site in case.latents.items() if site.family == "Bernoulli"):
         return values, weight, np.full(len(weight), 0.5)
     n = len(UNIFORMS)
     values = [[np.repeat(own, n, 0) for own in of_particle] for of_particle in values]

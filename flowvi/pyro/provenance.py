@@ -84,17 +84,22 @@ def tag(value: Any, names: Names) -> None:
 
 
 class mark_statements(Messenger):
-    """Note at every sample statement the branches taken so far, and tag what the guide draws with the site's name."""
+    """Note at every sample statement the branches taken so far, and tag what is drawn with the site's name.
+
+    The model reads what the guide has drawn, which does not depend on the model's parents.
+    """
 
     def __init__(self, tracker: track_provenance):
         super().__init__()
         self.tracker = tracker
+        self.drawn: set[str] = set()
 
     def _pyro_sample(self, msg):
         msg["branched"] = self.tracker.branched
 
     def _pyro_post_sample(self, msg):
-        if not msg["is_observed"] and not site_is_subsample(msg):
+        if not msg["is_observed"] and not site_is_subsample(msg) and msg["name"] not in self.drawn:
+            self.drawn.add(msg["name"])
             tag(msg["value"], frozenset({msg["name"]}) | provenance(msg["fn"]) | msg["branched"])
 
 
