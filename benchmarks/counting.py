@@ -6,10 +6,10 @@ a glimpse at each place. The discrete sites differ in their estimators, all else
 
     LR + baseline    LR at the discrete sites, with a network of the image as its baseline
     Enumerate        both values of either discrete site (MeasureValued at a Bernoulli is the same)
-    hybrid           Enumerate at the discrete sites, MeasureValued at the places, in random lanes; in NumPyro only
+    hybrid           Enumerate at the discrete sites, MeasureValued at the places, in random lanes
 
 A row holds the share of images whose number of digits is right after so many steps, on images that were not trained on, and the
-milliseconds of a step. Batches of 64, Adam with step size 0.001. About five minutes:
+milliseconds of a step. Batches of 64, Adam with step size 0.001. About twelve minutes:
 
     python benchmarks/counting.py
     python benchmarks/counting.py --smoke
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     about = f"The share of {HELD_OUT} held-out images whose number of digits is right, after so many steps of training."
     with table("counting", options_given, ("Method", "Host", *(f"{n} steps" for n in checkpoints), "ms a step"), about) as row:
         for method in list(METHODS)[1 if options_given.smoke else 0 : 2 if options_given.smoke else None]:
-            for h in HOSTS if method != "hybrid" else HOSTS[:1]:  # the longest in one host
+            for h in HOSTS:
                 if not options_given.wants(h.name, method):
                     continue
                 built = program(h, images, method)
