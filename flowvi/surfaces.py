@@ -67,12 +67,18 @@ class Crossing(NamedTuple):
 class Surface(ABC):
     """A surface that ``jumps`` can name: :class:`HalfSpace` and :class:`LevelSet`."""
 
+    def __repr__(self) -> str:
+        """The arguments that are given, functions by name."""
+        given = ((name, value) for name, value in vars(self).items() if value is not None)
+        arguments = (f"{name}={getattr(value, '__name__', repr(value))}" for name, value in given)
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
     @abstractmethod
     def crossing(self, ops: Ops, target: Target, p: Normals, z: Array) -> Crossing:
         """A point on the surface, made of standard Normals z of the shape of x."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HalfSpace(Surface):
     r"""The plane :math:`a\cdot x = t` in the space of an event: the cost jumps where x crosses it.
 
@@ -126,7 +132,7 @@ class HalfSpace(Surface):
         return Crossing(y, inward, density, a, of_g, 1 + abs(t) + abs(a * y).sum(-1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LevelSet(Surface):
     r"""The surface :math:`g(x, p) = 0` in the space of an event: the cost jumps where x crosses it.
 

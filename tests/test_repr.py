@@ -22,6 +22,7 @@ from flowvi import (
     GumbelSoftmax,
     HalfSpace,
     ImplicitRP,
+    LevelSet,
     MeasureValued,
     fields,
     proposals,
@@ -49,7 +50,7 @@ ESTIMATORS = [
         RP(jumps=[1.0, 2.0]),
     ),
     *(RP(jumps=HalfSpace([1.0, 2.0], 0.5)), ImplicitRP(standardization=velocity), Flow(velocity), AdaptiveFlow(bumps=0, q="learned")),
-    *(Enumerate(lanes="random"), MeasureValued(), DisARM(4), GumbelSoftmax(0.5)),
+    *(Enumerate(lanes="random"), MeasureValued(), DisARM(4), GumbelSoftmax(0.5), RP(jumps=LevelSet(velocity, centre=0.0))),
 ]
 
 
