@@ -17,9 +17,9 @@ from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program
-from flowvi.numpyro.threefry import split
+from flowvi.numpyro.threefry import split, typed_like
 from flowvi.objectives import LeaveOneOut, Particle, described, elbo_of, estimate, particle_baseline, require_options
-from flowvi.particles import Particles, require_particles
+from flowvi.particles import Particles, are_together, require_fixed, require_particles
 from flowvi.run import Run
 from flowvi.sites import Entropy
 from flowvi.tape import Dependencies
@@ -53,6 +53,10 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
             is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
             drawn together is drawn independently; ``describe`` shows it.
+            ``"fixed"`` draws the same numbers at every step (sample average approximation), so that the loss is a function of the
+            parameters, which deterministic optimizers such as L-BFGS can minimize. All sites need RP and a sampler that is smooth in
+            its parameters.
+        seed: That of fixed draws.
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
@@ -77,7 +81,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     References:
         Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015. Roeder, Wu and Duvenaud 2017 (``"stl"``).
-        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes).
+        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes). Kleywegt, Shapiro and Homem-de-Mello 2002 (fixed draws).
     """
 
     can_infer_discrete = True
@@ -95,23 +99,28 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         baseline: LeaveOneOut = "loo",
         dependencies: Dependencies = "graph",
         particles: Particles = "independent",
+        seed: int = 0,
     ):
         super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         require_options(entropy, baseline, dependencies)
-        require_particles(particles, num_particles, vectorize_particles)
+        require_particles(particles, num_particles, vectorize_particles, entropy)
         self.particles: Particles = particles
+        self.seed = seed
         self.entropy: Entropy = entropy
         self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
         self.assignment = Assignment(estimators, default)
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+        if self.particles == "fixed":
+            rng_key = typed_like(random.key(self.seed, impl=random.key_impl(rng_key)), rng_key)
+
         def particle(key, together=None):
             return self._particle(NumPyroProgram(key, param_map, model, guide, args, kwargs, self.multi_sample_guide, together))
 
         if self.num_particles == 1:
             particles, mutable_state = particle(rng_key)
-        elif self.particles == "independent":
+        elif not are_together(self.particles):
             particles, mutable_state = self.vectorize_particles_fn(particle, split(rng_key, self.num_particles))
         else:
             shared, rng_key = split(rng_key)
@@ -125,10 +134,12 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _particle(self, program: NumPyroProgram) -> tuple[Particle, Any]:
         run = self._run(program)
+        if self.particles == "fixed":
+            require_fixed(run)
         return elbo_of(HOST, run, self.dependencies, by_statement=not self.sum_sites), run.mutable_state or None
 
     def _describe(self, model, guide, args, kwargs) -> Description:
-        together = None if self.particles == "independent" else self._together(0, random.key(1))
+        together = self._together(0, random.key(1)) if are_together(self.particles) else None
         program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide, together)
         found = [described(self._run_any(program), self.dependencies)]
         if found[0].evaluations > 1 or any(site.estimator.compares for site in found[0]):

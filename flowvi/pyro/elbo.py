@@ -24,9 +24,9 @@ from flowvi.objectives import (
     stack_particles,
 )
 from flowvi.ops import times
-from flowvi.particles import Particles, require_particles
+from flowvi.particles import Particles, require_fixed, require_particles
 from flowvi.pyro.baselines import annotated_baselines
-from flowvi.pyro.generators import forked_generators
+from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST
 from flowvi.pyro.module import LearningModule
 from flowvi.pyro.run import PyroProgram, programs
@@ -69,6 +69,10 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
             is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
             drawn together is drawn independently; ``describe`` shows it.
+            ``"fixed"`` draws the same numbers at every step (sample average approximation), so that the loss is a function of the
+            parameters, which deterministic optimizers such as L-BFGS can minimize. All sites need RP and a sampler that is smooth in
+            its parameters.
+        seed: That of fixed draws.
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
@@ -94,7 +98,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     References:
         Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015. Roeder, Wu and Duvenaud 2017 (``"stl"``).
-        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes).
+        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes). Kleywegt, Shapiro and Homem-de-Mello 2002 (fixed draws).
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         baseline: LeaveOneOut = "loo",
         dependencies: Dependencies = "plates",
         particles: Particles = "independent",
+        seed: int = 0,
     ):
         super().__init__(
             num_particles,
@@ -128,8 +133,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             tail_adaptive_beta,
         )
         require_options(entropy, baseline, dependencies)
-        require_particles(particles, num_particles, vectorize_particles)
+        require_particles(particles, num_particles, vectorize_particles, entropy)
         self.particles: Particles = particles
+        self.seed = seed
         self.entropy: Entropy = entropy
         self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
@@ -206,10 +212,23 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         """Scalars that add up to the loss. Each can be differentiated separately, so that its graph can be freed."""
+        return (self._fixed_losses if self.particles == "fixed" else self._drawn_losses)(model, guide, args, kwargs)
+
+    def _fixed_losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
+        """The same at the same random numbers, whatever the state of torch's generators."""
+        if not self.assignment.has_read_annotations:  # the first run of an autoguide draws while it makes its parameters
+            self._describe(model, guide, args, kwargs)
+        with forked_generators():
+            seed_generators(self.seed)
+            yield from self._drawn_losses(model, guide, args, kwargs)
+
+    def _drawn_losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         looped = []
         follows = follows_tensors(self.dependencies)
         for program in programs(self, model, guide, args, kwargs, follows_tensors=follows, particles=self.particles):
             run = self._run(program)
+            if self.particles == "fixed":
+                require_fixed(run)
             annotated = annotated_baselines(program.traces[1], run.draws)
             particle = elbo_of(HOST, run, self.dependencies, baselines=annotated)
             if self.vectorize_particles:
