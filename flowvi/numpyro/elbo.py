@@ -14,6 +14,7 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
+from flowvi.learned.coupling import JointKind
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program
@@ -57,6 +58,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             parameters, which deterministic optimizers such as L-BFGS can minimize. All sites need RP and a sampler that is smooth in
             its parameters.
         seed: That of fixed draws.
+        control_variate: One for the whole guide. ``"quadratic"`` and ``"cubic"`` are models of the cost over all Normal and
+            MultivariateNormal sites that have ``RP()``, learned while SVI runs as in ``RP(control_variate=...)``. A site of a plate
+            is coupled with the sites outside of it and with those of its own element. ``describe`` shows which sites it covers.
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
@@ -100,16 +104,21 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         dependencies: Dependencies = "graph",
         particles: Particles = "independent",
         seed: int = 0,
+        control_variate: JointKind | None = None,
     ):
         super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
-        require_options(entropy, baseline, dependencies)
+        require_options(entropy, baseline, dependencies, control_variate, particles)
         require_particles(particles, num_particles, vectorize_particles, entropy)
+        if control_variate is not None and multi_sample_guide:
+            raise ValueError(
+                f"control_variate: expected None with multi_sample_guide=True, found {control_variate!r}; use num_particles instead."
+            )
         self.particles: Particles = particles
         self.seed = seed
         self.entropy: Entropy = entropy
         self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
-        self.assignment = Assignment(estimators, default)
+        self.assignment = Assignment(estimators, default, control_variate)
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         if self.particles == "fixed":

@@ -67,8 +67,8 @@ class CompiledLoss:
     def __init__(self, elbo: TraceFlow_ELBO | TraceFlow_RenyiELBO, model: Any, guide: Any, backend: Backend, gradient: bool = True):
         if isinstance(elbo, TraceFlow_ELBO) and elbo.particles == "fixed":
             raise ValueError(
-                "particles='fixed': expected an objective that runs at every step, found one that is compiled, which draws anew at each "
-                "step; use TraceFlow_ELBO with pyro.infer.SVI or elbo.differentiable_loss."
+                "particles='fixed': expected an objective that is not compiled, since a compiled step draws anew; "
+                "use TraceFlow_ELBO with pyro.infer.SVI or elbo.differentiable_loss."
             )
         self.elbo, self.model, self.guide, self.backend, self.gradient = elbo, model, guide, backend, gradient
         self._names: dict[Any, tuple[str, ...]] = {}

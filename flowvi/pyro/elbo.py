@@ -13,6 +13,7 @@ import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Describes, Estimators
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
+from flowvi.learned.coupling import JointKind
 from flowvi.objectives import (
     LeaveOneOut,
     Particle,
@@ -73,6 +74,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             parameters, which deterministic optimizers such as L-BFGS can minimize. All sites need RP and a sampler that is smooth in
             its parameters.
         seed: That of fixed draws.
+        control_variate: One for the whole guide. ``"quadratic"`` and ``"cubic"`` are models of the cost over all Normal and
+            MultivariateNormal sites that have ``RP()``, learned while SVI runs as in ``RP(control_variate=...)``. A site of a plate
+            is coupled with the sites outside of it and with those of its own element. ``describe`` shows which sites it covers.
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
@@ -120,6 +124,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         dependencies: Dependencies = "plates",
         particles: Particles = "independent",
         seed: int = 0,
+        control_variate: JointKind | None = None,
     ):
         super().__init__(
             num_particles,
@@ -132,14 +137,14 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             retain_graph,
             tail_adaptive_beta,
         )
-        require_options(entropy, baseline, dependencies)
+        require_options(entropy, baseline, dependencies, control_variate, particles)
         require_particles(particles, num_particles, vectorize_particles, entropy)
         self.particles: Particles = particles
         self.seed = seed
         self.entropy: Entropy = entropy
         self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
-        self.assignment = Assignment(estimators, default)
+        self.assignment = Assignment(estimators, default, control_variate)
 
     def __call__(self, model, guide) -> LearningModule:
         """Model, guide and loss as one torch module, whose parameters include what the estimators learn.

@@ -113,6 +113,13 @@ class PyroProgram:
         assert self._graph is not None
         return self._graph
 
+    def ancestors(self, sites: GuideSites) -> Mapping[str, frozenset[str]]:
+        with forked_generators():
+            followed = replace(self)
+            followed._followed(sites)
+        assert followed._graph is not None
+        return followed._graph.draws
+
     def _begin(self, assignment: Assignment) -> None:
         """Let a second run draw what the first one drew, unless Pyro has to find ``max_plate_nesting`` first, which draws too."""
         if self.start:
