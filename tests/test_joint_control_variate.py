@@ -168,7 +168,7 @@ def spread(kind, learned, slope):
     return {name: np.std([sample[name] for sample in samples], 0) for name in START}
 
 
-def z_of_mean(host, kind, learned, n=40_000, particles="independent"):
+def z_of_mean(host, kind, learned, n=15_000, particles="independent"):
     options = {"num_particles": n, "vectorize_particles": True, "particles": particles, "control_variate": kind}
     found = gradients(host, START | learned, no_cost, PARENT, **options)
     sd = spread(kind, coefficients(kind, PARENT), PARENT)

@@ -77,6 +77,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         control_variate: One for the whole guide. ``"quadratic"`` and ``"cubic"`` are models of the cost over all Normal and
             MultivariateNormal sites that have ``RP()``, learned while SVI runs as in ``RP(control_variate=...)``. A site of a plate
             is coupled with the sites outside of it and with those of its own element. ``describe`` shows which sites it covers.
+            The first run shows which site was computed from which, and is therefore not coupled with it. Its coefficients are parameters of the program.
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
@@ -102,7 +103,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     References:
         Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015. Roeder, Wu and Duvenaud 2017 (``"stl"``).
-        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes). Kleywegt, Shapiro and Homem-de-Mello 2002 (fixed draws).
+        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes). Kleywegt, Shapiro and Homem-de-Mello 2002 (fixed draws). Geffner
+        and Domke 2020 (quadratic control variates).
     """
 
     def __init__(
