@@ -145,6 +145,35 @@ def logistic_regression(h, normal) -> Program:
     return Program(model, guide)
 
 
+def hierarchical_regression(h, normal, groups: int = 20, cases: int = 15) -> Program:
+    """Groups with an intercept and a slope each, non-centred, below their means and scales; generated."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(cases, groups))
+    mean, spread = np.array([[1.0], [-0.5]]), np.array([[0.8], [0.4]])
+    intercept, slope = mean + spread * rng.normal(size=(2, groups))
+    features, observed = h.array(x), h.array(intercept + slope * x + 0.7 * rng.normal(size=x.shape))
+
+    def model():
+        intercept, slope = (h.ppl.sample(name, h.dist.Normal(0.0, 2.0)) for name in ("intercept", "slope"))
+        spread = [h.xp.exp(h.ppl.sample(name, h.dist.Normal(-1.0, 1.0))) for name in ("log_of_intercept", "log_of_slope")]
+        log_noise = h.ppl.sample("log_noise", h.dist.Normal(0.0, 1.0))
+        with h.ppl.plate("groups", groups, dim=-1):
+            u, v = (h.ppl.sample(name, h.dist.Normal(0.0, 1.0)) for name in ("u", "v"))
+            with h.ppl.plate("cases", cases, dim=-2):
+                loc = intercept + spread[0] * u + (slope + spread[1] * v) * features
+                h.ppl.sample("y", h.dist.Normal(loc, h.xp.exp(log_noise)), obs=observed)
+
+    def guide():
+        for name in ("intercept", "slope", "log_of_intercept", "log_of_slope", "log_noise"):
+            h.ppl.sample(name, mean_field(h, normal, name))
+        local = [mean_field(h, normal, name, groups, scale=0.5) for name in ("u", "v")]
+        with h.ppl.plate("groups", groups, dim=-1):
+            for name, fn in zip(("u", "v"), local, strict=True):
+                h.ppl.sample(name, fn)
+
+    return Program(model, guide)
+
+
 IMAGES = (load_digits().data > 7.5).astype(float)  # 1,797 images of 8 x 8 pixels, binarised at half of their range
 PIXELS, HIDDEN, BATCH = IMAGES.shape[1], 100, 64
 LATENTS = {"Bernoulli": 20, "Gaussian": 10}

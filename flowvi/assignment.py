@@ -9,6 +9,7 @@ from flowvi.baselines import Baseline
 from flowvi.closures import closed_over, identity
 from flowvi.estimators import Enumerate, Estimator
 from flowvi.fields.field import name_of
+from flowvi.learned.coupling import CoupledRP, Couplings, JointKind
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
 
@@ -66,9 +67,11 @@ class Assignment:
         compares: Whether some site has compared the cost at several values, so that the program ran several times; None before
             the first run.
         marginalises: Whether an earlier run has shown a site of the model that the host is to sum out.
+        control_variate: The kind of the control variate for the whole guide; None for none.
+        couplings: Which sites that covers, as an earlier run has shown, and what each of them sees.
     """
 
-    def __init__(self, estimators: Estimators, default: Estimator):
+    def __init__(self, estimators: Estimators, default: Estimator, control_variate: JointKind | None = None):
         if isinstance(estimators, Mapping):
             for name, estimator in estimators.items():
                 require_estimator(estimator, f"estimators[{name!r}]")
@@ -83,6 +86,8 @@ class Assignment:
         self.seen: set[str] = set()
         self.compares: bool | None = None
         self.marginalises = False
+        self.control_variate: JointKind | None = control_variate
+        self.couplings: Couplings | None = None
 
     def choose(self, site: Any, alias: str, wrapped: Estimator | None) -> Choice:
         """The estimator of a random site of the guide.
@@ -110,6 +115,12 @@ class Assignment:
         if alias in self.annotations:
             return Choice(_require_upstream_inputs(self.annotations[alias], name), "model")
         return Choice(self.default, "default")
+
+    def coupled(self, name: str, estimator: Estimator) -> Estimator:
+        """The estimator of a site with its part of the control variate for the whole guide."""
+        if self.couplings is None or name not in self.couplings.of:
+            return estimator
+        return CoupledRP(kind=self.couplings.kind, coupling=self.couplings.of[name])
 
     def remember(self, annotations: dict[str, Estimator]) -> bool:
         """Store the annotations of a run of the model; True if they have changed, so that guide and model have to run again."""
@@ -199,6 +210,7 @@ class SiteDescription(NamedTuple):
         plates: Its plates.
         closed_form: Whether its divergence has a closed form; None where the objective asks for none.
         together: Whether particles are drawn together there.
+        covered: Whether the control variate for the whole guide covers it; None where the objective has none.
     """
 
     name: str
@@ -209,6 +221,7 @@ class SiteDescription(NamedTuple):
     plates: tuple[str, ...]
     closed_form: bool | None = None
     together: bool = False
+    covered: bool | None = None
 
 
 class Description(tuple[SiteDescription, ...]):
@@ -250,6 +263,9 @@ class Description(tuple[SiteDescription, ...]):
             lines.append(f"{self.evaluations} evaluations of the program per particle")
         if self.marginalised:
             lines.append(summed_out(self.marginalised))
+        if any(d.covered is not None for d in self):
+            covered, others = (", ".join(d.name for d in self if d.covered is is_covered) for is_covered in (True, False))
+            lines.append(f"control variate over: {covered or 'none'}; without: {others or 'none'}")
         if self.together:
             apart = [d.name for d in self if not d.together]
             lines.append(f"particles drawn together: {', '.join(self.together)}; independently: {', '.join(apart) or 'none'}")
@@ -281,7 +297,8 @@ class Describes:
         """Each random site: its estimator, where that was given, its distribution's parameters, its plates.
 
         Below them, where there are any: the evaluations of the program, the sites that the host sums out, the sites at which particles
-        are drawn together, and under ``entropy="analytic"`` those at which the divergence has a closed form.
+        are drawn together, those that a control variate for the whole guide covers, and under ``entropy="analytic"`` those at which the
+        divergence has a closed form.
 
         Runs guide and model once, in NumPyro at their initial parameters; in Pyro the state of torch's generators is put back.
 

@@ -5,27 +5,43 @@ long as each alone has the law that it would have. Every mean over particles the
 
 Scores stay independent: a site with a score is drawn by itself in each particle. Given all jointly drawn numbers, its score has mean 0
 whatever the other particles draw, so that the leave-one-out baseline, a function of these, multiplies it without bias.
+
+Fixed particles are the same at every step. The loss is then a function of the parameters, whose derivative is the estimate where every
+sample is a smooth function of them at fixed random numbers.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from flowvi.ops import Array, Ops
+from flowvi.run import Run
+from flowvi.sites import Entropy
 from flowvi.target import Target
 
-Particles = Literal["independent", "stratified", "antithetic"]
+Particles = Literal["independent", "stratified", "antithetic", "fixed"]
 BY_INVERSE_CDF = frozenset(
     {"Normal", "LogNormal", "Laplace", "Logistic", "Cauchy", "Gumbel", "HalfNormal", "HalfCauchy", "Exponential", "Uniform", "Pareto"}
 )
 BY_NORMAL_BASE = frozenset({"MultivariateNormal"})
+SMOOTH = BY_INVERSE_CDF | BY_NORMAL_BASE | {"LowRankMultivariateNormal", "Weibull"}  # whose samplers accept the first number
 
 
-def require_particles(particles: Particles, num_particles: int, vectorized: Any) -> None:
+def are_together(particles: Particles) -> bool:
+    """Whether the particles of a step depend on each other."""
+    return particles in ("stratified", "antithetic")
+
+
+def require_particles(particles: Particles, num_particles: int, vectorized: Any, entropy: Entropy) -> None:
     """Refuse particles that cannot be drawn in this way."""
-    if particles not in ("independent", "stratified", "antithetic"):
-        raise ValueError(f"particles: expected 'independent', 'stratified' or 'antithetic', found {particles!r}.")
-    if particles == "independent":
+    if particles not in ("independent", "stratified", "antithetic", "fixed"):
+        raise ValueError(f"particles: expected 'independent', 'stratified', 'antithetic' or 'fixed', found {particles!r}.")
+    if particles == "fixed" and entropy == "stl":
+        raise ValueError(
+            "particles='fixed': expected entropy='full' or 'analytic', found 'stl', under which the gradient is not that of the loss "
+            "at fixed draws."
+        )
+    if not are_together(particles):
         return
     if vectorized is not True:
         raise ValueError(
@@ -46,3 +62,24 @@ def at_uniforms(ops: Ops, target: Target, u: Array) -> Array:
     if target.family in BY_INVERSE_CDF:
         return target.p.icdf(u)
     return target.p.loc + (target.p.scale_tril @ ops.ndtri(u)[..., None])[..., 0]
+
+
+def require_fixed(run: Run) -> None:
+    """Refuse fixed draws where the gradient is not that of the loss at these draws, or where only one mini-batch would be seen."""
+    if run.subsampled:
+        raise ValueError(
+            f"plate '{next(iter(run.subsampled))}': expected a plate that is not subsampled under particles='fixed', which would draw "
+            "the same mini-batch at every step; sum over the whole plate, or pass the data of a batch as arguments."
+        )
+    for name, site in run.sites.random.items():
+        if name in run.draws or not site.estimator.uses_sampler:
+            _refuse_fixed(name, f"the gradient of {site.estimator} is right on average only; use RP() here")
+        if site.distribution not in SMOOTH:
+            known = ", ".join(sorted(SMOOTH))
+            _refuse_fixed(name, f"the sampler of {site.distribution} may jump as a parameter moves; use one of {known}")
+    for name in run.draws:
+        _refuse_fixed(name, "a score is right on average only")
+
+
+def _refuse_fixed(name: str, message: str) -> NoReturn:
+    raise ValueError(f"site '{name}': particles='fixed' needs the derivative of the loss at fixed draws, but {message}, or draw anew.")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from flowvi.assignment import Assignment, MissingAnnotationError
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Draw, Estimator
+from flowvi.learned.coupling import couple
 from flowvi.ops import Array
 from flowvi.refusals import refusal
 from flowvi.sites import GuideSites
@@ -134,6 +135,10 @@ class Program(Protocol):
         """The sites of the guide from which each statement of a ``run`` was computed; only ``scored`` ones matter."""
         ...
 
+    def ancestors(self, sites: GuideSites) -> Mapping[str, frozenset[str]]:
+        """For each draw of the guide, those from which it was computed, itself among them; ``sites`` are for another run."""
+        ...
+
 
 @dataclass(frozen=True)
 class Run:
@@ -208,12 +213,27 @@ def run(program: Program, sites: GuideSites) -> Run:
         require_summable(result.model, names)
         assignment.marginalises = True
         result = program.run(sites.fresh())
+    if couple_sites(program, result.sites):
+        result = program.run(sites.fresh())
     observed = {name for name, statement in result.model.items() if statement.observed}
     assignment.verify(result.sites.aliases, result.sites.fixed, observed)
     if assignment.marginalises:
         names = sites_to_sum_out(result.guide, result.model)
         require_summable(result.model, [name for name in names if name not in result.marginalised])
     return result
+
+
+def couple_sites(program: Program, sites: GuideSites) -> bool:
+    """Choose the sites of a control variate for the whole guide, from those of a run; True if others than before.
+
+    Which draws a site was computed from is found whenever a site, its shape or its plates are new.
+    """
+    assignment = sites.assignment
+    if assignment.control_variate is None or (assignment.couplings and assignment.couplings.blocks == sites.blocks):
+        return False
+    assignment.couplings = None
+    assignment.couplings = couple(sites.blocks, program.ancestors(sites.fresh()), assignment.control_variate)
+    return True
 
 
 def sites_to_sum_out(guide: Container[str], model: Mapping[str, Statement]) -> list[str]:

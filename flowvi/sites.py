@@ -17,6 +17,7 @@ from flowvi.assignment import (
 )
 from flowvi.estimators import RP, Draw, Estimator
 from flowvi.host import Host
+from flowvi.learned.coupling import Block, block_of
 from flowvi.ops import Array
 from flowvi.target import Target
 
@@ -55,6 +56,7 @@ class GuideSites:
         bases: The base samples of sites at given values, where the host cannot find them from the values.
         log_probs: Unscaled log densities that the estimators have computed, so that the host need not.
         together: The sites at which the particles are drawn together.
+        blocks: The sites that a control variate for the whole guide can cover.
     """
 
     def __init__(self, assignment: Assignment, entropy: Entropy = "full"):
@@ -69,6 +71,7 @@ class GuideSites:
         self.bases: dict[str, Array] = {}
         self.log_probs: dict[str, Array] = {}
         self.together: list[str] = []
+        self.blocks: dict[str, Block] = {}
 
     def fresh(self) -> GuideSites:
         """The same choices, for another run."""
@@ -108,6 +111,8 @@ class GuideSites:
             estimator = choice.estimator.resolve(target)
             if target.transforms and not estimator.enters:
                 target = target_of(msg, False)
+            if self.assignment.control_variate is not None:
+                estimator = self._coupled(msg, target, estimator)
             drawn = draw(msg, Visit(target, estimator, choice, wrapped))
         except ValueError as refusal:
             if choice.source == "default" and not self.assignment.has_read_annotations:
@@ -120,17 +125,32 @@ class GuideSites:
             self.draws[name] = drawn
         plates = tuple([frame.name for frame in msg["cond_indep_stack"]])  # a generator takes a call for each
         self.random[name] = SiteDescription(
-            name, estimator, choice.source, target.family, target.parameters, plates, together=name in self.together
+            name,
+            estimator,
+            choice.source,
+            target.family,
+            target.parameters,
+            plates,
+            together=name in self.together,
+            covered=None if self.assignment.control_variate is None else name in self.blocks,
         )
         self.aliases[name] = alias
         return None
+
+    def _coupled(self, msg: Any, target: Target, estimator: Estimator) -> Estimator:
+        """The estimator with its part of the control variate for the whole guide."""
+        given = msg["value"] is not None or msg.get("_control_flow_done")
+        if given or (block := block_of(estimator, target, msg["cond_indep_stack"])) is None:
+            return estimator
+        self.blocks[msg["name"]] = block
+        return self.assignment.coupled(msg["name"], estimator)
 
     def settle(self, msg: Any) -> None:
         """Note that a later run need not decide anything at a random site, if its estimator is plain ``RP`` by default."""
         name, assignment = msg["name"], self.assignment
         description = self.random[name]
         by_default = description.source == "default" and not callable(assignment.estimators)
-        if by_default and description.estimator == RP() and name not in self.draws:
+        if by_default and description.estimator == RP() and name not in self.draws and name not in self.blocks:
             families = tuple(type(fn) for fn in _inside(msg["fn"]))
             assignment.settled[name] = Settled(families, self.aliases[name], description)
 

@@ -113,7 +113,9 @@ def _terms(sign: Literal[1, -1], statements: dict[str, Statement], ancestors: An
 
 def control_terms(draws: Mapping[str, Draw]) -> list[Term]:
     """The draws' control variates as costs. Their means are 0 whatever happened before: no score or weight multiplies them."""
-    return [Term(name, frozenset(), 1, draw.control, frozenset()) for name, draw in draws.items() if draw.control is not None]
+    controls = [(name, draw.control) for name, draw in draws.items() if draw.control is not None]
+    controls += [(name, draw.joint_control(draws)) for name, draw in draws.items() if draw.joint_control is not None]
+    return [Term(name, frozenset(), 1, control, frozenset()) for name, control in controls]
 
 
 def record(run: Run, dependencies: Dependencies) -> Tape:

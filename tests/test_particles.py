@@ -249,7 +249,7 @@ def test_describe_says_which(host):
 @pytest.mark.parametrize(
     ("number", "options", "message"),
     [
-        (4, {"particles": "lattice"}, "expected 'independent', 'stratified' or 'antithetic', found 'lattice'"),
+        (4, {"particles": "lattice"}, "expected 'independent', 'stratified', 'antithetic' or 'fixed', found 'lattice'"),
         (1, {"particles": "stratified"}, "expected at least 2 as num_particles, found 1"),
         (3, {"particles": "antithetic"}, "expected an even num_particles, found 3"),
         (4, {"particles": "stratified", "vectorize_particles": False}, "expected vectorize_particles=True"),

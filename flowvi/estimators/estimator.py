@@ -6,7 +6,7 @@ An estimator never draws: the host does. :func:`attach` returns the same number 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ class Draw(NamedTuple):
         comparison: How the cost is compared at several values of the site; None where it is not.
         instead: Makes a comparison that an objective may use instead of the score; None where there is none.
         control: Batch shape of the site, value 0 and a tangent of mean 0, which the objective adds to its costs; None where absent.
+        base: The standard Normals behind the value, with its coordinates in one dim, for the control variates of other sites.
+        joint_control: Makes, from all draws of the run, the part of the control variate that depends on the noise of other sites.
     """
 
     value: Array
@@ -40,6 +42,8 @@ class Draw(NamedTuple):
     control: Array | None = None
     comparison: Comparison | None = None
     instead: Callable[[], Comparison | None] | None = None
+    base: Array | None = None
+    joint_control: Callable[[Mapping[str, Draw]], Array] | None = None
 
 
 class Estimator(ABC):

@@ -99,5 +99,5 @@ class RP(Estimator):
         model = None if self.control_variate is None else CostModel(ops, target, self.control_variate, self.shared)
         if model is None or target.learned is None:  # without learned values its coefficients are 0
             return ImplicitRP(target.standardization(ops)).attach(ops, target, x)
-        value, control = model.attach(x)
+        value, control, _ = model.attach(x)
         return Draw(target.push(value), control=control)

@@ -34,41 +34,47 @@ class CostModel:
         target: A Normal, whose coordinates are those of the site's event, or a MultivariateNormal.
         kind: ``"diagonal"``: B is diagonal; ``"quadratic"``: it is full; ``"cubic"``: there are W and up to four directions v too.
         shared: Whether the elements of the site's plates have the same coefficients.
+        num_heard: How many numbers an element sees that are independent of its parameters and of z: functions y of the noise of other
+            sites, of mean 0. Then h has a term C y, which adds nothing to the mean; C is learned like B.
     """
 
-    def __init__(self, ops: Ops, target: Target, kind: Kind, shared: bool):
+    def __init__(self, ops: Ops, target: Target, kind: Kind, shared: bool, num_heard: int = 0):
         if target.family not in ("Normal", "MultivariateNormal"):
             target.refuse(
                 "RP's control variate needs a distribution under which the mean of a polynomial cost is known, expected Normal or "
                 f"MultivariateNormal, found {target.family}; use RP() without it."
             )
-        self.ops, self.target, self.diagonal, self.shared = ops, target, kind == "diagonal", shared
+        self.ops, self.target, self.diagonal, self.shared, self.num_heard = ops, target, kind == "diagonal", shared, num_heard
         self.full_rank = target.family == "MultivariateNormal"
         batch_ndim = len(target.batch_shape) if self.full_rank else target.batch_ndim
         self.shape = (*target.shape[:batch_ndim], math.prod(target.shape[batch_ndim:]))
         self.directions = min(DIRECTIONS, self.shape[-1]) if kind == "cubic" else 0
 
     def learns(self) -> dict[str, Learned]:
-        """The coefficients, a row for each coordinate: b, B, W and v. Initially 0, except for the directions: cosine waves."""
+        """The coefficients, a row for each coordinate: b, B, W, v and C. Initially 0, except for the directions v: cosine waves."""
         ops, target, size = self.ops, self.target, self.shape[-1]
         zeros = 2 if self.diagonal else 1 + size + self.directions
-        own = (size, zeros + self.directions)
+        own = (size, zeros + self.directions + self.num_heard)
         of_event = target.extra_shape if self.full_rank else ()
 
         def initial() -> Array:
             batch = (*(() if self.shared else target.site_shape), *of_event)
             zero = ops.stop_gradient(1.0 * ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
             coefficients = ops.broadcast_to(zero, (*batch, size, zeros))
+            of_heard = [ops.broadcast_to(zero, (*batch, size, self.num_heard))] if self.num_heard else []
             if not self.directions:
-                return coefficients
+                return ops.concatenate([coefficients, *of_heard], -1)
             waves = [[math.cos(math.pi * r * (i + 0.5) / size) for r in range(self.directions)] for i in range(size)]
             unit = ops.broadcast_to(ops.asarray(waves, zero) * (2 / size) ** 0.5, (*batch, size, self.directions))
-            return ops.concatenate([coefficients, unit], -1)
+            return ops.concatenate([coefficients, unit, *of_heard], -1)
 
         return {"control_variate": Learned(initial, (*of_event, *own))}
 
-    def attach(self, x: Array) -> tuple[Array, Array]:
-        """The value, with the derivative of the host's sampler, and the control variate over the batch shape of the site."""
+    def attach(self, x: Array) -> tuple[Array, Array, Array]:
+        """The value, with the derivative of the host's sampler, the control variate over the batch shape of the site, and zeros.
+
+        The zeros have ``num_heard`` columns. Their product with what the elements see is the rest of the control variate.
+        """
         ops, target = self.ops, self.target
         assert target.learned is not None
         *batch, size = self.shape
@@ -77,11 +83,19 @@ class CostModel:
         inputs = self._flat(target.p.loc, x), factor, self._in_shape(coefficients, (*batch, *coefficients.shape[-2:]))
         value = _reshaped(x, self.shape)
         fixed = (value,) if self._own_weight is not None else (value, self._flat(target.own_density_at(ops, x), x))
+        zero = 0 * value[..., 0]
+        heard = [ops.broadcast_to(zero[..., None], (*batch, self.num_heard))] if self.num_heard else []
         try:
-            value, control = ops.with_pullback((value, 0 * value[..., 0]), inputs, fixed, self._pullback)
+            value, control, *heard = ops.with_pullback((value, zero, *heard), inputs, fixed, self._pullback)
         except TypeError as error:
             target.refuse_forward_mode(error)
-        return _reshaped(value, x.shape), target.to_batch(control) if self.full_rank else control
+        return _reshaped(value, x.shape), target.to_batch(control) if self.full_rank else control, heard[0] if heard else control
+
+    def base(self, x: Array) -> Array:
+        """The noise behind a sample, with its coordinates in one dim: independent standard Normals, without derivatives."""
+        ops, p = self.ops, self.target.p0
+        offset = _reshaped(x - p.loc, self.shape)
+        return ops.stop_gradient(ops.solve_lower(p.scale_tril, offset) if self.full_rank else offset / self._flat(p.scale, x))
 
     @property
     def _own_weight(self) -> float | None:
@@ -97,47 +111,65 @@ class CostModel:
             g_loc = s v - c h,    g_M = (s v - c (b + h)) eps^T + c B M,
 
         and g is that with the gradient of the site's own log density. k = -2 c g is then the derivative of the sum of g^2 in what c
-        multiplies: in b + h it is k_M eps, in h alone there is also k_loc, in B M it is -k_M.
+        multiplies: in b + h it is k_M eps, in h alone there is also k_loc, in B M it is -k_M. The cotangent of the zeros is c y.
         """
-        (through, unit), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
+        (through, unit, *heard), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
         unit = unit[..., None]
         own = times(unit, self._own_weight) if self._own_weight is not None else unit * own_density[0]
-        return (self._of_full_rank if self.full_rank else self._of_mean_field)(through, unit, own, loc, factor, coefficients, x)
+        return (self._of_full_rank if self.full_rank else self._of_mean_field)(through, unit, own, loc, factor, coefficients, x, *heard)
 
     def _of_mean_field(
-        self, through: Array, unit: Array, own: Array, loc: Array, s: Array, coefficients: Array, x: Array
+        self, through: Array, unit: Array, own: Array, loc: Array, s: Array, coefficients: Array, x: Array, heard: Array | None = None
     ) -> tuple[Array, ...]:
         z = (x - loc) / s
         model = self._model(coefficients, z, None)
-        of_loc = s * through - unit * model.bend
+        of_loc = self._less_heard(s * through - unit * model.bend, model, heard)
         of_m = (of_loc - unit * model.b) * z + unit * (model.curvature if self.diagonal else self.ops.diagonal(model.curvature))
-        twice, score = unit + unit, own * z
-        k_loc = twice * (score - of_loc)
-        k_m = twice * (score * z - of_m - own)
-        of_slope = k_m * z
-        return of_loc / s, of_m / s, self._of_coefficients(model, of_slope, k_loc + of_slope, z, k_m)
+        score = own * z
+        g_m = score * z - of_m - own
+        of_slope = g_m * z
+        of_bend = score - of_loc + of_slope
+        return of_loc / s, of_m / s, self._of_coefficients(model, unit + unit, of_slope, of_bend, z, g_m, heard)
 
     def _of_full_rank(
-        self, through: Array, unit: Array, own: Array, loc: Array, factor: Array, coefficients: Array, x: Array
+        self,
+        through: Array,
+        unit: Array,
+        own: Array,
+        loc: Array,
+        factor: Array,
+        coefficients: Array,
+        x: Array,
+        heard: Array | None = None,
     ) -> tuple[Array, ...]:
         ops = self.ops
         s = (factor**2).sum(-1) ** 0.5
         eps, z, m = ops.solve_lower(factor, x - loc), (x - loc) / s, factor / s[..., None]
         model = self._model(coefficients, z, m)
-        of_loc = s * through - unit * model.bend
+        of_loc = self._less_heard(s * through - unit * model.bend, model, heard)
         bend_m = model.curvature[..., None] * m if self.diagonal else model.curvature @ m
         of_m = (of_loc - unit * model.b)[..., None] * eps[..., None, :] + unit[..., None] * bend_m
-        twice, score = unit + unit, own * ops.solve_upper(m.swapaxes(-2, -1), eps)
+        score = own * ops.solve_upper(m.swapaxes(-2, -1), eps)
         on_diagonal = ops.where(ops.eye(m.shape[-1], m), m, 1 + 0 * m)
         inverse = ops.where(ops.eye(m.shape[-1], m), 1 / on_diagonal, 0 * m)
-        k_loc = twice * (score - of_loc)
-        k_m = twice[..., None] * ops.tril(score[..., None] * eps[..., None, :] - of_m - own[..., None] * inverse)
-        of_slope = (k_m * eps[..., None, :]).sum(-1)
-        of_curvature = (k_m * m).sum(-1) if self.diagonal else k_m @ m.swapaxes(-2, -1)
-        return of_loc / s, of_m / s[..., None], self._of_coefficients(model, of_slope, k_loc + of_slope, z, of_curvature)
+        g_m = ops.tril(score[..., None] * eps[..., None, :] - of_m - own[..., None] * inverse)
+        of_slope = (g_m * eps[..., None, :]).sum(-1)
+        of_bend = score - of_loc + of_slope
+        of_curvature = (g_m * m).sum(-1) if self.diagonal else g_m @ m.swapaxes(-2, -1)
+        return of_loc / s, of_m / s[..., None], self._of_coefficients(model, unit + unit, of_slope, of_bend, z, of_curvature, heard)
+
+    def _less_heard(self, of_loc: Array, model: _Model, heard: Array | None) -> Array:
+        return of_loc if heard is None else of_loc - _product(model.heard, heard)
 
     def _model(self, coefficients: Array, z: Array, m: Array | None) -> _Model:
         """The model at z, whose covariance is M M^T, or the unit matrix."""
+        if self.num_heard:
+            model = self._of_own(coefficients[..., : -self.num_heard], z, m)
+            return model._replace(heard=coefficients[..., -self.num_heard :])
+        return self._of_own(coefficients, z, m)
+
+    def _of_own(self, coefficients: Array, z: Array, m: Array | None) -> _Model:
+        """The model without C y."""
         b, rest = coefficients[..., 0], coefficients[..., 1:]
         if self.diagonal:
             return _Model(b, rest[..., 0], rest[..., 0] * z)
@@ -150,18 +182,24 @@ class CostModel:
         bend = _product(slope, self.ops.concatenate([z, squares], -1))
         return _Model(b, slope[..., : -self.directions], bend, _Cubic(slope[..., -self.directions :], squares, excess))
 
-    def _of_coefficients(self, model: _Model, of_b: Array, of_bend: Array, z: Array, of_curvature: Array) -> Array:
-        """The derivative in all coefficients from those in b and in h, and minus that in B (or its diagonal) alone."""
+    def _of_coefficients(
+        self, model: _Model, twice: Array, of_b: Array, of_bend: Array, z: Array, of_curvature: Array, heard: Array | None
+    ) -> Array:
+        """The derivative in all coefficients from those in b and in h, and minus that in B (or its diagonal) alone.
+
+        All three are to be multiplied by 2 c, ``twice``; where the model multiplies c y, by 2.
+        """
         ops = self.ops
+        of_heard = [] if heard is None else [_outer(of_bend + of_bend, heard)]  # which has the factor c
+        of_b, of_bend = twice * of_b, twice * of_bend
         if self.diagonal:
-            return ops.stack([of_b, of_bend * z - of_curvature], -1)
-        if not self.full_rank:
-            of_curvature = ops.diagonal_matrix(of_curvature)
+            return ops.stack([of_b, of_bend * z - twice * of_curvature], -1)
+        of_curvature = twice[..., None] * of_curvature if self.full_rank else ops.diagonal_matrix(twice * of_curvature)
         parts = [of_b[..., None], _outer(of_bend, z) - of_curvature]
         if (cubic := model.cubic) is not None:
             of_squares = _product_from_the_left(of_bend, cubic.weights)
             parts += [_outer(of_bend, cubic.squares), _row(of_squares + of_squares) * cubic.excess]
-        return ops.concatenate(parts, -1)
+        return ops.concatenate([*parts, *of_heard], -1)
 
     def _flat(self, a: Array, x: Array) -> Array:
         """An array of the shape of x with its coordinates in one dim."""
@@ -180,12 +218,13 @@ class _Cubic(NamedTuple):
 
 
 class _Model(NamedTuple):
-    """b, B (its diagonal where that is all of it) and h."""
+    """b, B (its diagonal where that is all of it), h without C y, and C."""
 
     b: Array
     curvature: Array
     bend: Array
     cubic: _Cubic | None = None
+    heard: Array | None = None
 
 
 def _row(a: Array) -> Array:

@@ -10,8 +10,8 @@ from flowvi.host import register as _register
 from flowvi.numpyro.distributions import Estimated
 from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.guidance import check_program, recommend
-from flowvi.numpyro.handlers import adaptive
 from flowvi.numpyro.host import HOST as _HOST
+from flowvi.numpyro.learning import adaptive
 from flowvi.numpyro.renyi import TraceFlow_RenyiELBO
 from flowvi.numpyro.report import gradient_report
 

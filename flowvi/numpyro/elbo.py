@@ -14,12 +14,13 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
+from flowvi.learned.coupling import JointKind
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program
-from flowvi.numpyro.threefry import split
+from flowvi.numpyro.threefry import split, typed_like
 from flowvi.objectives import LeaveOneOut, Particle, described, elbo_of, estimate, particle_baseline, require_options
-from flowvi.particles import Particles, require_particles
+from flowvi.particles import Particles, are_together, require_fixed, require_particles
 from flowvi.run import Run
 from flowvi.sites import Entropy
 from flowvi.tape import Dependencies
@@ -53,6 +54,15 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
             is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
             drawn together is drawn independently; ``describe`` shows it.
+            ``"fixed"`` draws the same numbers at every step (sample average approximation), so that the loss is a function of the
+            parameters, which deterministic optimizers such as L-BFGS can minimize. All sites need RP and a sampler that is smooth in
+            its parameters.
+        seed: That of fixed draws.
+        control_variate: One for the whole guide. ``"quadratic"`` and ``"cubic"`` are models of the cost over all Normal and
+            MultivariateNormal sites that have ``RP()``, learned while SVI runs as in ``RP(control_variate=...)``. A site of a plate
+            is coupled with the sites outside of it and with those of its own element. ``describe`` shows which sites it covers.
+            The first run shows which site was computed from which; these are not coupled.
+            In NumPyro, pass ``adaptive(guide, elbo)`` to ``SVI``.
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
@@ -77,7 +87,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     References:
         Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015. Roeder, Wu and Duvenaud 2017 (``"stl"``).
-        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes).
+        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes). Kleywegt, Shapiro and Homem-de-Mello 2002 (fixed draws). Geffner
+        and Domke 2020 (quadratic control variates).
     """
 
     can_infer_discrete = True
@@ -95,23 +106,33 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         baseline: LeaveOneOut = "loo",
         dependencies: Dependencies = "graph",
         particles: Particles = "independent",
+        seed: int = 0,
+        control_variate: JointKind | None = None,
     ):
         super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
-        require_options(entropy, baseline, dependencies)
-        require_particles(particles, num_particles, vectorize_particles)
+        require_options(entropy, baseline, dependencies, control_variate, particles)
+        require_particles(particles, num_particles, vectorize_particles, entropy)
+        if control_variate is not None and multi_sample_guide:
+            raise ValueError(
+                f"control_variate: expected None with multi_sample_guide=True, found {control_variate!r}; use num_particles instead."
+            )
         self.particles: Particles = particles
+        self.seed = seed
         self.entropy: Entropy = entropy
         self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
-        self.assignment = Assignment(estimators, default)
+        self.assignment = Assignment(estimators, default, control_variate)
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+        if self.particles == "fixed":
+            rng_key = typed_like(random.key(self.seed, impl=random.key_impl(rng_key)), rng_key)
+
         def particle(key, together=None):
             return self._particle(NumPyroProgram(key, param_map, model, guide, args, kwargs, self.multi_sample_guide, together))
 
         if self.num_particles == 1:
             particles, mutable_state = particle(rng_key)
-        elif self.particles == "independent":
+        elif not are_together(self.particles):
             particles, mutable_state = self.vectorize_particles_fn(particle, split(rng_key, self.num_particles))
         else:
             shared, rng_key = split(rng_key)
@@ -125,10 +146,12 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _particle(self, program: NumPyroProgram) -> tuple[Particle, Any]:
         run = self._run(program)
+        if self.particles == "fixed":
+            require_fixed(run)
         return elbo_of(HOST, run, self.dependencies, by_statement=not self.sum_sites), run.mutable_state or None
 
     def _describe(self, model, guide, args, kwargs) -> Description:
-        together = None if self.particles == "independent" else self._together(0, random.key(1))
+        together = self._together(0, random.key(1)) if are_together(self.particles) else None
         program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide, together)
         found = [described(self._run_any(program), self.dependencies)]
         if found[0].evaluations > 1 or any(site.estimator.compares for site in found[0]):

@@ -34,8 +34,8 @@ from flowvi.guidance import (
 )
 from flowvi.guidance.candidates import guide_sites
 from flowvi.numpyro.elbo import TraceFlow_ELBO
-from flowvi.numpyro.handlers import adaptive
 from flowvi.numpyro.host import HOST
+from flowvi.numpyro.learning import adaptive
 from flowvi.numpyro.run import NumPyroProgram
 from flowvi.run import Held
 

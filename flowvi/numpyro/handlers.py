@@ -14,17 +14,18 @@ from numpyro.handlers import seed, trace
 from numpyro.primitives import Messenger
 
 import flowvi.ops.jax as ops
-from flowvi.assignment import Assignment, Choice
+from flowvi.assignment import Choice
 from flowvi.estimators import LR, Draw, Estimator, attach
 from flowvi.flows import held_base
-from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, is_attaching, propose
+from flowvi.learned.coupling import CoupledRP
+from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, propose
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.special_points import with_right_derivative
 from flowvi.numpyro.threefry import is_unrolled, takes, typed_like, unrolled
 from flowvi.particles import at_uniforms, can_be_joint
 from flowvi.shapes import rows
-from flowvi.sites import GuideSites, Visit, annotation, find_estimated, is_masked, not_random, weight_of_density
+from flowvi.sites import GuideSites, Visit, annotation, is_masked, weight_of_density
 from flowvi.target import Target
 
 
@@ -62,10 +63,8 @@ class attach_estimators(Messenger):
             return None
         if estimator.uses_sampler:
             if self.together is not None and can_be_joint(target):
-                u = self.together.uniforms(name, msg["kwargs"]["rng_key"], target.shape)
-                msg["value"] = target.push(at_uniforms(ops, target, u))
+                msg["value"] = target.push(self._together(self.together, msg, target))
                 msg["intermediates"] = target.intermediates(msg["value"])
-                self.sites.together.append(name)
             elif visit.wrapped is not None:
                 p = target.p.expand(target.batch_shape)
                 msg["value"] = target.push(p(rng_key=msg["kwargs"]["rng_key"], sample_shape=()))
@@ -75,11 +74,19 @@ class attach_estimators(Messenger):
         self.sites.learned |= dict.fromkeys(learned, name)
         if name in self.sites.replaced:
             return self._replace(msg, target, estimator)
-        drawn = draw(target, estimator, msg["kwargs"]["rng_key"])
+        if self.together is not None and isinstance(estimator, CoupledRP):
+            drawn = attach(ops, target, estimator, self._together(self.together, msg, target))
+        else:
+            drawn = draw(target, estimator, msg["kwargs"]["rng_key"])
         msg["value"], msg["intermediates"] = drawn.value, target.intermediates(drawn.value)
         if drawn.log_prob is not None and not target.transforms and not is_masked(msg["fn"]):
             self.sites.log_probs[name] = drawn.log_prob
         return drawn
+
+    def _together(self, together: Together, msg, target) -> jax.Array:
+        """X of one of the particles that are drawn together."""
+        self.sites.together.append(msg["name"])
+        return at_uniforms(ops, target, together.uniforms(msg["name"], msg["kwargs"]["rng_key"], target.shape))
 
     def _replace(self, msg, target, estimator) -> Draw:
         """Give the site the value that it is to have in this run instead of what is drawn, whose weight it keeps."""
@@ -126,66 +133,6 @@ def declare(msg, target: NumPyroTarget, estimator: Estimator, own_density) -> tu
             for name, learned in learns.items()
         }
     return target.with_learned(learns, values, own_density), list(found)
-
-
-class adaptive(Messenger):
-    """The guide together with the parameters that its estimators learn: pass it to ``SVI`` instead of the guide.
-
-    NumPyro's ``SVI`` trains the parameters that it finds when it runs guide and model for the first time, without the objective. It
-    finds an estimator that learns if that is given in the objective, in the guide or by ``Estimated``.
-
-    **Requirements**: reverse-mode differentiation, since what is learned comes from the backward pass; so no
-    ``forward_mode_differentiation``.
-
-    Args:
-        guide: The guide: a function or an autoguide. It is not changed; an autoguide's methods, such as ``median``, are passed on.
-        elbo: The :class:`TraceFlow_ELBO` that ``SVI`` gets.
-
-    Raises:
-        TypeError: ``elbo`` is another objective.
-        ValueError: From the objective, naming the site, where ``SVI`` was given the guide itself.
-
-    Example:
-        >>> import jax, numpyro, numpyro.distributions as dist
-        >>> from flowvi import RP
-        >>> from flowvi.numpyro import TraceFlow_ELBO, adaptive
-        >>> def model():
-        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
-        ...     numpyro.sample("y", dist.Normal(x, 0.8), obs=1.1)
-        >>> def guide():
-        ...     scale = numpyro.param("s", 0.7, constraint=dist.constraints.positive)
-        ...     numpyro.sample("x", dist.Normal(numpyro.param("m", 0.2), scale))
-        >>> elbo = TraceFlow_ELBO(estimators={"x": RP(control_variate="quadratic")})
-        >>> svi = numpyro.infer.SVI(model, adaptive(guide, elbo), numpyro.optim.Adam(0.02), elbo)
-        >>> sorted(svi.run(jax.random.key(0), 100, progress_bar=False).params)
-        ['m', 's', 'x.control_variate']
-
-    References:
-        Parmas and Sugiyama 2021, eq. 19; Geffner and Domke 2020.
-    """
-
-    def __init__(self, guide, elbo):
-        if not hasattr(elbo, "assignment"):
-            raise TypeError(f"adaptive: expected a TraceFlow_ELBO, found {type(elbo).__name__}; no other objective learns.")
-        self.assignment: Assignment = elbo.assignment
-        self.sizes = Sizes()
-        super().__init__(guide)
-
-    def __getattr__(self, name):
-        """What is not of this handler is that of the guide, such as ``median``, ``quantiles`` and ``sample_posterior``."""
-        if name.startswith("__") or "fn" not in vars(self):  # copying and pickling look for what is not there
-            raise AttributeError(name)
-        return getattr(self.fn, name)
-
-    def process_message(self, msg):
-        if msg["type"] != "sample" or msg.get("_control_flow_done") or not_random(HOST, msg) or is_attaching():
-            return
-        choice = self.assignment.choose(msg, msg["name"], find_estimated(HOST, msg["fn"]))
-        target = target_of(msg, True, self.sizes)
-        declare(msg, target, choice.estimator.resolve(target), own_density=0.0)
-
-    def postprocess_message(self, msg):
-        self.sizes.read(msg)
 
 
 def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:

@@ -42,7 +42,7 @@ class NumPyroHost:
     @staticmethod
     def divergence(guide, model):
         try:
-            return scale_and_mask(kl_divergence(guide.fn, model.fn), scale=guide.scale)
+            return jnp.asarray(scale_and_mask(kl_divergence(guide.fn, model.fn), scale=guide.scale))  # 0.0 under mask(False)
         except NotImplementedError:
             return None
 

@@ -18,8 +18,8 @@ from flowvi.assignment import Estimators
 from flowvi.entropy import held_values
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.elbo import TraceFlow_ELBO
-from flowvi.numpyro.handlers import adaptive
 from flowvi.numpyro.host import HOST
+from flowvi.numpyro.learning import adaptive
 from flowvi.numpyro.run import NumPyroProgram
 from flowvi.report import Candidates, GradientReport, Measured, compare
 

@@ -163,6 +163,16 @@ class NumPyroProgram:
 
         return Graph(*eval_provenance(log_probs, **dict.fromkeys(drawn, jnp.zeros(()))))
 
+    def ancestors(self, sites: GuideSites) -> dict[str, frozenset[str]]:
+        run = self.run(sites, with_model=False)
+        drawn = [name for name, statement in run.guide.items() if not statement.observed]
+
+        def values(**marks):
+            _, guide_trace = self._log_probs(mark_draws(self._seeded_guide(), marks, frozenset()), self.param_map)
+            return {name: guide_trace[name]["value"] for name in marks}
+
+        return eval_provenance(values, **dict.fromkeys(drawn, jnp.zeros(())))
+
     def initial_parameters(self) -> dict[str, jax.Array]:
         """The values with which a run without parameters starts."""
         _, guide_trace = self._log_probs(self._seeded_guide(), {})

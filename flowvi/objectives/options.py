@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from flowvi.baselines import ParticleMean
+from flowvi.learned.coupling import JointKind
+from flowvi.particles import Particles
 from flowvi.sites import Entropy
 from flowvi.tape import Dependencies
 
@@ -17,15 +19,23 @@ def particle_baseline(baseline: LeaveOneOut) -> ParticleMean | None:
     return ParticleMean() if baseline == "loo" else None
 
 
-def require_options(entropy: Entropy, baseline: LeaveOneOut, dependencies: Dependencies) -> None:
-    """Refuse options of an objective that do not exist."""
+def require_options(
+    entropy: Entropy, baseline: LeaveOneOut, dependencies: Dependencies, control_variate: JointKind | None, particles: Particles
+) -> None:
+    """Refuse options of an objective that do not exist, or that exclude each other."""
     for name, found, known in (
         ("entropy", entropy, ("full", "stl", "analytic")),
         ("baseline", baseline, ("loo", None)),
         ("dependencies", dependencies, ("graph", "plates")),
+        ("control_variate", control_variate, ("quadratic", "cubic", None)),
     ):
         if found not in known:
             raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, found {found!r}.")
+    if control_variate is not None and particles == "fixed":
+        raise ValueError(
+            "control_variate: expected None under particles='fixed', which needs the derivative of the loss at fixed draws, found "
+            f"{control_variate!r}, whose mean is 0 over all draws only."
+        )
 
 
 def require_bound_options(baseline: LeaveOneOut, gradient: Gradient) -> None:

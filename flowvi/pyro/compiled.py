@@ -59,9 +59,17 @@ class CompiledLoss:
         guide: The guide.
         backend: Compiles a graph.
         gradient: Whether to differentiate it.
+
+    Raises:
+        ValueError: The objective has fixed draws.
     """
 
     def __init__(self, elbo: TraceFlow_ELBO | TraceFlow_RenyiELBO, model: Any, guide: Any, backend: Backend, gradient: bool = True):
+        if isinstance(elbo, TraceFlow_ELBO) and elbo.particles == "fixed":
+            raise ValueError(
+                "particles='fixed': expected an objective that is not compiled, since a compiled step draws anew; "
+                "use TraceFlow_ELBO with pyro.infer.SVI or elbo.differentiable_loss."
+            )
         self.elbo, self.model, self.guide, self.backend, self.gradient = elbo, model, guide, backend, gradient
         self._names: dict[Any, tuple[str, ...]] = {}
         self._compiled: dict[Any, Compiled] = {}

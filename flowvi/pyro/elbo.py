@@ -13,6 +13,7 @@ import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Describes, Estimators
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
+from flowvi.learned.coupling import JointKind
 from flowvi.objectives import (
     LeaveOneOut,
     Particle,
@@ -24,9 +25,9 @@ from flowvi.objectives import (
     stack_particles,
 )
 from flowvi.ops import times
-from flowvi.particles import Particles, require_particles
+from flowvi.particles import Particles, require_fixed, require_particles
 from flowvi.pyro.baselines import annotated_baselines
-from flowvi.pyro.generators import forked_generators
+from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST
 from flowvi.pyro.module import LearningModule
 from flowvi.pyro.run import PyroProgram, programs
@@ -69,6 +70,15 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
             is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
             drawn together is drawn independently; ``describe`` shows it.
+            ``"fixed"`` draws the same numbers at every step (sample average approximation), so that the loss is a function of the
+            parameters, which deterministic optimizers such as L-BFGS can minimize. All sites need RP and a sampler that is smooth in
+            its parameters.
+        seed: That of fixed draws.
+        control_variate: One for the whole guide. ``"quadratic"`` and ``"cubic"`` are models of the cost over all Normal and
+            MultivariateNormal sites that have ``RP()``, learned while SVI runs as in ``RP(control_variate=...)``. A site of a plate
+            is coupled with the sites outside of it and with those of its own element. ``describe`` shows which sites it covers.
+            The first run shows which site was computed from which; these are not coupled.
+            Its coefficients are parameters of the program.
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.
@@ -94,7 +104,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     References:
         Parmas and Sugiyama 2021, eq. 19; Schulman, Heess, Weber and Abbeel 2015. Roeder, Wu and Duvenaud 2017 (``"stl"``).
-        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes).
+        McKay, Beckman and Conover 1979; Owen 1997 (Latin hypercubes). Kleywegt, Shapiro and Homem-de-Mello 2002 (fixed draws). Geffner
+        and Domke 2020 (quadratic control variates).
     """
 
     def __init__(
@@ -115,6 +126,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         baseline: LeaveOneOut = "loo",
         dependencies: Dependencies = "plates",
         particles: Particles = "independent",
+        seed: int = 0,
+        control_variate: JointKind | None = None,
     ):
         super().__init__(
             num_particles,
@@ -127,13 +140,14 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             retain_graph,
             tail_adaptive_beta,
         )
-        require_options(entropy, baseline, dependencies)
-        require_particles(particles, num_particles, vectorize_particles)
+        require_options(entropy, baseline, dependencies, control_variate, particles)
+        require_particles(particles, num_particles, vectorize_particles, entropy)
         self.particles: Particles = particles
+        self.seed = seed
         self.entropy: Entropy = entropy
         self.baseline = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
-        self.assignment = Assignment(estimators, default)
+        self.assignment = Assignment(estimators, default, control_variate)
 
     def __call__(self, model, guide) -> LearningModule:
         """Model, guide and loss as one torch module, whose parameters include what the estimators learn.
@@ -206,10 +220,23 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         """Scalars that add up to the loss. Each can be differentiated separately, so that its graph can be freed."""
+        return (self._fixed_losses if self.particles == "fixed" else self._drawn_losses)(model, guide, args, kwargs)
+
+    def _fixed_losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
+        """The same at the same random numbers, whatever the state of torch's generators."""
+        if not self.assignment.has_read_annotations:  # the first run of an autoguide draws while it makes its parameters
+            self._describe(model, guide, args, kwargs)
+        with forked_generators():
+            seed_generators(self.seed)
+            yield from self._drawn_losses(model, guide, args, kwargs)
+
+    def _drawn_losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         looped = []
         follows = follows_tensors(self.dependencies)
         for program in programs(self, model, guide, args, kwargs, follows_tensors=follows, particles=self.particles):
             run = self._run(program)
+            if self.particles == "fixed":
+                require_fixed(run)
             annotated = annotated_baselines(program.traces[1], run.draws)
             particle = elbo_of(HOST, run, self.dependencies, baselines=annotated)
             if self.vectorize_particles:

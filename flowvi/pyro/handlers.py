@@ -11,8 +11,9 @@ from pyro.poutine.util import site_is_subsample
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Settled
-from flowvi.estimators import Draw, Estimator
+from flowvi.estimators import Draw, Estimator, attach
 from flowvi.flows import held_base
+from flowvi.learned.coupling import CoupledRP
 from flowvi.particles import Particles, at_uniforms, can_be_joint
 from flowvi.pyro.baselines import require_baseline_options
 from flowvi.pyro.distributions import PARTICLES, PyroTarget, draw, is_partly_reparameterized
@@ -74,7 +75,9 @@ class attach_estimators(Messenger):
 
     def _target(self, msg, enters: bool) -> PyroTarget:
         first_use = msg["name"] not in self.sites.assignment.seen
-        return PyroTarget(msg["name"], msg["fn"], enters, frames=msg["cond_indep_stack"], first_use=first_use)
+        target = PyroTarget(msg["name"], msg["fn"], enters, frames=msg["cond_indep_stack"], first_use=first_use)
+        target.params = self.params
+        return target
 
     def _draw(self, msg, visit: Visit) -> Draw | None:
         drawn = self._drawn(msg, visit)
@@ -124,7 +127,7 @@ class attach_estimators(Messenger):
 
     def _attach(self, msg, target, estimator) -> Draw:
         name = msg["name"]
-        drawn = draw(self._with_learned(msg, target, estimator), estimator)
+        drawn = self._draw_at(self._with_learned(msg, target, estimator), estimator)
         self.sites.assignment.seen.add(name)
         if name in self.sites.replaced:  # what is drawn is for the generators' states only
             msg["value"], msg["done"] = self.sites.replaced[name], True
@@ -134,9 +137,11 @@ class attach_estimators(Messenger):
             self.sites.log_probs[name] = drawn.log_prob
         return drawn
 
+    def _draw_at(self, target, estimator) -> Draw:
+        return draw(target, estimator)
+
     def _with_learned(self, msg, target, estimator):
         """Register what the estimator learns as parameters of the program; returns the target with their values."""
-        target.params = self.params
         if not (learns := estimator.learns(ops, target)):
             return target
         with target.registering(learns):
@@ -157,14 +162,24 @@ class attach_together(attach_estimators):
     def _drawn(self, msg, visit: Visit) -> Draw | None:
         given, drawn = msg["value"] is not None, super()._drawn(msg, visit)
         target: Any = visit.target
-        if not given and visit.estimator.uses_sampler and can_be_joint(target):
-            self.sites.together.append(msg["name"])
-            for frame in target.frames:  # there is none while `describe` runs the program
-                if frame.name == PARTICLES:
-                    like = getattr(target.p, target.parameters[0])
-                    u = uniforms(self.how, target.shape, target.batch_ndim + frame.dim, like)
-                    msg["value"], msg["done"] = target.push(at_uniforms(ops, target, u)), True
+        if not given and visit.estimator.uses_sampler and can_be_joint(target) and (x := self._together(target)) is not None:
+            msg["value"], msg["done"] = target.push(x), True
         return drawn
+
+    def _draw_at(self, target, estimator) -> Draw:
+        if isinstance(estimator, CoupledRP) and (x := self._together(target)) is not None:
+            return attach(ops, target, estimator, x)
+        return super()._draw_at(target, estimator)
+
+    def _together(self, target) -> Any:
+        """X of all particles; None while ``describe`` runs the program, which has no plate of particles then."""
+        self.sites.together.append(target.name)
+        for frame in target.frames:
+            if frame.name == PARTICLES:
+                like = getattr(target.p, target.parameters[0])
+                u = uniforms(self.how, target.shape, target.batch_ndim + frame.dim, like)
+                return at_uniforms(ops, target, u)
+        return None
 
 
 class hold_values(Messenger):

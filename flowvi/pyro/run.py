@@ -23,7 +23,7 @@ from flowvi.assignment import Assignment
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
 from flowvi.marginal import with_marginals
-from flowvi.particles import Particles
+from flowvi.particles import Particles, are_together
 from flowvi.pyro.distributions import PyroTarget, unwrap
 from flowvi.pyro.generators import forked_generators, generator_states, restore_generators, uniforms
 from flowvi.pyro.handlers import attach_estimators, attach_together, hold_values, replay_and_read
@@ -113,6 +113,13 @@ class PyroProgram:
         assert self._graph is not None
         return self._graph
 
+    def ancestors(self, sites: GuideSites) -> Mapping[str, frozenset[str]]:
+        with forked_generators():
+            followed = replace(self)
+            followed._followed(sites)
+        assert followed._graph is not None
+        return followed._graph.draws
+
     def _begin(self, assignment: Assignment) -> None:
         """Let a second run draw what the first one drew, unless Pyro has to find ``max_plate_nesting`` first, which draws too."""
         if self.start:
@@ -124,7 +131,7 @@ class PyroProgram:
             self.start = generator_states()
 
     def _run(self, sites: GuideSites, held: hold_values | None = None, with_model: bool = True) -> Run:
-        attached = attach_estimators(sites) if self.particles == "independent" else attach_together(sites, self.particles)
+        attached = attach_together(sites, self.particles) if are_together(self.particles) else attach_estimators(sites)
         enumerates = sites.assignment.marginalises and not self._is_messenger
         model, guide, annotations = self._traces(attached, held or nullcontext(), with_model, enumerates)
         if held is None:

@@ -1,0 +1,242 @@
+"""One control variate for the whole guide: the model of the cost at a Gaussian site also sees the noise of the others.
+
+An element of a site sees the elements of another one if the plates of one are among those of the other, and only where they are in the
+same element of the plates that both have: a local latent sees the global ones and those of its own element, a global one sees
+all. It does not see a site from which it was computed: what it sees must be independent of its own parameters and noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
+from itertools import combinations_with_replacement, product
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+from flowvi.estimators import RP, Draw, Estimator
+from flowvi.learned.cost_model import CostModel
+from flowvi.learned.parameters import Learned
+from flowvi.ops import Array, Ops
+from flowvi.target import Target
+
+JointKind = Literal["quadratic", "cubic"]
+MOST_PRODUCTS = 2**12  # the coefficients of an element, up to which all products of a cubic model are taken
+MOST = 2**18  # those up to which an element sees others
+
+
+class Plate(NamedTuple):
+    """A batch dim of a site, in a plate or by itself.
+
+    Attributes:
+        name: The plate's, or a name of its own.
+        rows: How many of its elements are told apart: all, or 1 where they may be other data at every step.
+    """
+
+    name: str
+    rows: int
+
+
+class Block(NamedTuple):
+    """A site whose noise others see.
+
+    Attributes:
+        size: The number of coordinates of an element.
+        plates: Its batch dims, by (negative) dim.
+    """
+
+    size: int
+    plates: Mapping[int, Plate]
+
+    def is_nested(self, other: Block) -> bool:
+        """Whether all plates of one are plates of the other."""
+        ours, theirs = ({(dim, plate.name) for dim, plate in block.plates.items()} for block in (self, other))
+        return ours <= theirs or theirs <= ours
+
+
+class Feature(NamedTuple):
+    """What an element sees of another site.
+
+    Attributes:
+        site: Its name.
+        size: The number of its coordinates.
+        columns: The dims whose elements are columns of their own, each with its plate, the first on the right.
+        summed: The dims over which it is summed.
+    """
+
+    site: str
+    size: int
+    columns: tuple[tuple[int, Plate], ...]
+    summed: tuple[int, ...]
+
+    def values(self, base: Array) -> Array:
+        """The noise of the site with the columns on the right."""
+        if self.summed:
+            base = base.sum(axis=tuple(dim - 1 for dim in self.summed), keepdims=True)
+        for dim, _ in self.columns:
+            base = base[..., None, :].swapaxes(dim - 2, -2)
+            base = base.reshape((*base.shape[:-2], base.shape[-2] * base.shape[-1]))
+        return base
+
+    @property
+    def num_columns(self) -> int:
+        return self.size * prod(plate.rows for _, plate in self.columns)
+
+    def places(self) -> list[dict[str, int] | None]:
+        """For each column, the element by plate; None where it is a sum over elements."""
+        plates = [plate for _, plate in reversed(self.columns)]
+        elements = product(*(range(plate.rows) for plate in plates), range(self.size))
+        return [None if self.summed else dict(zip([plate.name for plate in plates], i, strict=False)) for i in elements]
+
+
+class Coupling(NamedTuple):
+    """What an element of a site sees.
+
+    Attributes:
+        features: Other sites, in the order of the columns of its coefficients.
+        own: The number of its own coordinates where products are taken, else 0.
+        pairs: The products, as pairs of columns, of which the first ``own`` are the site's own coordinates.
+        diagonal: Whether the model has no products at all, not even of the site's own coordinates with each other.
+    """
+
+    features: tuple[Feature, ...] = ()
+    own: int = 0
+    pairs: tuple[tuple[int, int], ...] = ()
+    diagonal: bool = False
+
+    @property
+    def size(self) -> int:
+        return sum(feature.num_columns for feature in self.features) + len(self.pairs)
+
+    def control(self, ops: Ops, name: str, heard: Array, draws: Mapping[str, Draw]) -> Array:
+        """The part of a site's control variate that depends on others: ``heard``, of value 0, times what the site sees."""
+        bases = {site: draw.base for site, draw in draws.items() if draw.base is not None}
+        linear = [_over(ops, feature.values(bases[feature.site]), heard.shape[:-1]) for feature in self.features]
+        if self.pairs:
+            both = ops.concatenate([bases[name], *linear], -1)
+            i, j = ([pair[k] for pair in self.pairs] for k in (0, 1))
+            linear.append(both[..., i] * both[..., j] - ops.asarray([float(a == b) for a, b in self.pairs], both))
+        return heard * (linear[0] if len(linear) == 1 else ops.concatenate(linear, -1))
+
+
+def _over(ops: Ops, value: Array, batch: tuple[int, ...]) -> Array:
+    """Rows of numbers, one for each element of a batch; dims of size 1 that it does not have are dropped."""
+    if value.shape[:-1] == batch:
+        return value
+    value = value.reshape(value.shape[max(0, value.ndim - len(batch) - 1) :])
+    return ops.broadcast_to(value, (*batch, value.shape[-1]))
+
+
+class Couplings(NamedTuple):
+    """What each site sees.
+
+    Attributes:
+        kind: That of the model.
+        blocks: The sites, by name.
+        of: What each of them sees.
+    """
+
+    kind: JointKind
+    blocks: Mapping[str, Block]
+    of: Mapping[str, Coupling]
+
+
+def couple(blocks: Mapping[str, Block], ancestors: Mapping[str, frozenset[str]], kind: JointKind) -> Couplings:
+    """Let every site see the others.
+
+    Args:
+        blocks: The sites.
+        ancestors: For each draw of the guide, those from which it was computed.
+        kind: ``"quadratic"``: a site sees the noise of others; ``"cubic"``: also its products, with the site's own noise and with each
+            other, or only its squares where there are too many. A site that would have too many coefficients sees none.
+    """
+    return Couplings(kind, dict(blocks), {name: _coupling(name, blocks, ancestors[name], kind) for name in blocks})
+
+
+def _coupling(name: str, blocks: Mapping[str, Block], ancestors: frozenset[str], kind: JointKind) -> Coupling:
+    own = blocks[name]
+    others = [site for site, block in blocks.items() if site != name and site not in ancestors and block.is_nested(own)]
+    features = tuple(_feature(own, site, blocks[site]) for site in others)
+    if own.size * (own.size + sum(feature.num_columns for feature in features)) > MOST:
+        return Coupling(diagonal=True)
+    if kind == "quadratic" or not features:
+        return Coupling(features)
+    places = [*([{}] * own.size), *(place for feature in features for place in feature.places())]
+    squares = tuple((i, i) for i in range(own.size, len(places)) if places[i] is not None)
+    num_pairs = len(places) * (len(places) + 1) // 2  # at most
+    if own.size * num_pairs > MOST_PRODUCTS:
+        return Coupling(features, own.size, squares)
+    pairs = combinations_with_replacement(range(len(places)), 2)
+    return Coupling(features, own.size, tuple((i, j) for i, j in pairs if j >= own.size and _meet(places[i], places[j])))
+
+
+def _feature(own: Block, site: str, block: Block) -> Feature:
+    plates = [(dim, plate) for dim, plate in block.plates.items() if dim not in own.plates]
+    columns = tuple((dim, plate) for dim, plate in plates if plate.rows > 1)
+    return Feature(site, block.size, columns, tuple(dim for dim, plate in plates if plate.rows == 1))
+
+
+def _meet(one: dict[str, int] | None, other: dict[str, int] | None) -> bool:
+    """Whether two columns belong to the same element of the plates that they share."""
+    return one is not None and other is not None and all(other.get(plate, i) == i for plate, i in one.items())
+
+
+def block_of(estimator: Estimator, target: Target, frames: Any) -> Block | None:
+    """The block of a site; None where a joint control variate does not cover it.
+
+    Args:
+        estimator: The estimator that acts there.
+        target: Its distribution.
+        frames: The host's frames of the plates around it.
+    """
+    if estimator != RP() or target.family not in ("Normal", "MultivariateNormal"):
+        return None
+    if target.family == "MultivariateNormal" and target.extra_ndim:
+        return None
+    target = _whole(target)
+    names = {frame.dim: frame.name for frame in frames}
+    plates, size = {}, 1
+    for axis, n in enumerate(target.shape):
+        dim = axis - target.batch_ndim
+        if dim >= 0:
+            size *= n
+        elif n > 1 or dim in names:
+            rows = target.plate_rows.get(dim, n)
+            plates[dim] = Plate(names.get(dim, f"{target.name}[{dim}]"), n if rows == n else 1)
+    return Block(size, plates)
+
+
+def _whole(target: Target) -> Target:
+    """The target with the batch dims of independent Normals outside of all plates as coordinates of one element."""
+    if target.family != "Normal" or any(frame.dim is not None for frame in target.frames):
+        return target
+    return target._with(batch_ndim=0)
+
+
+@dataclass(frozen=True, repr=False)
+class CoupledRP(RP):
+    """RP with the site's part of a control variate for the whole guide."""
+
+    _: KW_ONLY
+    kind: JointKind = "quadratic"
+    coupling: Coupling = field(default_factory=Coupling)
+
+    @property
+    def uses_sampler(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return repr(RP())
+
+    def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
+        return self._model(ops, target).learns()
+
+    def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
+        model = self._model(ops, target)
+        value, control, heard = model.attach(x)
+        joint = partial(self.coupling.control, ops, target.name, heard) if self.coupling.features else None
+        return Draw(target.push(value), control=control, base=model.base(x), joint_control=joint)
+
+    def _model(self, ops: Ops, target: Target) -> CostModel:
+        kind = "diagonal" if self.coupling.diagonal else self.kind
+        return CostModel(ops, _whole(target), kind, self.shared, self.coupling.size)

@@ -1,0 +1,82 @@
+"""The guide with the parameters that its estimators learn, which NumPyro's ``SVI`` has to find."""
+
+from __future__ import annotations
+
+from jax import random
+from numpyro.handlers import block
+from numpyro.primitives import Messenger
+
+from flowvi.assignment import Assignment
+from flowvi.numpyro.distributions import is_attaching
+from flowvi.numpyro.handlers import Sizes, declare, target_of
+from flowvi.numpyro.host import HOST
+from flowvi.numpyro.run import NumPyroProgram
+from flowvi.run import couple_sites
+from flowvi.sites import GuideSites, find_estimated, not_random
+
+
+class adaptive(Messenger):
+    """The guide together with the parameters that its estimators learn: pass it to ``SVI`` instead of the guide.
+
+    NumPyro's ``SVI`` trains the parameters that it finds when it runs guide and model for the first time, without the objective. It
+    finds an estimator that learns if that is given in the objective, in the guide or by ``Estimated``.
+
+    **Requirements**: reverse-mode differentiation, since what is learned comes from the backward pass; so no
+    ``forward_mode_differentiation``.
+
+    Args:
+        guide: The guide: a function or an autoguide. It is not changed; an autoguide's methods, such as ``median``, are passed on.
+        elbo: The :class:`TraceFlow_ELBO` that ``SVI`` gets.
+
+    Raises:
+        TypeError: ``elbo`` is another objective.
+        ValueError: From the objective, naming the site, where ``SVI`` was given the guide itself.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from flowvi import RP
+        >>> from flowvi.numpyro import TraceFlow_ELBO, adaptive
+        >>> def model():
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.8), obs=1.1)
+        >>> def guide():
+        ...     scale = numpyro.param("s", 0.7, constraint=dist.constraints.positive)
+        ...     numpyro.sample("x", dist.Normal(numpyro.param("m", 0.2), scale))
+        >>> elbo = TraceFlow_ELBO(estimators={"x": RP(control_variate="quadratic")})
+        >>> svi = numpyro.infer.SVI(model, adaptive(guide, elbo), numpyro.optim.Adam(0.02), elbo)
+        >>> sorted(svi.run(jax.random.key(0), 100, progress_bar=False).params)
+        ['m', 's', 'x.control_variate']
+
+    References:
+        Parmas and Sugiyama 2021, eq. 19; Geffner and Domke 2020.
+    """
+
+    def __init__(self, guide, elbo):
+        if not hasattr(elbo, "assignment"):
+            raise TypeError(f"adaptive: expected a TraceFlow_ELBO, found {type(elbo).__name__}; no other objective learns.")
+        self.assignment: Assignment = elbo.assignment
+        self.sizes = Sizes()
+        super().__init__(guide)
+
+    def __call__(self, *args, **kwargs):
+        if self.assignment.control_variate is not None and not is_attaching():
+            with block():
+                program = NumPyroProgram(random.key(0), {}, self.fn, self.fn, args, kwargs)
+                couple_sites(program, program.run(GuideSites(self.assignment), with_model=False).sites)
+        return super().__call__(*args, **kwargs)
+
+    def __getattr__(self, name):
+        """What is not of this handler is that of the guide, such as ``median``, ``quantiles`` and ``sample_posterior``."""
+        if name.startswith("__") or "fn" not in vars(self):  # copying and pickling look for what is not there
+            raise AttributeError(name)
+        return getattr(self.fn, name)
+
+    def process_message(self, msg):
+        if msg["type"] != "sample" or msg.get("_control_flow_done") or not_random(HOST, msg) or is_attaching():
+            return
+        choice = self.assignment.choose(msg, msg["name"], find_estimated(HOST, msg["fn"]))
+        target = target_of(msg, True, self.sizes)
+        declare(msg, target, self.assignment.coupled(msg["name"], choice.estimator.resolve(target)), own_density=0.0)
+
+    def postprocess_message(self, msg):
+        self.sizes.read(msg)
