@@ -168,7 +168,11 @@ def check_program(
 
 
 class NumPyroBench:
-    """See :class:`flowvi.guidance.Bench`."""
+    """See :class:`flowvi.guidance.Bench`.
+
+    Attributes:
+        compiled: The gradients of each setting; the parameters are among their arguments.
+    """
 
     def __init__(self, model, guide, args, kwargs, estimators, default, params, rng_key):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
@@ -184,6 +188,7 @@ class NumPyroBench:
         self.learns_already = bool(run.sites.learned)
         of_program = {name: value for name, value in unconstrained.items() if name not in run.sites.learned}
         self.parameters = {name: ravel_pytree(of_program[name])[0].size for name in sorted(of_program)}
+        self.compiled: dict[Setting, Any] = {}
         self.size = int(np.clip(ELEMENTS // max(sum(self.parameters.values()), 1), SMALLEST, LARGEST))
 
     def gradients(self, setting: Setting) -> Draw:
@@ -197,22 +202,24 @@ class NumPyroBench:
         def loss(params, key):
             return elbo.loss(key, svi.constrain_fn(params), self.model, self.guide, *self.args, **self.kwargs)
 
-        def steps(learned, keys):
+        def steps(of_program, learned, keys):
             def step(key):
                 gradient = jax.grad(loss)(of_program | learned, key)
-                row = jnp.concatenate([ravel_pytree(gradient[name])[0] for name in of_program] or [jnp.zeros(0)])
+                row = jnp.concatenate([ravel_pytree(gradient[name])[0] for name in self.parameters] or [jnp.zeros(0)])
                 return row, sum(jnp.sum(leaf) for name in learned for leaf in jax.tree.leaves(gradient[name]))
 
             return jax.lax.map(step, keys)
 
         learned = self._warmed_up(loss, of_program, learned)
-        compiled = jax.jit(steps).lower(learned, self._keys(0)).compile()
-        jax.block_until_ready(compiled(learned, self._keys(0)))
+        if setting not in self.compiled:
+            self.compiled[setting] = jax.jit(steps).lower(of_program, learned, self._keys(0)).compile()
+        compiled = self.compiled[setting]
+        jax.block_until_ready(compiled(of_program, learned, self._keys(0)))
 
         def draw(number: int) -> Batch:
             keys = self._keys(number)
             start = perf_counter()
-            gradients, _ = jax.block_until_ready(compiled(learned, keys))
+            gradients, _ = jax.block_until_ready(compiled(of_program, learned, keys))
             return Batch(np.asarray(gradients, float), (perf_counter() - start) / self.size)
 
         return draw
