@@ -263,6 +263,39 @@ def test_nothing_biased_is_recommended(host, monkeypatch):
     assert "RP() would be biased on this program" in advice.sites[0].reason
 
 
+@slow_in_numpyro
+def test_particles_in_mirrored_pairs(host, monkeypatch):
+    """At a linear cost they leave no noise in the gradient of a location."""
+    monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:2])
+    pyro.clear_param_store()
+
+    def model():
+        x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        host.sample("y", host.dist.Normal(x, host.array(1.0)), obs=host.array(1.5))
+
+    def guide():
+        host.sample("x", host.dist.Normal(host.param("loc", host.array(0.2)), host.array(0.9)))
+
+    advice = host.flow.recommend(model, guide, num_particles=2, seconds=3, progress_bar=False)
+    assert advice.options["particles"] == "antithetic"
+    assert advice.options.get("vectorize_particles", False) == (host.name == "pyro")
+    assert advice.gain_over_default.low > 100
+    elbo = host.flow.TraceFlow_ELBO(estimators=advice.estimators, **advice.options)
+    assert np.isfinite(host.loss(elbo, model, guide))
+    assert ("CompiledSVI" in str(advice)) == (host.name == "pyro")
+
+
+def test_pyro_keeps_a_loop_over_particles_where_a_plate_is_wrong(monkeypatch):
+    """The model adds up over all dims, those of the particles too."""
+    from hosts import HOSTS
+
+    host = HOSTS["pyro"]
+    monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:1])
+    program = normal_program(host, lambda x: host.factor("cost", -((x - 1.0) ** 2).sum()))
+    advice = host.flow.recommend(*program, num_particles=2, seconds=2, progress_bar=False)
+    assert advice.options == {"num_particles": 2, "entropy": advice.options["entropy"]}
+
+
 def test_pyro_is_left_as_it_was(monkeypatch):
     """Generators, parameters and gradients; also what candidates learn."""
     from hosts import HOSTS

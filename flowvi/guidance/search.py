@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 from flowvi.estimators import Estimator
 from flowvi.guidance.bench import Bench, Clock, Setting
+from flowvi.guidance.bias import MeanTest
 from flowvi.guidance.candidates import GuideSite, candidates, misses_jumps
 from flowvi.guidance.noise import FLOOR, Scale, Trial
+from flowvi.particles import Particles, can_be_joint
 
 CLEARLY = 2.5  # standard errors
 ALIKE = 0.05  # scores that differ by less than this share are not told apart
+ALPHA = 0.001  # the probability that a plate of particles is taken for wrong
 BATCHES = 128  # the most batches of one trial in a race
 SURE, KNOWN = 8, 0.1  # batches that a confirmation takes at least, if there is time, and the error at which it ends
 FIRST = 4  # batches that set the weights of the elements, and after which the first candidates drop out
@@ -99,9 +102,23 @@ class Search:
         return len(left - refused)
 
     def units(self) -> list[Unit]:
-        """What is chosen one after the other: for the sites of each kind, and for all."""
-        particles = [Unit("particles", (), self.num_particles)] if len(self.num_particles) > 1 else []
-        return [*map(self._unit, self._kinds()), Unit("entropy", (), ("full", "stl", "analytic")), *particles]
+        """What is chosen one after the other: for all sites, for those of each kind, and for all again.
+
+        Particles come first, since in a plate they take less time, whatever the estimators are.
+        """
+        particles = [Unit("particles", (), options)] if len(options := self._particles()) > 1 else []
+        return [*particles, *map(self._unit, self._kinds()), Unit("entropy", (), ("full", "stl", "analytic"))]
+
+    def _particles(self) -> tuple[tuple[int, Particles, bool], ...]:
+        """The numbers of particles to choose from, with the ways in which so many can be drawn."""
+        sites = self.bench.sites.values()
+        can_be_drawn_together = any(site.is_pathwise_in_host and can_be_joint(site.target) for site in sites)
+        return tuple(
+            (number, how, vectorized)
+            for number in self.num_particles
+            for how, vectorized in (self.bench.drawn if number > 1 else self.bench.drawn[:1])
+            if how == "independent" or (can_be_drawn_together and (how != "antithetic" or number % 2 == 0))
+        )
 
     def _kinds(self) -> list[list[GuideSite]]:
         kinds: dict[tuple, list[GuideSite]] = {}
@@ -115,7 +132,8 @@ class Search:
         if unit.name == "entropy":
             return self.best._replace(entropy=option)
         if unit.name == "particles":
-            return self.best._replace(num_particles=option)
+            number, how, vectorized = option
+            return self.best._replace(num_particles=number, particles=how, vectorized=vectorized)
         kept = frozenset(name for name in unit.sites if self.bench.sites[name].estimator == option)
         return self.best.without(kept).at({name: option for name in unit.sites if name not in kept})
 
@@ -126,6 +144,17 @@ class Search:
         excess, error = measured[self.best].excess(measured[plain])
         if excess > CLEARLY * error:
             self.best = plain
+
+    def keep_loop(self, seconds: float) -> None:
+        """Go back to a loop over particles where those in a plate have another mean: the program is not written for it."""
+        if self.best.vectorized:
+            looped = self.best._replace(particles="independent", vectorized=False)
+            test = MeanTest(self.bench.gradients(self.best), self.bench.gradients(looped), ALPHA, ALIKE)
+            end = self.clock.left() - seconds
+            while not test.is_decided and (self.clock.left() > end or not test.num_looks):
+                test.look(lambda: self.clock.left() > end)
+            if test.result.biased:
+                self.best = looped
 
     def ban(self, site: str, seconds: float) -> None:
         """Choose again at a site whose estimator is biased on this program, without those that are wrong for the same reason."""
@@ -205,7 +234,9 @@ class Search:
             self.clock.show(unit.name)
             try:
                 self.trials[setting] = Trial(self.bench.gradients(setting), self.scale)
-            except (ValueError, NotImplementedError) as refusal:
+            except Exception as refusal:
+                if not setting.vectorized and not isinstance(refusal, ValueError | NotImplementedError):
+                    raise  # a program that is not written for a plate of particles may fail in any way
                 self.refused[setting] = str(refusal)
                 return None
             self.compilation = max(0.7 * self.compilation, before - self.clock.left())

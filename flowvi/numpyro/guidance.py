@@ -37,6 +37,7 @@ from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.handlers import adaptive
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.run import NumPyroProgram
+from flowvi.particles import Particles
 from flowvi.run import Held
 
 ELEMENTS = 1_000_000  # of the gradients of one batch
@@ -174,6 +175,8 @@ class NumPyroBench:
         compiled: The gradients of each setting; the parameters are among their arguments.
     """
 
+    drawn: tuple[tuple[Particles, bool], ...] = (("independent", False), ("stratified", False), ("antithetic", False))
+
     def __init__(self, model, guide, args, kwargs, estimators, default, params, rng_key):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.given, self.default, self.params = estimators, default, params
@@ -226,6 +229,9 @@ class NumPyroBench:
 
     def probe(self, site: str) -> NumPyroProbe:
         return NumPyroProbe(self, site)
+
+    def hints(self, setting: Setting, seconds: float) -> tuple[str, ...]:
+        return ()
 
     def _keys(self, number: int) -> jax.Array:
         return random.split(random.fold_in(self.key, number % 2**31), self.size)
