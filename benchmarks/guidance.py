@@ -46,8 +46,8 @@ from flowvi.numpyro.guidance import NumPyroBench
 from flowvi.pyro.guidance import PARTICLES as OF_PYRO
 from flowvi.pyro.guidance import PyroBench
 
-CHECK, RIGHT, CHOICE, TRUTH = 10.0, 2.0, {"NumPyro": 20.0, "Pyro": 10.0}, 4.0  # seconds
-NUM_RIGHT, CONFIDENCE = 200, 0.999
+CHECK, RIGHT, CHOICE, TRUTH = 10.0, 1.5, {"NumPyro": 20.0, "Pyro": 10.0}, 4.0  # seconds
+NUM_RIGHT, CONFIDENCE = 100, 0.999  # in each host
 
 
 def check(h: Any, planted: Planted, seconds: float) -> tuple[Any, float]:
@@ -79,7 +79,7 @@ def check_right(h: Any, seed: int, seconds: float, compiled: dict[int, dict]) ->
 
 
 def false_alarms(asked: Options) -> None:
-    about = f"Random programs whose estimators are right, each checked for {RIGHT:.0f} seconds at most: false alarms."
+    about = f"Random programs whose estimators are right, each checked for {RIGHT:g} seconds at most: false alarms."
     columns = ("Host", "Seeds", "Programs", "Sites compared", "False alarms", "Median detectable bias, of the gradient")
     with table("guidance_right", asked, columns, about) as row:
         for h in HOSTS[1:] if asked.smoke else HOSTS:

@@ -258,7 +258,7 @@ def sites(a: float, b: float) -> dict[str, Site]:
     }
 
 
-NUM_STRUCTURES = 20
+NUM_STRUCTURES = 10
 
 
 def right(seed: int) -> Planted:

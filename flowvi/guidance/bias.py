@@ -163,15 +163,19 @@ class MeanTest:
         share = self.alpha / ((self.num_looks + 1) * (self.num_looks + 2)) / 3
         new = differences.read(max(differences.num_read, SMALLEST), time_left)
         used = differences.used
-        if moments.n:
-            self.along_gradient.add(new, np.where(used, moments.own, 0.0))
-            self.along_difference.add(new, _steepest(moments, used))
+        finite = np.all([np.isfinite(difference).all(0) for _, difference in new], axis=0)
+        if not finite.all():
+            samples = sum(len(difference) for _, difference in new)
+            self._decide(BiasTest(True, math.inf, int(finite.argmin()), math.inf, math.inf, moments.n + samples))
+            return
+        if not moments.n:  # the first directions are those of one half
+            half = len(new) // 2
+            moments.add(new[:half])
+            new = new[half:]
+        self.along_gradient.add(new, np.where(used, moments.own, 0.0))
+        self.along_difference.add(new, _steepest(moments, used))
         moments.add(new)
         self.num_looks += 1
-        if not np.isfinite(moments.mean).all():
-            element = int(np.isfinite(moments.mean).argmin())
-            self._decide(BiasTest(True, math.inf, element, math.inf, math.inf, moments.n))
-            return
         z = np.where(used, moments.z, 0.0)
         element = int(np.abs(z).argmax())
         compared = max(int((used & (moments.variance > 0)).sum()), 1)
@@ -195,7 +199,7 @@ class MeanTest:
         own = np.where(used, self.moments.own, 0.0)
         noise = float(np.where(used, self.moments.size**2 - self.moments.own**2, 0.0).sum()) / self.moments.n
         square = float(own @ own)
-        if square <= noise or not self.along_gradient.n:
+        if square <= noise:
             return math.inf
         return self.along_gradient.deviation / math.sqrt(self.along_gradient.n * square * (square - noise))
 
