@@ -143,6 +143,9 @@ class Search:
         measured = self.measure([self.best, plain], seconds)
         excess, error = measured[self.best].excess(measured[plain])
         if excess > CLEARLY * error:
+            found, kept = measured[self.best], measured[plain]
+            for name, estimator in self.best.chosen:  # together, as they were measured
+                self.tried[name][estimator] = Tried(estimator, found.noise / kept.noise, found.seconds / kept.seconds)
             self.best = plain
 
     def keep_loop(self, seconds: float) -> None:

@@ -41,7 +41,7 @@ from flowvi.particles import Particles
 from flowvi.run import Held
 
 ELEMENTS = 1_000_000  # of the gradients of one batch
-LARGEST, SMALLEST = 64, 4  # batches
+LARGEST, SMALLEST = 64, 2  # batches
 WARM_UP, RATE = 500, 0.05  # steps of Adam on what an estimator learns
 POINTS = 64  # values of a site whose costs are computed at once
 PARTICLES = 16  # of a gradient that is checked

@@ -41,7 +41,8 @@ from flowvi.pyro.tracing import Arguments
 from flowvi.run import Held, Run
 from flowvi.tape import follows_tensors
 
-BATCH = 8  # gradients
+ELEMENTS = 1_000_000  # of the gradients of one batch
+LARGEST, SMALLEST = 8, 2  # batches
 WARM_UP, RATE = 300, 0.05  # steps of Adam on what an estimator learns
 FASTER = 0.8  # the share of the time of a step at which a compiled one is worth a hint
 PARTICLES = 4  # of a gradient that is checked
@@ -190,6 +191,7 @@ class PyroBench:
         self.sites = guide_sites(HOST, run, self.elbo.describe(model, guide, *args, **kwargs))
         self.leaves = {name: nodes[name]["value"].unconstrained() for name in nodes if name not in run.sites.learned}
         self.parameters = {name: leaf.numel() for name, leaf in self.leaves.items()}
+        self.size = int(np.clip(ELEMENTS // max(sum(self.parameters.values()), 1), SMALLEST, LARGEST))
 
     @classmethod
     @contextmanager
@@ -216,14 +218,14 @@ class PyroBench:
             for name, leaf in learned.items():
                 leaf.data.copy_(kept[name])
             rows, seconds = [], 0.0
-            for i in range(BATCH):
-                seed_generators(self._seed(number * BATCH + i))
+            for i in range(self.size):
+                seed_generators(self._seed(number * self.size + i))
                 self._clear({**self.leaves, **learned})
                 start = perf_counter()
                 elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
                 seconds += perf_counter() - start
                 rows.append(np.concatenate([_row(leaf) for leaf in self.leaves.values()] or [np.zeros(0)]))
-            return Batch(np.stack(rows), seconds / BATCH)
+            return Batch(np.stack(rows), seconds / self.size)
 
         elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)  # refuses what is wrong; a first step takes longer
         return draw
@@ -236,7 +238,7 @@ class PyroBench:
             compiled.prepare(arguments, tuple(self.leaves))
             compiled(arguments)
             times = []
-            for _ in range(BATCH):
+            for _ in range(LARGEST):
                 start = perf_counter()
                 compiled(arguments)
                 times.append(perf_counter() - start)
