@@ -314,6 +314,31 @@ def test_pyro_is_left_as_it_was(monkeypatch):
     assert pyro.param("loc").unconstrained().grad is gradient
 
 
+def test_pyro_modules_with_parameters_of_their_own(monkeypatch):
+    """As modules of torch are trained: the parameters are not in the store."""
+    from hosts import HOSTS
+    from pyro.nn import PyroModule, PyroParam
+
+    host = HOSTS["pyro"]
+    monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:2])
+
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(1, 1)
+            self.scale = PyroParam(torch.tensor(0.8), constraint=host.dist.constraints.positive)
+
+        def forward(self):
+            pyro.sample("x", host.dist.Normal(self.net(torch.ones(1)).sum(), self.scale))
+
+    with pyro.settings.context(module_local_params=True):
+        model, guide = normal_program(host, jump(host))[0], Guide()
+        report = host.flow.gradient_report(model, guide, num_samples=20)
+        assert {one.parameter for one in report.parameters} == {"net$$$weight", "net$$$bias", "scale"}
+        assert [one.site for one in host.flow.check_program(model, guide, seconds=1).failed] == ["x"]
+        assert set(host.flow.recommend(model, guide, seconds=0.5, progress_bar=False).estimators) == {"x"}
+
+
 def test_numpyro_inside_scan():
     """Only the wrapper can act there: nothing is measured, and the advice says so."""
     from numpyro.contrib.control_flow import scan

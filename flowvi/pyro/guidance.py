@@ -36,6 +36,7 @@ from flowvi.pyro.compiled import CompiledLoss
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST
+from flowvi.pyro.module import unconstrained
 from flowvi.pyro.run import PyroProgram
 from flowvi.pyro.tracing import Arguments
 from flowvi.run import Held, Run
@@ -189,7 +190,7 @@ class PyroBench:
         self.plate_nesting = 1 + max((-frame.dim for frame in frames), default=0)  # with the plate of particles
         self.marginalises = bool(run.marginalised)
         self.sites = guide_sites(HOST, run, self.elbo.describe(model, guide, *args, **kwargs))
-        self.leaves = {name: nodes[name]["value"].unconstrained() for name in nodes if name not in run.sites.learned}
+        self.leaves = {name: unconstrained(nodes[name]["value"]) for name in nodes if name not in run.sites.learned}
         self.parameters = {name: leaf.numel() for name, leaf in self.leaves.items()}
         self.size = int(np.clip(ELEMENTS // max(sum(self.parameters.values()), 1), SMALLEST, LARGEST))
 
@@ -232,6 +233,8 @@ class PyroBench:
 
     def hints(self, setting: Setting, seconds: float) -> tuple[str, ...]:
         """Whether compiled steps would be faster; torch's own operations, one after the other, are compiled at once."""
+        if not set(self.leaves) <= set(pyro.get_param_store().keys()):
+            return ()  # a module keeps its parameters to itself
         compiled = CompiledLoss(self._objective(setting), self.model, self.guide, "eager")
         with suppress(ValueError, TypeError):  # the program, or its arguments
             arguments = Arguments.of(self.args, self.kwargs)
