@@ -15,7 +15,7 @@ from hosts import slow_in_numpyro
 
 import flowvi.guidance
 from flowvi import LR, RP, AdaptiveFlow, DisARM, Enumerate, Flow
-from flowvi.guidance import Batch
+from flowvi.guidance import Batch, Search, Watch
 from flowvi.guidance.bias import MeanTest
 from flowvi.guidance.candidates import ROWS
 from flowvi.guidance.noise import Scale, Trial
@@ -129,6 +129,34 @@ def test_noise_counts_elements_in_the_units_of_adam():
 def test_elements_without_a_gradient_do_not_count():
     scale = Scale.of([np.array([[1.0, 0.0], [3.0, 0.0]])])
     np.testing.assert_allclose(scale.weights, [1 / 5, 0.0])
+
+
+class Seldom:
+    """A program whose default has noise 1; with another entropy it is smaller in most samples, and larger on the whole."""
+
+    sites: dict = {}
+    parameters = {"loc": 2}
+    marginalises = False
+    drawn = (("independent", False),)
+
+    def gradients(self, setting):
+        def draw(number):
+            rng = np.random.default_rng([number + 10, setting.entropy == "full"])
+            noise = rng.normal(size=(8, 2))
+            seldom = 0.5 * noise + 15.0 * rng.normal(size=(8, 2)) * (rng.uniform(size=(8, 2)) < 0.01)
+            return Batch(1.0 + (noise if setting.entropy == "full" else seldom), 1.0)
+
+        return draw
+
+
+@pytest.mark.parametrize("seconds", [0.0, 10.0])
+def test_the_default_is_kept_where_another_choice_is_seldom_noisy(seconds):
+    """In eight samples of ten the other one looks better; side by side, over more of them, it does not."""
+    with Watch(10.0, False) as clock:
+        search = Search(Seldom(), 1, clock)
+        search.best = search.default._replace(entropy="stl")
+        search.keep_default(seconds)
+    assert (search.best == search.default) == (seconds > 0)
 
 
 # ---- check_program
@@ -332,10 +360,10 @@ def test_pyro_modules_with_parameters_of_their_own(monkeypatch):
             pyro.sample("x", host.dist.Normal(self.net(torch.ones(1)).sum(), self.scale))
 
     with pyro.settings.context(module_local_params=True):
-        model, guide = normal_program(host, jump(host))[0], Guide()
+        model, guide = normal_program(host, lambda x: host.factor("cost", -(x**2)))[0], Guide()
         report = host.flow.gradient_report(model, guide, num_samples=20)
         assert {one.parameter for one in report.parameters} == {"net$$$weight", "net$$$bias", "scale"}
-        assert [one.site for one in host.flow.check_program(model, guide, seconds=1).failed] == ["x"]
+        assert [one.verdict for one in host.flow.check_program(model, guide, seconds=0.2).sites] == ["no bias found"]
         assert set(host.flow.recommend(model, guide, seconds=0.5, progress_bar=False).estimators) == {"x"}
 
 

@@ -14,7 +14,7 @@ from flowvi.guidance.program_check import Checker, ProgramCheck
 from flowvi.guidance.search import Search, Tried, ratio
 from flowvi.guidance.table import Table
 
-SEARCH, CONFIRM, CHECK, GAIN = 0.6, 0.05, 0.25, 0.1  # the shares of the time
+SEARCH, CONFIRM, CHECK, GAIN = 0.5, 0.15, 0.25, 0.1  # the shares of the time
 UNCOUNTED = 1e6  # a ratio to what has no noise at all
 ROUNDS = 3  # how often a choice that the check rejects is replaced
 CONFIDENCE, TOLERANCE = 0.999, 0.1

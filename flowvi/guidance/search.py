@@ -15,11 +15,13 @@ from flowvi.guidance.noise import FLOOR, Scale, Trial
 from flowvi.particles import Particles, can_be_joint
 
 CLEARLY = 2.5  # standard errors
+TOLERATED = 0.2  # the share by which a score may be larger where that is not sure
 ALIKE = 0.05  # scores that differ by less than this share are not told apart
 ALPHA = 0.001  # the probability that a plate of particles is taken for wrong
 BATCHES = 128  # the most batches of one trial in a race
 SURE, KNOWN = 8, 0.1  # batches that a confirmation takes at least, if there is time, and the error at which it ends
-FIRST = 4  # batches that set the weights of the elements, and after which the first candidates drop out
+FIRST = 4  # batches that set the weights of the elements
+FEWEST = 64  # samples after which the first candidates drop out
 
 
 class Unit(NamedTuple):
@@ -65,6 +67,7 @@ class Search:
     Attributes:
         default: The objective without advice.
         best: The best objective so far.
+        size: The number of samples of a batch.
         trials: The objectives that were measured.
         refused: Those that an estimator refused, each with its message.
         tried: For each site the estimators that raced there, noise and time of each relative to those of the winner.
@@ -82,7 +85,8 @@ class Search:
         self.compilation = 0.0
         clock.show("default")
         draw = bench.gradients(self.default)
-        self.scale = Scale.of([draw(-1 - i).gradients for i in range(FIRST)])
+        first = [draw(-1 - i).gradients for i in range(FIRST)]
+        self.scale, self.size = Scale.of(first), len(first[0])
         self.trials[self.default] = Trial(draw, self.scale)
 
     def run(self, seconds: float) -> None:
@@ -138,11 +142,14 @@ class Search:
         return self.best.without(kept).at({name: option for name in unit.sites if name not in kept})
 
     def keep_default(self, seconds: float) -> None:
-        """Go back to the default where it turns out to be better, measured side by side."""
+        """Go back to the default unless the choice turns out to be better, measured side by side.
+
+        A few samples flatter an estimator whose gradient is seldom large, such as a score; among many candidates one of them wins.
+        """
         plain = self.default._replace(num_particles=self.best.num_particles)
         measured = self.measure([self.best, plain], seconds)
         excess, error = measured[self.best].excess(measured[plain])
-        if excess > CLEARLY * error:
+        if self.best != plain and excess > -min(error, TOLERATED):
             found, kept = measured[self.best], measured[plain]
             for name, estimator in self.best.chosen:  # together, as they were measured
                 self.tried[name][estimator] = Tried(estimator, found.noise / kept.noise, found.seconds / kept.seconds)
@@ -248,7 +255,7 @@ class Search:
     def _race(self, racers: Mapping[Setting, Trial], own_end: float, end: float) -> Setting:
         """The setting of least score, by successive halving: those that stay get twice as many batches."""
         racing = dict(racers)
-        batches = FIRST
+        batches = max(FIRST, -(-FEWEST // self.size))
         while True:
             for trial in racing.values():
                 while len(trial.times) < batches and (not trial.times or self.clock.left() > end):
@@ -273,7 +280,7 @@ class Search:
     def _is_as_good(self, racing: Mapping[Setting, Trial], best: Trial) -> bool:
         """Whether the setting that is the best so far need not change."""
         excess, error = racing[self.best].excess(best)
-        return excess < max(ALIKE, min(error, 0.2))
+        return excess < max(ALIKE, min(error, TOLERATED))
 
 
 def ratio(a: Trial, b: Trial) -> tuple[float, float, float]:
