@@ -388,6 +388,47 @@ def test_numpyro_inside_scan():
     assert advice.check.sites[0].verdict == "not checked"
 
 
+def subsampled(host):
+    """A plate in mini-batches, with local parameters, below a global site."""
+
+    def program(loc, y=None):
+        w = host.sample("w", host.dist.Normal(loc[0], host.array(0.9)))
+        with host.plate("data", 6, subsample_size=3) as i:
+            z = host.sample("z", host.dist.Normal(w + loc[i], host.array(0.8)))
+            if y is not None:
+                host.sample("y", host.dist.Normal(z, host.array(0.7)), obs=y[i])
+
+    y, zeros = host.array([0.3, 1.2, -0.4, 0.8, 1.9, 0.1]), host.array([0.0] * 6)
+    return lambda: program(zeros, y), lambda: program(host.param("loc", host.array([0.1] * 6)))
+
+
+def autoguided(host, kind):
+    """A guide that the host makes."""
+    guides = pyro.infer.autoguide if host.name == "pyro" else numpyro.infer.autoguide
+
+    def model():
+        w = host.sample("w", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        scale = host.sample("scale", host.dist.LogNormal(host.array(0.0), host.array(0.5)))
+        with host.plate("data", 3):
+            z = host.sample("z", host.dist.Normal(w, host.array(1.0)))
+            host.sample("y", host.dist.Normal(z, scale), obs=host.array([0.3, 1.2, -0.4]))
+
+    return model, getattr(guides, kind)(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["subsample", "AutoNormal", "AutoMultivariateNormal", "AutoLowRankMultivariateNormal", "AutoDelta"])
+def test_guides_of_many_kinds(host, kind, monkeypatch):
+    monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:2])
+    pyro.clear_param_store()
+    model, guide = subsampled(host) if kind == "subsample" else autoguided(host, kind)
+    check = host.flow.check_program(model, guide, seconds=1)
+    assert [one.verdict for one in check.sites] == ["no bias found"] * len(check.sites)
+    advice = host.flow.recommend(model, guide, seconds=1, progress_bar=False)
+    assert set(advice.estimators) == {one.site for one in check.sites}
+    assert not advice.check.failed
+
+
 def test_what_misses_jumps():
     from flowvi.guidance.candidates import misses_jumps
 
