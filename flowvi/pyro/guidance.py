@@ -236,7 +236,7 @@ class PyroBench:
         if not set(self.leaves) <= set(pyro.get_param_store().keys()):
             return ()  # a module keeps its parameters to itself
         compiled = CompiledLoss(self._objective(setting), self.model, self.guide, "eager")
-        with suppress(ValueError, TypeError):  # the program, or its arguments
+        with suppress(Exception):  # whatever a program does that cannot be traced, its advice needs no hint
             arguments = Arguments.of(self.args, self.kwargs)
             compiled.prepare(arguments, tuple(self.leaves))
             compiled(arguments)
@@ -260,7 +260,8 @@ class PyroBench:
     def _objective(self, setting: Setting) -> Any:
         of_host = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
         elbo = objective(self, setting, TraceFlow_ELBO, of_host, self.given, self.default)
-        elbo.max_plate_nesting = self.plate_nesting
+        if setting.vectorized and not self.marginalises:  # else Pyro guesses it
+            elbo.max_plate_nesting = self.plate_nesting
         return elbo
 
     def _seed(self, number: int) -> int:
