@@ -59,9 +59,9 @@ bench: .venv/ready
 bench-adaptive: .venv/ready
 	$(BIN)/python benchmarks/adaptive.py
 
-# About an hour.
+# Ten to twenty minutes for each of four studies; one of them by STUDY="--study right".
 bench-guidance: .venv/ready
-	$(BIN)/python benchmarks/guidance.py
+	$(BIN)/python benchmarks/guidance.py $(STUDY)
 
 # About five minutes; without a GPU it says so and stops.
 bench-gpu: .venv/ready

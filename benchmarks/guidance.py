@@ -1,22 +1,25 @@
-"""What `check_program` finds, and what `recommend` chooses.
+"""What `check_program` finds, what `recommend` chooses, and how soon a fit by it is done.
 
-Three tables. In the first a bias is planted at one site of a small program (`planted.py`): whether it is found, at which site, and
-where. The second counts false alarms on random programs whose estimators are right. The third has the choice of `recommend` for
-programs of many kinds: its noise times time over that of the best objective of all that it tried, measured again in turn, and its
-gains. About an hour; the rows of one host, table and program by `--only`:
+Four studies, each with a table. `biases`: a bias is planted at one site of a small program (`planted.py`): whether it is found, at
+which site, and where. `right`: false alarms on random programs whose estimators are right. `choices`: what `recommend` chooses for
+programs of many kinds, its noise times time over that of the best objective of all that it tried, measured again in turn, and gains.
+`races`: how soon fits by the choice and by the default come close to the best ELBO (`races.py`). All seconds are those of the CPU, so
+that a busy machine changes nothing. Ten to twenty minutes each; the rows of one host, study and program by `--only`:
 
     python benchmarks/guidance.py
     python benchmarks/guidance.py --smoke
+    python benchmarks/guidance.py --study right
     python benchmarks/guidance.py --only NumPyro biases
     python benchmarks/guidance.py --only Pyro choices "eight schools"
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import jax
@@ -24,22 +27,28 @@ import numpy as np
 import numpyro
 import pyro
 import torch
-from planted import BIASES, Planted, parameter, right
+from planted import BIASES, NUM_STRUCTURES, Planted, parameter, right
 from programs import HOSTS, NumPyro, Program, eight_schools, mixture_guide, noisy_cone
+from races import CLOSE, race
+from races import PROGRAMS as RACES
 from tables import Options, figure, options, table
-from timing import use_one_thread
+from timing import STEPS, use_one_thread
 from variance import FUNCTIONS, expectation
 
+import flowvi.guidance
+import flowvi.numpyro.guidance
+import flowvi.pyro.guidance
 from flowvi import Auto
-from flowvi.guidance import Search, Watch, advise
+from flowvi.guidance import Checker, Recommendation, Search, Setting, Watch, advise
 from flowvi.guidance.search import BATCHES
 from flowvi.numpyro.guidance import PARTICLES as OF_NUMPYRO
 from flowvi.numpyro.guidance import NumPyroBench
 from flowvi.pyro.guidance import PARTICLES as OF_PYRO
 from flowvi.pyro.guidance import PyroBench
 
-CHECK, RIGHT, CHOICE, TRUTH = 10.0, 5.0, 30.0, 10.0  # seconds
-NUM_RIGHT, CHUNK = 200, 20
+CHECK, RIGHT, CHOICE, TRUTH = 10.0, 1.5, {"NumPyro": 20.0, "Pyro": 10.0}, 4.0  # seconds
+NUM_RIGHT, CONFIDENCE = 100, 0.999  # in each host
+SETTLED = 200  # steps of the default before a fit is advised
 
 
 def check(h: Any, planted: Planted, seconds: float) -> tuple[Any, float]:
@@ -62,19 +71,29 @@ def biases(asked: Options) -> None:
                     row(h.name, name, f"`{planted.site}`", sites, says, samples, figure(seconds, ".1f"))
 
 
+def check_right(h: Any, seed: int, seconds: float, compiled: dict[int, dict]) -> Any:
+    """The check of a right program; in NumPyro those of one structure share what is compiled."""
+    model, guide, estimators = right(seed).make(h)
+    with bench_of(h, Program(model, guide), estimators) as (bench, particles), Watch(seconds, False) as clock:
+        bench.compiled = compiled.setdefault(seed % NUM_STRUCTURES, {})
+        return Checker(bench, Setting(num_particles=particles), CONFIDENCE, clock).run(seconds)
+
+
 def false_alarms(asked: Options) -> None:
-    about = f"Random programs whose estimators are right, each checked for {RIGHT:.0f} seconds at most: false alarms."
+    about = f"Random programs whose estimators are right, each checked for {RIGHT:g} seconds at most: false alarms."
     columns = ("Host", "Seeds", "Programs", "Sites compared", "False alarms", "Median detectable bias, of the gradient")
     with table("guidance_right", asked, columns, about) as row:
         for h in HOSTS[1:] if asked.smoke else HOSTS:
-            for first in range(0, NUM_RIGHT, CHUNK)[: 1 if asked.smoke else None]:
-                seeds = range(first, first + (2 if asked.smoke else CHUNK))
-                if asked.wants(h.name, "right", f"{first}-{first + CHUNK - 1}"):
-                    found = [check(h, right(seed), 1.0 if asked.smoke else RIGHT)[0] for seed in seeds]
-                    tests = [one.test for each in found for one in each.sites if one.test is not None]
+            compiled: dict[int, dict] = {}
+            for first in range(0, NUM_RIGHT, NUM_STRUCTURES)[: 1 if asked.smoke else None]:
+                seeds = range(first, first + (2 if asked.smoke else NUM_STRUCTURES))
+                if asked.wants(h.name, "right", f"{first}-{first + NUM_STRUCTURES - 1}"):
+                    found = {seed: check_right(h, seed, 1.0 if asked.smoke else RIGHT, compiled) for seed in seeds}
+                    tests = [one.test for each in found.values() for one in each.sites if one.test is not None]
                     detectable = figure(float(np.median([test.detectable for test in tests])), ".2g")
-                    alarms = sum(bool(each.failed) for each in found)
-                    row(h.name, f"{seeds[0]} to {seeds[-1]}", len(seeds), len(tests), alarms, detectable)
+                    alarms = [seed for seed, each in found.items() if each.failed]
+                    which = f" ({', '.join(map(str, alarms))})" if alarms else ""
+                    row(h.name, f"{seeds[0]} to {seeds[-1]}", len(seeds), len(tests), f"{len(alarms)}{which}", detectable)
 
 
 # Programs to choose for.
@@ -164,14 +183,28 @@ CHOICES: dict[str, Callable[[Any], Program]] = {
 
 
 @contextmanager
-def bench_of(h: Any, program: Program) -> Iterator[tuple[Any, int]]:
-    """The bench of a program, and the number of particles of a check."""
+def bench_of(h: Any, program: Program, estimators: Any = None, steps: int = 0) -> Iterator[tuple[Any, int]]:
+    """The bench of a program after so many steps of the default, and the number of particles of a check."""
     pyro.clear_param_store()
+    params = None
+    if steps:
+        side = STEPS[h](program, h.flow.TraceFlow_ELBO(), rate=0.02)
+        side.run(steps)
+        params = side.svi.get_params(side.state) if h is NumPyro else None  # in Pyro they are in the store
     if h is NumPyro:
-        yield NumPyroBench(program.model, program.guide, program.args, {}, None, Auto(), None, None), OF_NUMPYRO
+        yield NumPyroBench(program.model, program.guide, program.args, {}, estimators, Auto(), params, None), OF_NUMPYRO
     else:
-        with PyroBench.opened(program.model, program.guide, program.args, {}, None, Auto(), 0) as bench:
+        with PyroBench.opened(program.model, program.guide, program.args, {}, estimators, Auto(), 0) as bench:
             yield bench, OF_PYRO
+
+
+def chosen(advice: Recommendation) -> str:
+    """The estimators and the entropy."""
+    return ", ".join(f"`{site}`: {e}" for site, e in advice.estimators.items()) + f"; {advice.options['entropy']!r}"
+
+
+def in_seconds() -> str:
+    return " or ".join(f"{seconds:.0f} seconds ({host})" for host, seconds in CHOICE.items())
 
 
 def over_the_best(search: Search, seconds: float) -> tuple[float, str, int]:
@@ -191,7 +224,7 @@ def over_the_best(search: Search, seconds: float) -> tuple[float, str, int]:
 
 def choices(asked: Options) -> None:
     about = (
-        f"What `recommend` chooses in {CHOICE:.0f} seconds; its noise x time over that of the best objective of all that it tried, "
+        f"What `recommend` chooses in {in_seconds()}; its noise x time over that of the best objective of all that it tried, "
         f"measured again in turn for {TRUTH:.0f} seconds; and how many times as much the default and the host's own objective need, "
         "with 95% intervals."
     )
@@ -201,24 +234,54 @@ def choices(asked: Options) -> None:
             for name, make in CHOICES.items():
                 if (asked.smoke and name != "Bernoulli") or not asked.wants(h.name, "choices", name):
                     continue
-                with bench_of(h, make(h)) as (bench, particles), Watch(CHOICE, False) as clock:
+                with bench_of(h, make(h)) as (bench, particles), Watch(CHOICE[h.name], False) as clock:
                     search = Search(bench, 1, clock)
-                    advice = advise(search, CHOICE, particles)
-                    spent = CHOICE - clock.left()
+                    advice = advise(search, CHOICE[h.name], particles)
+                    spent = CHOICE[h.name] - clock.left()
                     share, which, tried = over_the_best(search, TRUTH)
-                chosen = ", ".join(f"`{site}`: {e}" for site, e in advice.estimators.items()) + f"; {advice.options['entropy']!r}"
                 gains = advice.gain_over_default, advice.gain_over_host or "refused"
-                row(h.name, name, chosen, tried, figure(share, ".2f"), which, *gains, figure(spent, ".0f"))
+                row(h.name, name, chosen(advice), tried, figure(share, ".2f"), which, *gains, figure(spent, ".0f"))
+
+
+def sooner(asked: Options) -> None:
+    about = (
+        f"Fits by what `recommend` chooses in {in_seconds()} after {SETTLED} steps of the default, and by the default: "
+        f"the steps to the best ELBO less {CLOSE} nats, at the best of two step sizes, as a mean over two seeds; "
+        "the time of a recommended step over that of a default one, taken in "
+        "turn, with its 95% interval; and how many times as long the default takes to that ELBO."
+    )
+    columns = ("Host", "Program", "Choice", "ELBO", "Steps", "Steps of the default", "Time of a step", "The default takes")
+    with table("guidance_races", asked, columns, about) as row:
+        for h in HOSTS[1:] if asked.smoke else HOSTS:
+            for name, make in RACES.items():
+                if (asked.smoke and name != "Poisson") or not asked.wants(h.name, "races", name):
+                    continue
+                with bench_of(h, make(h), steps=SETTLED) as (bench, particles), Watch(CHOICE[h.name], False) as clock:
+                    search = Search(bench, 1, clock)
+                    advice = advise(search, CHOICE[h.name], particles)
+                elbo, plain = h.flow.TraceFlow_ELBO, h.flow.TraceFlow_ELBO()
+                recommended = elbo(estimators=advice.estimators, **advice.options)
+                elbos = (plain,) if search.best == search.default else (plain, recommended)
+                found = race(h, make, elbos, *([20] if asked.smoke else []))
+                steps = [f"{figure(side.steps)} at {side.step_size}" for side in (found.advised, found.default)]
+                time = "{:.2f} ({:.2f} to {:.2f})".format(*found.time)
+                row(h.name, name, chosen(advice), figure(found.target, ".2f"), *steps, time, f"{figure(found.gain)} times as long")
+
+
+STUDIES = {"biases": biases, "right": false_alarms, "choices": choices, "races": sooner}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    asked = options(__file__, __doc__, argv)
+    asked = options(__file__, __doc__, argv, tuple(STUDIES))
     use_one_thread()
+    for module in (flowvi.guidance, flowvi.numpyro.guidance, flowvi.pyro.guidance, sys.modules[__name__]):
+        vars(module)["perf_counter"] = process_time
     numpyro.enable_x64()
     jax.config.update("jax_enable_x64", True)
     torch.set_default_dtype(torch.float64)
-    for of in (biases, false_alarms, choices):
-        of(asked)
+    for name, study in STUDIES.items():
+        if asked.study in (None, name):
+            study(asked._replace(command=f"{asked.command} --study {name}"))
 
 
 if __name__ == "__main__":

@@ -218,61 +218,68 @@ def sites(a: float, b: float) -> dict[str, Site]:
         "Normal": Site(
             lambda h: h.dist.Normal(h.array(0.0), 1.0),
             lambda h, n: h.dist.Normal(parameter(h, f"{n}_loc", a - 1), parameter(h, f"{n}_scale", b, True)),
-            (RP(), LR(), Flow(half), Flow(fields.location_scale()), RP(control_variate="quadratic")),
+            (RP(), Flow(half), Flow(fields.location_scale()), RP(control_variate="quadratic")),
         ),
         "Gamma": Site(
             lambda h: h.dist.Gamma(h.array(2.0), 1.5),
             lambda h, n: h.dist.Gamma(parameter(h, f"{n}_a", 1 + 2 * a, True), parameter(h, f"{n}_b", b, True)),
-            (RP(), LR(), Flow(fields.gamma_g_rep()), Flow(fields.gamma_implicit())),
+            (RP(), Flow(fields.gamma_g_rep()), Flow(fields.gamma_implicit())),
         ),
         "Beta": Site(
             lambda h: h.dist.Beta(h.array(2.0), 2.0),
             lambda h, n: h.dist.Beta(parameter(h, f"{n}_1", 1 + 2 * a, True), parameter(h, f"{n}_0", 1 + 2 * b, True)),
-            (RP(), LR(), Flow(fields.beta_implicit())),
+            (RP(), Flow(fields.beta_implicit())),
         ),
         "LogNormal": Site(
             lambda h: h.dist.LogNormal(h.array(0.0), 0.5),
             lambda h, n: h.dist.LogNormal(parameter(h, f"{n}_loc", a - 1), parameter(h, f"{n}_scale", 0.5 * b, True)),
-            (RP(), LR(), Flow(fields.log_normal())),
+            (RP(), Flow(fields.log_normal())),
         ),
         "Exponential": Site(
             lambda h: h.dist.Exponential(h.array(1.0)),
             lambda h, n: h.dist.Exponential(parameter(h, f"{n}_rate", a, True)),
-            (RP(), LR(), MeasureValued()),
+            (RP(), MeasureValued()),
         ),
         "Bernoulli": Site(
             lambda h: h.dist.Bernoulli(h.array(0.4)),
             lambda h, n: h.dist.Bernoulli(logits=parameter(h, f"{n}_logits", a - 1)),
-            (Enumerate(), FiniteDifference(), LR()),
+            (Enumerate(), FiniteDifference()),
         ),
         "Poisson": Site(
             lambda h: h.dist.Poisson(h.array(2.0)),
             lambda h, n: h.dist.Poisson(parameter(h, f"{n}_rate", 2 * a, True)),
-            (FiniteDifference(), MeasureValued(), LR()),
+            (FiniteDifference(), MeasureValued()),
         ),
         "Categorical": Site(
             lambda h: h.dist.Categorical(probs=h.array(np.full(4, 0.25))),
             lambda h, n: h.dist.Categorical(logits=parameter(h, f"{n}_logits", np.array([a, b, 0.0, -b]))),
-            (Enumerate(), FiniteDifference(), LR()),
+            (Enumerate(), FiniteDifference()),
         ),
     }
 
 
+NUM_STRUCTURES = 10
+
+
 def right(seed: int) -> Planted:
-    """A random program whose estimators are right: one to three sites, which one mean reads, and in some a plate below them."""
-    rng = np.random.default_rng(seed)
+    """A random program whose estimators are right: one to three sites, which one mean reads, and in some a plate below them.
+
+    Programs whose seeds differ by multiples of `NUM_STRUCTURES` differ in the initial values of their parameters only.
+    """
+    structure = seed % NUM_STRUCTURES
+    of_structure, of_values = np.random.default_rng(structure), np.random.default_rng(seed)
     chosen = {}
-    for i in range(1 + seed % 3):
-        known = sites(*rng.uniform(0.5, 1.5, size=2))
-        site = known[list(known)[rng.integers(len(known))]]
-        chosen[f"s{i}"] = site, site.estimators[rng.integers(len(site.estimators))]
-    weights, (observation, wave) = rng.normal(size=len(chosen)), rng.uniform(0.3, 2.0, size=2)
-    data = rng.normal(size=rng.integers(2, 6)) if seed % 4 == 0 else None
+    for i in range(1 + structure % 3):
+        known = sites(*of_values.uniform(0.5, 1.5, size=2))
+        site = known[list(known)[of_structure.integers(len(known))]]
+        chosen[f"s{i}"] = site, site.estimators[of_structure.integers(len(site.estimators))]
+    weights, (observation, wave) = of_values.normal(size=len(chosen)), of_structure.uniform(0.3, 2.0, size=2)
+    data = of_structure.normal(size=of_structure.integers(2, 6)) if structure % 4 == 0 else None
 
     def make(h):
         def model():
-            values = [1.0 * h.ppl.sample(name, site.prior(h)) for name, (site, _) in chosen.items()]
-            mean = sum(float(w) * v for w, v in zip(weights, values, strict=True))
+            weight = parameter(h, "weights", weights)
+            mean = sum(weight[i] * h.ppl.sample(name, site.prior(h)) for i, (name, (site, _)) in enumerate(chosen.items()))
             h.ppl.sample("y", h.dist.Normal(mean + 0.3 * h.xp.sin(wave * mean), 0.8), obs=h.array(observation))
             if data is not None:
                 with h.ppl.plate("data", len(data)):
@@ -283,11 +290,11 @@ def right(seed: int) -> Planted:
             for name, (site, _) in chosen.items():
                 h.ppl.sample(name, site.guide(h, name))
             if data is not None:
-                loc = h.ppl.param("z_loc", h.array(np.zeros(len(data))))
+                loc = parameter(h, "z_loc", np.zeros(len(data)))
                 with h.ppl.plate("data", len(data)):
                     h.ppl.sample("z", h.dist.Normal(loc, 0.8))
 
-        of_plate = {} if data is None else {"z": (RP(), LR(), Auto())[seed // 4 % 3]}
+        of_plate = {} if data is None else {"z": (RP(), LR(), Auto())[structure // 4 % 3]}
         return model, guide, {name: estimator for name, (_, estimator) in chosen.items()} | of_plate
 
     return Planted(make, None)

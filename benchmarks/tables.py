@@ -20,16 +20,19 @@ class Options(NamedTuple):
     command: str
     smoke: bool
     only: list[str]
+    study: str | None = None
 
     def wants(self, *words: object) -> bool:
         """Whether a row that is known by these words is asked for."""
         return set(self.only) <= set(map(str, words))
 
 
-def options(file: str, doc: str | None, argv: Sequence[str] | None) -> Options:
+def options(file: str, doc: str | None, argv: Sequence[str] | None, studies: Sequence[str] = ()) -> Options:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few short rows, printed and not written, to see that it runs")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="the rows of this host, program, ...; not written")
+    if studies:
+        parser.add_argument("--study", choices=studies, help="this one only")
     return Options(f"python benchmarks/{Path(file).name}", **vars(parser.parse_args(argv)))
 
 

@@ -11,6 +11,7 @@ from flowvi.assignment import Estimators
 from flowvi.estimators import Estimator
 from flowvi.guidance.candidates import GuideSite
 from flowvi.objectives import LeaveOneOut
+from flowvi.particles import Particles
 from flowvi.run import Run, Statement
 from flowvi.sites import Entropy
 from flowvi.tape import Joint
@@ -25,6 +26,8 @@ class Setting(NamedTuple):
         num_particles: The number of particles.
         baseline: Whether the mean over the other particles is subtracted from the costs of a score.
         joint: The sites whose scores multiply every cost.
+        particles: How the particles are drawn.
+        vectorized: Whether they are a plate; in NumPyro they always are one.
         of_host: Whether it is the host's own objective, which has particles only.
     """
 
@@ -33,6 +36,8 @@ class Setting(NamedTuple):
     num_particles: int = 1
     baseline: LeaveOneOut = "loo"
     joint: frozenset[str] = frozenset()
+    particles: Particles = "independent"
+    vectorized: bool = False
     of_host: bool = False
 
     def at(self, estimators: Mapping[str, Estimator]) -> Setting:
@@ -106,6 +111,7 @@ class Bench(Protocol):
         sites: The random sites of the guide, in program order.
         parameters: The parameters in the order of a gradient's elements, each with how many it has.
         marginalises: Whether the host sums sites of the model out.
+        drawn: The ways in which several particles can be drawn: how, and whether as a plate.
     """
 
     @property
@@ -114,6 +120,8 @@ class Bench(Protocol):
     def parameters(self) -> Mapping[str, int]: ...
     @property
     def marginalises(self) -> bool: ...
+    @property
+    def drawn(self) -> tuple[tuple[Particles, bool], ...]: ...
 
     def gradients(self, setting: Setting) -> Draw:
         """The gradients of an objective. Batches of one number have the same keys, whatever the setting.
@@ -125,6 +133,10 @@ class Bench(Protocol):
 
     def probe(self, site: str) -> Probe:
         """The costs as functions of a site."""
+        ...
+
+    def hints(self, setting: Setting, seconds: float) -> tuple[str, ...]:
+        """What else would make its steps faster, which take so many seconds."""
         ...
 
 
@@ -177,6 +189,8 @@ def objective(
         default=default,
         entropy=setting.entropy,
         baseline=setting.baseline,
+        particles=setting.particles,
+        **({"vectorize_particles": True} if setting.vectorized else {}),
     )
     if setting.joint:
         elbo.dependencies = Joint(elbo.dependencies, setting.joint)

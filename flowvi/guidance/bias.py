@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -22,6 +22,7 @@ import numpy as np
 from flowvi.guidance.bench import Draw
 
 CONFIRMED = 4.0  # the z-score of fresh differences, along one direction of a known sign
+SKEWED = 0.3  # the skewness of a mean from which on its z-score is confirmed again
 POWER = 1.2816  # a bias this many standard errors beyond the threshold is seen in nine of ten cases
 ROUNDING = 1e-5  # differences of this size, relative to the root mean square of the gradient, are rounding errors
 SMALLEST = 8  # the fewest batches that decide
@@ -48,9 +49,6 @@ class BiasTest:
     num_samples: int
 
 
-Pairs = list[tuple[np.ndarray, np.ndarray]]  # batches of the first gradient and of the difference
-
-
 class _Differences:
     """Differences of two gradients at the same keys.
 
@@ -64,16 +62,16 @@ class _Differences:
         self.used: np.ndarray = np.zeros(0, bool)
         self.num_read = 0
 
-    def read(self, count: int, time_left: Callable[[], bool] = lambda: True) -> Pairs:
-        """The next batches; fewer where time runs out."""
-        pairs: Pairs = []
-        while len(pairs) < count and (time_left() or not pairs):
+    def read(self, count: int, time_left: Callable[[], bool] = lambda: True) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The next batches of the first gradient and of the difference; fewer where time runs out."""
+        for i in range(count):
+            if i and not time_left():
+                return
             a, b = (draw(self.num_read).gradients for draw in (self.own, self.reference))
             here = (b != 0).any(0)
             self.used = self.used | here if self.num_read else here
             self.num_read += 1
-            pairs.append((a, a - b))
-        return pairs
+            yield a, a - b
 
 
 class _Moments:
@@ -83,11 +81,10 @@ class _Moments:
         self.n = 0
         self.sums: list[np.ndarray] = []
 
-    def add(self, pairs: Pairs) -> None:
-        for own, difference in pairs:
-            new = [own.sum(0), (own**2).sum(0), difference.sum(0), (difference**2).sum(0)]
-            self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.n else new
-            self.n += len(own)
+    def add(self, own: np.ndarray, difference: np.ndarray) -> None:
+        new = [own.sum(0), (own**2).sum(0), difference.sum(0), (difference**2).sum(0)]
+        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.n else new
+        self.n += len(own)
 
     @property
     def own(self) -> np.ndarray:
@@ -123,8 +120,7 @@ class _Along:
     def __init__(self) -> None:
         self.direction, self.deviation, self.n, self.sum = np.zeros(0), 0.0, 0, 0.0
 
-    def add(self, pairs: Pairs, direction: np.ndarray) -> None:
-        x = np.concatenate([difference @ direction for _, difference in pairs])
+    def add(self, x: np.ndarray, direction: np.ndarray) -> None:
         self.direction, self.deviation = direction, float(x.std(ddof=1))
         if self.deviation > 0:
             self.sum += float(x.sum()) / self.deviation
@@ -161,17 +157,21 @@ class MeanTest:
         """Look once more, at as many differences as were read before, or at fewer where time runs out."""
         moments, differences = self.moments, self.differences
         share = self.alpha / ((self.num_looks + 1) * (self.num_looks + 2)) / 3
-        new = differences.read(max(differences.num_read, SMALLEST), time_left)
+        count = max(differences.num_read, SMALLEST)
+        if not moments.n:  # the first directions are those of one half
+            self._read(SMALLEST // 2, [], time_left)
+            count -= SMALLEST // 2
+            if self.is_decided:
+                return
         used = differences.used
-        if moments.n:
-            self.along_gradient.add(new, np.where(used, moments.own, 0.0))
-            self.along_difference.add(new, _steepest(moments, used))
-        moments.add(new)
-        self.num_looks += 1
-        if not np.isfinite(moments.mean).all():
-            element = int(np.isfinite(moments.mean).argmin())
-            self._decide(BiasTest(True, math.inf, element, math.inf, math.inf, moments.n))
+        directions = [np.where(used, moments.own, 0.0), _steepest(moments, used)]
+        along = self._read(count, directions, time_left)
+        if self.is_decided:
             return
+        for one, x, direction in zip((self.along_gradient, self.along_difference), along, directions, strict=True):
+            one.add(x, direction)
+        self.num_looks += 1
+        used = differences.used
         z = np.where(used, moments.z, 0.0)
         element = int(np.abs(z).argmax())
         compared = max(int((used & (moments.variance > 0)).sum()), 1)
@@ -180,22 +180,43 @@ class MeanTest:
             suspects.append(np.where(np.arange(z.size) == element, np.sign(z), 0.0))
         suspects += [one.direction for one in (self.along_gradient, self.along_difference) if abs(one.z) > _threshold(share)]
         for suspect in suspects:
-            again = differences.read(2 * differences.num_read)
-            moments.add(again)
-            if abs(confirmed := _z(again, suspect)) > CONFIRMED:
+            again = self._confirm(suspect)
+            if not self.is_decided and abs(confirmed := _z(again)) > CONFIRMED:
                 bias = float(np.linalg.norm(moments.mean[used])) / (float(np.linalg.norm(moments.own[used])) or 1.0)
                 self._decide(BiasTest(True, abs(confirmed), element, bias, self.result.detectable, moments.n))
+            if self.is_decided:
                 return
         detectable = (_threshold(share) + POWER) * self._error(used) if z.any() else 0.0
         self.result = BiasTest(False, float(abs(z[element])), element, 0.0, detectable, moments.n)
         self.is_decided = detectable < self.tolerance
+
+    def _read(self, count: int, directions: list[np.ndarray], time_left: Callable[[], bool] = lambda: True) -> list[np.ndarray]:
+        """The next differences along some directions; of all else only the moments are kept. Decides where one is not finite."""
+        along: list[list[np.ndarray]] = [[] for _ in directions]
+        for own, difference in self.differences.read(count, time_left):
+            finite = np.isfinite(difference).all(0)
+            if not finite.all():
+                samples = self.moments.n + len(difference)
+                self._decide(BiasTest(True, math.inf, int(finite.argmin()), math.inf, math.inf, samples))
+                break
+            self.moments.add(own, difference)
+            for x, direction in zip(along, directions, strict=True):
+                x.append(difference @ direction)
+        return [np.concatenate([np.zeros(0), *x]) for x in along]
+
+    def _confirm(self, direction: np.ndarray) -> np.ndarray:
+        """Fresh differences along a direction; more of them where few large ones make the mean, whose z-score is then not Normal."""
+        (x,) = self._read(2 * self.differences.num_read, [direction])
+        if not self.is_decided and abs(_z(x)) > CONFIRMED and _skewness(x) > SKEWED:
+            (x,) = self._read(2 * self.differences.num_read, [direction])
+        return x
 
     def _error(self, used: np.ndarray) -> float:
         """The standard error of the mean difference along the gradient, relative to the gradient without its noise."""
         own = np.where(used, self.moments.own, 0.0)
         noise = float(np.where(used, self.moments.size**2 - self.moments.own**2, 0.0).sum()) / self.moments.n
         square = float(own @ own)
-        if square <= noise or not self.along_gradient.n:
+        if square <= noise:
             return math.inf
         return self.along_gradient.deviation / math.sqrt(self.along_gradient.n * square * (square - noise))
 
@@ -207,11 +228,17 @@ def _threshold(p: float) -> float:
     return -NormalDist().inv_cdf(p / 2)
 
 
-def _z(pairs: Pairs, direction: np.ndarray) -> float:
-    """The z-score of the mean difference along a direction."""
-    x = np.concatenate([difference @ direction for _, difference in pairs])
+def _z(x: np.ndarray) -> float:
+    """The z-score of the mean of some numbers."""
     error = float(x.std(ddof=1)) / math.sqrt(len(x))
     return float(x.mean()) / error if error > 0 else math.inf * float(np.sign(x.mean()))
+
+
+def _skewness(x: np.ndarray) -> float:
+    """The size of the skewness of the mean of some numbers."""
+    centred = x - x.mean()
+    scale = float((centred**2).mean()) ** 1.5 * math.sqrt(len(x))
+    return abs(float((centred**3).mean())) / scale if scale > 0 else 0.0
 
 
 def _steepest(moments: _Moments, used: np.ndarray) -> np.ndarray:

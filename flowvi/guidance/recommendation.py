@@ -14,7 +14,7 @@ from flowvi.guidance.program_check import Checker, ProgramCheck
 from flowvi.guidance.search import Search, Tried, ratio
 from flowvi.guidance.table import Table
 
-SEARCH, CONFIRM, CHECK, GAIN = 0.6, 0.05, 0.25, 0.1  # the shares of the time
+SEARCH, CONFIRM, CHECK, GAIN = 0.5, 0.15, 0.25, 0.1  # the shares of the time
 UNCOUNTED = 1e6  # a ratio to what has no noise at all
 ROUNDS = 3  # how often a choice that the check rejects is replaced
 CONFIDENCE, TOLERANCE = 0.999, 0.1
@@ -63,6 +63,7 @@ class Recommendation(Table):
         sites: The advice for each site.
         check: What ``check_program`` says about it.
         untried: How many candidates there was no time for.
+        hints: What else would make its steps faster.
     """
 
     estimators: Mapping[str, Estimator]
@@ -72,6 +73,7 @@ class Recommendation(Table):
     sites: tuple[SiteAdvice, ...]
     check: ProgramCheck
     untried: int
+    hints: tuple[str, ...] = ()
     columns = ("site", "estimator", "noise of the next", "time of the next", "reason")
     num_words = 2
 
@@ -86,7 +88,7 @@ class Recommendation(Table):
         if self.gain_over_host is not None:
             lines.append(f"noise x time: the host's own objective needs {self.gain_over_host} times as much")
         lines += [f"check_program: '{one.site}' may be biased: {one.remark}" for one in self.check.failed]
-        return (*lines, *([f"no time for {self.untried} candidates; give more seconds"] if self.untried else []))
+        return (*lines, *self.hints, *([f"no time for {self.untried} candidates; give more seconds"] if self.untried else []))
 
     def rows(self) -> Iterator[tuple]:
         """The table: site, estimator, noise and time of the second best relative to it, reason."""
@@ -131,6 +133,7 @@ def advise(search: Search, seconds: float, check_particles: int) -> Recommendati
     search.run(SEARCH * seconds)
     clock.show("confirm")
     search.keep_default(CONFIRM * seconds)
+    search.keep_loop(CONFIRM * seconds)
     check = _check(bench, search, CHECK * seconds, clock, check_particles)
     for _ in range(ROUNDS):
         if not check.failed:
@@ -146,17 +149,26 @@ def advise(search: Search, seconds: float, check_particles: int) -> Recommendati
     advice = tuple(_advice(search, site) for site in bench.sites.values())
     return Recommendation(
         {one.site: one.estimator for one in advice if _is_explicit(search, bench.sites[one.site])},
-        {"num_particles": search.best.num_particles, "entropy": search.best.entropy},
+        _options(search.best),
         Gain(*ratio(measured[plain], best)),
         Gain(*ratio(measured[of_host], best)) if of_host in measured else None,
         advice,
         check,
         search.untried,
+        bench.hints(search.best, best.seconds),
     )
 
 
+def _options(setting: Setting) -> dict[str, Any]:
+    """The options of the objective; those of particles where they are not the default."""
+    particles = {} if setting.particles == "independent" else {"particles": setting.particles}
+    plate = {"vectorize_particles": True} if setting.vectorized else {}
+    return {"num_particles": setting.num_particles, "entropy": setting.entropy} | plate | particles
+
+
 def _check(bench: Bench, search: Search, seconds: float, clock: Clock, particles: int) -> ProgramCheck:
-    return Checker(bench, search.best._replace(num_particles=particles), CONFIDENCE, clock, TOLERANCE).run(seconds)
+    setting = search.best._replace(num_particles=particles, particles="independent", vectorized=False)
+    return Checker(bench, setting, CONFIDENCE, clock, TOLERANCE).run(seconds)
 
 
 def _is_explicit(search: Search, site: GuideSite) -> bool:

@@ -9,14 +9,19 @@ from typing import Any, NamedTuple
 
 from flowvi.estimators import Estimator
 from flowvi.guidance.bench import Bench, Clock, Setting
+from flowvi.guidance.bias import MeanTest
 from flowvi.guidance.candidates import GuideSite, candidates, misses_jumps
 from flowvi.guidance.noise import FLOOR, Scale, Trial
+from flowvi.particles import Particles, can_be_joint
 
 CLEARLY = 2.5  # standard errors
+TOLERATED = 0.2  # the share by which a score may be larger where that is not sure
 ALIKE = 0.05  # scores that differ by less than this share are not told apart
+ALPHA = 0.001  # the probability that a plate of particles is taken for wrong
 BATCHES = 128  # the most batches of one trial in a race
 SURE, KNOWN = 8, 0.1  # batches that a confirmation takes at least, if there is time, and the error at which it ends
-FIRST = 4  # batches that set the weights of the elements, and after which the first candidates drop out
+FIRST = 4  # batches that set the weights of the elements
+FEWEST = 64  # samples after which the first candidates drop out
 
 
 class Unit(NamedTuple):
@@ -62,6 +67,7 @@ class Search:
     Attributes:
         default: The objective without advice.
         best: The best objective so far.
+        size: The number of samples of a batch.
         trials: The objectives that were measured.
         refused: Those that an estimator refused, each with its message.
         tried: For each site the estimators that raced there, noise and time of each relative to those of the winner.
@@ -79,7 +85,8 @@ class Search:
         self.compilation = 0.0
         clock.show("default")
         draw = bench.gradients(self.default)
-        self.scale = Scale.of([draw(-1 - i).gradients for i in range(FIRST)])
+        first = [draw(-1 - i).gradients for i in range(FIRST)]
+        self.scale, self.size = Scale.of(first), len(first[0])
         self.trials[self.default] = Trial(draw, self.scale)
 
     def run(self, seconds: float) -> None:
@@ -99,9 +106,23 @@ class Search:
         return len(left - refused)
 
     def units(self) -> list[Unit]:
-        """What is chosen one after the other: for the sites of each kind, and for all."""
-        particles = [Unit("particles", (), self.num_particles)] if len(self.num_particles) > 1 else []
-        return [*map(self._unit, self._kinds()), Unit("entropy", (), ("full", "stl", "analytic")), *particles]
+        """What is chosen one after the other: for all sites, for those of each kind, and for all again.
+
+        Particles come first, since in a plate they take less time, whatever the estimators are.
+        """
+        particles = [Unit("particles", (), options)] if len(options := self._particles()) > 1 else []
+        return [*particles, *map(self._unit, self._kinds()), Unit("entropy", (), ("full", "stl", "analytic"))]
+
+    def _particles(self) -> tuple[tuple[int, Particles, bool], ...]:
+        """The numbers of particles to choose from, with the ways in which so many can be drawn."""
+        sites = self.bench.sites.values()
+        can_be_drawn_together = any(site.is_pathwise_in_host and can_be_joint(site.target) for site in sites)
+        return tuple(
+            (number, how, vectorized)
+            for number in self.num_particles
+            for how, vectorized in (self.bench.drawn if number > 1 else self.bench.drawn[:1])
+            if how == "independent" or (can_be_drawn_together and (how != "antithetic" or number % 2 == 0))
+        )
 
     def _kinds(self) -> list[list[GuideSite]]:
         kinds: dict[tuple, list[GuideSite]] = {}
@@ -115,17 +136,35 @@ class Search:
         if unit.name == "entropy":
             return self.best._replace(entropy=option)
         if unit.name == "particles":
-            return self.best._replace(num_particles=option)
+            number, how, vectorized = option
+            return self.best._replace(num_particles=number, particles=how, vectorized=vectorized)
         kept = frozenset(name for name in unit.sites if self.bench.sites[name].estimator == option)
         return self.best.without(kept).at({name: option for name in unit.sites if name not in kept})
 
     def keep_default(self, seconds: float) -> None:
-        """Go back to the default where it turns out to be better, measured side by side."""
+        """Go back to the default unless the choice turns out to be better, measured side by side.
+
+        A few samples flatter an estimator whose gradient is seldom large, such as a score; among many candidates one of them wins.
+        """
         plain = self.default._replace(num_particles=self.best.num_particles)
         measured = self.measure([self.best, plain], seconds)
         excess, error = measured[self.best].excess(measured[plain])
-        if excess > CLEARLY * error:
+        if self.best != plain and excess > -min(error, TOLERATED):
+            found, kept = measured[self.best], measured[plain]
+            for name, estimator in self.best.chosen:  # together, as they were measured
+                self.tried[name][estimator] = Tried(estimator, found.noise / kept.noise, found.seconds / kept.seconds)
             self.best = plain
+
+    def keep_loop(self, seconds: float) -> None:
+        """Go back to a loop over particles where those in a plate have another mean: the program is not written for it."""
+        if self.best.vectorized:
+            looped = self.best._replace(particles="independent", vectorized=False)
+            test = MeanTest(self.bench.gradients(self.best), self.bench.gradients(looped), ALPHA, ALIKE)
+            end = self.clock.left() - seconds
+            while not test.is_decided and (self.clock.left() > end or not test.num_looks):
+                test.look(lambda: self.clock.left() > end)
+            if test.result.biased:
+                self.best = looped
 
     def ban(self, site: str, seconds: float) -> None:
         """Choose again at a site whose estimator is biased on this program, without those that are wrong for the same reason."""
@@ -205,7 +244,9 @@ class Search:
             self.clock.show(unit.name)
             try:
                 self.trials[setting] = Trial(self.bench.gradients(setting), self.scale)
-            except (ValueError, NotImplementedError) as refusal:
+            except Exception as refusal:
+                if not setting.vectorized and not isinstance(refusal, ValueError | NotImplementedError):
+                    raise  # a program that is not written for a plate of particles may fail in any way
                 self.refused[setting] = str(refusal)
                 return None
             self.compilation = max(0.7 * self.compilation, before - self.clock.left())
@@ -214,7 +255,7 @@ class Search:
     def _race(self, racers: Mapping[Setting, Trial], own_end: float, end: float) -> Setting:
         """The setting of least score, by successive halving: those that stay get twice as many batches."""
         racing = dict(racers)
-        batches = FIRST
+        batches = max(FIRST, -(-FEWEST // self.size))
         while True:
             for trial in racing.values():
                 while len(trial.times) < batches and (not trial.times or self.clock.left() > end):
@@ -239,7 +280,7 @@ class Search:
     def _is_as_good(self, racing: Mapping[Setting, Trial], best: Trial) -> bool:
         """Whether the setting that is the best so far need not change."""
         excess, error = racing[self.best].excess(best)
-        return excess < max(ALIKE, min(error, 0.2))
+        return excess < max(ALIKE, min(error, TOLERATED))
 
 
 def ratio(a: Trial, b: Trial) -> tuple[float, float, float]:

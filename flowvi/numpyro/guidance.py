@@ -37,10 +37,11 @@ from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.learning import adaptive
 from flowvi.numpyro.run import NumPyroProgram
+from flowvi.particles import Particles
 from flowvi.run import Held
 
 ELEMENTS = 1_000_000  # of the gradients of one batch
-LARGEST, SMALLEST = 64, 4  # batches
+LARGEST, SMALLEST = 64, 2  # batches
 WARM_UP, RATE = 500, 0.05  # steps of Adam on what an estimator learns
 POINTS = 64  # values of a site whose costs are computed at once
 PARTICLES = 16  # of a gradient that is checked
@@ -168,7 +169,13 @@ def check_program(
 
 
 class NumPyroBench:
-    """See :class:`flowvi.guidance.Bench`."""
+    """See :class:`flowvi.guidance.Bench`.
+
+    Attributes:
+        compiled: The gradients of each setting; the parameters are among their arguments.
+    """
+
+    drawn: tuple[tuple[Particles, bool], ...] = (("independent", False), ("stratified", False), ("antithetic", False))
 
     def __init__(self, model, guide, args, kwargs, estimators, default, params, rng_key):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
@@ -184,6 +191,7 @@ class NumPyroBench:
         self.learns_already = bool(run.sites.learned)
         of_program = {name: value for name, value in unconstrained.items() if name not in run.sites.learned}
         self.parameters = {name: ravel_pytree(of_program[name])[0].size for name in sorted(of_program)}
+        self.compiled: dict[Setting, Any] = {}
         self.size = int(np.clip(ELEMENTS // max(sum(self.parameters.values()), 1), SMALLEST, LARGEST))
 
     def gradients(self, setting: Setting) -> Draw:
@@ -197,28 +205,33 @@ class NumPyroBench:
         def loss(params, key):
             return elbo.loss(key, svi.constrain_fn(params), self.model, self.guide, *self.args, **self.kwargs)
 
-        def steps(learned, keys):
+        def steps(of_program, learned, keys):
             def step(key):
                 gradient = jax.grad(loss)(of_program | learned, key)
-                row = jnp.concatenate([ravel_pytree(gradient[name])[0] for name in of_program] or [jnp.zeros(0)])
+                row = jnp.concatenate([ravel_pytree(gradient[name])[0] for name in self.parameters] or [jnp.zeros(0)])
                 return row, sum(jnp.sum(leaf) for name in learned for leaf in jax.tree.leaves(gradient[name]))
 
             return jax.lax.map(step, keys)
 
         learned = self._warmed_up(loss, of_program, learned)
-        compiled = jax.jit(steps).lower(learned, self._keys(0)).compile()
-        jax.block_until_ready(compiled(learned, self._keys(0)))
+        if setting not in self.compiled:
+            self.compiled[setting] = jax.jit(steps).lower(of_program, learned, self._keys(0)).compile()
+        compiled = self.compiled[setting]
+        jax.block_until_ready(compiled(of_program, learned, self._keys(0)))
 
         def draw(number: int) -> Batch:
             keys = self._keys(number)
             start = perf_counter()
-            gradients, _ = jax.block_until_ready(compiled(learned, keys))
+            gradients, _ = jax.block_until_ready(compiled(of_program, learned, keys))
             return Batch(np.asarray(gradients, float), (perf_counter() - start) / self.size)
 
         return draw
 
     def probe(self, site: str) -> NumPyroProbe:
         return NumPyroProbe(self, site)
+
+    def hints(self, setting: Setting, seconds: float) -> tuple[str, ...]:
+        return ()
 
     def _keys(self, number: int) -> jax.Array:
         return random.split(random.fold_in(self.key, number % 2**31), self.size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from typing import Any
 
@@ -31,15 +31,21 @@ from flowvi.guidance import (
     statements,
 )
 from flowvi.guidance.candidates import guide_sites
+from flowvi.particles import Particles
+from flowvi.pyro.compiled import CompiledLoss
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST
+from flowvi.pyro.module import unconstrained
 from flowvi.pyro.run import PyroProgram
+from flowvi.pyro.tracing import Arguments
 from flowvi.run import Held, Run
 from flowvi.tape import follows_tensors
 
-BATCH = 8  # gradients
+ELEMENTS = 1_000_000  # of the gradients of one batch
+LARGEST, SMALLEST = 8, 2  # batches
 WARM_UP, RATE = 300, 0.05  # steps of Adam on what an estimator learns
+FASTER = 0.8  # the share of the time of a step at which a compiled one is worth a hint
 PARTICLES = 4  # of a gradient that is checked
 
 
@@ -165,6 +171,13 @@ def check_program(
 class PyroBench:
     """See :class:`flowvi.guidance.Bench`."""
 
+    drawn: tuple[tuple[Particles, bool], ...] = (
+        ("independent", False),
+        ("independent", True),
+        ("stratified", True),
+        ("antithetic", True),
+    )
+
     def __init__(self, model, guide, args, kwargs, estimators, default, seed):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.given, self.default, self.seed = estimators, default, seed
@@ -173,10 +186,13 @@ class PyroBench:
         with poutine.trace(param_only=True) as used:
             run = self.run(self.elbo, 0)
         nodes: dict[str, Any] = used.trace.nodes
+        frames = (frame for of in (run.guide, run.model) for statement in of.values() for frame in statement.frames)
+        self.plate_nesting = 1 + max((-frame.dim for frame in frames), default=0)  # with the plate of particles
         self.marginalises = bool(run.marginalised)
         self.sites = guide_sites(HOST, run, self.elbo.describe(model, guide, *args, **kwargs))
-        self.leaves = {name: nodes[name]["value"].unconstrained() for name in nodes if name not in run.sites.learned}
+        self.leaves = {name: unconstrained(nodes[name]["value"]) for name in nodes if name not in run.sites.learned}
         self.parameters = {name: leaf.numel() for name, leaf in self.leaves.items()}
+        self.size = int(np.clip(ELEMENTS // max(sum(self.parameters.values()), 1), SMALLEST, LARGEST))
 
     @classmethod
     @contextmanager
@@ -195,8 +211,7 @@ class PyroBench:
                     del store[name]
 
     def gradients(self, setting: Setting) -> Draw:
-        of_host = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
-        elbo = objective(self, setting, TraceFlow_ELBO, of_host, self.given, self.default)
+        elbo = self._objective(setting)
         learned = {} if setting.of_host else self._learned(elbo)
         kept = {name: leaf.detach().clone() for name, leaf in learned.items()}
 
@@ -204,17 +219,35 @@ class PyroBench:
             for name, leaf in learned.items():
                 leaf.data.copy_(kept[name])
             rows, seconds = [], 0.0
-            for i in range(BATCH):
-                seed_generators(self._seed(number * BATCH + i))
+            for i in range(self.size):
+                seed_generators(self._seed(number * self.size + i))
                 self._clear({**self.leaves, **learned})
                 start = perf_counter()
                 elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
                 seconds += perf_counter() - start
                 rows.append(np.concatenate([_row(leaf) for leaf in self.leaves.values()] or [np.zeros(0)]))
-            return Batch(np.stack(rows), seconds / BATCH)
+            return Batch(np.stack(rows), seconds / self.size)
 
         elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)  # refuses what is wrong; a first step takes longer
         return draw
+
+    def hints(self, setting: Setting, seconds: float) -> tuple[str, ...]:
+        """Whether compiled steps would be faster; torch's own operations, one after the other, are compiled at once."""
+        if not set(self.leaves) <= set(pyro.get_param_store().keys()):
+            return ()  # a module keeps its parameters to itself
+        compiled = CompiledLoss(self._objective(setting), self.model, self.guide, "eager")
+        with suppress(Exception):  # whatever a program does that cannot be traced, its advice needs no hint
+            arguments = Arguments.of(self.args, self.kwargs)
+            compiled.prepare(arguments, tuple(self.leaves))
+            compiled(arguments)
+            times = []
+            for _ in range(LARGEST):
+                start = perf_counter()
+                compiled(arguments)
+                times.append(perf_counter() - start)
+            if (share := min(times) / seconds) < FASTER:
+                return (f'time: CompiledSVI(..., backend="eager") takes {share:.2g} of that of a step, its default backend less',)
+        return ()
 
     def probe(self, site: str) -> PyroProbe:
         return PyroProbe(self, site)
@@ -223,6 +256,13 @@ class PyroBench:
         seed_generators(self._seed(number))
         follows = follows_tensors(elbo.dependencies)
         return elbo._run(PyroProgram(self.model, self.guide, self.args, self.kwargs, elbo, follows))
+
+    def _objective(self, setting: Setting) -> Any:
+        of_host = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+        elbo = objective(self, setting, TraceFlow_ELBO, of_host, self.given, self.default)
+        if setting.vectorized and not self.marginalises:  # else Pyro guesses it
+            elbo.max_plate_nesting = self.plate_nesting
+        return elbo
 
     def _seed(self, number: int) -> int:
         return (self.seed * 1_000_003 + number) % 2**63

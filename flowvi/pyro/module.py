@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pyro
 import torch
@@ -80,3 +80,8 @@ def _refuse(name: str) -> NoReturn:
         "elbo(model, guide), found another caller, such as pyro.infer.SVI; train that module by an optimizer of torch, or set "
         "module_local_params=False.",
     )
+
+
+def unconstrained(parameter: Any) -> Any:
+    """The tensor that is trained; with ``module_local_params=True`` a parameter without a constraint is that tensor itself."""
+    return parameter.unconstrained() if hasattr(parameter, "unconstrained") else parameter

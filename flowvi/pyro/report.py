@@ -17,6 +17,7 @@ from flowvi.estimators import Auto, Estimator
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST
+from flowvi.pyro.module import unconstrained
 from flowvi.pyro.run import PyroProgram
 from flowvi.report import Candidates, GradientReport, Measured, compare
 from flowvi.run import Run
@@ -88,7 +89,7 @@ def gradient_report(
             run = elbo._run(program())
             nodes = used.trace.nodes
             parameters: dict[str, Any] = {name: nodes[name]["value"] for name in nodes if name not in run.sites.learned}
-            leaves = {name: parameter.unconstrained() for name, parameter in parameters.items()}
+            leaves = {name: unconstrained(parameter) for name, parameter in parameters.items()}
             weighted = any(draw.log_weight is not None for draw in run.draws.values())
             measured = Measured(description, _readers(run, leaves))
             for _ in tqdm(range(num_samples), disable=not progress_bar, desc="gradients"):

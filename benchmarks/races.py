@@ -1,0 +1,153 @@
+"""How soon a fit comes close to the best ELBO: with what `recommend` chooses, and with the default.
+
+The steps to the best ELBO less `CLOSE` nats are counted, at each side's best step size, and multiplied by the CPU times of a step,
+which are taken in turn. So what else the machine does hardly matters. All ELBOs are computed by NumPyro from the parameters of the
+fit, which have the same names in both hosts, with the same draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import process_time
+from typing import Any, NamedTuple
+
+import discrete
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pyro
+from programs import NumPyro, Program, eight_schools, logistic_regression, mixture_guide, noisy_cone
+from timing import STEPS, median_interval, steps_lasting
+
+from flowvi.numpyro import TraceFlow_ELBO, adaptive
+
+CLOSE = 0.1  # nats
+STEP_SIZES, SEEDS = (0.02, 0.1), (0, 1)
+EVERY, CHECKPOINTS = 10, 80  # steps between two evaluations, and how many there are
+PARTICLES = 2000  # of an evaluation
+ROUNDS, ROUND = 21, 0.02  # how often the two steps are timed in turn, and for how many seconds each
+
+
+PROGRAMS: dict[str, Callable[[Any], Program]] = {
+    "noisy cone": lambda h: noisy_cone(h, h.dist.Normal),
+    "eight schools": lambda h: eight_schools(h, h.dist.Normal),
+    "logistic regression": lambda h: logistic_regression(h, h.dist.Normal),
+    "mixture guide": lambda h: mixture_guide(h, h.dist.Normal),
+    "noisy cone, two branches": discrete.mixed_cone,
+    "four Bernoullis": discrete.joint,
+    "a hundred Bernoullis": discrete.local,
+    "Poisson": discrete.counts,
+}
+
+
+class Side(NamedTuple):
+    """One of the two objectives.
+
+    Attributes:
+        steps: The mean number of steps to the target, at the best step size; infinity if a fit did not reach it.
+        step_size: That step size.
+    """
+
+    steps: float
+    step_size: float
+
+
+class Race(NamedTuple):
+    """The result.
+
+    Attributes:
+        target: The ELBO to reach.
+        default: The side of ``TraceFlow_ELBO()``.
+        advised: The side of the recommendation.
+        time: The time of a recommended step over that of a default one: the median and its 95% interval.
+    """
+
+    target: float
+    default: Side
+    advised: Side
+    time: tuple[float, float, float]
+
+    @property
+    def gain(self) -> float:
+        """How many times as long the default takes."""
+        return self.default.steps / (self.advised.steps * self.time[0])
+
+
+def race(h: Any, make: Callable[[Any], Program], elbos: tuple[Any, ...], checkpoints: int = CHECKPOINTS) -> Race:
+    """Fit a program by the default and by the recommended objective, or by the default alone where both are the same."""
+    program, evaluate = make(h), evaluator(make)
+    programs = [program._replace(guide=adaptive(program.guide, elbo)) if h is NumPyro else program for elbo in elbos]
+    curves: list[dict[float, list[np.ndarray]]] = [{} for _ in elbos]
+    for of_side, one, elbo in zip(curves, programs, elbos, strict=True):
+        for step_size in STEP_SIZES:
+            side = STEPS[h](one, elbo, rate=step_size)
+            of_side[step_size] = [evaluate(fit(h, side, one, seed, checkpoints)) for seed in SEEDS]
+    target = max(float(np.nanmax(curve)) for of_side in curves for fits in of_side.values() for curve in fits) - CLOSE
+    sides = [best_side(of_side, target) for of_side in curves]
+    if len(sides) == 1:
+        return Race(target, sides[0], sides[0], (1.0, 1.0, 1.0))
+    default, advised = (STEPS[h](one, elbo) for one, elbo in zip(programs, elbos, strict=True))
+    times = step_times(advised, default)
+    return Race(target, sides[0], sides[1], median_interval(times[:, 0] / times[:, 1]))
+
+
+def step_times(a: Any, b: Any) -> np.ndarray:
+    """CPU seconds of equally many steps of two sides in each round, of shape (rounds, 2); who goes first is swapped every round."""
+    a.run(2)
+    steps, times = steps_lasting(b, ROUND), np.empty((ROUNDS, 2))
+    for i in range(ROUNDS):
+        for j in (0, 1) if i % 2 else (1, 0):
+            start = process_time()
+            (a, b)[j].run(steps)
+            times[i, j] = process_time() - start
+    return times
+
+
+def fit(h: Any, side: Any, program: Program, seed: int, checkpoints: int) -> list[dict[str, np.ndarray]]:
+    """The parameters at the start and after every few steps."""
+    if h is NumPyro:
+        side.state = side.svi.init(jax.random.key(seed), *program.args)
+    else:
+        pyro.clear_param_store()
+        side.svi.optim = pyro.optim.Adam(side.svi.optim.pt_optim_args)
+        pyro.set_rng_seed(seed)
+        side.svi.evaluate_loss(*program.args)  # registers the parameters
+    at = []
+    for _ in range(checkpoints):
+        found = side.svi.get_params(side.state) if h is NumPyro else dict(pyro.get_param_store().items())
+        at.append({name: np.array(value.detach() if h is not NumPyro else value) for name, value in found.items()})
+        side.run(EVERY)
+    return at
+
+
+def evaluator(make: Callable[[Any], Program]) -> Callable[[list[dict[str, np.ndarray]]], np.ndarray]:
+    """The ELBO at each of some parameters."""
+    program = make(NumPyro)
+    elbo = numpyro.infer.Trace_ELBO(PARTICLES)
+    svi = numpyro.infer.SVI(program.model, program.guide, numpyro.optim.SGD(1.0), TraceFlow_ELBO())
+    names = set(svi.get_params(svi.init(jax.random.key(0), *program.args)))
+
+    @jax.jit
+    def elbos(params):
+        return jax.lax.map(lambda one: -elbo.loss(jax.random.key(1), one, program.model, program.guide, *program.args), params)
+
+    def evaluate(fits: list[dict[str, np.ndarray]]) -> np.ndarray:
+        return np.asarray(elbos({name: jnp.stack([one[name] for one in fits]) for name in names}))
+
+    return evaluate
+
+
+def best_side(curves: dict[float, list[np.ndarray]], target: float) -> Side:
+    """The step size at which the target is reached first, on average over the seeds."""
+    steps = {step_size: float(np.mean([reached(curve, target) for curve in fits])) for step_size, fits in curves.items()}
+    step_size = min(steps, key=lambda one: steps[one])
+    return Side(steps[step_size], step_size)
+
+
+def reached(elbos: np.ndarray, target: float) -> float:
+    """The step at which the ELBO first reached the target, between two evaluations by a straight line; infinity if it did not."""
+    if not (elbos >= target).any():
+        return float("inf")
+    i = int((elbos >= target).argmax())
+    return EVERY * (float(i) if i == 0 else i - 1 + (target - elbos[i - 1]) / (elbos[i] - elbos[i - 1]))
