@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The tests run one process per core; each keeps to one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow test-oldest lint bench bench-adaptive bench-guidance bench-gpu docs package clean
+.PHONY: demo test test-slow test-oldest lint bench bench-adaptive bench-convergence bench-guidance bench-gpu docs package clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -58,6 +58,10 @@ bench: .venv/ready
 # About ten minutes.
 bench-adaptive: .venv/ready
 	$(BIN)/python benchmarks/adaptive.py
+
+# About twenty-five minutes.
+bench-convergence: .venv/ready
+	$(BIN)/python benchmarks/convergence.py
 
 # About an hour.
 bench-guidance: .venv/ready

@@ -1,14 +1,16 @@
-"""How long SVI takes until the ELBO is within 0.1 nats of the best known (autoencoders: within 1 %, on images that are held out).
+"""How long SVI takes until the ELBO is close to the best known: within 0.1 nats or 0.1 %; autoencoders within 3 %, on images held out.
 
-    Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO   the host's own objectives; in Pyro also as JitTrace_ELBO
+    Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO   the host's own objectives; in Pyro also JitTrace_ELBO
     TraceFlow_ELBO                                     flowvi's default; in Pyro also by CompiledSVI
-    best                                               options of flowvi's that are chosen by hand, in Pyro by CompiledSVI
+    best                                               options of flowvi's that are chosen by hand; in Pyro by CompiledSVI
 
 All sides of a program start alike and have Adam, a number of particles and a grid of learning rates in common. The rate of a side is
 that of fewest steps on two seeds; three other seeds are shown. An evaluation is the host's ELBO at fixed draws, by NumPyro for both
-hosts, before it at most a tenth more steps. The best known one is that of a longer run with a falling rate. Seconds are the steps to
-the target times the time of a step, which is taken of all sides in turn, in CPU time; so the load of the machine matters little.
-Sides with the same estimator have their steps counted once, by the fastest. Compilation is apart. About twenty minutes:
+hosts, each after a tenth more steps than the one before. The best known ELBO is that of a longer run with a falling rate.
+
+Seconds are the median number of steps to the target times the CPU time of a step, which is taken of all sides in turn. So the load of
+the machine matters little. Sides whose steps have the same law share their number: it is counted by the fastest of them. "Compiling" is
+the CPU time of the first steps, which is not part of the seconds. About twenty-five minutes:
 
     python benchmarks/convergence.py
     python benchmarks/convergence.py --smoke
@@ -85,11 +87,11 @@ class Case(NamedTuple):
 
 OWN, SCORES = ("Trace_ELBO",), ("TraceGraph_ELBO",)
 FULL_RANK: dict[str, Any] = {"rates": (0.01, 0.03, 0.003), "reference": (0.01, 1e-4)}
-NETWORKS: dict[str, Any] = {"rates": (0.01, 0.003), "most": 2000, "tolerance": 0.02, "reference": (0.01, 1e-3), "draws": 5}
+NETWORKS: dict[str, Any] = {"rates": (0.01, 0.003), "most": 3000, "tolerance": 0.03, "reference": (0.01, 1e-3), "draws": 5}
 NETWORKS["images"] = len(programs.HELD_OUT)
 CASES: dict[str, Case] = {
     "Bernoulli autoencoder": Case(
-        programs.bernoulli_autoencoder, {"estimators": {"z": DisARM()}}, SCORES, particles=5, best_particles=2, **NETWORKS
+        programs.bernoulli_autoencoder, {"estimators": {"z": DisARM()}}, SCORES, particles=5, best_particles=1, **NETWORKS
     ),
     "eight schools": Case(programs.schools, {"particles": "stratified", "entropy": "analytic"}),
     "logistic regression": Case(programs.logistic_mean_field, {"estimators": {"w": RP(control_variate="cubic")}}),
@@ -226,6 +228,7 @@ class Target(NamedTuple):
 
 @cache
 def best_in_numpyro(name: str) -> NumPyroSide:
+    """flowvi's best options, which also find the best known ELBO."""
     case = CASES[name]
     return NumPyroSide(case.make(NumPyro, False), TraceFlow_ELBO(case.best_particles, **case.best))
 
@@ -374,7 +377,7 @@ COLUMNS = (
     "Times sooner than the host's best",
     "Compiling (s)",
 )
-ABOUT = "Until the ELBO is within 0.1 nats or 0.1 % of the best known (autoencoders: 2 %, on images held out); compilation is apart."
+ABOUT = "Until the ELBO is within 0.1 nats or 0.1 % of the best known (autoencoders: 3 %, on images held out); compilation is apart."
 AIMS = {"NumPyro": 3, "Pyro": 8}
 
 

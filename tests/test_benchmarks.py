@@ -30,6 +30,7 @@ SLOW = [
         "particles",
         "compile_time",
         "compiled_pyro",
+        "convergence",
         "variance",
         "control_variate",
         "discrete",
