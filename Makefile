@@ -51,6 +51,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/toy.py
 	$(BIN)/python benchmarks/marginal.py
 	$(BIN)/python benchmarks/vae.py
+	$(BIN)/python benchmarks/linear_baseline.py
 	$(BIN)/python benchmarks/counting.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/scaling.py

@@ -28,6 +28,7 @@ SLOW = [
         "growth",
         "draws",
         "particles",
+        "linear_baseline",
         "compile_time",
         "compiled_pyro",
         "convergence",
