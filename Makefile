@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The tests run one process per core; each keeps to one thread.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-slow test-oldest lint bench bench-adaptive bench-guidance bench-gpu docs package clean
+.PHONY: demo test test-slow test-oldest lint bench bench-adaptive bench-convergence bench-guidance bench-gpu docs package clean
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
@@ -51,6 +51,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/toy.py
 	$(BIN)/python benchmarks/marginal.py
 	$(BIN)/python benchmarks/vae.py
+	$(BIN)/python benchmarks/linear_baseline.py
 	$(BIN)/python benchmarks/counting.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/scaling.py
@@ -58,6 +59,10 @@ bench: .venv/ready
 # About ten minutes.
 bench-adaptive: .venv/ready
 	$(BIN)/python benchmarks/adaptive.py
+
+# About twenty-five minutes.
+bench-convergence: .venv/ready
+	$(BIN)/python benchmarks/convergence.py
 
 # Ten to twenty minutes for each of four studies; one of them by STUDY="--study right".
 bench-guidance: .venv/ready

@@ -216,6 +216,14 @@ def test_summary_of_step_times():
             assert f" {medians[0]:.3f} to {medians[-1]:.3f}" in line, (host, what)
 
 
+def test_summary_of_convergence():
+    """The medians that the page names are those of the tables."""
+    text = " ".join((DOCS / "performance.md").read_text().split())
+    for table in (DOCS / "tables").glob("convergence_*.md"):
+        default, best = (row[-2] for row in rows_of(table.read_text())[-2:])
+        assert f"{default} times with flowvi's default, {best} times with options that are chosen by hand" in text
+
+
 @pytest.mark.parametrize(
     "command", [["docs/measure_choosing.py", "--smoke"], ["examples/stock/gradients.py", "renyi_bound_of_a_discrete_site"]]
 )
