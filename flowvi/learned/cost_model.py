@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from flowvi.learned.parameters import Learned
+from flowvi.learned.parameters import Amortised, Features, Learned
 from flowvi.ops import Array, Ops, times
 from flowvi.target import Target
 
@@ -34,15 +34,18 @@ class CostModel:
         target: A Normal, whose coordinates are those of the site's event, or a MultivariateNormal.
         kind: ``"diagonal"``: B is diagonal; ``"quadratic"``: it is full; ``"cubic"``: there are W and up to four directions v too.
         shared: Whether the elements of the site's plates have the same coefficients.
+        features: The features of an element, of which its coefficients are an affine function.
     """
 
-    def __init__(self, ops: Ops, target: Target, kind: Kind, shared: bool):
+    def __init__(self, ops: Ops, target: Target, kind: Kind, shared: bool, features: Features | None = None):
         if target.family not in ("Normal", "MultivariateNormal"):
             target.refuse(
                 "RP's control variate needs a distribution under which the mean of a polynomial cost is known, expected Normal or "
                 f"MultivariateNormal, found {target.family}; use RP() without it."
             )
-        self.ops, self.target, self.diagonal, self.shared = ops, target, kind == "diagonal", shared
+        self.ops, self.target, self.diagonal = ops, target, kind == "diagonal"
+        self.amortised = None if features is None else Amortised.at(ops, target, features, target.batch_shape[: target.batch_ndim])
+        self.shared = shared or features is not None
         self.full_rank = target.family == "MultivariateNormal"
         batch_ndim = len(target.batch_shape) if self.full_rank else target.batch_ndim
         self.shape = (*target.shape[:batch_ndim], math.prod(target.shape[batch_ndim:]))
@@ -65,7 +68,8 @@ class CostModel:
             unit = ops.broadcast_to(ops.asarray(waves, zero) * (2 / size) ** 0.5, (*batch, size, self.directions))
             return ops.concatenate([coefficients, unit], -1)
 
-        return {"control_variate": Learned(initial, (*of_event, *own))}
+        coefficients = Learned(initial, (*of_event, *own))
+        return {"control_variate": coefficients if self.amortised is None else self.amortised.learned(ops, coefficients)}
 
     def attach(self, x: Array) -> tuple[Array, Array]:
         """The value, with the derivative of the host's sampler, and the control variate over the batch shape of the site."""
@@ -73,6 +77,8 @@ class CostModel:
         assert target.learned is not None
         *batch, size = self.shape
         coefficients = target.learned["control_variate"]
+        if self.amortised is not None:
+            coefficients = self.amortised.coefficients(coefficients)
         factor = self._in_shape(target.p.scale_tril, (*batch, size, size)) if self.full_rank else self._flat(target.p.scale, x)
         inputs = self._flat(target.p.loc, x), factor, self._in_shape(coefficients, (*batch, *coefficients.shape[-2:]))
         value = _reshaped(x, self.shape)
