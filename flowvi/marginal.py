@@ -29,12 +29,14 @@ class Factor(NamedTuple):
         dims: The marginalised sites on which it depends, its own included where it is one; by the names of the host's dims.
         log_density: Masked, but not scaled, in whatever form the host contracts; that of a marginalised site is not masked, so that
             its probabilities always add up to 1.
+        own_dim: That of ``dims`` along which its values lie, where it is a marginalised site.
     """
 
     name: str
     frames: frozenset[Frame]
     dims: frozenset[str]
     log_density: Any
+    own_dim: str | None = None
 
 
 Contract = Callable[[Sequence[Factor], frozenset[Frame]], Array]
@@ -54,9 +56,11 @@ def with_marginals(
             ``frames``; returns an array whose batch dims are those of ``frames``.
 
     Raises:
-        ValueError: Statements of a component have different scales, so that no scale of the marginal density is right.
+        ValueError: Statements of a component have different scales, so that no scale of the marginal density is right. Or a statement
+            outside a plate depends on a site inside.
     """
     statements = dict(model)
+    _require_plates(factors)
     for component in _components(factors):
         names = tuple(dict.fromkeys(factor.name for factor in component))
         scale = _common_scale(ops, [model[name] for name in names])
@@ -83,6 +87,18 @@ def _components(factors: Sequence[Factor]) -> list[list[Factor]]:
         dims = set(factor.dims).union(*(dims for dims, _ in joined))
         components.append((dims, [*(member for _, members in joined for member in members), factor]))
     return [members for _, members in components]
+
+
+def _require_plates(factors: Sequence[Factor]) -> None:
+    """Refuse a statement outside a plate that depends on a site inside, of which the hosts would give all elements the same value."""
+    owners = {factor.own_dim: factor for factor in factors if factor.own_dim is not None}
+    for factor in factors:
+        for site in (owners[dim] for dim in sorted(factor.dims) if dim in owners):
+            if left := sorted(frame.name for frame in site.frames - factor.frames if frame.size > 1):
+                raise ValueError(
+                    f"site '{factor.name}': expected it inside the plate '{left[0]}', because it depends on '{site.name}', which is "
+                    f"summed out there; move the statement into the plate, or draw '{site.name}' in the guide."
+                )
 
 
 def _common_scale(ops: Ops, statements: Sequence[Statement]) -> Any:

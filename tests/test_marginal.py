@@ -500,3 +500,16 @@ def test_a_chain_in_scan_under_jit():
 
     for found, expected in zip(*(jax.jit(jax.value_and_grad(f))(0.1) for f in (loss, exact)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_a_statement_outside_the_plate_of_a_marginalised_site(host):
+    """The hosts' own objectives give all elements of the plate the same value; this is refused."""
+
+    def model():
+        x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        with host.plate("n", 3):
+            z = switch(host, "z", host.array(0.3))
+        host.sample("y", host.dist.Normal(x + z[..., :1], host.array(1.0)), obs=host.array(2.0))
+
+    with pytest.raises(ValueError, match="site 'y': expected it inside the plate 'n', because it depends on 'z', which is summed out"):
+        host.loss(flow(host, 1), model, introduction(host)[1])

@@ -124,7 +124,8 @@ def test_what_multiplies_a_score(host, name, monkeypatch):
     """To rounding, at each element of each site."""
     program, nesting = PROGRAMS[name]
     for dependencies in ("graph", "plates"):
-        elements, of_costs, of_elbo = Moves(host, monkeypatch).changes(program, nesting, dependencies=dependencies)
+        with monkeypatch.context() as patch:
+            elements, of_costs, of_elbo = Moves(host, patch).changes(program, nesting, dependencies=dependencies)
         assert {site.removesuffix("_unconstrained") for site, _ in elements} == set(CHOSEN[name])
         assert np.all(np.abs(of_elbo) > 1e-3)
         assert_same(of_elbo, of_costs)

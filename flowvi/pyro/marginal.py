@@ -36,7 +36,9 @@ def factors_of(trace: Any, sites: Mapping[str, Any], marginalised: Sequence[str]
         dims = frozenset(symbols[dim] for dim, size in zip(range(-log_density.dim(), 0), log_density.shape, strict=True) if size > 1)
         frames = frozenset(Frame(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized)
         if name in marginalised:
-            factors.append(Factor(name, frames, (dims - plates) or frozenset({name}), pack(log_density, symbols)))
+            own = symbols[site["infer"]["_enumerate_dim"]]
+            own = own if own in dims else name  # a single value has no dim
+            factors.append(Factor(name, frames, (dims - plates) | {own}, pack(log_density, symbols), own))
         elif dims - plates:
             masked = scale_and_mask(pack(log_density, symbols), mask=pack(site["mask"], symbols))
             factors.append(Factor(name, frames, dims - plates, masked))
