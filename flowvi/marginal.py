@@ -105,12 +105,17 @@ def _common_scale(ops: Ops, statements: Sequence[Statement]) -> Any:
     """The scale of all statements of a component."""
     first, *_ = scales = [1.0 if statement.scale is None else statement.scale for statement in statements]
     for statement, scale in zip(statements, scales, strict=True):
-        if shape := getattr(scale, "shape", ()):
-            _refuse(statement.name, f"found a scale of shape {tuple(shape)}; give one number, or mask the statement")
+        require_number(statement.name, scale)
         if not ops.is_known_equal(first, scale):
             found = f"found {first} at '{statements[0].name}' and {scale} at '{statement.name}'"
             _refuse(statement.name, f"{found}; put the same scale, or the same subsampled plate, around all of them")
     return statements[0].scale
+
+
+def require_number(name: str, scale: Any) -> None:
+    """Refuse an array as the scale of a statement that is summed out."""
+    if shape := getattr(scale, "shape", ()):
+        _refuse(name, f"found a scale of shape {tuple(shape)}; give one number, or mask the statement")
 
 
 def _refuse(name: str, found: str):
