@@ -95,9 +95,10 @@ def _require_plates(factors: Sequence[Factor]) -> None:
     for factor in factors:
         for site in (owners[dim] for dim in sorted(factor.dims) if dim in owners):
             if left := sorted(frame.name for frame in site.frames - factor.frames if frame.size > 1):
-                raise ValueError(
-                    f"site '{factor.name}': expected it inside the plate '{left[0]}', because it depends on '{site.name}', which is "
-                    f"summed out there; move the statement into the plate, or draw '{site.name}' in the guide."
+                raise refusal(
+                    factor.name,
+                    f"expected it inside the plate '{left[0]}', because it depends on '{site.name}', which is summed out there; move "
+                    f"the statement into the plate, or draw '{site.name}' in the guide.",
                 )
 
 
