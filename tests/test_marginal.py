@@ -9,7 +9,7 @@ import numpy as np
 import numpyro
 import pyro
 import pytest
-from hosts import HOSTS, Program, always, each, z_scores
+from hosts import HOSTS, Program, always, each, slow_in_numpyro, z_scores
 from jax.scipy.stats import norm
 from marginal_programs import PROGRAMS, introduction, label, switch
 from svi_programs import assert_same
@@ -386,6 +386,7 @@ def test_masks_and_scales(host):
         assert_same(expected, host.evaluate([flow(host, 1)], lambda way=way: model(way), guide))
 
 
+@slow_in_numpyro
 def test_a_mask_that_is_summed_out(host):
     """A mask may choose the component, while the densities themselves do not depend on the site."""
     points = host.array([2.0, -1.0])
