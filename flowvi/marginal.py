@@ -29,12 +29,14 @@ class Factor(NamedTuple):
         dims: The marginalised sites on which it depends, its own included where it is one; by the names of the host's dims.
         log_density: Masked, but not scaled, in whatever form the host contracts; that of a marginalised site is not masked, so that
             its probabilities always add up to 1.
+        own_dim: That of ``dims`` along which its values lie, where it is a marginalised site.
     """
 
     name: str
     frames: frozenset[Frame]
     dims: frozenset[str]
     log_density: Any
+    own_dim: str | None = None
 
 
 Contract = Callable[[Sequence[Factor], frozenset[Frame]], Array]
@@ -54,9 +56,11 @@ def with_marginals(
             ``frames``; returns an array whose batch dims are those of ``frames``.
 
     Raises:
-        ValueError: Statements of a component have different scales, so that no scale of the marginal density is right.
+        ValueError: Statements of a component have different scales, so that no scale of the marginal density is right. Or a statement
+            outside a plate depends on a site inside.
     """
     statements = dict(model)
+    _require_plates(factors)
     for component in _components(factors):
         names = tuple(dict.fromkeys(factor.name for factor in component))
         scale = _common_scale(ops, [model[name] for name in names])
@@ -85,16 +89,34 @@ def _components(factors: Sequence[Factor]) -> list[list[Factor]]:
     return [members for _, members in components]
 
 
+def _require_plates(factors: Sequence[Factor]) -> None:
+    """Refuse a statement outside a plate that depends on a site inside, of which the hosts would give all elements the same value."""
+    owners = {factor.own_dim: factor for factor in factors if factor.own_dim is not None}
+    for factor in factors:
+        for site in (owners[dim] for dim in sorted(factor.dims) if dim in owners):
+            if left := sorted(frame.name for frame in site.frames - factor.frames if frame.size > 1):
+                raise refusal(
+                    factor.name,
+                    f"expected it inside the plate '{left[0]}', because it depends on '{site.name}', which is summed out there; move "
+                    f"the statement into the plate, or draw '{site.name}' in the guide.",
+                )
+
+
 def _common_scale(ops: Ops, statements: Sequence[Statement]) -> Any:
     """The scale of all statements of a component."""
     first, *_ = scales = [1.0 if statement.scale is None else statement.scale for statement in statements]
     for statement, scale in zip(statements, scales, strict=True):
-        if shape := getattr(scale, "shape", ()):
-            _refuse(statement.name, f"found a scale of shape {tuple(shape)}; give one number, or mask the statement")
+        require_number(statement.name, scale)
         if not ops.is_known_equal(first, scale):
             found = f"found {first} at '{statements[0].name}' and {scale} at '{statement.name}'"
             _refuse(statement.name, f"{found}; put the same scale, or the same subsampled plate, around all of them")
     return statements[0].scale
+
+
+def require_number(name: str, scale: Any) -> None:
+    """Refuse an array as the scale of a statement that is summed out."""
+    if shape := getattr(scale, "shape", ()):
+        _refuse(name, f"found a scale of shape {tuple(shape)}; give one number, or mask the statement")
 
 
 def _refuse(name: str, found: str):

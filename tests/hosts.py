@@ -200,6 +200,14 @@ class NumPyroHost:
         return np.asarray(jax.jit(jax.vmap(estimate, (0, None)))(keys, jnp.array(program.theta)))
 
 
+def taken_gradients():
+    """The gradients of Pyro's parameters by name, which are None afterwards: those of a module outlive the parameter store."""
+    found = {}
+    for name, parameter in pyro.get_param_store().named_parameters():
+        found[name], parameter.grad = parameter.grad.numpy(), None
+    return found
+
+
 class PyroHost:
     name = "pyro"
     library = pyro
@@ -288,7 +296,7 @@ class PyroHost:
             pyro.clear_param_store()
             pyro.set_rng_seed(seed)
             loss = elbo.loss_and_grads(model, guide)
-            results.append((loss, {name: p.grad.numpy() for name, p in pyro.get_param_store().named_parameters()}))
+            results.append((loss, taken_gradients()))
         return results
 
     @staticmethod

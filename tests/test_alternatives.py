@@ -19,6 +19,7 @@ import pytest
 import torch
 from hosts import HOSTS, Program, always, each, slow_in_numpyro, z_scores
 from kinds import half_velocity, wide
+from svi_programs import assert_same
 
 import flowvi.numpyro
 import flowvi.ops.jax
@@ -680,6 +681,30 @@ def test_pyro_a_guide_messenger_runs_again(options):
         loss = flowvi.pyro.TraceFlow_ELBO(estimators={"k": Enumerate()}, **options).loss_and_grads(model, either)
         results.append((loss, float(pyro.param("l").grad), float(pyro.param("m").grad)))
     assert results[0] == results[1]
+
+
+def test_pyro_a_program_that_takes_a_derivative_itself():
+    """The runs in which nothing is differentiated let the guide differentiate."""
+    host = HOSTS["pyro"]
+
+    def model():
+        x = host.sample("x", host.dist.Normal(0.0, 1.0))
+        b = host.sample("b", host.dist.Bernoulli(host.array(0.4)))
+        host.sample("y", host.dist.Normal(x + b, host.array(0.8)), obs=host.array(1.1))
+
+    def guide(automatic):
+        a = host.param("a", host.array(0.7))
+        start = torch.tensor(0.5, requires_grad=True)
+        loc = torch.autograd.grad(torch.sin(a * start), start, create_graph=True)[0] if automatic else a * torch.cos(a * 0.5)
+        host.sample("x", host.dist.Normal(loc, 1.0))
+        host.sample("b", host.dist.Bernoulli(logits=host.param("l", host.array(0.3)) * loc))
+
+    params = {"a": np.array(0.7), "l": np.array(0.3)}
+    found, expected = (
+        host.loss_and_gradients(params, model, lambda automatic=automatic: guide(automatic), estimators={"b": Enumerate()})
+        for automatic in (True, False)
+    )
+    assert_same(expected, found)
 
 
 def test_the_wrapper_enumerates(host):

@@ -9,9 +9,9 @@ import numpy as np
 import numpyro
 import pyro
 import pytest
-from hosts import HOSTS, Program, always, each, z_scores
+from hosts import HOSTS, Program, always, each, slow_in_numpyro, z_scores
 from jax.scipy.stats import norm
-from marginal_programs import PROGRAMS, introduction, switch
+from marginal_programs import PROGRAMS, introduction, label, switch
 from svi_programs import assert_same
 
 import flowvi.tape
@@ -345,6 +345,17 @@ def test_one_scale_for_what_is_summed_out_together(host):
         host.loss(elbo, lambda: model(host.array([2.0, 3.0]), 3.0), guide)
 
 
+def test_a_scale_that_depends_on_a_marginalised_site(host):
+    def model():
+        x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        z = switch(host, "z", host.array(0.3))
+        with host.scale(1.0 + z):
+            host.sample("y", host.dist.Normal(x, host.array(1.0)), obs=host.array(2.0))
+
+    with pytest.raises(ValueError, match="site 'y': expected one scale .*, found a scale of shape .2,."):
+        host.loss(flow(host, 0), model, introduction(host)[1])
+
+
 def test_masks_and_scales(host):
     """A mask acts inside of the sum, and leaves the probabilities of a marginalised site alone; a scale acts outside."""
     seen = [True, False]
@@ -373,6 +384,25 @@ def test_masks_and_scales(host):
     expected = host.evaluate([flow(host, 1)], written_out, guide)
     for way in ("handler", "distribution"):
         assert_same(expected, host.evaluate([flow(host, 1)], lambda way=way: model(way), guide))
+
+
+@slow_in_numpyro
+def test_a_mask_that_is_summed_out(host):
+    """A mask may choose the component, while the densities themselves do not depend on the site."""
+    points = host.array([2.0, -1.0])
+
+    def model(masked):
+        x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        with host.plate("n", 2, dim=-2):
+            z = label(host, "z", host.array([0.7, 0.3]))
+            if masked:
+                with host.plate("components", 2, dim=-1) as component, host.handlers.mask(mask=z == component):
+                    host.sample("y", host.dist.Normal(x + host.array([0.0, 3.0]), host.array(1.0)), obs=points[:, None])
+            else:
+                host.sample("y", host.dist.Normal(x + 3 * z, host.array(1.0)), obs=points[:, None])
+
+    guide = introduction(host)[1]
+    assert_same(*(host.evaluate([flow(host, 2)], lambda masked=masked: model(masked), guide) for masked in (False, True)))
 
 
 def test_a_site_observed_in_some_batches(host):
@@ -500,3 +530,16 @@ def test_a_chain_in_scan_under_jit():
 
     for found, expected in zip(*(jax.jit(jax.value_and_grad(f))(0.1) for f in (loss, exact)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_a_statement_outside_the_plate_of_a_marginalised_site(host):
+    """The hosts' own objectives give all elements of the plate the same value; this is refused."""
+
+    def model():
+        x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        with host.plate("n", 3):
+            z = switch(host, "z", host.array(0.3))
+        host.sample("y", host.dist.Normal(x + z[..., :1], host.array(1.0)), obs=host.array(2.0))
+
+    with pytest.raises(ValueError, match="site 'y': expected it inside the plate 'n', because it depends on 'z', which is summed out"):
+        host.loss(flow(host, 1), model, introduction(host)[1])

@@ -98,7 +98,122 @@ def test_shared_coefficients_get_the_sum(host):
     np.testing.assert_allclose(shared["z.control_variate"], own["z.control_variate"].sum(0), rtol=1e-10)
 
 
-@each("estimator", [RP(control_variate="diagonal")], slow_in_numpyro=always)
+# ---- coefficients that are functions of features
+
+
+def of_loc(p):
+    return p.loc[..., None]
+
+
+def of_loc_of_event(p):
+    return p.loc
+
+
+def identity(h, size):
+    """A feature for each element."""
+    return lambda p: h.array(np.eye(size))
+
+
+KINDS = {
+    "control variate": lambda **options: RP(control_variate="quadratic", **options),
+    "flow": lambda **options: AdaptiveFlow(bumps=2, start=0.5, q="learned", **options),
+}
+
+
+def learning_gradients(h, estimator, learned, data=(0.3, -1.0, 2.0, 0.1)):
+    """The loss, and its gradients in all parameters where what is learned has these values."""
+    data = h.array(np.array(data))
+
+    def model():
+        with h.plate("data", len(data)):
+            z = h.sample("z", h.dist.Normal(0.0, 1.0))
+            h.sample("y", h.dist.Normal(z**2, 0.5), obs=data)
+
+    def guide():
+        loc = h.param("loc", h.array(np.zeros(4)))
+        with h.plate("data", len(data)):
+            h.sample("z", h.dist.Normal(loc[: len(data)], h.param("scale", h.array(0.7))))
+
+    params = {"loc": np.array([0.1, 0.2, 0.3, 0.4]), "scale": np.array(0.7), **{f"z.{name}": a for name, a in learned.items()}}
+    return h.loss_and_gradients(params, model, guide, plates=1, estimators={"z": estimator}, default=RP())
+
+
+SHAPES = {"control variate": {"control_variate": (1, 2)}, "flow": {"velocity": (2, 3), "control": (2, 4), "proposal": (2,)}}
+
+
+@each("kind", list(KINDS), slow_in_numpyro=always)
+def test_a_feature_for_each_element(host, kind):
+    """The coefficients of each element by itself: the same loss and gradients; that in the constants is the sum."""
+    rng = np.random.default_rng(0)
+    own = {name: 0.3 * rng.normal(size=(4, *shape)) for name, shape in SHAPES[kind].items()}
+    amortised = {name: np.concatenate([0 * a[:1], a]) for name, a in own.items()}
+    loss, expected = learning_gradients(host, KINDS[kind](), own)
+    again, found = learning_gradients(host, KINDS[kind](features=identity(host, 4)), amortised)
+    np.testing.assert_allclose(again, loss, rtol=1e-12)
+    for name, gradient in expected.items():
+        if name in ("loc", "scale"):
+            np.testing.assert_allclose(found[name], gradient, rtol=1e-10)
+        else:
+            np.testing.assert_allclose(found[name][1:], gradient, rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(found[name][0], gradient.sum(0), rtol=1e-10, atol=1e-12)
+
+
+@each("kind", list(KINDS), slow_in_numpyro=lambda kind: kind == "flow")
+def test_no_features_but_the_constant(host, kind):
+    rng = np.random.default_rng(0)
+    shared = {name: 0.3 * rng.normal(size=shape) for name, shape in SHAPES[kind].items()}
+    loss, expected = learning_gradients(host, KINDS[kind](shared=True), shared)
+    amortised = {name: a[None] for name, a in shared.items()}
+    again, found = learning_gradients(host, KINDS[kind](features=lambda p: p.loc[..., None][..., :0]), amortised)
+    np.testing.assert_allclose(again, loss, rtol=1e-12)
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(found[name].reshape(gradient.shape), gradient, rtol=1e-10, atol=1e-12)
+
+
+@each("size", [4, 3], slow_in_numpyro=lambda size: size == 3)
+def test_an_element_that_has_not_been_seen_before(host, size):
+    """Where the gradient of the cost is affine in the features, the coefficients take all noise away, at each element."""
+    data = host.array(np.linspace(-1, 1, 4)[:size])
+
+    def guide():
+        with host.plate("data", size):
+            host.sample("z", host.dist.Normal(data, host.param("scale", host.array(0.7))).mask(False))
+
+    def model():
+        with host.plate("data", size):
+            z = host.sample("z", host.dist.Normal(0.0, 1.0).mask(False))
+            host.factor("cost", (2.0 + 3.0 * data) * z)
+
+    w = 0.7 * np.array([[[2.0, 0.0]], [[3.0, 0.0]]])  # in units of the scale
+    for learned, exact in ((w, True), (0 * w, False)):
+        estimator = RP(control_variate="diagonal", features=of_loc)
+        params = {"scale": np.array(0.7), "z.control_variate": learned}
+        gradient = host.loss_and_gradients(params, model, guide, plates=1, estimators={"z": estimator})[1]["scale"]
+        assert (abs(gradient) < 1e-10) == exact
+
+
+@each("kind", list(KINDS), slow_in_numpyro=always)
+def test_batches_of_changing_size_with_features(host, kind):
+    estimator = KINDS[kind](features=of_loc)
+    steps = Steps(host, *programs(host), estimator)
+    assert np.isfinite([steps.step(size) for size in SIZES]).all()
+    for name, shape in SHAPES[kind].items():
+        assert steps.learned(f"z.{name}") == (2, *shape)
+
+
+def test_features_of_another_shape(host):
+    model, guide = programs(host)
+    for features in (lambda p: p.loc, lambda p: host.array(np.ones((3, 20, 2)))):
+        with pytest.raises(ValueError, match=r"site 'z': features\(p\) must return .* \(20, number of features\), found"):
+            Steps(host, model, guide, RP(control_variate="diagonal", features=features)).step(20)
+
+
+def test_features_of_nothing():
+    with pytest.raises(TypeError, match="RP: features is for the coefficients of a control variate"):
+        RP(features=of_loc)
+
+
+@each("estimator", [RP(control_variate="diagonal"), RP(control_variate="diagonal", features=of_loc_of_event)], slow_in_numpyro=always)
 def test_a_full_rank_site_shares_too(host, estimator):
     def guide(data):
         factor = host.math.exp(host.param("log_scale", host.array(0.1))) * host.array(np.eye(2))
@@ -112,4 +227,4 @@ def test_a_full_rank_site_shares_too(host, estimator):
 
     steps = Steps(host, model, guide, estimator)
     assert np.isfinite([steps.step(size) for size in (6, 3)]).all()
-    assert steps.learned("z.control_variate") == (2, 2)
+    assert steps.learned("z.control_variate") == ((2, 2) if estimator.features is None else (3, 2, 2))

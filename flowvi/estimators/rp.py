@@ -10,7 +10,7 @@ from flowvi.estimators.estimator import Draw, Estimator
 from flowvi.estimators.implicit import ImplicitRP
 from flowvi.jumps import Jump, JumpsField
 from flowvi.learned.cost_model import CostModel, Kind
-from flowvi.learned.parameters import Learned
+from flowvi.learned.parameters import Features, Learned
 from flowvi.ops import Array, Ops
 from flowvi.target import Target
 
@@ -41,12 +41,15 @@ class RP(Estimator):
         shared: Whether the elements of the site's plates share the coefficients of the control variate. By default they do in a plate
             that may be another mini-batch at every step: one that is not subsampled, and for whose elements no parameter of the guide
             has a row each.
+        features: ``features(p)``, with detached parameters: an array of the site's batch shape with a dim of features f on the right,
+            such as parameters of p, or covariates of its data. The coefficients of an element are then :math:`W_0 + \sum_k f_k W_k`,
+            with one learned W for all elements, so that it serves those of mini-batches, too. At first :math:`W_k = 0` for k > 0.
         jumps: Where the cost jumps as x crosses a number t: numbers, arrays that broadcast to x, or functions of p (with live
             parameters). Each takes two more evaluations of the program, and adds the surface term p(t) (u(t) - dt/dtheta) [phi]. For
             an event, a surface, :class:`~flowvi.HalfSpace` or :class:`~flowvi.LevelSet`, or several of them.
 
     Raises:
-        TypeError: A control variate that does not exist, or one beside ``q``; ``shared`` without one.
+        TypeError: A control variate that does not exist, or one beside ``q``; ``shared`` or ``features`` without one.
         ValueError: At the first run, naming the site, where the sampler has no right derivative or cannot be inverted, or where there
             is no control variate for the family.
 
@@ -70,13 +73,15 @@ class RP(Estimator):
     force: bool = False
     control_variate: Kind | None = None
     shared: bool = False
+    features: Features | None = None
     jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
 
     def __post_init__(self):
         if self.control_variate not in ("cubic", "quadratic", "diagonal", None):
             raise TypeError(f"RP: expected control_variate='cubic', 'quadratic', 'diagonal' or None, found {self.control_variate!r}.")
-        if self.shared and self.control_variate is None:
-            raise TypeError("RP: shared=True is for the coefficients of a control variate, found control_variate=None; remove it.")
+        if self.control_variate is None and (self.shared or self.features is not None):
+            given = "shared=True" if self.shared else "features"
+            raise TypeError(f"RP: {given} is for the coefficients of a control variate, found control_variate=None; remove it.")
         if self.control_variate is not None and self.q is not None:
             raise TypeError("RP takes a control variate or q, found both; the mean of the control variate is known under p only.")
 
@@ -93,11 +98,15 @@ class RP(Estimator):
         return True
 
     def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
-        return {} if self.control_variate is None else CostModel(ops, target, self.control_variate, self.shared).learns()
+        return {} if (model := self._cost_model(ops, target)) is None else model.learns()
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
-        model = None if self.control_variate is None else CostModel(ops, target, self.control_variate, self.shared)
+        model = self._cost_model(ops, target)
         if model is None or target.learned is None:  # without learned values its coefficients are 0
             return ImplicitRP(target.standardization(ops)).attach(ops, target, x)
         value, control, _ = model.attach(x)
         return Draw(target.push(value), control=control)
+
+    def _cost_model(self, ops: Ops, target: Target) -> CostModel | None:
+        kind = self.control_variate
+        return None if kind is None else CostModel(ops, target, kind, self.shared, self.features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from flowvi.learned.parameters import Learned
+from flowvi.learned.parameters import Amortised, Features, Learned
 from flowvi.ops import Array, Ops, times
 from flowvi.target import Target
 
@@ -34,17 +34,22 @@ class CostModel:
         target: A Normal, whose coordinates are those of the site's event, or a MultivariateNormal.
         kind: ``"diagonal"``: B is diagonal; ``"quadratic"``: it is full; ``"cubic"``: there are W and up to four directions v too.
         shared: Whether the elements of the site's plates have the same coefficients.
-        num_heard: How many numbers an element sees that are independent of its parameters and of z: functions y of the noise of other
+        features: The features of an element, of which its coefficients are an affine function.
+        num_context: How many numbers an element sees that are independent of its parameters and of z: functions y of the noise of other
             sites, of mean 0. Then h has a term C y, which adds nothing to the mean; C is learned like B.
     """
 
-    def __init__(self, ops: Ops, target: Target, kind: Kind, shared: bool, num_heard: int = 0):
+    def __init__(
+        self, ops: Ops, target: Target, kind: Kind, shared: bool = False, features: Features | None = None, num_context: int = 0
+    ):
         if target.family not in ("Normal", "MultivariateNormal"):
             target.refuse(
                 "RP's control variate needs a distribution under which the mean of a polynomial cost is known, expected Normal or "
                 f"MultivariateNormal, found {target.family}; use RP() without it."
             )
-        self.ops, self.target, self.diagonal, self.shared, self.num_heard = ops, target, kind == "diagonal", shared, num_heard
+        self.ops, self.target, self.diagonal, self.num_context = ops, target, kind == "diagonal", num_context
+        self.amortised = None if features is None else Amortised.at(ops, target, features, target.batch_shape[: target.batch_ndim])
+        self.shared = shared or features is not None
         self.full_rank = target.family == "MultivariateNormal"
         batch_ndim = len(target.batch_shape) if self.full_rank else target.batch_ndim
         self.shape = (*target.shape[:batch_ndim], math.prod(target.shape[batch_ndim:]))
@@ -54,42 +59,45 @@ class CostModel:
         """The coefficients, a row for each coordinate: b, B, W, v and C. Initially 0, except for the directions v: cosine waves."""
         ops, target, size = self.ops, self.target, self.shape[-1]
         zeros = 2 if self.diagonal else 1 + size + self.directions
-        own = (size, zeros + self.directions + self.num_heard)
+        own = (size, zeros + self.directions + self.num_context)
         of_event = target.extra_shape if self.full_rank else ()
 
         def initial() -> Array:
             batch = (*(() if self.shared else target.site_shape), *of_event)
             zero = ops.stop_gradient(1.0 * ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
             coefficients = ops.broadcast_to(zero, (*batch, size, zeros))
-            of_heard = [ops.broadcast_to(zero, (*batch, size, self.num_heard))] if self.num_heard else []
+            of_context = [ops.broadcast_to(zero, (*batch, size, self.num_context))] if self.num_context else []
             if not self.directions:
-                return ops.concatenate([coefficients, *of_heard], -1)
+                return ops.concatenate([coefficients, *of_context], -1)
             waves = [[math.cos(math.pi * r * (i + 0.5) / size) for r in range(self.directions)] for i in range(size)]
             unit = ops.broadcast_to(ops.asarray(waves, zero) * (2 / size) ** 0.5, (*batch, size, self.directions))
-            return ops.concatenate([coefficients, unit, *of_heard], -1)
+            return ops.concatenate([coefficients, unit, *of_context], -1)
 
-        return {"control_variate": Learned(initial, (*of_event, *own))}
+        coefficients = Learned(initial, (*of_event, *own))
+        return {"control_variate": coefficients if self.amortised is None else self.amortised.learned(ops, coefficients)}
 
     def attach(self, x: Array) -> tuple[Array, Array, Array]:
         """The value, with the derivative of the host's sampler, the control variate over the batch shape of the site, and zeros.
 
-        The zeros have ``num_heard`` columns. Their product with what the elements see is the rest of the control variate.
+        The zeros have ``num_context`` columns. Their product with what the elements see is the rest of the control variate.
         """
         ops, target = self.ops, self.target
         assert target.learned is not None
         *batch, size = self.shape
         coefficients = target.learned["control_variate"]
+        if self.amortised is not None:
+            coefficients = self.amortised.coefficients(coefficients)
         factor = self._in_shape(target.p.scale_tril, (*batch, size, size)) if self.full_rank else self._flat(target.p.scale, x)
         inputs = self._flat(target.p.loc, x), factor, self._in_shape(coefficients, (*batch, *coefficients.shape[-2:]))
         value = _reshaped(x, self.shape)
         fixed = (value,) if self._own_weight is not None else (value, self._flat(target.own_density_at(ops, x), x))
         zero = 0 * value[..., 0]
-        heard = [ops.broadcast_to(zero[..., None], (*batch, self.num_heard))] if self.num_heard else []
+        context = [ops.broadcast_to(zero[..., None], (*batch, self.num_context))] if self.num_context else []
         try:
-            value, control, *heard = ops.with_pullback((value, zero, *heard), inputs, fixed, self._pullback)
+            value, control, *context = ops.with_pullback((value, zero, *context), inputs, fixed, self._pullback)
         except TypeError as error:
             target.refuse_forward_mode(error)
-        return _reshaped(value, x.shape), target.to_batch(control) if self.full_rank else control, heard[0] if heard else control
+        return _reshaped(value, x.shape), target.to_batch(control) if self.full_rank else control, context[0] if context else control
 
     def base(self, x: Array) -> Array:
         """The noise behind a sample, with its coordinates in one dim: independent standard Normals, without derivatives."""
@@ -113,23 +121,25 @@ class CostModel:
         and g is that with the gradient of the site's own log density. k = -2 c g is then the derivative of the sum of g^2 in what c
         multiplies: in b + h it is k_M eps, in h alone there is also k_loc, in B M it is -k_M. The cotangent of the zeros is c y.
         """
-        (through, unit, *heard), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
+        (through, unit, *context), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
         unit = unit[..., None]
         own = times(unit, self._own_weight) if self._own_weight is not None else unit * own_density[0]
-        return (self._of_full_rank if self.full_rank else self._of_mean_field)(through, unit, own, loc, factor, coefficients, x, *heard)
+        return (self._of_full_rank if self.full_rank else self._of_mean_field)(
+            through, unit, own, loc, factor, coefficients, x, *context
+        )
 
     def _of_mean_field(
-        self, through: Array, unit: Array, own: Array, loc: Array, s: Array, coefficients: Array, x: Array, heard: Array | None = None
+        self, through: Array, unit: Array, own: Array, loc: Array, s: Array, coefficients: Array, x: Array, context: Array | None = None
     ) -> tuple[Array, ...]:
         z = (x - loc) / s
         model = self._model(coefficients, z, None)
-        of_loc = self._less_heard(s * through - unit * model.bend, model, heard)
+        of_loc = self._less_context(s * through - unit * model.bend, model, context)
         of_m = (of_loc - unit * model.b) * z + unit * (model.curvature if self.diagonal else self.ops.diagonal(model.curvature))
         score = own * z
         g_m = score * z - of_m - own
         of_slope = g_m * z
         of_bend = score - of_loc + of_slope
-        return of_loc / s, of_m / s, self._of_coefficients(model, unit + unit, of_slope, of_bend, z, g_m, heard)
+        return of_loc / s, of_m / s, self._of_coefficients(model, unit + unit, of_slope, of_bend, z, g_m, context)
 
     def _of_full_rank(
         self,
@@ -140,13 +150,13 @@ class CostModel:
         factor: Array,
         coefficients: Array,
         x: Array,
-        heard: Array | None = None,
+        context: Array | None = None,
     ) -> tuple[Array, ...]:
         ops = self.ops
         s = (factor**2).sum(-1) ** 0.5
         eps, z, m = ops.solve_lower(factor, x - loc), (x - loc) / s, factor / s[..., None]
         model = self._model(coefficients, z, m)
-        of_loc = self._less_heard(s * through - unit * model.bend, model, heard)
+        of_loc = self._less_context(s * through - unit * model.bend, model, context)
         bend_m = model.curvature[..., None] * m if self.diagonal else model.curvature @ m
         of_m = (of_loc - unit * model.b)[..., None] * eps[..., None, :] + unit[..., None] * bend_m
         score = own * ops.solve_upper(m.swapaxes(-2, -1), eps)
@@ -156,16 +166,16 @@ class CostModel:
         of_slope = (g_m * eps[..., None, :]).sum(-1)
         of_bend = score - of_loc + of_slope
         of_curvature = (g_m * m).sum(-1) if self.diagonal else g_m @ m.swapaxes(-2, -1)
-        return of_loc / s, of_m / s[..., None], self._of_coefficients(model, unit + unit, of_slope, of_bend, z, of_curvature, heard)
+        return of_loc / s, of_m / s[..., None], self._of_coefficients(model, unit + unit, of_slope, of_bend, z, of_curvature, context)
 
-    def _less_heard(self, of_loc: Array, model: _Model, heard: Array | None) -> Array:
-        return of_loc if heard is None else of_loc - _product(model.heard, heard)
+    def _less_context(self, of_loc: Array, model: _Model, context: Array | None) -> Array:
+        return of_loc if context is None else of_loc - _product(model.context, context)
 
     def _model(self, coefficients: Array, z: Array, m: Array | None) -> _Model:
         """The model at z, whose covariance is M M^T, or the unit matrix."""
-        if self.num_heard:
-            model = self._of_own(coefficients[..., : -self.num_heard], z, m)
-            return model._replace(heard=coefficients[..., -self.num_heard :])
+        if self.num_context:
+            model = self._of_own(coefficients[..., : -self.num_context], z, m)
+            return model._replace(context=coefficients[..., -self.num_context :])
         return self._of_own(coefficients, z, m)
 
     def _of_own(self, coefficients: Array, z: Array, m: Array | None) -> _Model:
@@ -183,14 +193,14 @@ class CostModel:
         return _Model(b, slope[..., : -self.directions], bend, _Cubic(slope[..., -self.directions :], squares, excess))
 
     def _of_coefficients(
-        self, model: _Model, twice: Array, of_b: Array, of_bend: Array, z: Array, of_curvature: Array, heard: Array | None
+        self, model: _Model, twice: Array, of_b: Array, of_bend: Array, z: Array, of_curvature: Array, context: Array | None
     ) -> Array:
         """The derivative in all coefficients from those in b and in h, and minus that in B (or its diagonal) alone.
 
         All three are to be multiplied by 2 c, ``twice``; where the model multiplies c y, by 2.
         """
         ops = self.ops
-        of_heard = [] if heard is None else [_outer(of_bend + of_bend, heard)]  # which has the factor c
+        of_context = [] if context is None else [_outer(of_bend + of_bend, context)]  # which has the factor c
         of_b, of_bend = twice * of_b, twice * of_bend
         if self.diagonal:
             return ops.stack([of_b, of_bend * z - twice * of_curvature], -1)
@@ -199,7 +209,7 @@ class CostModel:
         if (cubic := model.cubic) is not None:
             of_squares = _product_from_the_left(of_bend, cubic.weights)
             parts += [_outer(of_bend, cubic.squares), _row(of_squares + of_squares) * cubic.excess]
-        return ops.concatenate([*parts, *of_heard], -1)
+        return ops.concatenate([*parts, *of_context], -1)
 
     def _flat(self, a: Array, x: Array) -> Array:
         """An array of the shape of x with its coordinates in one dim."""
@@ -224,7 +234,7 @@ class _Model(NamedTuple):
     curvature: Array
     bend: Array
     cubic: _Cubic | None = None
-    heard: Array | None = None
+    context: Array | None = None
 
 
 def _row(a: Array) -> Array:

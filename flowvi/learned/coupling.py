@@ -108,15 +108,15 @@ class Coupling(NamedTuple):
     def size(self) -> int:
         return sum(feature.num_columns for feature in self.features) + len(self.pairs)
 
-    def control(self, ops: Ops, name: str, heard: Array, draws: Mapping[str, Draw]) -> Array:
-        """The part of a site's control variate that depends on others: ``heard``, of value 0, times what the site sees."""
+    def control(self, ops: Ops, name: str, context: Array, draws: Mapping[str, Draw]) -> Array:
+        """The part of a site's control variate that depends on others: ``context``, of value 0, times what the site sees."""
         bases = {site: draw.base for site, draw in draws.items() if draw.base is not None}
-        linear = [_over(ops, feature.values(bases[feature.site]), heard.shape[:-1]) for feature in self.features]
+        linear = [_over(ops, feature.values(bases[feature.site]), context.shape[:-1]) for feature in self.features]
         if self.pairs:
             both = ops.concatenate([bases[name], *linear], -1)
             i, j = ([pair[k] for pair in self.pairs] for k in (0, 1))
             linear.append(both[..., i] * both[..., j] - ops.asarray([float(a == b) for a, b in self.pairs], both))
-        return heard * (linear[0] if len(linear) == 1 else ops.concatenate(linear, -1))
+        return context * (linear[0] if len(linear) == 1 else ops.concatenate(linear, -1))
 
 
 def _over(ops: Ops, value: Array, batch: tuple[int, ...]) -> Array:
@@ -233,10 +233,10 @@ class CoupledRP(RP):
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         model = self._model(ops, target)
-        value, control, heard = model.attach(x)
-        joint = partial(self.coupling.control, ops, target.name, heard) if self.coupling.features else None
+        value, control, context = model.attach(x)
+        joint = partial(self.coupling.control, ops, target.name, context) if self.coupling.features else None
         return Draw(target.push(value), control=control, base=model.base(x), joint_control=joint)
 
     def _model(self, ops: Ops, target: Target) -> CostModel:
         kind = "diagonal" if self.coupling.diagonal else self.kind
-        return CostModel(ops, _whole(target), kind, self.shared, self.coupling.size)
+        return CostModel(ops, _whole(target), kind, self.shared, self.features, self.coupling.size)

@@ -12,7 +12,7 @@ from flowvi.baselines import Baseline, BaselineField
 from flowvi.estimators import Draw, Estimator, refuse_discrete, refuse_moving_support
 from flowvi.family import Standardization, family_of, names
 from flowvi.fields.field import Field, Part
-from flowvi.learned.parameters import Learned
+from flowvi.learned.parameters import Amortised, Features, Learned
 from flowvi.ops import Array, Ops
 from flowvi.proposals.proposal import defensive
 from flowvi.rebuild import build
@@ -57,6 +57,9 @@ class AdaptiveFlow(Estimator):
             plate share it by default where they may be other data at every step, see :class:`flowvi.RP`.
         epsilon: The share of p in the learned q, which keeps the weights below 1/epsilon; 0 for none.
         baseline: Subtracted from the costs that multiply psi, instead of the objective's leave-one-out mean; see :class:`flowvi.LR`.
+        features: ``features(p)``, with detached parameters: an array of the shape of x with a dim of features f on the right, such as
+            parameters of p, or covariates of its data. What is learned is then :math:`W_0 + \sum_k f_k W_k` at each element, see
+            :class:`flowvi.RP`.
 
     Raises:
         TypeError: ``field`` has no parts; ``q`` is none of these; ``baseline`` is neither a :class:`flowvi.Baseline` nor ``"plate"``.
@@ -89,6 +92,7 @@ class AdaptiveFlow(Estimator):
     shared: bool = False
     epsilon: float = 0.1
     baseline: Baseline | Literal["plate"] | None = BaselineField()  # type: ignore[assignment]  # noqa: RUF009
+    features: Features | None = None
 
     def __post_init__(self):
         if self.bumps < 0:
@@ -111,21 +115,32 @@ class AdaptiveFlow(Estimator):
         }
         if self.q == "learned":
             shapes["proposal"] = (len(self._moves(target)),)
-        of_event = () if self.shared else target.extra_shape
+        amortised = self._amortised(ops, target)
+        shared = self.shared or amortised is not None
+        of_event = () if shared else target.extra_shape
 
         def initial(name: str) -> Array:
             zero = ops.stop_gradient(1.0 * ops.tether(next(iter(parts.values())).parameter(target.p))).sum()
             value = ops.stack([zero + self.start, *[zero] * self.bumps], -1) if name == "velocity" else zero
-            batch = () if self.shared else target.element_shape
+            batch = () if shared else target.element_shape
             return ops.broadcast_to(value, (*batch, *shapes[name]))
 
-        return {name: Learned(partial(initial, name), (*of_event, *shape)) for name, shape in shapes.items()}
+        learned = {name: Learned(partial(initial, name), (*of_event, *shape)) for name, shape in shapes.items()}
+        return learned if amortised is None else {name: amortised.learned(ops, of_all) for name, of_all in learned.items()}
+
+    def _amortised(self, ops: Ops, target: Target) -> Amortised | None:
+        return None if self.features is None else Amortised.at(ops, target, self.features, target.batch_shape)
+
+    def _coefficients(self, ops: Ops, target: Target) -> dict[str, Array]:
+        """What is learned, for every element or for all of them."""
+        values, amortised = target.read(partial(self.learns, ops, target)), self._amortised(ops, target)
+        return {name: value if amortised is None else amortised.coefficients(value) for name, value in values.items()}
 
     def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:
         if self.q != "learned":
             return super().proposal(ops, target)
         values = {name: getattr(target.p0, name) for name in target.parameters}
-        eta = target.read(partial(self.learns, ops, target))["proposal"]
+        eta = self._coefficients(ops, target)["proposal"]
         q = _moved(ops, type(target.p), values, self._moves(target), ops.stop_gradient(eta))
         return target.cover(ops, defensive(lambda p: q, self.epsilon)(target.expand(target.p0)) if self.epsilon else q)
 
@@ -144,7 +159,7 @@ class AdaptiveFlow(Estimator):
             fixed = (*fixed, x, *(ops.asarray(getattr(target.p0, name), x) for name in target.parameters))
             proposal = type(target.p), target.parameters, self._moves(target), self.epsilon
         gradient = _Gradient(ops, self.bumps, live, len(parts), target.extra_ndim, self.mask is not None, proposal)
-        values = target.read(partial(self.learns, ops, target))
+        values = self._coefficients(ops, target)
         learned = {name: values[name] for name in names}
         u, psi, zeta = gradient.terms({name: ops.stop_gradient(value) for name, value in learned.items()}, fixed)
         outputs = (u * along).sum(0), target.to_batch((psi * along).sum(0)), target.to_batch((zeta * along).sum(0))

@@ -95,7 +95,8 @@ def factors_of(sites: Mapping[str, Any], marginalised: Sequence[str], log_densit
         dims = (frozenset(named.inputs) | {name}) & frozenset(marginalised)
         if dims:
             dims = dims.union(map(unshifted, dims))  # what is z at one step of a scan is _PREV_z at the next one
-            factors.append(Factor(name, frozenset(Frame(*f) for f in site["cond_indep_stack"]), dims, named))
+            frames = frozenset(Frame(*f) for f in site["cond_indep_stack"])
+            factors.append(Factor(name, frames, dims, named, unshifted(name) if name in marginalised else None))
     return factors
 
 

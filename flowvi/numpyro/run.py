@@ -23,7 +23,7 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
-from flowvi.marginal import with_marginals
+from flowvi.marginal import require_number, with_marginals
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, own_keys, read_annotations, seeded
 from flowvi.numpyro.influence import influenced
@@ -108,6 +108,8 @@ class NumPyroProgram:
         found = enumerated_trace(replayed, self.args, self.kwargs, self.param_map, max_plate_nesting)
         for name, site in found.items():
             _require_replayed(name, site, guide_trace)
+            if site["scale"] is not None and jnp.ndim(site["scale"]) > max_plate_nesting:  # it depends on a site that is enumerated
+                require_number(name, site["scale"])
         names = sorted((name for name, site in found.items() if is_enumerated(site)), key=lambda name: name != unshifted(name))
         unscaled = {name: log_density_of(site) for name, site in found.items()}
         scaled = {name: scale_and_mask(log_prob, scale=found[name]["scale"]) for name, log_prob in unscaled.items()}

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from pyro.ops.contract import contract_tensor_tree
-from pyro.ops.packed import pack, scale_and_mask, unpack
+from pyro.ops.packed import pack, unpack
 from pyro.ops.rings import LogRing
 
 from flowvi.dependence import Frame
@@ -32,14 +33,16 @@ def factors_of(trace: Any, sites: Mapping[str, Any], marginalised: Sequence[str]
     factors = []
     for name, site in sites.items():
         symbols = site["infer"]["_dim_to_symbol"]
-        log_density = _unmasked(site) if name in marginalised else site["unscaled_log_prob"]
-        dims = frozenset(symbols[dim] for dim, size in zip(range(-log_density.dim(), 0), log_density.shape, strict=True) if size > 1)
+        log_density = _unmasked(site) if name in marginalised else scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+        shape = log_density.shape if name in marginalised else site["log_prob"].shape  # whose scale may depend on a site, too
+        dims = frozenset(symbols[dim] for dim, size in zip(range(-len(shape), 0), shape, strict=True) if size > 1)
         frames = frozenset(Frame(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized)
         if name in marginalised:
-            factors.append(Factor(name, frames, (dims - plates) or frozenset({name}), pack(log_density, symbols)))
+            own = symbols[site["infer"]["_enumerate_dim"]]
+            own = own if own in dims else name  # a single value has no dim
+            factors.append(Factor(name, frames, (dims - plates) | {own}, pack(log_density, symbols), own))
         elif dims - plates:
-            masked = scale_and_mask(pack(log_density, symbols), mask=pack(site["mask"], symbols))
-            factors.append(Factor(name, frames, dims - plates, masked))
+            factors.append(Factor(name, frames, dims - plates, pack(log_density, symbols)))
     return factors
 
 

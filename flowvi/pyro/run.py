@@ -98,16 +98,26 @@ class PyroProgram:
         known = {**_subsamples(self.traces[1:]), **{name: run.guide[name].value for name in run.sites.random}}
         for name in run.sites.random:
             PyroTarget(name, run.guide[name].fn, True).require_inverse("the density of another run, which another estimator compares,")
+
+        def one(i: int) -> dict[str, torch.Tensor]:
+            changed = {name: r for name, r in replacements.items() if r.covers(i)}
+            downstream = frozenset().union(*(r.downstream for r in changed.values()))
+            sites = run.sites.fresh()
+            sites.replaced = {name: r.values[i - r.first] for name, r in changed.items()}
+            sites.held = {name: (value, run.draws.get(name)) for name, value in known.items() if name not in downstream}
+            return reduce(replace(self).run(sites))
+
         reduced = []
-        with torch.no_grad(), forked_generators():
+        with forked_generators():
             for i in range(num_runs):
-                changed = {name: r for name, r in replacements.items() if r.covers(i)}
-                downstream = frozenset().union(*(r.downstream for r in changed.values()))
-                sites = run.sites.fresh()
-                sites.replaced = {name: r.values[i - r.first] for name, r in changed.items()}
-                sites.held = {name: (value, run.draws.get(name)) for name, value in known.items() if name not in downstream}
-                reduced.append(reduce(replace(self).run(sites)))
-        return {name: torch.stack([one[name] for one in reduced]) for name in reduced[0]}
+                try:
+                    with torch.no_grad():
+                        reduced.append(one(i))
+                except RuntimeError as error:
+                    if "does not require grad" not in str(error):
+                        raise
+                    reduced.append(one(i))  # the program takes a derivative itself
+        return {name: torch.stack([of_one[name] for of_one in reduced]).detach() for name in reduced[0]}
 
     def graph(self, run: Run, scored: frozenset[str]) -> Graph:
         assert self._graph is not None
