@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from flowvi.assignment import Assignment, MissingAnnotationError
 from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Draw, Estimator
-from flowvi.learned.coupling import couple
+from flowvi.learned.coupling import couple, require_independent
 from flowvi.ops import Array
 from flowvi.refusals import refusal
 from flowvi.sites import GuideSites
@@ -139,6 +139,10 @@ class Program(Protocol):
         """For each draw of the guide, those from which it was computed, itself among them; ``sites`` are for another run."""
         ...
 
+    def ancestors_again(self, sites: GuideSites) -> Mapping[str, frozenset[str]] | None:
+        """The same in the run that has filled ``sites``, which knows the ancestors of an earlier run; None where nobody checks them."""
+        ...
+
 
 @dataclass(frozen=True)
 class Run:
@@ -226,10 +230,14 @@ def run(program: Program, sites: GuideSites) -> Run:
 def couple_sites(program: Program, sites: GuideSites) -> bool:
     """Choose the sites of a control variate for the whole guide, from those of a run; True if others than before.
 
-    Which draws a site was computed from is found whenever a site, its shape or its plates are new.
+    Which draws a site was computed from is found whenever a site, its shape or its plates are new; in other runs it must be the same.
     """
     assignment = sites.assignment
-    if assignment.control_variate is None or (assignment.couplings and assignment.couplings.blocks == sites.blocks):
+    if assignment.control_variate is None:
+        return False
+    if assignment.couplings and assignment.couplings.blocks == sites.blocks:
+        if (ancestors := program.ancestors_again(sites)) is not None:
+            require_independent(assignment.couplings, ancestors)
         return False
     assignment.couplings = None
     assignment.couplings = couple(sites.blocks, program.ancestors(sites.fresh()), assignment.control_variate)

@@ -494,3 +494,30 @@ def test_refusals(host):
     if host.name == "numpyro":
         with pytest.raises(ValueError, match="control_variate: expected None with multi_sample_guide=True"):
             host.flow.TraceFlow_ELBO(2, multi_sample_guide=True, control_variate="cubic")
+
+
+def test_a_guide_that_changes_which_draw_it_computes_from_which(host):
+    """The noise of g is used at t; a t that is computed from g, even from its number alone, would have a biased gradient."""
+
+    def detached(h, x):
+        return jax.lax.stop_gradient(x) if h.name == "numpyro" else x.detach()
+
+    def guide(slope):
+        g = host.sample("g", host.dist.Normal(host.param("g_loc", host.array(0.3)), host.array(0.5)))
+        loc = host.param("t_loc", host.array(0.2))
+        host.sample("t", host.dist.Normal(loc + detached(host, g) if slope else loc, host.array(0.7)))
+
+    def model():
+        g = host.sample("g", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        host.sample("t", host.dist.Normal(g, host.array(1.0)))
+
+    for first, then in ((False, True), (True, False)):
+        pyro.clear_param_store()
+        elbo = host.flow.TraceFlow_ELBO(control_variate="quadratic")
+        for _ in range(2):
+            host.loss(elbo, model, lambda first=first: guide(first))
+        if then:
+            with pytest.raises(ValueError, match="site 't': expected it to be independent of 'g'"):
+                host.loss(elbo, model, lambda: guide(True))
+        else:
+            host.loss(elbo, model, lambda: guide(False))

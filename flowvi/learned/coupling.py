@@ -18,6 +18,7 @@ from flowvi.estimators import RP, Draw, Estimator
 from flowvi.learned.cost_model import CostModel
 from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
+from flowvi.refusals import refusal
 from flowvi.target import Target
 
 JointKind = Literal["quadratic", "cubic"]
@@ -179,6 +180,24 @@ def _feature(own: Block, site: str, block: Block) -> Feature:
 def _meet(one: dict[str, int] | None, other: dict[str, int] | None) -> bool:
     """Whether two columns belong to the same element of the plates that they share."""
     return one is not None and other is not None and all(other.get(plate, i) == i for plate, i in one.items())
+
+
+def require_independent(couplings: Couplings, ancestors: Mapping[str, frozenset[str]]) -> None:
+    """Refuse a run in which a site is computed from one that it sees.
+
+    Args:
+        couplings: What each site sees.
+        ancestors: For each draw of the guide, those from which it was computed in this run.
+    """
+    for name, coupling in couplings.of.items():
+        for feature in coupling.features:
+            if feature.site in ancestors.get(name, ()):
+                raise refusal(
+                    name,
+                    f"expected it to be independent of '{feature.site}', as in the first run, since the control variate for the whole "
+                    "guide uses the noise of that site here; found that it was computed from it. Give each form of a guide its own "
+                    "objective, or use RP(control_variate=...) at its sites.",
+                )
 
 
 def block_of(estimator: Estimator, target: Target, frames: Any) -> Block | None:

@@ -175,6 +175,9 @@ class NumPyroProgram:
 
         return eval_provenance(values, **dict.fromkeys(drawn, jnp.zeros(())))
 
+    def ancestors_again(self, sites: GuideSites) -> dict[str, frozenset[str]]:
+        return self.ancestors(sites.fresh())
+
     def initial_parameters(self) -> dict[str, jax.Array]:
         """The values with which a run without parameters starts."""
         _, guide_trace = self._log_probs(self._seeded_guide(), {})

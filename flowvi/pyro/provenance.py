@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +102,13 @@ class mark_statements(Messenger):
         if not msg["is_observed"] and not site_is_subsample(msg) and msg["name"] not in self.drawn:
             self.drawn.add(msg["name"])
             tag(msg["value"], frozenset({msg["name"]}) | provenance(msg["fn"]) | msg["branched"])
+
+
+@contextmanager
+def following(inner: AbstractContextManager) -> Iterator[None]:
+    """Follow the tensors inside of ``inner``, and mark its statements."""
+    with track_provenance() as tracker, mark_statements(tracker), inner:
+        yield
 
 
 def _shows_numbers(name: str, args: tuple, result: Any) -> bool:

@@ -28,7 +28,7 @@ from flowvi.pyro.distributions import PyroTarget, unwrap
 from flowvi.pyro.generators import forked_generators, generator_states, restore_generators, uniforms
 from flowvi.pyro.handlers import attach_estimators, attach_together, hold_values, replay_and_read
 from flowvi.pyro.marginal import contraction, factors_of, marginalised_sites
-from flowvi.pyro.provenance import mark_statements, provenance, track_provenance
+from flowvi.pyro.provenance import following, mark_statements, provenance, track_provenance
 from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run, Statement
 from flowvi.sites import GuideSites, weight_of_density
@@ -62,6 +62,7 @@ class PyroProgram:
     start: tuple[torch.Tensor, ...] = field(default=(), repr=False)
     branches: bool = True
     _graph: Graph | None = field(default=None, repr=False)
+    _ancestors: dict[str, frozenset[str]] | None = field(default=None, repr=False)
 
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
         if values is not None:
@@ -130,6 +131,9 @@ class PyroProgram:
         assert followed._graph is not None
         return followed._graph.draws
 
+    def ancestors_again(self, sites: GuideSites) -> Mapping[str, frozenset[str]] | None:
+        return self._graph.draws if self.follows_tensors and self._graph is not None else self._ancestors
+
     def _begin(self, assignment: Assignment) -> None:
         """Let a second run draw what the first one drew, unless Pyro has to find ``max_plate_nesting`` first, which draws too."""
         if self.start:
@@ -141,12 +145,17 @@ class PyroProgram:
             self.start = generator_states()
 
     def _run(self, sites: GuideSites, held: hold_values | None = None, with_model: bool = True) -> Run:
-        attached = attach_together(sites, self.particles) if are_together(self.particles) else attach_estimators(sites)
+        attached: Any = attach_together(sites, self.particles) if are_together(self.particles) else attach_estimators(sites)
         enumerates = sites.assignment.marginalises and not self._is_messenger
-        model, guide, annotations = self._traces(attached, held or nullcontext(), with_model, enumerates)
+        validate = is_validation_enabled()
+        follows = validate and sites.assignment.couplings is not None and not self.follows_tensors
+        model, guide, annotations = self._traces(
+            following(attached) if follows else attached, held or nullcontext(), with_model, enumerates
+        )
         if held is None:
             self.traces = model, guide
-        validate = is_validation_enabled()
+        if follows:
+            self._ancestors = {name: provenance(site["value"]) | site["branched"] for name, site in _sites(guide).items()}
         of_model, of_guide = _sites(model), _sites(guide)
         if validate and with_model and (enumerates or not _asks_to_sum_out(of_model, of_guide)):
             check_model_guide_match(model, guide, self.elbo.max_plate_nesting)
