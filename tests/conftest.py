@@ -1,6 +1,7 @@
-"""Double precision everywhere, and a ``host`` fixture that runs a test in NumPyro and in Pyro."""
+"""Double precision everywhere, a ``host`` fixture that runs a test in NumPyro and in Pyro, and what NumPyro leaves to the slow tests."""
 
 import os
+from collections import defaultdict
 from importlib.metadata import version
 
 # Most of the time of the tests goes into compilation: with these and `jax_disable_most_optimizations` it is half as long.
@@ -31,3 +32,21 @@ def _fresh_state():
 @pytest.fixture(params=HOSTS)
 def host(request):
     return HOSTS[request.param]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test with more than three rows NumPyro runs every third one; the others are slow tests.
+
+    In NumPyro a row is mostly compilation. What it tests is mostly the core, of which Pyro runs every row, and the hosts agree at the same x.
+    """
+    rows = defaultdict(list)
+    for item in items:
+        host = item.callspec.params.get("host") if hasattr(item, "callspec") else None
+        if getattr(host, "name", host) == "numpyro" and item.get_closest_marker("slow") is None:
+            rows[item.parent.nodeid, item.originalname].append(item)
+    for of_test in rows.values():
+        if len(of_test) > 3:
+            for i, item in enumerate(of_test):
+                if i % 3:
+                    item.add_marker(pytest.mark.slow)

@@ -379,6 +379,10 @@ slow_in_numpyro = pytest.mark.parametrize(
     "host", [pytest.param(HOSTS["numpyro"], id="numpyro", marks=pytest.mark.slow), pytest.param(HOSTS["pyro"], id="pyro")]
 )  # of a test that has no other values; see :func:`each`
 
+slow_in_pyro = pytest.mark.parametrize(
+    "host", [pytest.param(HOSTS["numpyro"], id="numpyro"), pytest.param(HOSTS["pyro"], id="pyro", marks=pytest.mark.slow)]
+)  # where it draws one sample after the other
+
 
 def always(value):
     return True

@@ -7,6 +7,7 @@ import numpy as np
 import pyro
 import pytest
 from cases import EXACT
+from hosts import slow_in_pyro
 
 from flowvi import LR, RP, Flow
 from flowvi.assignment import Description, SiteDescription
@@ -40,6 +41,7 @@ def report(host, program, **options):
     return host.flow.gradient_report(*program, **options)
 
 
+@slow_in_pyro
 def test_against_the_exact_variances(host, program):
     wide = lambda p: host.dist.Normal(p.loc, 1.3 * p.scale)
     candidates = {
