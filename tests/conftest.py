@@ -1,4 +1,4 @@
-"""Double precision everywhere, a ``host`` fixture that runs a test in NumPyro and in Pyro, and what NumPyro leaves to the slow tests."""
+"""Double precision everywhere, a ``host`` fixture that runs a test in both hosts, and what NumPyro leaves to the slow tests."""
 
 import os
 from collections import defaultdict
@@ -38,7 +38,7 @@ def host(request):
 def pytest_collection_modifyitems(items):
     """Of a test with more than three rows NumPyro runs every third one; the others are slow tests.
 
-    In NumPyro a row is mostly compilation. What it tests is mostly the core, of which Pyro runs every row, and the hosts agree at the same x.
+    In NumPyro a row is mostly compilation. It tests mostly the core, of which Pyro runs every row; the hosts agree at the same x.
     """
     rows = defaultdict(list)
     for item in items:
