@@ -36,17 +36,18 @@ def host(request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test with more than three rows NumPyro runs every third one; the others are slow tests.
+    """Of a test with more than four rows NumPyro runs every fourth one; the others are slow tests.
 
     In NumPyro a row is mostly compilation. It tests mostly the core, of which Pyro runs every row; the hosts agree at the same x.
     """
     rows = defaultdict(list)
     for item in items:
         host = item.callspec.params.get("host") if hasattr(item, "callspec") else None
-        if getattr(host, "name", host) == "numpyro" and item.get_closest_marker("slow") is None:
+        in_numpyro = getattr(host, "name", host) == "numpyro" or "numpyro" in getattr(item, "originalname", "")
+        if in_numpyro and item.get_closest_marker("slow") is None:
             rows[item.parent.nodeid, item.originalname].append(item)
     for of_test in rows.values():
-        if len(of_test) > 3:
+        if len(of_test) > 4:
             for i, item in enumerate(of_test):
-                if i % 3:
+                if i % 4:
                     item.add_marker(pytest.mark.slow)

@@ -584,7 +584,9 @@ def loc_only():
 
 
 def test_refusals(host):
-    with pytest.raises(TypeError, match=r"AdaptiveFlow needs a pathwise field that is given parameter by parameter, found scaled"):
+    with pytest.raises(
+        TypeError, match=r"AdaptiveFlow needs a pathwise field that is given parameter by parameter, found fields.scaled"
+    ):
         AdaptiveFlow(field=fields.scaled(0.5, fields.location_scale()))
     with pytest.raises(TypeError, match=r"AdaptiveFlow: expected q='learned', a function q\(p\) or None, found 'learnt'"):
         AdaptiveFlow(q="learnt")
@@ -614,7 +616,12 @@ def test_refusals(host):
         (MOST["Normal"][0], (0.3, 0.8), AdaptiveFlow(field=loc_only()), r"site 'x': .* but loc_only\(\) has none for 'scale'; give it"),
         (mvn, (0.3,), AdaptiveFlow(), "site 'x': AdaptiveFlow needs a pathwise field for each .* none for this MultivariateNormal"),
         (mixture_2d, (0.3, 0.1, 0.2), AdaptiveFlow(), "site 'x': .* flowvi.families has none for this MixtureSameFamily"),
-        (MOST["Gamma"][0], (2.0, 1.0), AdaptiveFlow(field=fields.scale()), r"site 'x': .* but scale\(\) has none for this Gamma"),
+        (
+            MOST["Gamma"][0],
+            (2.0, 1.0),
+            AdaptiveFlow(field=fields.scale()),
+            r"site 'x': .* but fields.scale\(\) has none for this Gamma",
+        ),
         (
             lambda h, t: mixture(h, t[0]),
             (0.3,),

@@ -224,6 +224,7 @@ def test_summary_of_convergence():
         assert f"{default} times with flowvi's default, {best} times with options that are chosen by hand" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [["docs/measure_choosing.py", "--smoke"], ["examples/stock/gradients.py", "renyi_bound_of_a_discrete_site"]]
 )

@@ -121,6 +121,7 @@ def test_another_order_is_refused(host):
 DATA = np.array([0.3, -1.0, 2.0, 0.1])
 
 
+@pytest.mark.slow
 def test_the_same_numbers_as_numpyro():
     def model(data):
         with numpyro.plate("i", 8, subsample_size=4):

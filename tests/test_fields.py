@@ -227,12 +227,12 @@ REFUSED = {
     "another family": (
         lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)),
         fields.location_scale,
-        r"site 'x': the field location_scale\(\) is for Normal, .*; found Gamma",
+        r"site 'x': the field fields.location_scale\(\) is for Normal, .*; found Gamma",
     ),
     "another family in a combination": (
         lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)),
         lambda: fields.scaled(0.5, fields.beta_implicit()),
-        r"site 'x': the field scaled\(0.5, beta_implicit\(\)\) is for Beta; found Gamma",
+        r"site 'x': the field fields.scaled\(0.5, fields.beta_implicit\(\)\) is for Beta; found Gamma",
     ),
     "half of a field at a moving bound": (
         lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t),
@@ -250,7 +250,7 @@ REFUSED = {
     "another family of components": (
         lambda h, t: normal_mixture(h, t, t),
         lambda: fields.mixture(components=fields.gamma_implicit()),
-        "site 'x': the field gamma_implicit.. is for Gamma; found Normal",
+        "site 'x': the field fields.gamma_implicit.. is for Gamma; found Normal",
     ),
     "no cdf": (dirichlet, fields.implicit, "site 'x': .*needs a cdf, but Dirichlet has none"),
     "a mask that mixes coordinates": (
@@ -282,7 +282,7 @@ def test_a_truncated_cauchy_is_no_truncated_normal():
 def test_arguments():
     with pytest.raises(TypeError, match="no divergence beside a Field"):
         Flow(fields.location_scale(), divergence="pathwise")
-    with pytest.raises(TypeError, match=r"mixture takes a pathwise field for its components; found gamma_g_rep\(\)"):
+    with pytest.raises(TypeError, match=r"mixture takes a pathwise field for its components; found fields.gamma_g_rep\(\)"):
         fields.mixture(components=fields.gamma_g_rep())
 
 
@@ -294,7 +294,7 @@ def test_a_wrong_field_is_rejected(host):
     psi, expected = psi_by_definition(host, row.distribution, row.theta, naive, np.add(row.x, 0.2))
     assert np.all(np.abs(psi - expected) > 1e-3)
     wrong = replace(fields.gamma_one_moment(), divergence="pathwise")
-    row = ROWS["Gamma concentration gamma_one_moment()"]
+    row = ROWS["Gamma concentration fields.gamma_one_moment()"]
     psi, expected = psi_by_definition(host, row.distribution, row.theta, wrong, row.x)
     assert np.all(psi == 0)
     assert np.all(np.abs(expected) > 1e-3)

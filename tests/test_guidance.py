@@ -11,7 +11,7 @@ import numpyro
 import pyro
 import pytest
 import torch
-from hosts import slow_in_numpyro
+from hosts import slow_in_numpyro, slow_in_pyro
 
 import flowvi.guidance
 from flowvi import LR, RP, AdaptiveFlow, DisARM, Enumerate, Flow
@@ -282,6 +282,7 @@ def test_an_exact_sum(host):
     assert np.isfinite(host.loss(elbo, model, guide))
 
 
+@slow_in_pyro
 def test_nothing_biased_is_recommended(host, monkeypatch):
     """RP has the least noise where the cost jumps, and the wrong mean."""
     monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:2])

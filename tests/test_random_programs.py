@@ -500,7 +500,7 @@ def test_a_wrong_slope_of_a_relaxation_is_rejected(monkeypatch):
         assert_unbiased(with_surrogates(made(250, "pyro", normals=1), 250), "pyro", monkeypatch)
 
 
-@pytest.mark.parametrize("seed", range(50, 60))
+@pytest.mark.parametrize("seed", [*range(50, 55), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(55, 60))])
 def test_random_program_with_learners(seed, monkeypatch):
     """Whatever is learned. In NumPyro, where it is a number to hand over."""
     case, rng = made(seed, "numpyro"), np.random.default_rng(seed)
