@@ -24,7 +24,8 @@ from flowvi.estimators import (
 )
 from flowvi.learned.flow import AdaptiveFlow
 from flowvi.learned.surrogate import Surrogate
-from flowvi.surfaces import HalfSpace, LevelSet
+from flowvi.level_sets import LevelSet
+from flowvi.surfaces import HalfSpace
 
 if TYPE_CHECKING:
     from flowvi.checks import check_estimator

@@ -11,7 +11,8 @@ from hosts import HOSTS, Program, always, each, slow_in_numpyro, z_scores
 from scipy import integrate, stats
 
 from flowvi import LR, RP, Enumerate, Flow, HalfSpace, LevelSet
-from flowvi.surfaces import _log_density_of_distance, surface_comparison
+from flowvi.level_sets import _log_density_of_distance
+from flowvi.surfaces import surface_comparison
 
 THETA = (0.3, -0.2, 0.1, 0.4)
 TRIL = np.array([[0.8, 0.0], [0.5, 0.6]])
@@ -224,7 +225,7 @@ def test_the_density_on_a_ray_counts(monkeypatch):
     def at_the_mean(ops, offset, size, s):
         return _log_density_of_distance(ops, 0 * offset, size, s)
 
-    monkeypatch.setattr("flowvi.surfaces._log_density_of_distance", at_the_mean)
+    monkeypatch.setattr("flowvi.level_sets._log_density_of_distance", at_the_mean)
     samples = HOSTS["pyro"].gradients_with(disc(True), 20_000, lambda h, t: {"x": DISC["RP"][0](h, t)})
     assert np.abs(z_scores(samples, exact_of_disc(True))).max() > 5
 

@@ -9,8 +9,9 @@ from typing import Any
 from flowvi.estimators.estimator import Draw, Estimator
 from flowvi.estimators.implicit import ImplicitRP
 from flowvi.jumps import Jump, JumpsField
+from flowvi.learned.amortised import Features
 from flowvi.learned.cost_model import CostModel, Kind
-from flowvi.learned.parameters import Features, Learned
+from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
 from flowvi.target import Target
 

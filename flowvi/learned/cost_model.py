@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from flowvi.learned.parameters import Amortised, Features, Learned
+from flowvi.learned.amortised import Amortised, Features
+from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops, times
 from flowvi.target import Target
 

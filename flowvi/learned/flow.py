@@ -12,7 +12,8 @@ from flowvi.baselines import Baseline, BaselineField
 from flowvi.estimators import Draw, Estimator, refuse_discrete, refuse_moving_support
 from flowvi.family import Standardization, family_of, names
 from flowvi.fields.field import Field, Part
-from flowvi.learned.parameters import Amortised, Features, Learned
+from flowvi.learned.amortised import Amortised, Features
+from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
 from flowvi.proposals.proposal import defensive
 from flowvi.rebuild import build
