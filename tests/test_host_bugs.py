@@ -324,6 +324,24 @@ def test_rejection_sampled_sites_have_a_path_and_a_score(estimator):
     wrong_under(pyro.infer.TraceGraph_ELBO(max_plate_nesting=1), program, PYRO, exact, n=100_000)
 
 
+class PositiveGamma(RejectionGamma):
+    support = torch.distributions.constraints.positive
+
+
+def test_a_rejection_sampled_site_keeps_its_score():
+    """Also after sticking the landing has run the guide again at given values, at which there is none."""
+
+    def guide(h, t):
+        h.sample("x", PositiveGamma(t[0], torch.ones_like(t[0])))
+
+    def model(h, t):
+        h.factor("f", h.sample("x", h.dist.Gamma(torch.ones_like(t[0]), 1.0)) ** 2)
+
+    elbo = PYRO.flow.TraceFlow_ELBO(entropy="stl", max_plate_nesting=1)
+    first, second = (PYRO.gradients_of(elbo, Program(guide, model, (1.05,)), 20) for _ in range(2))
+    np.testing.assert_allclose(first, second)
+
+
 # ---- 10: Pyro's switch has_rsample_
 
 SWITCHED = {

@@ -319,6 +319,15 @@ def test_nothing_else_changes(host, options):
                 np.testing.assert_allclose(added[name], value, rtol=1e-8, atol=1e-10)
 
 
+def test_a_run_at_given_values_changes_no_coupling(host):
+    """Sticking the landing runs the guide again, at values at which nothing is drawn."""
+    model, guide = pair(host)
+    elbo = host.flow.TraceFlow_ELBO(control_variate="quadratic", entropy="stl")
+    for _ in range(2):
+        host.loss(elbo, model, guide)
+        assert set(elbo.assignment.couplings.blocks) == {"x", "y"}
+
+
 def plated(host, subsample=None, size=6):
     """Locals in a plate of a plate, beside a global site; a Gamma, a proposal and a control variate of its own are left alone."""
 

@@ -70,7 +70,7 @@ class attach_estimators(Messenger):
         what = self.sites.visit(HOST, msg, alias, self._target, self._draw)
         if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
             self.sites.draws[msg["name"]] = Draw(msg["value"], score=msg["fn"].log_prob(msg["value"]))
-        if what is None:
+        if what is None and msg["value"] is None:  # at a given value, as in a second run, the estimator has had no say
             self.sites.settle(msg)
 
     def _target(self, msg, enters: bool) -> PyroTarget:
