@@ -66,6 +66,8 @@ class Assignment:
         seen: Names of the sites that had an estimator in an earlier run.
         compares: Whether some site has compared the cost at several values, so that the program ran several times; None before
             the first run.
+        may_change: Whether a run may find annotations, or sites under a control variate for the whole guide, that differ from the last
+            ones. It is then repeated with the same random numbers: others might take another branch, and such a choice is a bias.
         marginalises: Whether an earlier run has shown a site of the model that the host is to sum out.
         control_variate: The kind of the control variate for the whole guide; None for none.
         couplings: Which sites that covers, as an earlier run has shown, and what each of them sees.
@@ -85,6 +87,7 @@ class Assignment:
         self.has_read_annotations = False
         self.seen: set[str] = set()
         self.compares: bool | None = None
+        self.may_change = control_variate is not None
         self.marginalises = False
         self.control_variate: JointKind | None = control_variate
         self.couplings: Couplings | None = None
@@ -128,6 +131,7 @@ class Assignment:
         if not annotations and not before:
             return False
         changed = {k: identity(v) for k, v in annotations.items()} != {k: identity(v) for k, v in before.items()}
+        self.may_change = True
         if changed:
             self.settled.clear()
         return changed
@@ -138,21 +142,28 @@ class Assignment:
         self.has_read_annotations = self.has_read_annotations and len(kept) == len(self.annotations)
         self.annotations = kept
 
-    def verify(self, random: Mapping[str, str], fixed: Mapping[str, str], observed: Container[str] = ()) -> None:
+    def verify(
+        self,
+        annotations: Mapping[str, Estimator],
+        random: Mapping[str, str],
+        fixed: Mapping[str, str],
+        observed: Container[str] = (),
+    ) -> None:
         """Refuse names that belong to no random site.
 
         A site that is observed this time, as in a batch with labels, may be random the next time.
 
         Args:
+            annotations: The estimators annotated in the model in this run.
             random: Random sites of the guide, each with its alias.
             fixed: The statements of the guide that are not random choices, each with what it is.
             observed: Names of the model's statements that are observed.
         """
-        named = [*self.annotations, *(self.estimators if isinstance(self.estimators, Mapping) else ())]
+        named = [*annotations, *(self.estimators if isinstance(self.estimators, Mapping) else ())]
         for name in named:
             if name in self.seen or name in random or name in random.values() or name in observed or fixed.get(name) == "observed":
                 continue
-            where = "infer['estimator'] in the model" if name in self.annotations else "estimators"
+            where = "infer['estimator'] in the model" if name in annotations else "estimators"
             sites = ", ".join(f"'{site}'" for site in random) or "none"
             if name in fixed:
                 raise ValueError(

@@ -220,7 +220,7 @@ def run(program: Program, sites: GuideSites) -> Run:
     if couple_sites(program, result.sites):
         result = program.run(sites.fresh())
     observed = {name for name, statement in result.model.items() if statement.observed}
-    assignment.verify(result.sites.aliases, result.sites.fixed, observed)
+    assignment.verify(result.annotations, result.sites.aliases, result.sites.fixed, observed)
     if assignment.marginalises:
         names = sites_to_sum_out(result.guide, result.model)
         require_summable(result.model, [name for name in names if name not in result.marginalised])

@@ -156,3 +156,42 @@ def test_a_model_that_starts_to_annotate_a_plain_site(host):
     _, marked = annotated(host, model_infer={"estimator": LR()})
     elbo = host.flow.TraceFlow_ELBO()
     assert [type(elbo.describe(model, guide)[0].estimator) for model in (plain, plain, marked, plain)] == [RP, RP, LR, RP]
+
+
+@pytest.mark.parametrize("options", [{}, {"control_variate": "quadratic"}], ids=["annotations", "control variate"])
+def test_a_program_that_runs_again_takes_the_same_branch(options):
+    """Where a branch annotates other sites, or has others for a control variate; with other draws, branches would be chosen anew."""
+    host = HOSTS["pyro"]
+
+    def part(**infer):
+        k = host.sample("k", host.dist.Bernoulli(host.array(0.3)), infer={})
+        host.sample("x" if k > 0 else "y", host.dist.Normal(host.array(0.0), host.array(1.0)), infer=infer)
+        host.factor("cost", 2.0 * k)
+
+    def guide():
+        k = host.sample("k", host.dist.Bernoulli(host.array(0.3)))
+        host.sample("x" if k > 0 else "y", host.dist.Normal(host.array(0.0), host.array(1.0)))
+
+    elbo, plain = host.flow.TraceFlow_ELBO(**options), host.flow.TraceFlow_ELBO()
+    infer = {} if options else {"estimator": LR()}
+    losses = [[round(host.loss(elbo, lambda: part(**infer), guide, i)), round(host.loss(plain, part, guide, i))] for i in range(20)]
+    assert all(loss == other for loss, other in losses)
+    assert {loss for loss, _ in losses} == {0, -2}
+
+
+def test_an_annotation_that_first_appears_later():
+    """It belongs to a branch that the second run, with other draws, need not take."""
+    host = HOSTS["pyro"]
+
+    def guide():
+        if host.sample("k", host.dist.Bernoulli(host.array(0.3))) > 0:
+            host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))
+
+    def model():
+        if host.sample("k", host.dist.Bernoulli(host.array(0.3))) > 0:
+            host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)), infer={"estimator": LR()})
+
+    for first in (0, 2, 4, 8, 10):
+        elbo = host.flow.TraceFlow_ELBO()
+        for seed in range(first, first + 10):
+            host.loss(elbo, model, guide, seed)

@@ -47,7 +47,7 @@ class PyroProgram:
         follows_tensors: Whether to record, while the program runs, from which draws each tensor is computed.
         particles: How particles that are a plate are drawn.
         traces: The traces of the first run, of the model and of the guide.
-        start: The states of torch's generators when that run began; empty where no site compares the cost at several values.
+        start: The states of torch's generators when that run began; empty where the program need not run again.
         branches: Whether Python has looked at a draw in that run; where tensors are not followed, it may have.
     """
 
@@ -127,6 +127,8 @@ class PyroProgram:
     def ancestors(self, sites: GuideSites) -> Mapping[str, frozenset[str]]:
         with forked_generators():
             followed = replace(self)
+            if self.start:
+                restore_generators(self.start)
             followed._followed(sites)
         assert followed._graph is not None
         return followed._graph.draws
@@ -141,7 +143,7 @@ class PyroProgram:
         if assignment.marginalises and not self._is_messenger and self.elbo.max_plate_nesting == float("inf"):
             self.elbo._guess_max_plate_nesting(self.model, self.guide, self.args, self.kwargs)
             self.start = ()
-        if not self.start and assignment.compares is not False:  # the state is only needed to run again, and takes time to copy
+        if not self.start and (assignment.compares is not False or assignment.may_change):  # the copy takes time
             self.start = generator_states()
 
     def _run(self, sites: GuideSites, held: hold_values | None = None, with_model: bool = True) -> Run:
