@@ -117,6 +117,17 @@ def test_by_l_bfgs(host):
     assert np.abs(gradient).max() < 1e-6
 
 
+def test_the_first_loss_is_at_the_same_draws():
+    """Although Pyro runs the program before it, to find out how deep its plates are."""
+
+    def part(loc):
+        pyro.sample("x", pyro.distributions.Normal(loc, 1.0))
+
+    elbo = TraceFlow_ELBO(2, vectorize_particles=True, particles="fixed")
+    first, second = (elbo.loss(lambda: part(0.0), lambda: part(0.1)) for _ in range(2))
+    assert first == second
+
+
 def test_refusals(host):
     def refused(fn, message, plate=None, **options):
         def part():

@@ -227,6 +227,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         """The same at the same random numbers, whatever the state of torch's generators."""
         if not self.assignment.has_read_annotations:  # the first run of an autoguide draws while it makes its parameters
             self._describe(model, guide, args, kwargs)
+        if self.vectorize_particles and self.max_plate_nesting == float("inf"):
+            with forked_generators():
+                self._guess_max_plate_nesting(model, guide, args, kwargs)
         with forked_generators():
             seed_generators(self.seed)
             yield from self._drawn_losses(model, guide, args, kwargs)
