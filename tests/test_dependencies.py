@@ -85,6 +85,9 @@ PYRO_WAYS = {
     "item": lambda k: torch.tensor(2 * k.item()),
     "a Python index": lambda k: torch.tensor(TABLE[int(k)]),
     "numpy": lambda k: torch.as_tensor(k.detach().numpy() * 2.0),
+    "vmap": lambda k: torch.vmap(torch.nn.Linear(1, 1))(k.reshape(1, 1)).sum(),
+    "a derivative": lambda k: torch.func.grad(lambda x: x**2)(k),
+    "a Jacobian": lambda k: torch.func.jacrev(lambda x: x**2)(k.reshape(1)).sum(),
     "the number of results": lambda k: torch.tensor(1.0 * len(torch.ones(3)[torch.ones(3) * k > 0])),
 }
 

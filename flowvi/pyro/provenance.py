@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 Names = frozenset[str]
@@ -131,6 +132,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in arguments, results, and distributions."""
     if isinstance(value, torch.Tensor):
         yield value
+        while is_functorch_wrapped_tensor(value):  # inside of vmap, and of the derivatives of torch.func
+            yield (value := get_unwrapped(value))
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
