@@ -338,7 +338,9 @@ class Target(Shapes, ABC):
             if (found := tuple(shape := values[name].shape)[len(shape) - len(event_shape) :]) != event_shape:
                 self.refuse(
                     f"what the estimator learns as '{self.name}.{name}' has the shape {event_shape} on the right, but the program's "
-                    f"parameter of that name {found}; another estimator has registered it, so clear the parameters or rename the site."
+                    f"parameter of that name {found}; another estimator has registered it, or the control variate for the whole guide "
+                    "when it had other sites or plates. Clear the parameters or rename the site; under such a control variate keep the "
+                    "sites and plates as they are, and in NumPyro annotate no estimators in the model."
                 )
         return self._with(learned=values, own_density=own_density)
 
