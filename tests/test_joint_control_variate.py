@@ -328,6 +328,17 @@ def test_a_run_at_given_values_changes_no_coupling(host):
         assert set(elbo.assignment.couplings.blocks) == {"x", "y"}
 
 
+@slow_in_numpyro
+def test_an_event_without_coordinates_is_left_alone(host):
+    def part():
+        host.sample("x", host.dist.Normal(host.array(0.1), host.array(1.0)))
+        host.sample("nothing", host.dist.Normal(host.array(np.zeros(0)), host.array(1.0)).to_event(1))
+
+    elbo = host.flow.TraceFlow_ELBO(control_variate="cubic")
+    assert host.loss(elbo, part, part) == 0
+    assert set(elbo.assignment.couplings.blocks) == {"x"}
+
+
 def plated(host, subsample=None, size=6):
     """Locals in a plate of a plate, beside a global site; a Gamma, a proposal and a control variate of its own are left alone."""
 

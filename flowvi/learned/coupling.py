@@ -222,7 +222,7 @@ def block_of(estimator: Estimator, target: Target, frames: Any) -> Block | None:
         elif n > 1 or dim in names:
             rows = target.plate_rows.get(dim, n)
             plates[dim] = Plate(names.get(dim, f"{target.name}[{dim}]"), n if rows == n else 1)
-    return Block(size, plates)
+    return Block(size, plates) if size else None
 
 
 def _whole(target: Target) -> Target:
