@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any, Literal, NoReturn
 
 from flowvi.ops import Array, Ops
+from flowvi.refusals import refusal
 from flowvi.run import Run
 from flowvi.sites import Entropy
 from flowvi.target import Target
@@ -82,4 +83,4 @@ def require_fixed(run: Run) -> None:
 
 
 def _refuse_fixed(name: str, message: str) -> NoReturn:
-    raise ValueError(f"site '{name}': particles='fixed' needs the derivative of the loss at fixed draws, but {message}, or draw anew.")
+    raise refusal(name, f"particles='fixed' needs the derivative of the loss at fixed draws, but {message}, or draw anew.")

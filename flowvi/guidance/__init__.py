@@ -9,7 +9,7 @@ from time import perf_counter
 
 from tqdm import tqdm
 
-from flowvi.guidance.bench import Batch, Bench, Draw, Probe, Setting, objective, plates, statements
+from flowvi.guidance.bench import Batch, Bench, Draw, Probe, Setting, batch_size, objective, plates, statements
 from flowvi.guidance.bias import BiasTest
 from flowvi.guidance.candidates import GuideSite
 from flowvi.guidance.jumps import Place
@@ -36,6 +36,7 @@ __all__ = [
     "Tried",
     "Watch",
     "advise",
+    "batch_size",
     "objective",
     "plates",
     "statements",

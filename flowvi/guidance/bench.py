@@ -16,6 +16,8 @@ from flowvi.run import Run, Statement
 from flowvi.sites import Entropy
 from flowvi.tape import Joint
 
+ELEMENTS = 1_000_000  # of the gradients of one batch
+
 
 class Setting(NamedTuple):
     """An objective.
@@ -159,6 +161,11 @@ def parameter_at(bench: Bench, element: int) -> str:
             return name
         element -= size
     raise IndexError(element)
+
+
+def batch_size(num_elements: int, largest: int) -> int:
+    """How many gradients of so many elements a batch has: fewer where they are large, and at least two."""
+    return max(2, min(largest, ELEMENTS // max(num_elements, 1)))
 
 
 def objective(

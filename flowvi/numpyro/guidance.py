@@ -28,6 +28,7 @@ from flowvi.guidance import (
     Setting,
     Watch,
     advise,
+    batch_size,
     objective,
     plates,
     statements,
@@ -40,8 +41,7 @@ from flowvi.numpyro.run import NumPyroProgram
 from flowvi.particles import Particles
 from flowvi.run import Held
 
-ELEMENTS = 1_000_000  # of the gradients of one batch
-LARGEST, SMALLEST = 64, 2  # batches
+LARGEST = 64  # batch of gradients
 WARM_UP, RATE = 500, 0.05  # steps of Adam on what an estimator learns
 POINTS = 64  # values of a site whose costs are computed at once
 PARTICLES = 16  # of a gradient that is checked
@@ -192,7 +192,7 @@ class NumPyroBench:
         of_program = {name: value for name, value in unconstrained.items() if name not in run.sites.learned}
         self.parameters = {name: ravel_pytree(of_program[name])[0].size for name in sorted(of_program)}
         self.compiled: dict[Setting, Any] = {}
-        self.size = int(np.clip(ELEMENTS // max(sum(self.parameters.values()), 1), SMALLEST, LARGEST))
+        self.size = batch_size(sum(self.parameters.values()), LARGEST)
 
     def gradients(self, setting: Setting) -> Draw:
         of_host = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)

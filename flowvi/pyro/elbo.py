@@ -77,9 +77,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         control_variate: One for the whole guide. ``"quadratic"`` and ``"cubic"`` are models of the cost over all Normal and
             MultivariateNormal sites that have ``RP()``, learned while SVI runs as in ``RP(control_variate=...)``. A site of a plate
             is coupled with the sites outside of it and with those of its own element. ``describe`` shows which sites it covers.
-            The first run shows which site was computed from which; these are not coupled. With Pyro's validation
-            every run is checked for it, which takes time.
-            Its coefficients are parameters of the program.
+            The first run shows which site was computed from which; these are not coupled. While Pyro's validation is on, every run
+            is checked for it, which takes time. The coefficients are parameters of the program.
 
     Raises:
         TypeError: Where something that is not an estimator is given as one.

@@ -26,24 +26,24 @@ from flowvi.guidance import (
     Setting,
     Watch,
     advise,
+    batch_size,
     objective,
     plates,
     statements,
 )
 from flowvi.guidance.candidates import guide_sites
 from flowvi.particles import Particles
+from flowvi.pyro.arguments import Arguments
 from flowvi.pyro.compiled import CompiledLoss
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST
 from flowvi.pyro.module import unconstrained
 from flowvi.pyro.run import PyroProgram
-from flowvi.pyro.tracing import Arguments
 from flowvi.run import Held, Run
 from flowvi.tape import follows_tensors
 
-ELEMENTS = 1_000_000  # of the gradients of one batch
-LARGEST, SMALLEST = 8, 2  # batches
+LARGEST = 8  # batch of gradients
 WARM_UP, RATE = 300, 0.05  # steps of Adam on what an estimator learns
 FASTER = 0.8  # the share of the time of a step at which a compiled one is worth a hint
 PARTICLES = 4  # of a gradient that is checked
@@ -192,7 +192,7 @@ class PyroBench:
         self.sites = guide_sites(HOST, run, self.elbo.describe(model, guide, *args, **kwargs))
         self.leaves = {name: unconstrained(nodes[name]["value"]) for name in nodes if name not in run.sites.learned}
         self.parameters = {name: leaf.numel() for name, leaf in self.leaves.items()}
-        self.size = int(np.clip(ELEMENTS // max(sum(self.parameters.values()), 1), SMALLEST, LARGEST))
+        self.size = batch_size(sum(self.parameters.values()), LARGEST)
 
     @classmethod
     @contextmanager
