@@ -71,12 +71,20 @@ def out_argument(k):
     return z
 
 
+def new_data(k):
+    z = torch.zeros(())
+    z.data = k.detach()
+    return z
+
+
 PYRO_WAYS = {
     "arithmetic": lambda k: 2.0 * k - 1,
     "indexing": lambda k: torch.tensor(TABLE)[k.long()],
     "an update in place": in_place,
     "an update of a view": through_a_view,
     "an out argument": out_argument,
+    "new data": new_data,
+    "a storage": lambda k: torch.zeros(()).set_(k.detach().untyped_storage(), 0, (), ()),
     "comparison": lambda k: torch.where(k > 0, 1.0, 2.0),
     "detach": lambda k: (1.0 * k).detach(),
     "an autograd.Function": lambda k: Double.apply(k),

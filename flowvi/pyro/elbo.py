@@ -66,7 +66,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         dependencies: Which costs a score or a weight multiplies. ``"plates"``: those that share its plate element and come after it
             in program order. ``"graph"``: those that depend on its site, which takes time at every step to follow each torch
             function of the run. What runs after Python has looked at a draw (``if k > 0``, ``k.item()``) counts as dependent on it. A
-            draw that leaves torch (numpy code, pickles) and comes back, or that TorchScript computes with, is not followed.
+            draw is not followed through TorchScript, ``torch.nn.Parameter(x)`` and ``set_``, nor where it leaves torch (numpy code,
+            pickles) and comes back.
         particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
             is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
             drawn together is drawn independently; ``describe`` shows it.

@@ -18,10 +18,12 @@ Names = frozenset[str]
 # Functions of a tensor that do not reveal its numbers.
 METADATA = {
     *("__get__", "__set__", "__delete__", "__len__", "__hash__", "__repr__", "__format__", "__deepcopy__", "size", "dim", "ndimension"),
-    *("numel", "nelement", "stride", "type", "element_size", "get_device", "storage_offset", "data_ptr", "untyped_storage"),
+    *("numel", "nelement", "stride", "type", "element_size", "get_device", "storage_offset", "data_ptr"),
     *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference", "is_same_size"),
     *("register_hook", "has_names", "dtype", "broadcast_shapes", "result_type", "can_cast", "backward", "requires_grad_"),
 }
+# Functions that write into their first argument and do not return it; __set__ is that of ``x.data = y``.
+RETURNS_NOTHING = {"__setitem__", "__set__"}
 # Functions whose output has a shape that depends on the numbers, which Python may read.
 DATA_DEPENDENT_SHAPE = {
     "nonzero",
@@ -58,7 +60,7 @@ class track_provenance(TorchFunctionMode):
             return result
         name = func.__name__
         tag(result, names)
-        if name == "__setitem__":
+        if name in RETURNS_NOTHING:
             tag(args[0], names)
         elif "out" in kwargs:
             tag(kwargs["out"], names)
