@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from flowvi.dependence import Ancestor, Frame, Graph, Node, program_order, scored_ancestors
@@ -118,6 +118,48 @@ def control_terms(draws: Mapping[str, Draw]) -> list[Term]:
     return [Term(name, frozenset(), 1, control, frozenset()) for name, control in controls]
 
 
+class Entry(NamedTuple):
+    """What of a statement decides which sites it depends on; the fields are those of :class:`flowvi.run.Statement`."""
+
+    name: str
+    frames: frozenset[Frame]
+    observed: bool
+    in_control_flow: bool
+    parts: tuple[str, ...]
+
+
+class Outline(NamedTuple):
+    """What of a run decides which costs depend on which site, apart from the computation: the same at every step of most programs.
+
+    Attributes:
+        guide: The statements of the guide.
+        model: The statements of the model.
+        scored: The names of the sites with a score, a weight or alternatives.
+        closed_forms: Sites whose two log densities have been replaced by minus their divergence in closed form.
+    """
+
+    guide: tuple[Entry, ...]
+    model: tuple[Entry, ...]
+    scored: frozenset[str]
+    closed_forms: frozenset[str]
+
+
+class Ancestry(NamedTuple):
+    """The ancestors of everything in a run.
+
+    Attributes:
+        draws: For each unobserved site of the guide, the scored sites on which its value depends.
+        model: The same for the log density of each statement of the model.
+        guide: The same for that of each statement of the guide.
+        names: For each unobserved site of the guide, the names of those on which its value depends, its own included.
+    """
+
+    draws: Ancestors
+    model: Ancestors
+    guide: Ancestors
+    names: Mapping[str, frozenset[str]]
+
+
 def record(run: Run, dependencies: Dependencies) -> Tape:
     """The tape of a run.
 
@@ -128,21 +170,17 @@ def record(run: Run, dependencies: Dependencies) -> Tape:
     if isinstance(dependencies, Joint):
         return _jointly(record(run, dependencies.base), dependencies.sites)
     draws = scored_draws(run.draws)
-    drawn = frozenset(draws).union(name for name, statement in run.guide.items() if not statement.observed)
-    graph = _by_order(run, drawn)
+    outline = Outline(_entries(run.guide), _entries(run.model), frozenset(draws), run.closed_forms)
     if dependencies == "graph" and draws and not run.many_samples:
-        graph = _by_computation(run, frozenset(draws), drawn, graph)
-    if factors := frozenset(name for name in draws if run.guide[name].observed):
-        # stands for draws of the guide that have no statement; anything may depend on them
-        graph = Graph(*({name: names | factors for name, names in of.items()} for of in graph))
-    nodes = _nodes((run.guide[name] for name in run.guide if name in drawn), graph.draws)
-    graph = _of_parts(run, graph)
-    ancestors = partial(scored_ancestors, draws=nodes, scored=frozenset(draws))
-    of_draws, of_model, of_guide = map(
-        ancestors, (nodes, _nodes(run.model.values(), graph.model), _nodes(run.guide.values(), graph.guide))
-    )
-    sites = [Site(name, run.guide[name].frames, draw, of_draws[name]) for name, draw in draws.items()]
-    return Tape(costs(run, of_model, of_guide), sites, graph.draws)
+        found = _ancestry(outline, run.program.graph(run, outline.scored))
+    else:
+        found = _by_order(outline)
+    sites = [Site(name, run.guide[name].frames, draw, found.draws[name]) for name, draw in draws.items()]
+    return Tape(costs(run, found.model, found.guide), sites, found.names)
+
+
+def _entries(statements: Mapping[str, Statement]) -> tuple[Entry, ...]:
+    return tuple([Entry(s.name, s.frames, s.observed, s.in_control_flow, s.parts) for s in statements.values()])
 
 
 def _jointly(tape: Tape, names: frozenset[str]) -> Tape:
@@ -155,38 +193,55 @@ def _jointly(tape: Tape, names: frozenset[str]) -> Tape:
     return tape._replace(terms=[term._replace(ancestors=widened(term.ancestors)) for term in tape.terms])
 
 
-def _nodes(statements: Iterable[Statement], ancestors: Mapping[str, frozenset[str]]) -> tuple[Node, ...]:
-    return tuple(Node(s.name, s.frames, ancestors[s.name]) for s in statements)
+@lru_cache(maxsize=64)
+def _by_order(outline: Outline) -> Ancestry:
+    """The ancestors by program order: a statement depends on all sites before it."""
+    return _ancestry(outline, None)
 
 
-def _by_order(run: Run, drawn: frozenset[str]) -> Graph:
-    scans = (frozenset(s.name for s in program.values() if s.in_control_flow) for program in (run.guide, run.model))
-    of_guide, of_model = program_order(tuple(run.guide), tuple(run.model), drawn, *scans)
-    return _without_closed_forms(run, Graph(of_guide, of_model, of_guide))
+def _ancestry(outline: Outline, computed: Graph | None) -> Ancestry:
+    """The ancestors by the graph of the computation, or by program order without one."""
+    guide, model, scored, closed_forms = outline
+    drawn = scored.union(entry.name for entry in guide if not entry.observed)
+    scans = (frozenset(entry.name for entry in program if entry.in_control_flow) for program in (guide, model))
+    of_guide, of_model = program_order(tuple(e.name for e in guide), tuple(e.name for e in model), drawn, *scans)
+    graph = Graph(of_guide, of_model, of_guide)
+    if computed is not None:
+        graph = _by_computation(computed, graph, guide, drawn)
+    graph = _without_closed_forms(graph, closed_forms)
+    if factors := frozenset(entry.name for entry in guide if entry.observed and entry.name in scored):
+        # stands for draws of the guide that have no statement; anything may depend on them
+        graph = Graph(*({name: names | factors for name, names in of.items()} for of in graph))
+    nodes = _nodes((entry for entry in guide if entry.name in drawn), graph.draws)
+    whole = _of_parts(graph, model)
+    of_draws, of_model, of_guide = (
+        scored_ancestors(statements, nodes, scored) for statements in (nodes, _nodes(model, whole.model), _nodes(guide, whole.guide))
+    )
+    return Ancestry(of_draws, of_model, of_guide, graph.draws)
 
 
-def _by_computation(run: Run, scored: frozenset[str], drawn: frozenset[str], order: Graph) -> Graph:
+def _nodes(entries: Iterable[Entry], ancestors: Mapping[str, frozenset[str]]) -> tuple[Node, ...]:
+    return tuple(Node(entry.name, entry.frames, ancestors[entry.name]) for entry in entries)
+
+
+def _by_computation(computed: Graph, order: Graph, guide: tuple[Entry, ...], drawn: frozenset[str]) -> Graph:
     """The graph of the computation. It cannot see draws inside scan or cond; for these the program order counts."""
-    graph = Graph(*({name: names & drawn for name, names in of.items()} for of in run.program.graph(run, scored)))
-    inside = frozenset(name for name in drawn if run.guide[name].in_control_flow)
+    graph = Graph(*({name: names & drawn for name, names in of.items()} for of in computed))
+    inside = frozenset(entry.name for entry in guide if entry.in_control_flow and entry.name in drawn)
     if inside:
         for of, of_order in zip(graph, order, strict=True):
             for name in of:
                 reached = of_order[name] & inside
                 of[name] = of[name].union(reached, *(graph.draws[site] for site in reached))
-    return _without_closed_forms(run, graph)
+    return graph
 
 
-def _without_closed_forms(run: Run, graph: Graph) -> Graph:
+def _without_closed_forms(graph: Graph, names: frozenset[str]) -> Graph:
     """A divergence in closed form is an expectation over its site, so it depends on the parents of the two densities only."""
-    if not run.closed_forms:
-        return graph
-    return graph._replace(model=graph.model | {name: (graph.model[name] | graph.guide[name]) - {name} for name in run.closed_forms})
+    return graph._replace(model=graph.model | {name: (graph.model[name] | graph.guide[name]) - {name} for name in names})
 
 
-def _of_parts(run: Run, graph: Graph) -> Graph:
+def _of_parts(graph: Graph, model: tuple[Entry, ...]) -> Graph:
     """A marginal density depends on everything that one of its parts depends on."""
-    if not run.marginalised:
-        return graph
-    marginals = {s.name: frozenset().union(*(graph.model[part] for part in s.parts)) for s in run.model.values() if s.parts}
+    marginals = {entry.name: frozenset().union(*(graph.model[part] for part in entry.parts)) for entry in model if entry.parts}
     return graph._replace(model=graph.model | marginals)

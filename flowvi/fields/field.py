@@ -67,22 +67,21 @@ class PerElement:
                     f"{tuple(x.shape)}; use the general form Flow(velocity)."
                 )
 
-            at_x = u(x, p0)
+            dtheta, at_x = ops.tether(theta), u(x, p0)
             if isinstance(at_x, (int, float)):  # a constant field
-                moved = times(theta, at_x)
+                moved = times(dtheta, at_x)
             else:
                 what = f"the velocity of '{name}'"
                 at_x = target.in_shape(ops, at_x, x, what)
                 target.check_elementwise(ops, u, x, what)
                 if target.validate and target.first_use:
                     require_finite(ops, target, ops.derivative(partial(_as_array, ops, target, u), x, live=False)[1])
-                along = target.in_shape(ops, u(x + ops.tether(theta), p0), x, what)
+                along = target.in_shape(ops, u(x + dtheta, p0), x, what)
                 if target.is_live(at_x):  # u closes over a live parameter, whose derivative is no velocity
                     along, at_x = along - at_x, ops.stop_gradient(at_x)
                 divergence = along if divergence is None else divergence + along
-                moved = at_x * theta
+                moved = at_x * dtheta
             velocity = moved if velocity is None else velocity + moved
-        velocity = ops.tether(velocity)
         require_finite(ops, target, velocity)
         return velocity, None if divergence is None else target.sum_event(divergence)
 
