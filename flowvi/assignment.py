@@ -28,13 +28,17 @@ class Settled(NamedTuple):
 
     Attributes:
         families: The classes of the site's distribution and of those inside it, outermost first.
+        has_rsample: Whether that distribution says that it has a reparameterized sampler.
         alias: The name of the model site for which it stands.
         description: Its description.
+        by_host: Whether the host draws there and nothing has to be attached, as at a site of plain ``RP``.
     """
 
     families: tuple[type, ...]
+    has_rsample: bool
     alias: str
     description: SiteDescription
+    by_host: bool
 
 
 class MissingAnnotationError(Exception):
@@ -62,7 +66,7 @@ class Assignment:
         annotations: The estimators annotated in the model at its last run, by name. The guide runs before the model, so these
             come from the previous run; ``remember`` returns whether they have changed since.
         has_read_annotations: Whether a run of the model has been read.
-        settled: The sites of plain ``RP`` by default, at which the host draws and there is nothing to decide in a later run.
+        settled: The sites at which there is nothing to decide in a later run.
         seen: Names of the sites that had an estimator in an earlier run.
         compares: Whether some site has compared the cost at several values, so that the program ran several times; None before
             the first run.

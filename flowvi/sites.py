@@ -146,13 +146,27 @@ class GuideSites:
         return self.assignment.coupled(msg["name"], estimator)
 
     def settle(self, msg: Any) -> None:
-        """Note that a later run need not decide anything at a random site, if its estimator is plain ``RP`` by default."""
-        name, assignment = msg["name"], self.assignment
-        description = self.random[name]
-        by_default = description.source == "default" and not callable(assignment.estimators)
-        if by_default and description.estimator == RP() and name not in self.draws and name not in self.blocks:
-            families = tuple(type(fn) for fn in _inside(msg["fn"]))
-            assignment.settled[name] = Settled(families, self.aliases[name], description)
+        """Note that a later run need not decide anything at a random site, if the objective alone decides for its family."""
+        name, assignment, fn = msg["name"], self.assignment, msg["fn"]
+        estimator, given = self.random[name].estimator, assignment.estimators
+        if callable(given) or assignment.control_variate is not None or self.random[name].source in ("guide", "model", "Estimated"):
+            return
+        by_host = estimator == RP() and name not in self.draws
+        if by_host or any(estimator is one for one in (assignment.default, *(given or {}).values())):  # not chosen by Auto
+            families = tuple(type(inside) for inside in _inside(fn))
+            assignment.settled[name] = Settled(families, fn.has_rsample, self.aliases[name], self.random[name], by_host)
+
+    def revisit(
+        self, settled: Settled, msg: Any, target_of: Callable[[Any, bool], Target], draw: Callable[[Any, Visit], Draw | None]
+    ) -> None:
+        """:meth:`visit` where there is nothing to decide."""
+        name, description = msg["name"], settled.description
+        if not settled.by_host:
+            estimator = description.estimator
+            visit = Visit(target_of(msg, estimator.enters), estimator, Choice(estimator, description.source), None)
+            if (drawn := draw(msg, visit)) is not None:
+                self.draws[name] = drawn
+        self.random[name], self.aliases[name] = description, settled.alias
 
 
 def not_random(host: Host, msg: Any) -> str | None:

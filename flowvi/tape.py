@@ -204,8 +204,8 @@ def _ancestry(outline: Outline, computed: Graph | None) -> Ancestry:
     guide, model, scored, closed_forms = outline
     drawn = scored.union(entry.name for entry in guide if not entry.observed)
     scans = (frozenset(entry.name for entry in program if entry.in_control_flow) for program in (guide, model))
-    of_guide, of_model = program_order(tuple(e.name for e in guide), tuple(e.name for e in model), drawn, *scans)
-    graph = Graph(of_guide, of_model, of_guide)
+    order = program_order(tuple(entry.name for entry in guide), tuple(entry.name for entry in model), drawn, *scans)
+    graph = Graph(guide=order[0], model=order[1], draws=order[0])
     if computed is not None:
         graph = _by_computation(computed, graph, guide, drawn)
     graph = _without_closed_forms(graph, closed_forms)

@@ -28,14 +28,14 @@ _name_of = attrgetter("name")
 
 
 def _is_as_before(msg, settled: Settled) -> bool:
-    """Whether Pyro draws at a site as it did in an earlier run. Most sites are such, so that this has to be fast."""
+    """Whether there is nothing to decide at a site, as in an earlier run. Most sites are such, so that this has to be fast."""
     fn: Any = msg["fn"]
     for family in settled.families:
         if type(fn) is not family:
             return False
         fn = getattr(fn, "base_dist", None)
     return (
-        msg["fn"].has_rsample
+        msg["fn"].has_rsample is settled.has_rsample
         and msg["value"] is None  # neither observed nor held
         and _NAMES_AN_ESTIMATOR.isdisjoint(msg["infer"])
         and tuple(map(_name_of, msg["cond_indep_stack"])) == settled.description.plates
@@ -45,7 +45,7 @@ def _is_as_before(msg, settled: Settled) -> bool:
 class attach_estimators(Messenger):
     """Let the estimator of every random site of the guide act where the guide draws."""
 
-    settles = True  # whether a site of plain ``RP`` has nothing to decide in a later run
+    settles = True  # whether there may be sites at which a later run has nothing to decide
 
     def __init__(self, sites: GuideSites):
         super().__init__()
@@ -59,7 +59,7 @@ class attach_estimators(Messenger):
     def _pyro_sample(self, msg):
         settled = self.settled.get(msg["name"])
         if settled is not None and _is_as_before(msg, settled):
-            self.sites.random[msg["name"]], self.sites.aliases[msg["name"]] = settled.description, settled.alias
+            self.sites.revisit(settled, msg, self._target, self._draw)
             return
         if site_is_subsample(msg):
             if msg["name"] in self.sites.held:
