@@ -143,7 +143,8 @@ def test_a_site_that_was_plain_is_chosen_anew_where_it_changes(host):
         "observed": observed,
     }
     plain = guides["plain"] = lambda: host.sample("x", normal())
-    for options in ({}, {"estimators": lambda site: LR() if "chosen" in site["infer"] else None}):
+    chosen = {"estimators": lambda site: LR() if "chosen" in site["infer"] else None}
+    for options in ({}, chosen, {"default": LR()}, {"estimators": {"x": LR()}}):
         elbo = host.flow.TraceFlow_ELBO(**options)
         for guide in guides.values():
             for program in (plain, guide, plain):
