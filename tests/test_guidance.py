@@ -14,11 +14,12 @@ import torch
 from hosts import slow_in_numpyro, slow_in_pyro
 
 import flowvi.guidance
-from flowvi import LR, RP, AdaptiveFlow, DisARM, Enumerate, Flow
-from flowvi.guidance import Batch, Search, Watch
+from flowvi import LR, RP, AdaptiveFlow, Auto, DisARM, Enumerate, Flow
+from flowvi.guidance import Batch, Search, Setting, Watch
 from flowvi.guidance.bias import MeanTest
 from flowvi.guidance.candidates import ROWS
 from flowvi.guidance.noise import Scale, Trial
+from flowvi.pyro.guidance import PyroBench
 
 matplotlib.use("agg")
 
@@ -323,6 +324,21 @@ def test_pyro_keeps_a_loop_over_particles_where_a_plate_is_wrong(monkeypatch):
     program = normal_program(host, lambda x: host.factor("cost", 3.0 * x.sum() + 0.0 * x))
     advice = host.flow.recommend(*program, num_particles=2, seconds=2, progress_bar=False)
     assert advice.options == {"num_particles": 2, "entropy": advice.options["entropy"]}
+
+
+def test_pyro_what_a_candidate_has_learned_is_kept(monkeypatch):
+    """Also while others are tried, which learn something else under the same name."""
+    from hosts import HOSTS
+
+    monkeypatch.setattr(flowvi.pyro.guidance, "WARM_UP", 300)
+    program = normal_program(HOSTS["pyro"], lambda x: HOSTS["pyro"].factor("cost", -(x**2)))
+    with PyroBench.opened(*program, (), {}, None, Auto(), 0) as bench:
+        learned = bench.gradients(Setting().at({"x": RP(control_variate="quadratic")}))
+        before = learned(0).gradients
+        for other in (RP(control_variate="cubic"), RP()):
+            bench.gradients(Setting().at({"x": other}))(0)
+        np.testing.assert_array_equal(learned(0).gradients, before)
+        assert before.var(0).max() < 1e-2 * bench.gradients(Setting())(0).gradients.var(0).max()
 
 
 def test_pyro_is_left_as_it_was(monkeypatch):

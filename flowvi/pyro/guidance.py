@@ -213,15 +213,13 @@ class PyroBench:
     def gradients(self, setting: Setting) -> Draw:
         elbo = self._objective(setting)
         learned = {} if setting.of_host else self._learned(elbo)
-        kept = {name: leaf.detach().clone() for name, leaf in learned.items()}
 
         def draw(number: int) -> Batch:
-            for name, leaf in learned.items():
-                leaf.data.copy_(kept[name])
+            leaves = {**self.leaves, **self._restored(learned)}
             rows, seconds = [], 0.0
             for i in range(self.size):
                 seed_generators(self._seed(number * self.size + i))
-                self._clear({**self.leaves, **learned})
+                self._clear(leaves)
                 start = perf_counter()
                 elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
                 seconds += perf_counter() - start
@@ -272,11 +270,10 @@ class PyroBench:
         for leaf in leaves.values():
             leaf.grad = None
 
-    def _learned(self, elbo: TraceFlow_ELBO) -> dict[str, Any]:
+    def _learned(self, elbo: TraceFlow_ELBO) -> dict[str, torch.Tensor]:
         """What estimators learn, after some steps at fixed parameters of the program; what is trained already stays."""
         store: Any = pyro.get_param_store()
-        for name in set(store.keys()) - self.trained - set(self.leaves):
-            del store[name]  # another candidate may have learned something else under this name
+        self._restored({})
         names = self.run(elbo, 0).sites.learned
         learned: dict[str, Any] = {name: store[name].unconstrained() for name in names}
         if moving := {name: leaf for name, leaf in learned.items() if name not in self.trained}:
@@ -286,7 +283,17 @@ class PyroBench:
                 self._clear({**self.leaves, **learned})
                 elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
                 optimizer.step()
-        return learned
+        return {name: leaf.detach().clone() for name, leaf in learned.items()}
+
+    def _restored(self, learned: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parameters that one candidate learns, at these values; what others have learned under any name leaves the store."""
+        store: Any = pyro.get_param_store()
+        for name in set(store.keys()) - self.trained - set(self.leaves):
+            del store[name]
+        leaves = {name: store.setdefault(name, value.clone()).unconstrained() for name, value in learned.items()}
+        for name, leaf in leaves.items():
+            leaf.data.copy_(learned[name])
+        return leaves
 
 
 class PyroProbe:
