@@ -1,10 +1,10 @@
 """Baselines: what is subtracted from the costs that a score multiplies.
 
-A baseline b does not change the mean of the gradient if it does not depend on the draw whose score it multiplies. It has three stages,
-each with its own objects with one method:
+A baseline b does not change the mean of the gradient if it does not depend on the draw whose score it multiplies. There are three
+stages, each with its own objects:
 
-* The user chooses one at construction: :class:`Baseline`, ``"plate"`` (:class:`PlateMean`) or ``"optimal"`` (:class:`Optimal`). Its
-  ``at_draw`` is called when a site has been drawn.
+* The user chooses a baseline at construction: :class:`Baseline`, ``"plate"`` (:class:`PlateMean`) or ``"optimal"`` (:class:`Optimal`).
+  Its ``at_draw`` is called when a site has been drawn.
 * ``at_draw`` returns a function that makes the :class:`Score` records of the site after the run, when its costs are known.
 * These records hold arrays only, so that particles can be mapped and stacked. When all particles have run, :class:`Fitted`,
   :class:`BestOfOthers` and the objective's :class:`ParticleMean` turn them into a term of the surrogate.
@@ -30,18 +30,18 @@ class ScoreBaseline(Protocol):
     """The baseline of one score after the runs of all particles; a container of arrays."""
 
     def term(self, ops: Ops, name: str, score: Score, num_particles: int) -> Array:
-        """The score times its costs less the baseline, plus what trains the baseline; its value has no meaning."""
+        """The score times its costs minus the baseline, plus a term that trains the baseline; its value has no meaning."""
         ...
 
 
 class Score(NamedTuple):
-    """One score and what multiplies it, all of one shape: that of the site's plates, after the particles if there are several.
+    """One score and its factors, all of the shape of the site's plates, with the particles as first axis if there are several.
 
     Attributes:
         score: Its tangent is psi; its value has no meaning.
         cost: The weighted costs that depend on the site, detached.
-        weight: The weights of the site and its ancestors, multiplied; None where all are 1. It multiplies a baseline.
-        baseline: The site's baseline; None for that of the objective.
+        weight: The product of the weights of the site and its ancestors; None if all are 1. It multiplies a baseline.
+        baseline: The site's baseline; None for the objective's.
     """
 
     score: Array
@@ -54,7 +54,7 @@ class Score(NamedTuple):
 
 
 class ParticleMean:
-    """``"loo"``: the mean of the costs over the other particles."""
+    """``"loo"``: the mean cost of the other particles."""
 
     def term(self, ops: Ops, name: str, score: Score, num_particles: int) -> Array:
         cost = score.cost
@@ -75,7 +75,7 @@ class Fitted(NamedTuple):
 
 
 class BestOfOthers(NamedTuple):
-    """For each particle the constant that is best for the others, given psi^2 in the shape of the score."""
+    """For each particle the best constant for the others, given psi^2 in the shape of the score."""
 
     square: Array
 
@@ -100,15 +100,15 @@ def _best_of_others(ops: Ops, square: Array, cost: Array, weight: Array | None) 
 
 
 class SiteCosts(NamedTuple):
-    """What a run yields for one site with a score.
+    """The result of a run for one site with a score.
 
     Attributes:
         name: The site's name.
         score: Its score, over its plates.
         cost: The weighted costs that depend on it, detached.
-        weight: The weights of the site and its ancestors, multiplied; None where all are 1.
+        weight: The product of the weights of the site and its ancestors; None if all are 1.
         num_elements: The number of elements of its plates.
-        own_costs: Computes, for each element of the plates, the costs that depend on that element alone.
+        own_costs: Computes, for each element of the plates, the costs that depend only on this element.
     """
 
     name: str
@@ -157,7 +157,7 @@ def _mean_of_other_elements(ops: Ops, costs: SiteCosts) -> tuple[Score, ...]:
 
 
 def _by_parameter(parts: list[tuple[Array, Array]], ndim: int, ops: Ops, costs: SiteCosts) -> tuple[Score, ...]:
-    """A record for each array of parameters; a part may have more dims than the score, which has ``ndim``, on the right."""
+    """A record for each array of parameters. A part may have more dims on the right than the score, which has ``ndim``."""
 
     def over(part: Array, a: Array | None) -> Array | None:
         return None if a is None else ops.broadcast_to(a.reshape((*a.shape, *(1,) * (part.ndim - ndim))), part.shape)
@@ -185,7 +185,7 @@ class SiteBaseline(ABC):
 
 @dataclass(frozen=True, repr=False)
 class PlateMean(SiteBaseline):
-    """``"plate"``: the mean over the other elements of the site's plates of the costs that are theirs alone."""
+    """``"plate"``: the mean over the other elements of the site's plates, each with the costs that depend only on it."""
 
     def __repr__(self) -> str:
         """The name by which the user gives it."""
@@ -210,12 +210,12 @@ class Optimal(SiteBaseline):
 class Baseline(SiteBaseline):
     r"""A baseline b for the score term of one site, :math:`\psi\,(\phi - b)`, fitted to the costs while SVI runs.
 
-    ``fn(*inputs)`` is called just before the site is drawn, with detached inputs. The trainable parameters that ``fn`` reads (of a
-    network, or a single number) are trained by the user's own optimizer on :math:`\tfrac12 (w b - w\phi)^2`; nothing else is.
+    ``fn(*inputs)`` is called just before the site is drawn, with detached inputs. The user's optimizer trains the parameters that
+    ``fn`` reads (a network, or a single number) on :math:`\tfrac12 (w b - w\phi)^2`, and no others.
 
-    **Requirements**: b must not depend on the site's own draw or on anything drawn from it, so write it at the site's statement in
-    the guide. Whatever is random and read by ``fn`` must be given as an input: a closure is not detached. The parameters of
-    ``fn`` must be parameters of the guide (in NumPyro: registered while the guide runs).
+    **Requirements**: b must not depend on the site's own draw or on a later draw, so write it at the site's statement in the guide. If
+    ``fn`` reads something random, it must be an input: a closure is not detached. The parameters of ``fn`` must be parameters of the
+    guide (in NumPyro: registered while the guide runs).
 
     Args:
         fn: Returns b, of the shape of the site's plates.
@@ -223,10 +223,10 @@ class Baseline(SiteBaseline):
 
     Raises:
         TypeError: ``fn`` is not a function.
-        ValueError: At the first run, naming the site, where b has another shape than the site's plates.
+        ValueError: At the first run, naming the site, if b does not broadcast to the shape of the site's plates.
 
     Example:
-        A constant, which finds the mean of the cost:
+        A constant, which learns the mean of the cost:
 
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from flowvi import LR, Baseline
@@ -272,12 +272,12 @@ NAMED: dict[Any, SiteBaseline] = {"plate": PlateMean(), "optimal": Optimal()}
 
 
 class BaselineField:
-    """The field ``baseline`` of an estimator's dataclass, which turns names into objects when the estimator is made.
+    """The field ``baseline`` of an estimator's dataclass. It turns names into objects when the estimator is made.
 
-    A descriptor-typed field, as the documentation of :mod:`dataclasses` calls it: so it works in a frozen class too.
+    It is a descriptor-typed field (see :mod:`dataclasses`), so it also works in a frozen class.
 
     Args:
-        optimal: Whether the estimator can have ``"optimal"``, for which psi must be the score itself.
+        optimal: Whether the estimator allows ``"optimal"``, which needs psi to be the score itself.
     """
 
     def __init__(self, optimal: bool = False):

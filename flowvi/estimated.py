@@ -1,4 +1,4 @@
-"""What the wrapper ``Estimated`` of either host passes on to the distribution inside it."""
+"""What the wrapper ``Estimated`` forwards to the distribution inside, in both hosts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def forwarded(name: str) -> property:
 
 
 class ForwardsToBase:
-    """A distribution that behaves as its ``base_dist`` in all but how it is drawn."""
+    """A distribution that behaves like its ``base_dist``, except when it is sampled."""
 
     base_dist: Any
 
@@ -42,5 +42,5 @@ def require_an_estimator(estimator: Any) -> Estimator:
 
 
 def name_of_site(family: Any) -> str:
-    """What stands for the name of the site in messages, which a distribution does not know."""
+    """What messages show instead of the site's name, which a distribution does not know."""
     return f"Estimated({type(family).__name__})"

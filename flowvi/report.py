@@ -1,4 +1,4 @@
-"""Where the gradient noise is: the records that ``gradient_report`` of either host returns, and how they are shown."""
+"""The records that ``gradient_report`` returns, and how they are shown."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ParameterGradient:
         estimators: The estimator of each of these sites.
         mean: The mean over samples, of the parameter's (unconstrained) shape.
         variance: The variance of one sample, of the same shape.
-        share: This parameter's part of the variance of the whole gradient, between 0 and 1.
-        num_samples: How many samples there are.
+        share: This parameter's share of the variance of the whole gradient, between 0 and 1.
+        num_samples: The number of samples.
     """
 
     candidate: str
@@ -45,7 +45,7 @@ class ParameterGradient:
 
     @property
     def snr(self) -> float:
-        """The signal-to-noise ratio of one sample, which is the norm of the mean, corrected for noise, over the standard deviation."""
+        """The signal-to-noise ratio of one sample: the norm of the mean, corrected for noise, over the standard deviation."""
         signal = max(float((self.mean**2).sum()) - float(self.variance.sum()) / self.num_samples, 0.0)
         return float(np.sqrt(signal)) / self.std if self.std > 0 else float("inf")
 
@@ -56,10 +56,10 @@ class GradientReport:
 
     Attributes:
         parameters: One record for each candidate and parameter.
-        effective_samples: For each candidate, the effective sample size of each site's importance weights, as a fraction of the
-            number of samples (1 where q = p).
+        effective_samples: For each candidate, the effective sample size of each site's importance weights, as a fraction of the number
+            of samples (1 if q = p).
         seconds: For each candidate, the time of one sample of the gradient.
-        num_samples: How many samples there are.
+        num_samples: The number of samples.
         marginalised: The sites of the model that the host sums out.
 
     References:

@@ -280,7 +280,7 @@ def test_a_truncated_cauchy_is_no_truncated_normal():
 
 
 def test_arguments():
-    with pytest.raises(TypeError, match="no divergence beside a Field"):
+    with pytest.raises(TypeError, match="no divergence with a Field"):
         Flow(fields.location_scale(), divergence="pathwise")
     with pytest.raises(TypeError, match=r"mixture takes a pathwise field for its components; found fields.gamma_g_rep\(\)"):
         fields.mixture(components=fields.gamma_g_rep())

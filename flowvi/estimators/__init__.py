@@ -1,11 +1,11 @@
-"""Gradient estimators: what happens at one site. One module for each.
+"""Gradient estimators: what happens at one site. Each has its own module.
 
-Every estimator here is one choice of a velocity field u and a sampling density q in the probability-flow estimator
+Every estimator here is a choice of a velocity field u and a sampling density q in the probability-flow estimator
 
     E_i = w [ u_i . grad phi + psi_i phi ],    w = p / q,    psi_i = div u_i + u_i . grad_x log p + d_theta_i log p
 
-of Parmas and Sugiyama (AISTATS 2021, eq. 19), where phi is everything the program does with the sample. ("Probability flow" is
-the mass that moves with the parameters. It is neither the ODE of diffusion models nor a normalizing flow.)
+of Parmas and Sugiyama (AISTATS 2021, eq. 19), where phi is the cost of the rest of the program as a function of the sample.
+("Probability flow" is the mass that moves with the parameters. It is neither the ODE of diffusion models nor a normalizing flow.)
 """
 
 from flowvi.estimators.auto import Auto

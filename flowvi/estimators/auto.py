@@ -1,4 +1,4 @@
-"""The default: pathwise where the host's distribution allows it, an exact sum where that is cheap, else the likelihood ratio."""
+"""The default estimator: pathwise where possible, an exact sum where that is cheap, else the likelihood ratio."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from flowvi.target import Target
 class Auto(Estimator):
     """The default: :class:`RP`, or at a discrete site :class:`Enumerate` where that is cheap, else :class:`LR`.
 
-    * RP where the host's distribution is fully reparameterized with an unbiased derivative.
-    * Enumerate at a discrete site with finitely many values, as long as all such sites together take at most two evaluations of the
-      program more for each particle; first come, first served in program order. So a Bernoulli takes one, and so does a plate of them
-      if each element has its own costs. It needs to know that draws decide nothing but numbers: in NumPyro that is so; in Pyro
-      ``dependencies="graph"`` finds out. A Rényi bound and a site inside ``scan`` or ``cond`` have no exact sum.
+    * RP if the host's distribution is fully reparameterized with an unbiased derivative.
+    * Enumerate at discrete sites with finitely many values, in program order, as long as these sites together add at most two
+      evaluations of the program per particle. A Bernoulli adds one, and so does a plate of Bernoullis if each element has its own
+      costs. Python must not branch on draws: in NumPyro it cannot, in Pyro ``dependencies="graph"`` finds out. There is no exact sum
+      under a Rényi bound or inside ``scan`` or ``cond``.
     * LR everywhere else, with the baseline of the objective.
 
-    ``describe`` tells what it chose. The choice never depends on a draw, so that the gradient is unbiased.
+    ``describe`` shows the choice. It never depends on a draw, so the gradient is unbiased.
 
-    **Requirements**: those of the estimator it chooses.
+    **Requirements**: those of the chosen estimator.
 
     Raises:
-        ValueError: At the first run, naming the site, where neither is right (a moving support without a reparameterized sampler).
+        ValueError: At the first run, naming the site, if no choice is right (a moving support without a reparameterized sampler).
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -65,7 +65,7 @@ class Auto(Estimator):
 
 @dataclass(frozen=True, repr=False)
 class _ScoreOrSum(LR):
-    """The likelihood ratio, which an objective may replace by the exact sum once it knows how many evaluations that takes."""
+    """The likelihood ratio. An objective may replace it by the exact sum when it knows how many evaluations the sum takes."""
 
     def __repr__(self) -> str:
         return repr(LR())
@@ -74,7 +74,7 @@ class _ScoreOrSum(LR):
         def exact() -> Comparison | None:
             try:
                 return Enumerate().attach(ops, target, x).comparison
-            except ValueError:  # its support is infinite, or not the same for all elements
+            except ValueError:  # the support is infinite, or not the same for all elements
                 return None
 
         return super().attach(ops, target, x)._replace(instead=exact)

@@ -16,31 +16,32 @@ from flowvi.target import Target
 class DisARM(Estimator):
     r"""The antithetic estimator for Bernoullis: :math:`E_i = \tfrac12 (b'_i - b_i)\,m_i\,(\phi(b') - \phi(b))\,\nabla_\theta l_i`.
 
-    l are the logits, p the probabilities and :math:`m = \max(p, 1-p)`. For a uniform number v, the draw is b = [v < p] and its
-    opposite is b' = [1 - v < p]. u = 0 and there is no score. All elements of the site share one more evaluation of the program, in
-    which the rest is drawn with the same random numbers. Each element multiplies the whole difference of the costs, or the difference
-    of its own costs in a plate where everything that depends on it stays within the plate.
+    l are the logits, p the probabilities and :math:`m = \max(p, 1-p)`. For a uniform number v, the draw is b = [v < p] and its opposite
+    is b' = [1 - v < p]. u = 0 and there is no score. All elements of the site share one more evaluation of the program, which uses the
+    same random numbers for the other draws. The factor of each element multiplies the whole difference of the costs. In a plate it
+    multiplies the difference of the element's own costs, if everything that depends on the element stays within the plate.
 
-    With ``num_values`` of n it is ARMS: n values of each element, every two of which have the same correlation rho < 0, with
-    :math:`E_i = \tfrac{1}{(n-1)(1-\rho_i)} \sum_m (b^m_i - \bar b_i)\,\phi(b^m)\,\nabla_\theta l_i`, from n - 1 more evaluations.
+    With ``num_values`` of n this is ARMS: each element has n values, any two of which have the same correlation rho < 0, and
+    :math:`E_i = \tfrac{1}{(n-1)(1-\rho_i)} \sum_m (b^m_i - \bar b_i)\,\phi(b^m)\,\nabla_\theta l_i`. It takes n - 1 more evaluations.
 
-    At any other finite support, such as that of a Categorical, the draw x and its opposite y differ as often as the law of y allows by
-    Metropolis' rule: y is drawn from the values other than x, and accepted with probability (1 - p(x)) / (1 - p(y)), else it is x.
-    :math:`E_i = \tfrac12 (1 - \min(p(x_i), p(y_i)))\,(\phi(y) - \phi(x))\,\nabla_\theta (\log p(y_i) - \log p(x_i))`. n values
-    are such pairs, and E is the mean over every two of the values, where the factor 1 - min(...) is 1 for two of different pairs.
+    For another finite support, such as that of a Categorical, the Metropolis rule makes the draw x and its opposite y differ as often
+    as possible: y is drawn from the values other than x, and accepted with probability (1 - p(x)) / (1 - p(y)), else y = x.
+    :math:`E_i = \tfrac12 (1 - \min(p(x_i), p(y_i)))\,(\phi(y) - \phi(x))\,\nabla_\theta (\log p(y_i) - \log p(x_i))`. n values are
+    drawn as such pairs. E is then the mean over any two of the n values; the factor 1 - min(...) is 1 if the two were not drawn as a
+    pair.
 
     **Requirements**: a distribution with a finite ``enumerate_support``, whose support does not move. Not inside ``scan`` or ``cond``.
 
     Args:
-        num_values: How many values of the site are compared, the draw among them.
+        num_values: How many values of the site are compared, including the draw.
 
     Raises:
-        TypeError: ``num_values`` is no integer above 1.
+        TypeError: ``num_values`` is not an integer above 1.
         ValueError: At the first run, naming the site: a support that is infinite, or not the same for all elements of a batch.
 
     Example:
-        At probabilities of 1/2 all four Bernoullis are turned over. Each has a quarter of the difference 16 - 8 n of the cost, up to
-        the sign, where n of them were 1.
+        At probabilities of 1/2 all four Bernoullis flip. If n of them were 1, the cost differs by 16 - 8 n, and each gets a quarter of
+        this, up to the sign.
 
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from flowvi import DisARM
@@ -78,7 +79,7 @@ class DisARM(Estimator):
         others = self.num_values - 1
 
         def make(uniforms: Array) -> Alternatives:
-            """Of n numbers that are uniform on the simplex, d, the rarer value has those with (1 - d)^others < its probability r."""
+            """The n numbers d are uniform on the simplex. Those with (1 - d)^others < r stand for the rarer value, of probability r."""
             rare = ops.where(probs > 0.5, 1 - probs, probs)
             is_rare = (x == 1) == (probs <= 0.5)
             u = ops.where(probs > 0.5, 1 - uniforms[0], uniforms[0])
@@ -107,7 +108,7 @@ class DisARM(Estimator):
             equal = values == x[None]
             live = masses_over(ops, target, values)
             masses = ops.stop_gradient(live)
-            # which value each of the n is, as unit vectors along the first axis
+            # the n values, as unit vectors along the first axis
             each = [equal.all(tuple(range(equal.ndim - target.event_ndim, equal.ndim))) if target.event_ndim else equal]
             for i, (u, v) in enumerate(numbers):
                 each.append(_chosen(ops, masses, u) if i % 2 else _opposite(ops, masses, each[-1], u, v))
@@ -129,7 +130,7 @@ class DisARM(Estimator):
 
 
 def _chosen(ops: Ops, masses: Array, u: Array) -> Array:
-    """One of the values by their masses, which need not add up to 1, from uniform numbers: unit vectors along the first axis."""
+    """Draw one of the values, from uniform numbers u: unit vectors along the first axis. The masses need not add up to 1."""
     up_to = masses.cumsum(0)
     reached = (up_to > u * up_to[-1]) | (up_to >= up_to[-1])
     before = ops.concatenate([reached[:1] & ~reached[:1], reached[:-1]], 0)
@@ -137,7 +138,7 @@ def _chosen(ops: Ops, masses: Array, u: Array) -> Array:
 
 
 def _opposite(ops: Ops, masses: Array, here: Array, u: Array, v: Array) -> Array:
-    """A value that has the same law, and is seldom the same."""
+    """A value with the same law that is seldom equal to ``here``."""
     proposed = _chosen(ops, ops.where(here, 0 * masses, masses), u)
     accepted = v * (1 - _at(ops, proposed, masses)) < 1 - _at(ops, here, masses)
     return ops.where(accepted, proposed, here)

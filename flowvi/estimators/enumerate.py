@@ -15,20 +15,20 @@ from flowvi.target import Target
 class Enumerate(Estimator):
     r"""The exact sum over a finite support: :math:`E = \sum_m \nabla_\theta\,p(m;\theta)\,(\phi(m) - \phi(x))`.
 
-    u = 0 and there is no score: the cost is evaluated at all values m of the site. The rest of the program is drawn with the same
-    random numbers, so that only the noise of other sites remains.
+    u = 0 and there is no score: the cost is evaluated at all values m of the site. The other draws use the same random numbers, so only
+    the noise of other sites remains.
 
     All elements of a plate share one run if everything that depends on them stays within the plate: a thousand local Bernoullis take
-    one more evaluation of the program. Every other element needs runs of its own. ``describe`` tells how many evaluations a step makes.
+    one more evaluation of the program. Otherwise each element needs its own runs. ``describe`` shows how many evaluations a step takes.
 
     **Requirements**: a distribution with a finite ``enumerate_support``, whose support does not move. Not inside ``scan`` or ``cond``.
 
     Args:
-        lanes: For elements that cannot share a run. ``"all"`` makes all their runs. ``"random"`` draws one of these runs, with a
-            probability in proportion to the weight of its value: it is unbiased, and takes one more evaluation in total.
+        lanes: What to do with elements that cannot share a run. ``"all"`` makes all their runs. ``"random"`` draws one of these runs,
+            with a probability in proportion to the weight of its value: it is unbiased, and takes one more evaluation in total.
 
     Raises:
-        TypeError: ``lanes`` is neither of these.
+        TypeError: ``lanes`` is neither ``"all"`` nor ``"random"``.
         ValueError: At the first run, naming the site: a support that is infinite, or not the same for all elements of a batch.
 
     Example:
@@ -78,7 +78,7 @@ class Enumerate(Estimator):
 
 
 def masses_over(ops: Ops, target: Target, values: Array) -> Array:
-    """The probability of each value, live, with the values on the left."""
+    """The probability of each value, with its derivative; the values are the leftmost axis."""
     masses = family_of(target.p).masses
     masses_of = ops.exp(target.p.log_prob(values)) if masses is None else masses(ops, target.p, values)
     shape = (values.shape[0], *target.batch_shape)

@@ -1,6 +1,6 @@
 """The protocol of an estimator, and the draw that it returns.
 
-An estimator never draws: the host does. :func:`attach` returns the same number with the right derivatives, a score and a weight.
+The host draws, never the estimator. :func:`attach` returns the drawn number with the right derivatives, a score and a weight.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Draw(NamedTuple):
 
     Attributes:
         value: The value of the site; its tangent is the velocity.
-        score: Batch shape of the site, with the tangent psi; its value has no meaning. None where psi is identically 0.
-        log_weight: Batch shape of the site, log p - log q, detached; None where q is p.
-        log_prob: Batch shape of the site, log p(x; theta) with every derivative, where the estimator has computed it.
-        baseline: Makes the records of the score after the run, with the estimator's own baseline; None where it has none.
-        comparison: How the cost is compared at several values of the site; None where it is not.
-        instead: Makes a comparison that an objective may use instead of the score; None where there is none.
-        control: Batch shape of the site, value 0 and a tangent of mean 0, which the objective adds to its costs; None where absent.
-        base: The standard Normals behind the value, with its coordinates in one dim, for the control variates of other sites.
-        joint_control: Makes, from all draws of the run, the part of the control variate that depends on the noise of other sites.
+        score: Batch shape of the site, with the tangent psi; its value has no meaning. None if psi is identically 0.
+        log_weight: Batch shape of the site, log p - log q, detached; None if q is p.
+        log_prob: Batch shape of the site, log p(x; theta) with all derivatives, if the estimator has computed it.
+        baseline: Makes the records of the score after the run, with the estimator's own baseline; None if it has none.
+        comparison: How the cost is compared at several values of the site; None if it is not.
+        instead: Makes a comparison that an objective may use instead of the score; None if there is none.
+        control: Batch shape of the site, with value 0 and a tangent of mean 0, which the objective adds to its costs; None if absent.
+        base: The standard Normals from which the value is computed, in one dim, for the control variates of other sites.
+        joint_control: Makes the part of the control variate that depends on the noise of other sites, from all draws of the run.
     """
 
     value: Array
@@ -53,12 +53,12 @@ class Estimator(ABC):
 
     Attributes:
         q: A function ``q(p) -> distribution`` that proposes the samples, or None for q = p.
-        enters: Whether it acts on the base sample of a plain ``TransformedDistribution`` (or on the outermost value).
+        enters: Whether it acts on the base sample of a plain ``TransformedDistribution``, instead of on the site's value.
         jumps: Where the cost jumps as the site crosses a number.
-        compares: Whether it compares the cost at several values of its site, so that it runs the program several times.
-        biased: Whether its mean is not the gradient; tables mark such an estimator.
-        inputs: Arrays that its functions read, which exist before the site is drawn.
-        uses_sampler: Whether the derivative is that of the host's own sampler, so that nothing has to be attached.
+        compares: Whether it compares the cost at several values of its site, which runs the program several times.
+        biased: Whether its mean differs from the gradient; tables mark such an estimator.
+        inputs: Arrays that its functions read; they exist before the site is drawn.
+        uses_sampler: Whether the derivative is that of the host's own sampler, so nothing has to be attached.
         baseline: What is subtracted from the costs that multiply the score; None for the objective's baseline.
     """
 
@@ -90,7 +90,7 @@ class Estimator(ABC):
         return f"{self!r} (biased)" if self.biased else repr(self)
 
     def resolve(self, target: Target) -> Estimator:
-        """The estimator that acts at ``target``: itself, except for :class:`~flowvi.Auto`."""
+        """The estimator to use at ``target``: itself, except for :class:`~flowvi.Auto`."""
         return self
 
     def psi_is_zero(self, target: Target) -> bool:
@@ -106,7 +106,7 @@ class Estimator(ABC):
         return {}
 
     def proposal(self, ops: Ops, target: Target) -> tuple[Any, bool]:
-        """The sampling density (detached, of the shape of x) and whether it may leave the support of p."""
+        """The sampling density (detached, of the shape of x), and whether its samples may lie outside the support of p."""
         if self.q is None:
             return target.p0, False
         try:
@@ -159,8 +159,8 @@ def _completed(ops: Ops, target: Target, estimator: Estimator, x: Array, draw: D
 def refuse_moving_support(target: Target, what: str) -> None:
     if bounds := target.moving_bounds():
         target.refuse(
-            f"{what} is biased where the support moves with a parameter, but that of {target.family} moves with {', '.join(bounds)} "
-            "(or may, where it is traced); use RP() or ImplicitRP(), or make the bound a constant."
+            f"{what} is biased where the support moves with a parameter, but the support of {target.family} moves with "
+            f"{', '.join(bounds)} (or may move, if traced); use RP() or ImplicitRP(), or make the bound a constant."
         )
 
 

@@ -17,28 +17,27 @@ class FiniteDifference(Estimator):
     r"""The GO gradient, a finite difference between neighbouring integers: :math:`E = a(x)\,(\phi(x+1) - \phi(x))`.
 
     :math:`a(k) = -\nabla_\theta F(k) / p(k)` is the discrete form of the pathwise velocity, and there is no score. At the upper end of
-    the support a is 0. The cost is evaluated at one more value, and the rest of the program is drawn with the same random numbers. The
-    elements of a plate take their values in one run where all that depends on them stays within the plate, as for
-    :class:`~flowvi.Enumerate`.
+    the support a is 0. The cost is evaluated at one more value. The other draws use the same random numbers. The elements of a plate
+    share one run if everything that depends on them stays within the plate, as for :class:`~flowvi.Enumerate`.
 
     **Requirements**: a distribution of integers whose support does not move: Bernoulli, Binomial, Categorical, Geometric,
-    NegativeBinomial (of constant ``total_count``), Poisson, or any other that has a ``cdf`` which is differentiable in the live
-    parameters. Not inside ``scan`` or ``cond``.
+    NegativeBinomial (with a constant ``total_count``), Poisson, or any other with a ``cdf`` that is differentiable in the parameters.
+    Not inside ``scan`` or ``cond``.
 
     Args:
-        lanes: ``"all"`` gives every element that cannot share a run a run of its own; ``"random"`` draws one such run for all of them,
-            with a probability in proportion to its weight, which is unbiased.
+        lanes: ``"all"`` gives every element that cannot share a run its own run. ``"random"`` draws one of these runs, with a
+            probability in proportion to its weight; this is unbiased.
         downwards: Compare with x - 1: :math:`E = a(x)\,(\phi(x-1) - \phi(x))` with :math:`a(k) = \nabla_\theta F(k-1) / p(k)`.
-        share: The blend with the likelihood ratio, :math:`u` = ``share`` times a and
-            :math:`\psi = (1 - \mathrm{share})\,\nabla_\theta \log p`, unbiased for any number but 0.
+        share: The blend with the likelihood ratio: u is ``share`` times a, and
+            :math:`\psi = (1 - \mathrm{share})\,\nabla_\theta \log p`. It is unbiased for any number but 0.
 
     Raises:
-        TypeError: ``lanes`` is neither of these, or ``share`` is 0 or no finite number.
-        ValueError: At the first run, naming the site: a distribution that is not one of integers, a support that moves with a live
-            parameter, a cdf that is missing or has no derivative.
+        TypeError: ``lanes`` is neither ``"all"`` nor ``"random"``, or ``share`` is 0 or not a finite number.
+        ValueError: At the first run, naming the site: a distribution that is not on integers, a support that moves with a parameter, a
+            cdf that is missing or has no derivative.
 
     Example:
-        The gradient of E[x^2] under a Poisson, in its rate: the difference 2 x + 1 of neighbouring squares.
+        The gradient of E[x^2] under a Poisson, in its rate, is the difference 2 x + 1 of neighbouring squares.
 
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from flowvi import FiniteDifference
@@ -54,7 +53,7 @@ class FiniteDifference(Estimator):
         [13.0, 3.0, 13.0, 7.0]
 
     References:
-        Cong et al. 2019 (GO gradient). Parmas and Sugiyama 2021, eq. 19, with a difference in the place of the derivative.
+        Cong et al. 2019 (GO gradient). Parmas and Sugiyama 2021, eq. 19, with a difference instead of the derivative.
     """
 
     lanes: Lanes = "all"
@@ -88,7 +87,7 @@ class FiniteDifference(Estimator):
         return Draw(x, (1 - self.share) * log_prob, log_prob=log_prob, comparison=comparison)
 
     def _weight(self, ops: Ops, target: Target, x: Array) -> Array:
-        """The weight of the neighbour, live, at an x that has one."""
+        """The weight of the neighbour with its derivative, at an x that has a neighbour."""
         if (known := family_of(target.p).neighbours) is not None:
             if live := target.live(*known.constant):
                 target.refuse(f"FiniteDifference needs a constant {' and '.join(live)} of {target.family}, found a live one; use LR().")

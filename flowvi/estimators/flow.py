@@ -1,4 +1,4 @@
-"""The probability-flow estimator: the user's velocity field, with the score term that makes it unbiased."""
+"""The probability-flow estimator: a velocity field of the user, with the score term that makes the estimator unbiased."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowvi.target import Target
 
 @dataclass(frozen=True, repr=False)
 class _FieldEstimator(Estimator):
-    """The fields of a :class:`Flow`, apart from its constructor, which also takes functions per parameter."""
+    """The dataclass fields of :class:`Flow`, whose constructor also takes functions per parameter."""
 
     velocity: Field
     q: Callable[[Any], Any] | None = None
@@ -29,34 +29,34 @@ class _FieldEstimator(Estimator):
 class Flow(_FieldEstimator):
     r"""The probability-flow estimator with your own velocity field: :math:`E = w\,[u\cdot\nabla\phi + \psi\,\phi]`.
 
-    :math:`\psi = \nabla\cdot u + u\cdot\nabla_x\log p + \partial_\theta\log p` is computed for you, so that *any* field is
-    unbiased. ("Probability flow" is the flow of mass as the parameters move; neither the ODE of diffusion models nor a normalizing
-    flow.) Two forms:
+    :math:`\psi = \nabla\cdot u + u\cdot\nabla_x\log p + \partial_\theta\log p` is computed for you, so *any* field is unbiased.
+    ("Probability flow" is the flow of mass as the parameters change. It is neither the ODE of diffusion models nor a normalizing flow.)
+    There are two forms:
 
-    * ``Flow(loc=u_loc, scale=u_scale)``: one function ``u(x, p)`` per parameter, elementwise in x. A parameter that is not
-      named has u = 0, as in LR. This is short for ``Flow(fields.per_element(loc=u_loc, scale=u_scale))``.
-    * ``Flow(velocity)``: ``velocity(x, p, dtheta) -> dx``, for parameters that couple. ``dtheta`` holds a tangent for each
-      parameter by name; dx has the shape of x and must be linear in dtheta.
+    * ``Flow(loc=u_loc, scale=u_scale)``: one function ``u(x, p)`` per parameter, elementwise in x. A parameter that is not named has u
+      = 0, as in LR. This is short for ``Flow(fields.per_element(loc=u_loc, scale=u_scale))``.
+    * ``Flow(velocity)``: ``velocity(x, p, dtheta) -> dx``, for parameters that move several coordinates. ``dtheta`` has a tangent for
+      each parameter by name; dx has the shape of x and must be linear in dtheta.
 
-    **Requirements**: a continuous site with a differentiable ``log_prob``, a support that does not move with the parameters (unless
-    the field is one of :mod:`flowvi.fields` that rides its bounds), a field that does not cross the boundary of the support, and that
-    is 0 on (or tangent to) jumps of the cost.
+    **Requirements**: a continuous site with a differentiable ``log_prob``, and a support that does not move with the parameters (unless
+    the field moves with the bounds, as some of :mod:`flowvi.fields` do). The field must not cross the boundary of the support, and must
+    be 0 on (or tangent to) jumps of the cost.
 
     Args:
         velocity: The general form: a function, or a :class:`~flowvi.fields.Field` of :mod:`flowvi.fields`.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
-        divergence: With the general form: ``divergence(x, p, dtheta)`` in closed form, of batch shape and linear in dtheta;
-            ``"pathwise"`` declares psi = 0 (a field that solves the transport equation); the default is exact, by
+        divergence: For the general form: ``divergence(x, p, dtheta)`` in closed form, of batch shape and linear in dtheta.
+            ``"pathwise"`` declares psi = 0 (a field that solves the transport equation). By default it is computed exactly, by
             automatic derivatives over the event.
         baseline: Subtracted from the costs that multiply psi, instead of the objective's leave-one-out mean; see :class:`~flowvi.LR`.
-        jumps: Where the cost jumps as x crosses a number, so that the field need not be 0 there; see :class:`RP`.
+        jumps: Where the cost jumps as x crosses a number. The field need not be 0 there. See :class:`RP`.
         **per_parameter: The form per parameter.
 
     Raises:
-        TypeError: Both forms at once, or neither; a divergence beside a field that has its own, or per parameter; ``baseline`` is
-            neither a :class:`~flowvi.Baseline` nor ``"plate"``.
-        ValueError: At the first run, naming the site: an unknown or coupled parameter, a field of another shape, one that mixes
-            coordinates (seen where the host's validation is on), a discrete site, a support that moves.
+        TypeError: Both forms at once, or neither; a divergence with the form per parameter, or with a field that has its own;
+            ``baseline`` is neither a :class:`~flowvi.Baseline` nor ``"plate"``.
+        ValueError: At the first run, naming the site: an unknown parameter, or one that moves several coordinates; a field of another
+            shape, or one that mixes coordinates (checked while the host's validation is on); a discrete site; a support that moves.
 
     Example:
         Halfway between LR and RP for a Normal:
@@ -90,7 +90,7 @@ class Flow(_FieldEstimator):
         if divergence is not None and velocity is None:
             raise TypeError("Flow takes a divergence with the general form only; per parameter it is exact and cheap.")
         if isinstance(velocity, Field) and divergence is not None:
-            raise TypeError("Flow takes no divergence beside a Field, which has its own.")
+            raise TypeError("Flow takes no divergence with a Field, which has its own.")
         if isinstance(divergence, str) and divergence != "pathwise":
             raise TypeError(f"Flow's divergence is a function, 'pathwise' or None; found {divergence!r}.")
         if velocity is None:

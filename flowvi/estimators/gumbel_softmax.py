@@ -16,10 +16,11 @@ class GumbelSoftmax(Relaxed):
     r"""**Biased.** Straight-through Gumbel-softmax: :math:`E = \nabla\phi(x)\cdot\nabla_\theta\,\sigma(z/\lambda)`, with x = H(z).
 
     z are the logits plus Gumbel noise (for a Bernoulli: Logistic noise), drawn given x, and :math:`\sigma` is a softmax or a sigmoid.
-    The value stays x, so that the loss and all densities are those of the discrete program; it moves as :math:`\sigma(z/\lambda)`
-    would. There is no score. A low temperature has more variance. ``describe`` and ``gradient_report`` mark it as biased.
+    The value stays x, so the loss and all densities are those of the discrete program. Only its derivative is that of
+    :math:`\sigma(z/\lambda)`. There is no score. A low temperature has more variance. ``describe`` and ``gradient_report`` mark it as
+    biased.
 
-    For a program that sees the relaxed value itself, write the host's ``RelaxedBernoulli`` or ``RelaxedOneHotCategorical`` with
+    If the program should see the relaxed value itself, use the host's ``RelaxedBernoulli`` or ``RelaxedOneHotCategorical`` with
     :class:`RP`.
 
     **Requirements**: those of :class:`StraightThrough`.

@@ -17,26 +17,26 @@ class ImplicitRP(Estimator):
     r"""Implicit reparameterization: :math:`u = -(\partial S/\partial x)^{-1}\,\partial_\theta S(x;\theta)`, from a standardization S.
 
     If the law of S(x) does not depend on the parameters, as for a cdf, psi = 0. For any other invertible S set ``exact=False``: psi is
-    then the derivative of log p(x; theta) - log |det dS/dx| along the flow, which is the generalised reparameterization.
+    then the derivative of log p(x; theta) - log |det dS/dx| along the flow (the generalised reparameterization).
 
-    **Requirements**: S differentiable in x and in the parameters, and invertible in x; a cost without jumps in x. For a scalar
-    family S is elementwise; for an event S maps it to a vector of the same size and its Jacobian is solved densely.
+    **Requirements**: S differentiable in x and in the parameters, and invertible in x; a cost without jumps in x. For a scalar family S
+    is elementwise. For an event, S returns a vector of the same size, and a dense linear system is solved with its Jacobian.
 
     Args:
         standardization: ``S(x, p) -> eps`` with x of shape batch_shape + event_shape (detached) and p with *live* parameters. The
             default is the distribution's own cdf.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
-        exact: Whether the law of S(x) does not depend on the parameters.
+        exact: Whether the law of S(x) is the same for all parameters.
         jumps: Where the cost jumps as x crosses a number t: numbers, arrays that broadcast to x, or functions of p (with live
             parameters). Each takes two more evaluations of the program, and adds the surface term p(t) (u(t) - dt/dtheta) [phi].
 
     Raises:
-        ValueError: At the first run, naming the site: a discrete site, no cdf, a cdf without a derivative in a live parameter, an S
-            that returns another shape or does not depend on x, with ``exact=False`` a support that moves.
+        ValueError: At the first run, naming the site: a discrete site; no cdf, or one without a derivative in a parameter; an S that
+            returns another shape or does not depend on x; with ``exact=False`` a support that moves.
 
     Example:
-        The gradient of E[3 x] under a Logistic, in its scale: with eps the standardized sample, it is 3 eps, whose standard deviation
-        is 3 pi / sqrt(3) = 5.44.
+        The gradient of E[3 x] under a Logistic, in its scale, is 3 eps, with eps the standardized sample. Its standard deviation is 3
+        pi / sqrt(3) = 5.44.
 
         >>> import numpyro.distributions as dist
         >>> import flowvi.numpyro

@@ -1,4 +1,4 @@
-"""The likelihood ratio estimator: no velocity, all score."""
+"""The likelihood ratio estimator: no velocity, only a score."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from flowvi.target import Target
 class LR(Estimator):
     r"""Likelihood ratio (score function, REINFORCE): :math:`E = w\,\phi(x)\,\nabla_\theta \log p(x;\theta)`.
 
-    u = 0 and psi is the score. It acts on the outermost value of the site.
+    u = 0 and psi is the score. It acts on the site's value, after all transforms.
 
     **Requirements**: ``log_prob`` differentiable in the parameters, and a support that does not move with them. The cost may be
-    anything, discontinuous or a black box, as long as its jumps do not move with the parameters either.
+    discontinuous or a black box, as long as its jumps do not move with the parameters.
 
     Args:
-        baseline: What is subtracted from the costs, in place of the objective's leave-one-out mean over particles. A
-            :class:`~flowvi.Baseline` is trained. ``"plate"`` is the mean cost of the other elements of the site's plates; it needs no
-            second particle. ``"optimal"`` is the baseline of least variance for each parameter, E[psi^2 phi] / E[psi^2], estimated
-            from the other particles; a vector that belongs to one event, such as logits, counts as one parameter. With few particles
-            that estimate is noisy, and the leave-one-out mean may be better.
+        baseline: Subtracted from the costs, instead of the objective's leave-one-out mean over particles. A :class:`~flowvi.Baseline`
+            is trained. ``"plate"`` is the mean cost of the other elements of the site's plates; it needs no second particle.
+            ``"optimal"`` is the baseline of least variance for each parameter, E[psi^2 phi] / E[psi^2], estimated from the other
+            particles; a vector that belongs to one event, such as logits, counts as one parameter. With few particles this estimate is
+            noisy, and the leave-one-out mean may be better.
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
-        jumps: Where the cost jumps as x crosses a number t that moves with a parameter; see :class:`RP`. LR is right at a jump that
-            stays, which need not be given.
+        jumps: Where the cost jumps as x crosses a number t that moves with a parameter; see :class:`RP`. A fixed jump need not be
+            given.
 
     Raises:
         TypeError: ``baseline`` is neither a :class:`~flowvi.Baseline` nor one of the names.
-        ValueError: At the first run, naming the site, where the support moves with a live parameter; ``"plate"`` without a plate;
-            ``"optimal"`` with a single particle, or for a family whose parameters it does not know.
+        ValueError: At the first run, naming the site: a support that moves with a parameter; ``"plate"`` without a plate; ``"optimal"``
+            with a single particle, or for a family whose parameters it does not know.
 
     Example:
         The gradient of E[3 x] under a Bernoulli, in its probability: 3 / 0.4 where x is 1, and 0 where it is 0.

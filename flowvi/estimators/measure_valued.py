@@ -1,4 +1,4 @@
-"""Weak derivatives: the cost at draws from the parts of the derivative of a law."""
+"""Weak derivatives: the cost at draws from the two parts of the derivative of a distribution."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from flowvi.target import Target
 class MeasureValued(Estimator):
     r"""Weak derivatives: :math:`E_i = c_i\,(\phi(y^+) - \phi(y^-))` where :math:`\partial p / \partial \theta_i = c_i\,(p^+ - p^-)`.
 
-    The derivative of the law in each parameter is a difference of two laws, from which :math:`y^+` and :math:`y^-` are drawn. u = 0 and
-    there is no score; the cost may jump. The two draws are coupled with each other and with x, which is one of them where that can
-    be, so that most parameters take one more evaluation of the program, the ``loc`` of a Normal two:
+    The derivative of p in each parameter is c times a difference of two densities, from which :math:`y^+` and :math:`y^-` are drawn. u
+    = 0 and there is no score; the cost may jump. The two draws are coupled with each other and with x. x is one of the two if possible,
+    so most parameters take one more evaluation of the program. The ``loc`` of a Normal takes two:
 
     ============================ ====================================================================
     Poisson, ``rate``            x + 1
@@ -26,26 +26,26 @@ class MeasureValued(Estimator):
     Normal, ``scale``            double-sided Maxwell, on the side of x
     Laplace, ``loc``, ``scale``  2 loc - x; x moved outwards by an Exponential
     Exponential, Gamma, ``rate`` x + an Exponential
-    Weibull, ``scale``           the same of x to the power of the concentration
+    Weibull, ``scale``           the same for x to the power of the concentration
     Bernoulli, Categorical       all values: the exact sum, as :class:`~flowvi.Enumerate`
     ============================ ====================================================================
 
-    The rest of the program is drawn with the same random numbers. The elements of a plate take their values in one run where all that
-    depends on them stays within the plate.
+    The other draws use the same random numbers. The elements of a plate share one run if everything that depends on them stays within
+    the plate.
 
-    **Requirements**: one of these families, with every other parameter, such as a concentration, a constant. Not inside ``scan`` or
-    ``cond``.
+    **Requirements**: one of these families. Every parameter that is not in the table, such as a concentration, must be a constant. Not
+    inside ``scan`` or ``cond``.
 
     Args:
-        lanes: ``"all"`` gives every element that cannot share a run runs of its own; ``"random"`` draws one such run for all of them,
-            with a probability in proportion to its weight, which is unbiased and takes one more evaluation.
+        lanes: ``"all"`` gives every element that cannot share a run its own runs. ``"random"`` draws one of these runs, with a
+            probability in proportion to its weight; this is unbiased and takes one more evaluation.
 
     Raises:
-        TypeError: ``lanes`` is neither of these.
-        ValueError: At the first run, naming the site: another family, or a live parameter whose weak derivative is not known.
+        TypeError: ``lanes`` is neither ``"all"`` nor ``"random"``.
+        ValueError: At the first run, naming the site: another family, or a parameter that is not in the table and not a constant.
 
     Example:
-        The gradient of E[x > 1.5] under a Normal, in its loc: a constant where one of loc + r and loc - r is beyond the jump, else 0.
+        The gradient of E[x > 1.5] under a Normal, in its loc, is a constant if one of loc + r and loc - r is beyond the jump, else 0.
 
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from flowvi import MeasureValued
@@ -90,7 +90,7 @@ class MeasureValued(Estimator):
             return Draw(x)
 
         def make(uniforms: Array) -> Alternatives:
-            of_parameter = dict(zip(derivatives, uniforms, strict=True))  # whichever of them are live
+            of_parameter = dict(zip(derivatives, uniforms, strict=True))  # for all parameters, live or not
             weighted = [one for name in live for one in derivatives[name].weighted(ops, target.p, x, of_parameter[name])]
             values, weights = (ops.stack([ops.broadcast_to(a, x.shape) for a in arrays], 0) for arrays in zip(*weighted, strict=True))
             return Alternatives(values, weights)

@@ -1,4 +1,4 @@
-"""The straight-through estimator of second order, which is biased."""
+"""The second-order straight-through estimator, which is biased."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from flowvi.target import Target
 
 @dataclass(frozen=True, repr=False)
 class ReinMax(Relaxed):
-    r"""**Biased.** Straight through, of second order: :math:`E = \nabla\phi(x)\cdot(2 J(\tfrac{\pi + x}{2}) - \tfrac12 J(\pi))\,dl`.
+    r"""**Biased.** Second-order straight through: :math:`E = \nabla\phi(x)\cdot(2 J(\tfrac{\pi + x}{2}) - \tfrac12 J(\pi))\,dl`.
 
-    :math:`\pi` is the mean of x, l are the logits, and :math:`J(q) = \mathrm{diag}(q) - q q^\top`, for a Bernoulli q (1 - q). The
-    value stays discrete. There is no score. The difference of the cost between two values is replaced by the trapezoidal rule, which
-    is right where the cost is quadratic in each x. ``describe`` and ``gradient_report`` mark it as biased.
+    :math:`\pi` is the mean of x, l are the logits, and :math:`J(q) = \mathrm{diag}(q) - q q^\top`, for a Bernoulli q (1 - q). The value
+    stays discrete. There is no score. The trapezoidal rule replaces the difference of the cost between two values; this is right if the
+    cost is quadratic in each x. ``describe`` and ``gradient_report`` mark it as biased.
 
     **Requirements**: those of :class:`StraightThrough`.
 
@@ -24,7 +24,7 @@ class ReinMax(Relaxed):
         ValueError: At the first run, naming the site: another family, or a Categorical, whose value is an index.
 
     Example:
-        The gradient of E[b^2] in a logit of 0 is 1/4, that of E[b^4] too, where ReinMax has 1/2:
+        The gradients of E[b^2] and of E[b^4] in a logit of 0 are 1/4. For E[b^4] ReinMax has a mean of 1/2:
 
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from flowvi import ReinMax
@@ -38,7 +38,7 @@ class ReinMax(Relaxed):
         ...     loss = TraceFlow_ELBO(default=ReinMax()).loss
         ...     gradient = jax.grad(lambda logit, key: -loss(key, {"logit": logit}, model, guide))
         ...     return sorted(set(jax.vmap(gradient, (None, 0))(0.0, jax.random.split(jax.random.key(0), 20)).tolist()))
-        >>> gradients(2), gradients(4)  # each half of the time, so that the means are 1/4 and 1/2
+        >>> gradients(2), gradients(4)  # each half of the time, so the means are 1/4 and 1/2
         ([0.0, 0.5], [0.0, 1.0])
 
     References:

@@ -1,4 +1,4 @@
-"""What the biased estimators have in common: a discrete value that moves as a relaxation of it would."""
+"""What the biased estimators share: a discrete value that has the derivative of a relaxation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Relaxed(Estimator):
         eta = relaxation.eta(ops, target.p, target.batch_shape)
         if x.ndim < eta.ndim:
             target.refuse(
-                f"{what} needs a value that can move, but that of a {target.family} is an index; use a OneHotCategorical where the "
+                f"{what} needs a value that can move, but the value of a {target.family} is an index; use a OneHotCategorical if the "
                 "host has one, a Bernoulli, or Enumerate() or Surrogate(c), which take an index."
             )
         fixed = ops.stop_gradient(eta)

@@ -1,4 +1,4 @@
-"""Reparameterization: the velocity of the host's own sampler, no score."""
+"""Reparameterization: the velocity of the host's own sampler, without a score."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ class RP(Estimator):
     u is the velocity of the host's own sampler and psi = 0. With a proposal, the sampler is inverted at the sample of q: through a
     known standardization of the family (location-scale, LogNormal, MultivariateNormal, ...) or through the cdf of a scalar.
 
-    With a control variate, :math:`\nabla_\theta (E_p[f] - f(T(\epsilon;\theta)))` is added, where f is a polynomial model of the
-    cost, whose mean under a Normal is known. Its coefficients are learned while SVI runs, by the user's own optimizer and from the
-    same backward pass: they minimize the second moment of the gradient in the site's parameters. They are parameters of the program.
-    In NumPyro, pass ``flowvi.numpyro.adaptive(guide, elbo)`` to ``SVI`` as the guide.
+    A control variate adds :math:`\nabla_\theta (E_p[f] - f(T(\epsilon;\theta)))`. f is a polynomial model of the cost, whose mean under
+    a Normal is known. Its coefficients are parameters of the program. The user's optimizer trains them while SVI runs, from the same
+    backward pass, to minimize the second moment of the gradient in the site's parameters. In NumPyro, pass
+    ``flowvi.numpyro.adaptive(guide, elbo)`` to ``SVI`` as the guide.
 
-    **Requirements**: a reparameterized sampler with an unbiased derivative, and a cost without jumps in x (on a circle: a periodic
-    one). With ``q``, a known standardization or a differentiable cdf. With ``control_variate``, a Normal or MultivariateNormal and
+    **Requirements**: a reparameterized sampler with an unbiased derivative, and a cost without jumps in x (on a circle also periodic).
+    With ``q``, a known standardization or a differentiable cdf. With ``control_variate``, a Normal or MultivariateNormal and
     reverse-mode differentiation.
 
     Args:
         q: ``q(p) -> distribution`` to sample from instead of p (p has detached parameters); its support must cover that of p.
-        force: Trust the derivative of the host's sampler even where its flag says that there is none.
+        force: Trust the derivative of the host's sampler even if the distribution's flag says that there is none.
         control_variate: The model of the cost. ``"quadratic"`` has a coefficient for each pair of coordinates of the site's event,
             ``"diagonal"`` one for each coordinate, and ``"cubic"`` adds to the quadratic model up to four directions along which the
             curvature changes. No model couples the elements of a batch dim, in a plate or not (NumPyro's AutoDiagonalNormal has such
             a dim). None: no control variate.
         shared: Whether the elements of the site's plates share the coefficients of the control variate. By default they do in a plate
-            that may be another mini-batch at every step: one that is not subsampled, and for whose elements no parameter of the guide
-            has a row each.
+            that may be another mini-batch at every step: a plate that is not subsampled, if no parameter of the guide has an axis of
+            the plate's size.
         features: ``features(p)``, with detached parameters: an array of the site's batch shape with a dim of features f on the right,
             such as parameters of p, or covariates of its data. The coefficients of an element are then :math:`W_0 + \sum_k f_k W_k`,
-            with one learned W for all elements, so that it serves those of mini-batches, too. At first :math:`W_k = 0` for k > 0.
+            with one learned W for all elements, so it also works for mini-batches. At first :math:`W_k = 0` for k > 0.
         jumps: Where the cost jumps as x crosses a number t: numbers, arrays that broadcast to x, or functions of p (with live
             parameters). Each takes two more evaluations of the program, and adds the surface term p(t) (u(t) - dt/dtheta) [phi]. For
             an event, a surface, :class:`~flowvi.HalfSpace` or :class:`~flowvi.LevelSet`, or several of them.
 
     Raises:
-        TypeError: A control variate that does not exist, or one beside ``q``; ``shared`` or ``features`` without one.
-        ValueError: At the first run, naming the site, where the sampler has no right derivative or cannot be inverted, or where there
-            is no control variate for the family.
+        TypeError: A control variate that does not exist, or one together with ``q``; ``shared`` or ``features`` without one.
+        ValueError: At the first run, naming the site: the sampler has no right derivative or cannot be inverted, or there is no control
+            variate for the family.
 
     Example:
         The gradient of E[x^2] under a Normal, in its location, is 2 x for each sample.
@@ -84,7 +84,7 @@ class RP(Estimator):
             given = "shared=True" if self.shared else "features"
             raise TypeError(f"RP: {given} is for the coefficients of a control variate, found control_variate=None; remove it.")
         if self.control_variate is not None and self.q is not None:
-            raise TypeError("RP takes a control variate or q, found both; the mean of the control variate is known under p only.")
+            raise TypeError("RP takes a control variate or q, found both; the mean of the control variate is only known under p.")
 
     @property
     def uses_sampler(self) -> bool:

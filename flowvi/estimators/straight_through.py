@@ -14,12 +14,12 @@ from flowvi.target import Target
 class StraightThrough(Relaxed):
     r"""**Biased.** Straight through: :math:`E = \nabla\phi(x)\cdot\nabla_\theta\,\pi(\theta)`, where :math:`\pi` is the mean of x.
 
-    The value stays discrete and moves with its mean: dx = p (1 - p) dl for a Bernoulli with the logit l. There is no score. It is
-    right where the cost is linear in x; elsewhere it has the gradient of a linear model of the cost at x. ``describe`` and
+    The value stays discrete, with the derivative of its mean: dx = p (1 - p) dl for a Bernoulli with the logit l. There is no score. It
+    is right if the cost is linear in x. Otherwise it is the gradient for a linear model of the cost at x. ``describe`` and
     ``gradient_report`` mark it as biased.
 
-    **Requirements**: a Bernoulli, or a OneHotCategorical, and a cost that has a derivative in x between its values: an index, a
-    comparison or ``k.long()`` has none. In NumPyro the value becomes a float.
+    **Requirements**: a Bernoulli or a OneHotCategorical, and a cost with a derivative in x between the values. An index, a comparison
+    or ``k.long()`` has none. In NumPyro the value becomes a float.
 
     Raises:
         ValueError: At the first run, naming the site: another family, or a Categorical, whose value is an index.

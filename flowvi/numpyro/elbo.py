@@ -1,4 +1,4 @@
-"""The evidence lower bound in NumPyro, every site by its own estimator."""
+"""The evidence lower bound in NumPyro, with one estimator per site."""
 
 from __future__ import annotations
 
@@ -29,43 +29,42 @@ from flowvi.tape import Dependencies
 class TraceFlow_ELBO(Describes, Trace_ELBO):
     r"""The ELBO with one gradient estimator per latent site; the ``loss`` of :class:`numpyro.infer.SVI`.
 
-    Its value is the host's :math:`-\sum_j W_j f_j` (all weights 1 where every q = p), its derivative
+    Its value is the host's :math:`-\sum_j W_j f_j` (all weights are 1 if every q = p). Its derivative is
     :math:`\sum_s w\,[u\cdot\nabla\phi + \psi\,\phi]` with the u and psi of each site's estimator.
 
-    **Requirements**: those of the estimators at their distributions. First order only: a second derivative raises, unless all
+    **Requirements**: those of the estimators at their distributions. First order only: a second derivative raises an error, unless all
     sites are pathwise by the host's own sampler.
 
     Args:
-        num_particles: The number of samples of the guide. Mutable state, such as that of a BatchNorm, becomes that of the first one.
+        num_particles: The number of samples of the guide. Mutable state, such as that of a BatchNorm, is taken from the first one.
         vectorize_particles: True for ``jax.vmap``, False for ``jax.lax.map``, or a function ``(fn, keys) -> stacked``.
-        multi_sample_guide: Whether the guide's values have a leading dim of samples over which the model is mapped.
-        sum_sites: Whether to sum over statements or to return a dict by statement (for ``evaluate``).
-        estimators: A mapping from names of random sites (or of the model sites they stand for) to estimators, or a function
-            of the site's message that returns an estimator or None. It is stronger than every annotation.
+        multi_sample_guide: Whether the guide's values have a leading dim of samples, over which the model is mapped.
+        sum_sites: Whether to sum over statements, or to return a dict by statement (for ``evaluate``).
+        estimators: A mapping from names of random sites (or of the model sites they are for) to estimators, or a function of the site's
+            message that returns an estimator or None. It overrides every annotation.
         default: The estimator of a site for which none is given.
-        entropy: ``"full"`` differentiates the guide's -log density totally; ``"stl"`` (sticking the landing) through the values
-            only, by another run of the guide at the same values, refused where the support moves with a parameter;
-            ``"analytic"`` takes the divergence of guide and model at a site in closed form where the host knows one.
-        baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
+        entropy: How the guide's -log density is differentiated. ``"full"`` takes the total derivative. ``"stl"`` (sticking the landing)
+            differentiates only through the values, by another run of the guide; it is refused if the support moves with a parameter.
+            ``"analytic"`` uses the closed-form divergence of guide and model at each site where the host has one.
+        baseline: ``"loo"`` subtracts from the cost of each score the mean cost of the other particles; None subtracts nothing. An
             estimator's own ``baseline`` replaces it at its site.
-        dependencies: Which costs a score or a weight multiplies. ``"graph"``: those that share its plate element and depend on its
-            site. The jaxpr of one more, abstract run shows them; it is made only if some site has a score or a weight.
-            ``"plates"``: those that come after it in program order, which needs no such run.
-        particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
-            is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
-            drawn together is drawn independently; ``describe`` shows it.
-            ``"fixed"`` draws the same numbers at every step (sample average approximation), so that the loss is a function of the
-            parameters, which deterministic optimizers such as L-BFGS can minimize. All sites need RP and a sampler that is smooth in
-            its parameters.
-        seed: That of fixed draws.
-        control_variate: One for the whole guide. ``"quadratic"`` and ``"cubic"`` are models of the cost over all Normal and
-            MultivariateNormal sites that have ``RP()``, learned while SVI runs as in ``RP(control_variate=...)``. A site of a plate
-            is coupled with the sites outside of it and with those of its own element. ``describe`` shows which sites it covers.
-            The first run shows which site was computed from which; these are not coupled.
-            In NumPyro, pass ``adaptive(guide, elbo)`` to ``SVI``.
+        dependencies: Which costs a score or a weight multiplies. ``"graph"``: those that depend on its site and share its plate
+            element. They are read off the jaxpr of one more, abstract run, if some site has a score or a weight. ``"plates"``: those
+            that come after its site in program order and share its plate element; this needs no such run.
+        particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element there are as
+            many strata of equal probability as particles, and each particle is in its own. ``"antithetic"`` draws the particles in
+            mirrored pairs. Other sites are drawn independently; ``describe`` shows them. ``"fixed"`` draws the same numbers at every
+            step (sample average approximation). The loss is then a function of the parameters that deterministic optimizers such as
+            L-BFGS can minimize. All sites need RP and a sampler that is smooth in its parameters.
+        seed: The seed of ``particles="fixed"``.
+        control_variate: A control variate for the whole guide. ``"quadratic"`` and ``"cubic"`` are models of the cost over all Normal
+            and MultivariateNormal sites with ``RP()``, learned while SVI runs as in ``RP(control_variate=...)``. A site in a plate is
+            coupled with the sites outside the plate and with those of its own element. ``describe`` shows which sites are covered. A
+            site is not coupled with one from which it is computed; the first run shows which these are. In NumPyro, pass
+            ``adaptive(guide, elbo)`` to ``SVI``.
 
     Raises:
-        TypeError: Where something that is not an estimator is given as one.
+        TypeError: Something that is not an estimator is given as one.
         ValueError: At the first run, naming the site; see the estimators.
 
     Example:
@@ -156,7 +155,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         found = [described(self._run_any(program), self.dependencies)]
         if found[0].evaluations > 1 or any(site.estimator.compares for site in found[0]):
 
-            def count(params):  # only a traced parameter is known to be live
+            def count(params):  # a parameter counts as live only if it is traced
                 found.append(described(self._run_any(replace(program, param_map=params)), self.dependencies))
 
             jax.eval_shape(count, program.initial_parameters())
@@ -171,5 +170,5 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return run
 
     def _run_any(self, program: NumPyroProgram) -> Run:
-        """A run of a program whose parameters need not hold what estimators learn."""
+        """A run of a program whose parameters need not include those that estimators learn."""
         return apply_entropy(HOST, run_program(program, self.assignment, self.entropy), self.entropy)

@@ -60,10 +60,11 @@ def recommend(
 ) -> Recommendation:
     r"""Choose the estimator of each site by measuring: the least noise times time, :math:`\overline{v_i / m_i} \cdot t`.
 
-    :math:`v_i` is the variance of element i of the gradient in the unconstrained parameters, t the time of a step. :math:`m_i` is the
-    second moment of that element without advice, by whose root an Adam step divides it; so every element counts in the units in
-    which Adam moves it. Sites of one kind are chosen together, the others held, then each by itself as far as time allows. Bad
-    candidates are dropped early. What learns is warmed up first. No estimator is recommended that :func:`check_program` finds biased.
+    :math:`v_i` is the variance of element i of the gradient in the unconstrained parameters, and t the time of a step. :math:`m_i` is
+    the second moment of element i with the default estimators. An Adam step divides by its root, so every element counts in the units
+    in which Adam moves it. Sites of one kind are chosen together while the other sites stay as they are; then each site by itself, if
+    there is time. Bad candidates are dropped early. Estimators that learn are trained first. An estimator that :func:`check_program`
+    finds biased is never recommended.
 
     **Requirements**: as for :func:`gradient_report`. Each candidate is compiled; a site has about eight.
 
@@ -72,7 +73,7 @@ def recommend(
         guide: The guide.
         *args: Passed to both.
         num_particles: The number of particles, or several to choose from, such as ``(1, 4, 16)``.
-        seconds: How long it may take. The first compilations may take longer than a short time.
+        seconds: The time limit. The first compilations may exceed a short limit.
         params: Values of the (constrained) parameters, for instance ``svi_result.params``; their initial values by default.
         rng_key: The random key; every candidate gets the same one.
         progress_bar: Whether to show a progress bar.
@@ -83,7 +84,7 @@ def recommend(
         :class:`TraceFlow_ELBO`.
 
     Raises:
-        ValueError: Naming the site, where the program cannot run without advice.
+        ValueError: Naming the site, if the program cannot run with the default estimators.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -121,12 +122,12 @@ def check_program(
 ) -> ProgramCheck:
     r"""Check that no site's estimator is biased on this program: :math:`E[g_s] = E[g_{\mathrm{LR}}]` for each site s.
 
-    The mean gradient with each site's estimator is compared with that with ``LR()`` at the site, which is right whatever the cost
-    does: jumps, hidden derivatives (``stop_gradient``, rounding), angles without a period, a field across a boundary, a baseline that
-    looks downstream, an estimator declared right that is not. Where the elements of a plate read each other, the reference multiplies
-    every element's score by all costs. The test is sequential and stops as soon as it knows.
+    For each site, the mean gradient with the site's estimator is compared with the mean under ``LR()``, which is right whatever the
+    cost does. The check finds jumps, hidden derivatives (``stop_gradient``, rounding), angles without a period, a field that crosses a
+    boundary, a baseline that reads a later draw, a wrong declaration. If the elements of a plate read each other, the reference
+    multiplies every element's score by all costs. The test is sequential: it stops as soon as the result is clear.
 
-    **Requirements**: as for :func:`gradient_report`. A support that does not move with a parameter, else there is no reference.
+    **Requirements**: as for :func:`gradient_report`. If the support of a site moves with a parameter, there is no reference for it.
 
     Args:
         model: The model.
@@ -134,16 +135,16 @@ def check_program(
         *args: Passed to both.
         estimators: As for :class:`TraceFlow_ELBO`.
         default: The estimator of a site for which none is given.
-        confidence: The probability that nothing is reported where every gradient is right.
-        seconds: How long it may take, over all sites.
+        confidence: The probability that nothing is reported if every gradient is right.
+        seconds: The time limit for all sites together.
         params: Values of the (constrained) parameters, for instance ``svi_result.params``; their initial values by default.
         rng_key: The random key.
         progress_bar: Whether to show a progress bar.
         **kwargs: Passed to model and guide.
 
     Returns:
-        A :class:`flowvi.guidance.ProgramCheck`, which prints as a table: for each site whether its estimator is biased, where the
-        cost shows it, and how small a bias would have been found.
+        A :class:`flowvi.guidance.ProgramCheck`, which prints as a table: for each site whether its estimator is biased, where in the
+        cost the bias comes from, and how small a bias would have been found.
 
     Raises:
         ValueError: Naming the site; see the estimators.
@@ -198,7 +199,7 @@ class NumPyroBench:
         of_host = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
         elbo = objective(self, setting, TraceFlow_ELBO, of_host, self.given, self.default)
         learns = any(estimator.learns(ops, self.sites[name].target) for name, estimator in setting.chosen)
-        svi, unconstrained = self._svi(elbo) if learns or self.learns_already else self.plain  # which takes time
+        svi, unconstrained = self._svi(elbo) if learns or self.learns_already else self.plain  # _svi takes time
         of_program = {name: unconstrained[name] for name in self.parameters}
         learned = {name: value for name, value in unconstrained.items() if name not in of_program}
 

@@ -1,4 +1,4 @@
-"""The guide with the parameters that its estimators learn, which NumPyro's ``SVI`` has to find."""
+"""The guide with the parameters that its estimators learn, so that NumPyro's ``SVI`` finds them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from flowvi.sites import GuideSites, find_estimated, not_random
 class adaptive(Messenger):
     """The guide together with the parameters that its estimators learn: pass it to ``SVI`` instead of the guide.
 
-    NumPyro's ``SVI`` trains the parameters that it finds when it runs guide and model for the first time, without the objective. It
-    finds an estimator that learns if that is given in the objective, in the guide or by ``Estimated``.
+    NumPyro's ``SVI`` first runs guide and model without the objective, and trains the parameters that it finds in this run. This
+    handler adds the parameters of estimators that are given in the objective, in the guide or by ``Estimated``.
 
-    **Requirements**: reverse-mode differentiation, since what is learned comes from the backward pass; so no
-    ``forward_mode_differentiation``.
+    **Requirements**: reverse-mode differentiation (no ``forward_mode_differentiation``), because learning uses the backward pass.
 
     Args:
         guide: The guide: a function or an autoguide. It is not changed; an autoguide's methods, such as ``median``, are passed on.
@@ -30,7 +29,7 @@ class adaptive(Messenger):
 
     Raises:
         TypeError: ``elbo`` is another objective.
-        ValueError: From the objective, naming the site, where ``SVI`` was given the guide itself.
+        ValueError: From the objective, naming the site, if ``SVI`` was given the guide itself.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -66,8 +65,8 @@ class adaptive(Messenger):
         return super().__call__(*args, **kwargs)
 
     def __getattr__(self, name):
-        """What is not of this handler is that of the guide, such as ``median``, ``quantiles`` and ``sample_posterior``."""
-        if name.startswith("__") or "fn" not in vars(self):  # copying and pickling look for what is not there
+        """The attributes of the guide, such as ``median``, ``quantiles`` and ``sample_posterior``."""
+        if name.startswith("__") or "fn" not in vars(self):  # copying and pickling ask for attributes that do not exist
             raise AttributeError(name)
         return getattr(self.fn, name)
 

@@ -39,12 +39,12 @@ def gradient_report(
     options: Mapping[str, Any] | None = None,
     **kwargs,
 ) -> GradientReport:
-    r"""Measure the noise of the gradient: its mean and variance in each parameter, over samples of one particle or more.
+    r"""Measure the noise of the gradient: its mean and variance in each parameter, over many samples.
 
-    The loss is :class:`TraceFlow_ELBO`; gradients are those that its optimizer would see, in the unconstrained parameters. u and psi
-    are those of each site's estimator.
+    The loss is :class:`TraceFlow_ELBO`, with the u and psi of each site's estimator. Gradients are taken in the unconstrained
+    parameters, as the optimizer sees them.
 
-    **Requirements**: those of the estimators. Parameters of the program only: no mutable state.
+    **Requirements**: those of the estimators. No mutable state.
 
     Args:
         model: The model.
@@ -52,9 +52,9 @@ def gradient_report(
         *args: Passed to both.
         estimators: As for :class:`TraceFlow_ELBO`; or a mapping from labels to these, to compare candidates side by side.
         default: The estimator of a site for which none is given.
-        num_samples: How many samples of the gradient.
-        params: Values of the (constrained) parameters, for instance ``svi_result.params``; their initial values by default. What
-            estimators learn is among them, and fixed.
+        num_samples: The number of samples of the gradient. Each averages over the particles of the loss.
+        params: Values of the (constrained) parameters, for instance ``svi_result.params``; their initial values by default. They
+            include what estimators learn, which stays fixed.
         rng_key: The random key; every candidate gets the same one.
         progress_bar: Whether to show a progress bar.
         options: Further options of :class:`TraceFlow_ELBO`, for instance ``{"num_particles": 4}``.

@@ -1,4 +1,4 @@
-"""The evidence lower bound in Pyro, every site by its own estimator."""
+"""The evidence lower bound in Pyro, with one estimator per site."""
 
 from __future__ import annotations
 
@@ -39,50 +39,49 @@ from flowvi.tape import Dependencies, follows_tensors
 class TraceFlow_ELBO(Describes, Trace_ELBO):
     r"""The ELBO with one gradient estimator per latent site; the ``loss`` of :class:`pyro.infer.SVI`.
 
-    Its value is the host's :math:`-\sum_j W_j f_j` (all weights 1 where every q = p), its derivative
+    Its value is the host's :math:`-\sum_j W_j f_j` (all weights are 1 if every q = p). Its derivative is
     :math:`\sum_s w\,[u\cdot\nabla\phi + \psi\,\phi]` with the u and psi of each site's estimator.
 
-    **Requirements**: those of the estimators at their distributions. First order only: a second derivative raises, unless all
+    **Requirements**: those of the estimators at their distributions. First order only: a second derivative raises an error, unless all
     sites are pathwise by the host's own sampler.
 
     Args:
         num_particles: The number of samples of the guide.
-        max_plate_nesting: As in Pyro; guessed by default where particles are vectorized.
+        max_plate_nesting: As in Pyro; guessed by default if particles are vectorized.
         max_iarange_nesting: As in Pyro (deprecated there).
-        vectorize_particles: Whether the particles are a plate or a loop.
+        vectorize_particles: Whether the particles are a plate (True) or a loop.
         strict_enumeration_warning: As in Pyro; without effect here.
         ignore_jit_warnings: As in Pyro; without effect here.
         jit_options: As in Pyro; without effect here.
         retain_graph: Passed to ``backward``.
         tail_adaptive_beta: As in Pyro; without effect here.
-        estimators: A mapping from names of random sites (or of the model sites they stand for) to estimators, or a function
-            of the site's message that returns an estimator or None. It is stronger than every annotation.
+        estimators: A mapping from names of random sites (or of the model sites they are for) to estimators, or a function of the site's
+            message that returns an estimator or None. It overrides every annotation.
         default: The estimator of a site for which none is given.
-        entropy: ``"full"`` differentiates the guide's -log density totally; ``"stl"`` (sticking the landing) through the values
-            only, by another run of the guide at the same values, refused where the support moves with a parameter;
-            ``"analytic"`` takes the divergence of guide and model at a site in closed form where the host knows one.
-        baseline: ``"loo"`` subtracts from the cost of each score its mean over the other particles; None does not. An
+        entropy: How the guide's -log density is differentiated. ``"full"`` takes the total derivative. ``"stl"`` (sticking the landing)
+            differentiates only through the values, by another run of the guide; it is refused if the support moves with a parameter.
+            ``"analytic"`` uses the closed-form divergence of guide and model at each site where the host has one.
+        baseline: ``"loo"`` subtracts from the cost of each score the mean cost of the other particles; None subtracts nothing. An
             estimator's own ``baseline`` replaces it at its site.
-        dependencies: Which costs a score or a weight multiplies. ``"plates"``: those that share its plate element and come after it
-            in program order. ``"graph"``: those that depend on its site, which takes time at every step to follow each torch
-            function of the run. What runs after Python has looked at a draw (``if k > 0``, ``k.item()``) counts as dependent on it. A
-            draw is not followed through TorchScript, ``torch.nn.Parameter(x)`` and ``set_``, nor where it leaves torch (numpy code,
-            pickles) and comes back.
-        particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element every particle
-            is in another one of as many strata of equal probability. ``"antithetic"`` draws them in mirrored pairs. What cannot be
-            drawn together is drawn independently; ``describe`` shows it.
-            ``"fixed"`` draws the same numbers at every step (sample average approximation), so that the loss is a function of the
-            parameters, which deterministic optimizers such as L-BFGS can minimize. All sites need RP and a sampler that is smooth in
-            its parameters.
-        seed: That of fixed draws.
-        control_variate: One for the whole guide. ``"quadratic"`` and ``"cubic"`` are models of the cost over all Normal and
-            MultivariateNormal sites that have ``RP()``, learned while SVI runs as in ``RP(control_variate=...)``. A site of a plate
-            is coupled with the sites outside of it and with those of its own element. ``describe`` shows which sites it covers.
-            The first run shows which site was computed from which; these are not coupled. While Pyro's validation is on, every run
-            is checked for it, which takes time. The coefficients are parameters of the program.
+        dependencies: Which costs a score or a weight multiplies. ``"plates"``: those that come after its site in program order and
+            share its plate element. ``"graph"``: those that depend on its site. To find them, every torch function of the run is
+            followed, which takes time at every step. What runs after Python has looked at a draw (``if k > 0``, ``k.item()``) counts as
+            dependent on the draw. A draw is not followed through TorchScript, ``torch.nn.Parameter(x)``, ``set_``, or code outside torch
+            (numpy, pickles).
+        particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element there are as
+            many strata of equal probability as particles, and each particle is in its own. ``"antithetic"`` draws the particles in
+            mirrored pairs. Other sites are drawn independently; ``describe`` shows them. ``"fixed"`` draws the same numbers at every
+            step (sample average approximation). The loss is then a function of the parameters that deterministic optimizers such as
+            L-BFGS can minimize. All sites need RP and a sampler that is smooth in its parameters.
+        seed: The seed of ``particles="fixed"``.
+        control_variate: A control variate for the whole guide. ``"quadratic"`` and ``"cubic"`` are models of the cost over all Normal
+            and MultivariateNormal sites with ``RP()``, learned while SVI runs as in ``RP(control_variate=...)``. A site in a plate is
+            coupled with the sites outside the plate and with those of its own element. ``describe`` shows which sites are covered. A
+            site is not coupled with one from which it is computed; the first run shows which these are. While Pyro's validation is on,
+            every run is checked for it, which takes time. The coefficients are parameters of the program.
 
     Raises:
-        TypeError: Where something that is not an estimator is given as one.
+        TypeError: Something that is not an estimator is given as one.
         ValueError: At the first run, naming the site; see the estimators.
 
     Example:
@@ -158,7 +157,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             guide: The guide, a module.
 
         Returns:
-            The module; its ``learned.<site>:<name>`` exist after the first call.
+            The module; its parameters ``learned.<site>:<name>`` exist after the first call.
         """
         return LearningModule(model, guide, self)
 
@@ -220,11 +219,11 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return torch.stack(list(self._losses(model, guide, args, kwargs))).sum()
 
     def _losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
-        """Scalars that add up to the loss. Each can be differentiated separately, so that its graph can be freed."""
+        """Scalars that add up to the loss. Each can be differentiated separately, and then its graph can be freed."""
         return (self._fixed_losses if self.particles == "fixed" else self._drawn_losses)(model, guide, args, kwargs)
 
     def _fixed_losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
-        """The same at the same random numbers, whatever the state of torch's generators."""
+        """The losses at the same random numbers, whatever the state of torch's generators."""
         if not self.assignment.has_read_annotations:  # the first run of an autoguide draws while it makes its parameters
             self._describe(model, guide, args, kwargs)
         if self.vectorize_particles and self.max_plate_nesting == float("inf"):

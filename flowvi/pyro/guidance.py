@@ -45,7 +45,7 @@ from flowvi.tape import follows_tensors
 
 LARGEST = 8  # batch of gradients
 WARM_UP, RATE = 300, 0.05  # steps of Adam on what an estimator learns
-FASTER = 0.8  # the share of the time of a step at which a compiled one is worth a hint
+FASTER = 0.8  # hint at compiled steps if they take less than this share of the time
 PARTICLES = 4  # of a gradient that is checked
 
 
@@ -61,20 +61,21 @@ def recommend(
 ) -> Recommendation:
     r"""Choose the estimator of each site by measuring: the least noise times time, :math:`\overline{v_i / m_i} \cdot t`.
 
-    :math:`v_i` is the variance of element i of the gradient in the unconstrained parameters, t the time of a step. :math:`m_i` is the
-    second moment of that element without advice, by whose root an Adam step divides it; so every element counts in the units in
-    which Adam moves it. Sites of one kind are chosen together, the others held, then each by itself as far as time allows. Bad
-    candidates are dropped early. What learns is warmed up first. No estimator is recommended that :func:`check_program` finds biased.
+    :math:`v_i` is the variance of element i of the gradient in the unconstrained parameters, and t the time of a step. :math:`m_i` is
+    the second moment of element i with the default estimators. An Adam step divides by its root, so every element counts in the units
+    in which Adam moves it. Sites of one kind are chosen together while the other sites stay as they are; then each site by itself, if
+    there is time. Bad candidates are dropped early. Estimators that learn are trained first. An estimator that :func:`check_program`
+    finds biased is never recommended.
 
-    **Requirements**: as for :func:`gradient_report`. Parameters have their values in the parameter store, and keep them.
+    **Requirements**: as for :func:`gradient_report`. Parameters are read from the parameter store, which is not changed.
 
     Args:
         model: The model.
         guide: The guide.
         *args: Passed to both.
         num_particles: The number of particles, or several to choose from, such as ``(1, 4, 16)``.
-        seconds: How long it may take.
-        seed: Every candidate begins with it; the state of torch's generator is put back.
+        seconds: The time limit.
+        seed: The seed of every candidate; the state of torch's generator is restored.
         progress_bar: Whether to show a progress bar.
         **kwargs: Passed to model and guide.
 
@@ -83,7 +84,7 @@ def recommend(
         :class:`TraceFlow_ELBO`.
 
     Raises:
-        ValueError: Naming the site, where the program cannot run without advice.
+        ValueError: Naming the site, if the program cannot run with the default estimators.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -121,12 +122,12 @@ def check_program(
 ) -> ProgramCheck:
     r"""Check that no site's estimator is biased on this program: :math:`E[g_s] = E[g_{\mathrm{LR}}]` for each site s.
 
-    The mean gradient with each site's estimator is compared with that with ``LR()`` at the site, which is right whatever the cost
-    does: jumps, hidden derivatives (``detach``, rounding), angles without a period, a field across a boundary, a baseline that looks
-    downstream, an estimator declared right that is not. Where the elements of a plate read each other, the reference multiplies every
-    element's score by all costs. The test is sequential and stops as soon as it knows.
+    For each site, the mean gradient with the site's estimator is compared with the mean under ``LR()``, which is right whatever the
+    cost does. The check finds jumps, hidden derivatives (``detach``, rounding), angles without a period, a field that crosses a
+    boundary, a baseline that reads a later draw, a wrong declaration. If the elements of a plate read each other, the reference
+    multiplies every element's score by all costs. The test is sequential: it stops as soon as the result is clear.
 
-    **Requirements**: as for :func:`gradient_report`. A support that does not move with a parameter, else there is no reference.
+    **Requirements**: as for :func:`gradient_report`. If the support of a site moves with a parameter, there is no reference for it.
 
     Args:
         model: The model.
@@ -134,15 +135,15 @@ def check_program(
         *args: Passed to both.
         estimators: As for :class:`TraceFlow_ELBO`.
         default: The estimator of a site for which none is given.
-        confidence: The probability that nothing is reported where every gradient is right.
-        seconds: How long it may take, over all sites.
-        seed: The seed of all draws; the state of torch's generator is put back.
+        confidence: The probability that nothing is reported if every gradient is right.
+        seconds: The time limit for all sites together.
+        seed: The seed of all draws; the state of torch's generator is restored.
         progress_bar: Whether to show a progress bar.
         **kwargs: Passed to model and guide.
 
     Returns:
-        A :class:`flowvi.guidance.ProgramCheck`, which prints as a table: for each site whether its estimator is biased, where the
-        cost shows it, and how small a bias would have been found.
+        A :class:`flowvi.guidance.ProgramCheck`, which prints as a table: for each site whether its estimator is biased, where in the
+        cost the bias comes from, and how small a bias would have been found.
 
     Raises:
         ValueError: Naming the site; see the estimators.
@@ -182,7 +183,7 @@ class PyroBench:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.given, self.default, self.seed = estimators, default, seed
         self.elbo = TraceFlow_ELBO(estimators=estimators, default=default)
-        self.trained = set(pyro.get_param_store().keys())  # what an estimator has learned so far is kept
+        self.trained = set(pyro.get_param_store().keys())  # keep what an estimator has already learned
         with poutine.trace(param_only=True) as used:
             run = self.run(self.elbo, 0)
         nodes: dict[str, Any] = used.trace.nodes
@@ -197,7 +198,7 @@ class PyroBench:
     @classmethod
     @contextmanager
     def opened(cls, *arguments) -> Iterator[PyroBench]:
-        """A bench that leaves the generators, the parameter store and the gradients as they were, but for parameters of the program."""
+        """A bench that restores the generators, the gradients, and the parameter store except for parameters of the program."""
         with forked_generators():
             bench = cls(*arguments)
             gradients = {name: leaf.grad for name, leaf in bench.leaves.items()}
@@ -226,15 +227,15 @@ class PyroBench:
                 rows.append(np.concatenate([_row(leaf) for leaf in self.leaves.values()] or [np.zeros(0)]))
             return Batch(np.stack(rows), seconds / self.size)
 
-        elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)  # refuses what is wrong; a first step takes longer
+        elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)  # runs the checks; a first step takes longer
         return draw
 
     def hints(self, setting: Setting, seconds: float) -> tuple[str, ...]:
-        """Whether compiled steps would be faster; torch's own operations, one after the other, are compiled at once."""
+        """Whether compiled steps would be faster; the backend ``"eager"`` compiles without delay."""
         if not set(self.leaves) <= set(pyro.get_param_store().keys()):
-            return ()  # a module keeps its parameters to itself
+            return ()  # a module's parameters are not in the store
         compiled = CompiledLoss(self._objective(setting), self.model, self.guide, "eager")
-        with suppress(Exception):  # whatever a program does that cannot be traced, its advice needs no hint
+        with suppress(Exception):  # no hint for a program that cannot be traced, for whatever reason
             arguments = Arguments.of(self.args, self.kwargs)
             compiled.prepare(arguments, tuple(self.leaves))
             compiled(arguments)
@@ -244,7 +245,7 @@ class PyroBench:
                 compiled(arguments)
                 times.append(perf_counter() - start)
             if (share := min(times) / seconds) < FASTER:
-                return (f'time: CompiledSVI(..., backend="eager") takes {share:.2g} of that of a step, its default backend less',)
+                return (f'time: CompiledSVI(..., backend="eager") takes {share:.2g} of the time of a step, its default backend less',)
         return ()
 
     def probe(self, site: str) -> PyroProbe:
@@ -258,7 +259,7 @@ class PyroBench:
     def _objective(self, setting: Setting) -> Any:
         of_host = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
         elbo = objective(self, setting, TraceFlow_ELBO, of_host, self.given, self.default)
-        if setting.vectorized and not self.marginalises:  # else Pyro guesses it
+        if setting.vectorized and not self.marginalises:  # otherwise Pyro guesses the nesting
             elbo.max_plate_nesting = self.plate_nesting
         return elbo
 
@@ -271,7 +272,7 @@ class PyroBench:
             leaf.grad = None
 
     def _learned(self, elbo: TraceFlow_ELBO) -> dict[str, torch.Tensor]:
-        """What estimators learn, after some steps at fixed parameters of the program; what is trained already stays."""
+        """What estimators learn in some steps, at fixed parameters of the program; what is already trained stays."""
         store: Any = pyro.get_param_store()
         self._restored({})
         names = self.run(elbo, 0).sites.learned

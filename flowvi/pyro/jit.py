@@ -1,4 +1,4 @@
-"""The objectives with a compiled loss and gradient, the counterparts of Pyro's ``Jit*`` objectives."""
+"""The objectives with a compiled loss and gradient, like Pyro's ``Jit*`` objectives."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class _Jit:
         return warn_if_nan(ops.first_order(sum(moves, value.loss), "its compilation"), "loss")
 
     def _compute(self, eagerly, model, guide, args, kwargs) -> Any:
-        """The compiled loss and its gradient, or what is computed ``eagerly`` for arguments of new shapes."""
+        """The compiled loss and its gradient; for arguments of new shapes, the result of ``eagerly``."""
         if (model, guide) not in self._compiled:
             self._compiled[model, guide] = CompiledLoss(self, model, guide, self._backend)  # type: ignore[arg-type]
         compiled, arguments = self._compiled[model, guide], Arguments.of(args, kwargs)
@@ -78,7 +78,7 @@ class _Jit:
 
 
 def _leaf(name: str) -> torch.Tensor:
-    """An unconstrained parameter, by the statement with which SVI finds what to optimize."""
+    """An unconstrained parameter, by a ``pyro.param`` statement, so that SVI finds it."""
     parameter: Any = pyro.param(name)
     return parameter.unconstrained()
 
@@ -87,15 +87,15 @@ class JitTraceFlow_ELBO(_Jit, TraceFlow_ELBO):
     r"""A :class:`TraceFlow_ELBO` with a compiled loss and gradient, for Pyro's own ``SVI``, like its :class:`pyro.infer.JitTrace_ELBO`.
 
     Values and gradients are those of :class:`TraceFlow_ELBO`, with the u and psi of each site's estimator. :class:`CompiledSVI` also
-    has one optimizer for all parameters, which saves as much time again.
+    has one optimizer for all parameters, which saves about as much time again.
 
     **Requirements**: those of :class:`CompiledSVI`. First order only.
 
     Args:
         *args: As for :class:`TraceFlow_ELBO`.
         backend: As for :class:`CompiledSVI`.
-        **options: As for :class:`TraceFlow_ELBO`; ``ignore_jit_warnings`` and ``jit_options`` are without effect: what Pyro warns
-            of is refused.
+        **options: As for :class:`TraceFlow_ELBO`. ``ignore_jit_warnings`` and ``jit_options`` have no effect: an error replaces Pyro's
+            warnings.
 
     Raises:
         ValueError: As for :class:`CompiledSVI`, at the second step.

@@ -1,4 +1,4 @@
-"""The Rényi and importance-weighted bounds in Pyro, every site by its own estimator."""
+"""The Rényi and importance-weighted bounds in Pyro, with one estimator per site."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
     r"""The Rényi or importance-weighted bound with one gradient estimator per latent site; the ``loss`` of :class:`pyro.infer.SVI`.
 
     Its value is :math:`-\tfrac{1}{1-\alpha} \log \tfrac1K \sum_k e^{(1-\alpha) r_k}`, with r the log ratio of the densities of model
-    and guide, once for each element of the plates that all statements share. Its derivative is that through every r, and the score
-    of each particle's site (psi at the site's parameters) multiplies the whole bound, less the bound without that particle (VIMCO).
+    and guide, once for each element of the plates that all statements share. Its derivative goes through every r. In addition, the
+    score of each particle's site multiplies the bound minus the bound without the particle (VIMCO).
 
-    **Requirements**: those of the estimators, q = p at every site. A plate that some statement is outside of must not be
-    subsampled. First order only.
+    **Requirements**: those of the estimators, and q = p at every site. A plate must not be subsampled if some statement is outside the
+    plate. First order only.
 
     Args:
-        alpha: The order; 0 is the importance-weighted bound. 1 would be the ELBO, and is refused.
+        alpha: The order; 0 is the importance-weighted bound. 1 would be the ELBO and is refused.
         num_particles: The number K of samples of the guide.
-        max_plate_nesting: As in Pyro; guessed by default where particles are vectorized.
+        max_plate_nesting: As in Pyro; guessed by default if particles are vectorized.
         max_iarange_nesting: As in Pyro (deprecated there).
-        vectorize_particles: Whether the particles are a plate or a loop.
+        vectorize_particles: Whether the particles are a plate (True) or a loop.
         strict_enumeration_warning: As in Pyro; without effect here.
-        estimators: A mapping from names of random sites (or of the model sites they stand for) to estimators, or a function
-            of the site's message that returns an estimator or None. It is stronger than every annotation.
+        estimators: A mapping from names of random sites (or of the model sites they are for) to estimators, or a function of the site's
+            message that returns an estimator or None. It overrides every annotation.
         default: The estimator of a site for which none is given.
-        baseline: ``"loo"`` subtracts the bound without the particle at every score; None does not.
+        baseline: ``"loo"`` subtracts the bound without the particle at every score; None subtracts nothing.
         gradient: ``"plain"``, or ``"dreg"``: doubly reparameterized, for guides whose sites have no score. With :math:`\bar w` the
-            normalised weights, the path through the samples gets :math:`\alpha \bar w + (1-\alpha) \bar w^2`, and the direct dependence
-            on the parameters :math:`\bar w`. It takes another run of guide and model.
+            normalised weights, the derivative through the samples is weighted by :math:`\alpha \bar w + (1-\alpha) \bar w^2`, and the
+            direct derivative in the parameters by :math:`\bar w`. It takes another run of guide and model.
 
     Raises:
-        TypeError: Where something that is not an estimator is given as one.
-        ValueError: ``alpha`` is 1. At the first run, naming the site: a proposal, an estimator's own baseline, an estimator that
-            compares values, has a control variate or is biased, and under ``"dreg"`` a site with a score or a moving support.
+        TypeError: Something that is not an estimator is given as one.
+        ValueError: ``alpha`` is 1. At the first run, naming the site: a proposal; an estimator's own baseline; an estimator that
+            compares values, has a control variate or is biased; under ``"dreg"`` a site with a score or a moving support.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -169,7 +169,7 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         for name in annotated_baselines(program.traces[1], run.sites.random):
             raise refusal(
                 name,
-                "expected no infer['baseline'] under a bound, which has its own baseline, the leave-one-out bound; "
+                "expected no infer['baseline'] under a Rényi bound, which has its own baseline, the bound without the particle; "
                 "remove it, or use TraceFlow_ELBO.",
             )
         return bound_of(HOST, run, self.gradient)

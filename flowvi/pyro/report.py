@@ -35,12 +35,12 @@ def gradient_report(
     options: Mapping[str, Any] | None = None,
     **kwargs,
 ) -> GradientReport:
-    r"""Measure the noise of the gradient: its mean and variance in each parameter, over samples of one particle or more.
+    r"""Measure the noise of the gradient: its mean and variance in each parameter, over many samples.
 
-    The loss is :class:`TraceFlow_ELBO`; gradients are those that its optimizer would see, in the unconstrained parameters. u and psi
-    are those of each site's estimator.
+    The loss is :class:`TraceFlow_ELBO`, with the u and psi of each site's estimator. Gradients are taken in the unconstrained
+    parameters, as the optimizer sees them.
 
-    **Requirements**: those of the estimators. Parameters have their values in the parameter store, also those that estimators learn.
+    **Requirements**: those of the estimators. The parameters, also those that estimators learn, are read from the parameter store.
 
     Args:
         model: The model.
@@ -48,8 +48,8 @@ def gradient_report(
         *args: Passed to both.
         estimators: As for :class:`TraceFlow_ELBO`; or a mapping from labels to these, to compare candidates side by side.
         default: The estimator of a site for which none is given.
-        num_samples: How many samples of the gradient.
-        seed: Every candidate begins with it; the state of torch's generator is put back.
+        num_samples: The number of samples of the gradient. Each averages over the particles of the loss.
+        seed: The seed of every candidate; the state of torch's generator is restored.
         progress_bar: Whether to show a progress bar.
         options: Further options of :class:`TraceFlow_ELBO`, for instance ``{"num_particles": 4}``.
         **kwargs: Passed to model and guide.
@@ -97,7 +97,7 @@ def gradient_report(
                 loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
                 rows = dict(zip(leaves, map(_row, gradients, leaves.values()), strict=True))
-                measured.seconds += perf_counter() - start  # only now have the numbers arrived: calls to a GPU return earlier
+                measured.seconds += perf_counter() - start  # after the numbers have arrived: calls to a GPU return earlier
                 measured.add(rows, {})
                 if weighted:
                     draws = elbo._run(program()).draws

@@ -1,4 +1,4 @@
-"""Stochastic variational inference in Pyro by compiled steps."""
+"""Stochastic variational inference in Pyro with compiled steps."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ class CompiledSVI:
     Its estimates are those of the objective, :math:`\sum_s w\,[u\cdot\nabla\phi + \psi\,\phi]` with the u and psi of each site's
     estimator, from the draws of torch's generator. All parameters share one torch optimizer.
 
-    The first step with arguments of new shapes runs as in ``SVI``: it makes the parameters and has Pyro's checks. The second one
-    compiles, the others are compiled. Parameters live in Pyro's store before and after each step.
+    The first step with arguments of new shapes runs as in ``SVI``: it makes the parameters and runs Pyro's checks. The second step
+    compiles; later steps run the compiled code. Parameters stay in Pyro's store.
 
     **Requirements**: Python computes the same at every step. It must not look at draws, parameters or arguments (``if x > 0``,
-    ``x.item()``): such a site is refused. It must not draw with NumPy or count steps. What changes is a tensor among the arguments;
-    other arguments can be hashed, and each of their values is compiled by itself. Globals and attributes (a module in training mode)
-    are read once. Distributions that are sampled by rejection (VonMises) are refused.
+    ``x.item()``), draw with NumPy or count steps. Whatever changes between steps must be a tensor among the arguments. Other arguments
+    must be hashable, and each of their values is compiled separately. Globals and attributes (a module in training mode) are read once.
+    Distributions that are sampled by rejection (VonMises) are refused.
 
     Args:
         model: The model.
         guide: The guide.
-        optim: An optimizer of :mod:`pyro.optim`, of which the constructor, the options and the clipping are taken:
-            ``pyro.optim.Adam({"lr": 0.01})``, ``pyro.optim.ClippedAdam(...)``. Torch's fused version is taken where there is one and
-            the options do not say ``fused`` or ``foreach``. ``optim.save`` and ``optim.load`` work. Schedulers are refused.
+        optim: An optimizer of :mod:`pyro.optim`, such as ``pyro.optim.Adam({"lr": 0.01})`` or ``pyro.optim.ClippedAdam(...)``. Its
+            constructor, options and clipping are used. Torch's fused version is used if there is one, unless the options set ``fused``
+            or ``foreach``. ``optim.save`` and ``optim.load`` work. Schedulers are refused.
         loss: A :class:`TraceFlow_ELBO` or :class:`TraceFlow_RenyiELBO`.
-        backend: ``"inductor"`` compiles to C++ (to Triton on GPUs) and needs a compiler; ``"eager"`` runs the same operations of
-            torch one after the other.
+        backend: ``"inductor"`` compiles to C++ (to Triton on GPUs) and needs a compiler; ``"eager"`` runs the same torch operations one
+            after the other.
 
     Raises:
-        TypeError: ``loss`` is not one of flowvi's, ``optim`` not an optimizer of Pyro's.
-        ValueError: At the second step, naming the site: Python looks at numbers, or computes something else in another run.
-        RuntimeError: There is no C++ compiler. A step inside a handler of Pyro.
+        TypeError: ``loss`` is not an objective of flowvi, or ``optim`` is not an optimizer of Pyro.
+        ValueError: At the second step, naming the site: Python looks at numbers, or two runs differ.
+        RuntimeError: There is no C++ compiler, or a step is taken inside a handler of Pyro.
 
     Attributes:
         optimizer: The torch optimizer; None before the first step.
@@ -164,7 +164,7 @@ def _number(loss: torch.Tensor) -> float:
 def _arguments(args: tuple, kwargs: dict[str, Any]) -> Arguments:
     if _PYRO_STACK:
         raise RuntimeError(
-            "CompiledSVI: expected a step outside of all handlers of Pyro, found one inside, which would act on some steps only; "
-            "apply the handler to model and guide."
+            "CompiledSVI: expected a step outside of all handlers of Pyro, found one inside a handler, which would act on some "
+            "steps only; apply the handler to model and guide."
         )
     return Arguments.of(args, kwargs)
