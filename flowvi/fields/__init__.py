@@ -4,9 +4,9 @@ A velocity field u says how the samples of p move with its parameters. Most fiel
 
     psi = div u + u . grad_x log p + d_theta log p = 0
 
-so that the estimator has no score term (it is *pathwise*, the reparameterization gradient); for the others psi is computed from
-the divergence. Each field is for the families that its docstring names, in both hosts and in any parameterisation. It acts along the
-parameters that carry a derivative. Fields are written once, over the operations of a backend.
+so the estimator has no score term (it is *pathwise*, the reparameterization gradient). For the others psi is computed from the
+divergence. Each docstring names the families of its field, in both hosts and in any parameterisation. A field acts on the parameters
+that need a gradient. Fields are written once, with the operations of a backend.
 """
 
 from flowvi.fields.beta import beta_g_rep, beta_implicit, dirichlet, student_t

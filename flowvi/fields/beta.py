@@ -20,7 +20,7 @@ def _beta_implicit(ops: Ops, a: Array, b: Array, x: Array, one_minus_x: Array) -
     odds = ops.where(below, x, one_minus_x) / ops.where(below, one_minus_x, x)
     bend = ops.where(far > 1, far - 1, 0 * far) * odds
     near_, far_, odds_, below_ = near[..., None], far[..., None], odds[..., None], below[..., None]
-    log_x = ops.log(ops.where(x > 0, x, a))[..., None]  # at x = 0 the field is 0, whatever stands here
+    log_x = ops.log(ops.where(x > 0, x, a))[..., None]  # any value will do at x = 0, where the field is 0
     mean_log = (ops.digamma(a) - ops.digamma(a + b))[..., None]
 
     def integrand(r: Array) -> Array:
@@ -33,7 +33,7 @@ def _beta_implicit(ops: Ops, a: Array, b: Array, x: Array, one_minus_x: Array) -
 def beta_implicit() -> Field:
     r"""The field u = -(dF / d theta) / p for concentration1 and concentration0; psi = 0.
 
-    The derivative of the cdf is by quadrature as in :func:`gamma_implicit`.
+    The derivative of the cdf is computed by quadrature as in :func:`gamma_implicit`.
 
     **Requirements**: a cost without jumps.
 
@@ -66,8 +66,8 @@ def beta_implicit() -> Field:
 def beta_g_rep() -> Field:
     r"""u_a = x (1 - x) [psi_1(a) + c (logit x - m)], m = psi_0(a) - psi_0(b), c = psi_2(a) / (2 psi_1(a) + 2 psi_1(b)); likewise u_b.
 
-    Here a = concentration1 and b = concentration0. The sample of logit x, standardized by its mean and standard deviation, is held
-    fixed: generalised reparameterization. psi is not 0; the divergence of u_a is (1 - 2x) [...] + c.
+    Here a = concentration1 and b = concentration0. The field keeps logit x, standardized by its mean and standard deviation, fixed
+    (generalised reparameterization). psi is not 0; the divergence of u_a is (1 - 2x) [...] + c.
 
     **Requirements**: a cost without jumps.
 
@@ -113,8 +113,8 @@ def beta_g_rep() -> Field:
 def dirichlet() -> Field:
     r"""u_j = v_j (e_j - x) / (1 - x_j) for concentration j, with v_j the Beta(a_j, sum a - a_j) field at x_j; psi = 0.
 
-    When one concentration moves, its coordinate moves as a Beta and the others keep their proportions: u is tangent
-    to the simplex.
+    When one concentration changes, its coordinate moves like a Beta, and the others keep their proportions. So u is tangent to the
+    simplex.
 
     **Requirements**: a cost without jumps.
 
@@ -152,7 +152,7 @@ def dirichlet() -> Field:
 def student_t() -> Field:
     r"""u_loc = 1, u_scale = (x - loc) / scale and u_df = -(dF / d df) / p, odd about loc; psi = 0.
 
-    The cdf is that of a Beta(1/2, df/2) at t^2 / (df + t^2), whose derivative is by quadrature as in :func:`gamma_implicit`.
+    The cdf is that of a Beta(1/2, df/2) at t^2 / (df + t^2). Its derivative is computed by quadrature as in :func:`gamma_implicit`.
 
     **Requirements**: phi = o(x^df) at infinity; a cost without jumps.
 

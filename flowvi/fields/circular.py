@@ -17,12 +17,12 @@ def von_mises(cut: float | None = None) -> Field:
     On a circle a field is unique up to a circulation c / p. With a ``cut``, c is such that the field is 0 there:
     u(x) - u(cut) p(cut) / p(x). No mass then crosses the cut, and the cost may jump there.
 
-    **Requirements**: without a cut, a *periodic* cost: the hosts' values jump from pi to -pi, and a cost such as phi(x) = x with them.
-    With ``cut=math.pi`` any smooth cost on (-pi, pi). Neither host's sampler has a derivative in the concentration; NumPyro's has
-    one in loc, which is right for periodic costs.
+    **Requirements**: without a cut, a *periodic* cost: the hosts' values jump from pi to -pi, and so does a cost such as phi(x) = x.
+    With ``cut=math.pi``, any smooth cost on (-pi, pi). Neither host's sampler has a derivative in the concentration. NumPyro's has one
+    in loc, which is right for periodic costs.
 
     Args:
-        cut: The angle at which the field is to be 0.
+        cut: The angle at which the field is 0.
 
     Returns:
         The field of a VonMises.

@@ -51,22 +51,22 @@ def scaled(a: float | Array, field: Field | Velocity) -> Field:
 
 
 def masked(m: Callable[[Array, Any], Array], field: Field | Velocity) -> Field:
-    r"""A field where ``m(x, p)`` lets it act: u = m(x) u', psi = (1 - m) s + m psi' + u' . grad m.
+    r"""A field multiplied by a mask ``m(x, p)``: u = m(x) u', psi = (1 - m) s + m psi' + u' . grad m.
 
-    With m = 0 at the jumps of the cost, and close to 1 away from them, it is RP where that is right and LR at the jumps. The last
-    term belongs to the estimator: without it the mixture of RP and LR is biased.
+    With m = 0 at the jumps of the cost, and close to 1 away from them, a pathwise field acts like LR at the jumps and like RP
+    elsewhere. Without the last term the mixture of RP and LR would be biased.
 
     **Requirements**: those of the field, a differentiable m and a support that does not move. For a scalar family m is elementwise.
 
     Args:
-        m: ``m(x, p)``, one number for each element of the batch of x.
+        m: ``m(x, p)``, a number for each element of the batch of x.
         field: A field or a velocity function.
 
     Returns:
         The field.
 
     Raises:
-        ValueError: At the first run, naming the site, where m mixes the coordinates of a scalar family.
+        ValueError: At the first run, naming the site, if m mixes the coordinates of a scalar family.
 
     Example:
         P(x > 0) jumps at 0, where the mask is 0; its derivative in loc is 0.399 at loc = 0:
@@ -103,8 +103,8 @@ def masked(m: Callable[[Array, Any], Array], field: Field | Velocity) -> Field:
 def summed(*fields: Field | Velocity) -> Field:
     r"""The sum of fields: u = sum_k u_k, psi = s + sum_k (psi_k - s), where s is the score.
 
-    It joins fields of different parameters, or adds one that moves no mass (psi_k = s) to a pathwise one. The average of two pathwise
-    fields is ``summed(scaled(0.5, f), scaled(0.5, g))``.
+    It joins fields of different parameters, or adds a field that moves no mass (psi_k = s) to a pathwise one. The average of two
+    pathwise fields is ``summed(scaled(0.5, f), scaled(0.5, g))``.
 
     **Requirements**: those of every field, and a support that does not move.
 
@@ -147,7 +147,7 @@ def per_element(**u: Callable[[Array, Any], Array]) -> Field:
     **Requirements**: a scalar family (or independent ones), and functions that read x at one coordinate only.
 
     Args:
-        **u: For each parameter by name a function ``u(x, p)``; a parameter that is not named has u = 0, that is LR.
+        **u: A function ``u(x, p)`` for each parameter by name. A parameter that is not named has u = 0, which is LR.
 
     Returns:
         The field.
@@ -175,7 +175,7 @@ def _as_field(field: Field | Velocity) -> Field:
 
 
 def _combined(name: str, velocity: Velocity, divergence: Velocity, *parts: Field) -> Field:
-    """A combination of fields, for the families that all of them are for; its divergence is automatic if that of every part is."""
+    """A combination of fields, for the families that all parts accept. Its divergence is automatic if that of every part is."""
     named = [part.families for part in parts if part.families]
     families = tuple(f for f in named[0] if all(f in other for other in named)) if named else ()
     automatic = all(part.divergence is None for part in parts)

@@ -1,4 +1,4 @@
-"""Velocity fields as values that can be combined, and fields that are given parameter by parameter."""
+"""Velocity fields that can be combined, and fields with a function for each parameter."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Elementwise = Callable[[Ops, Array, Any], Any]
 
 
 class Part(NamedTuple):
-    """One parameter of a scalar family, a number for each x, and how x moves with it.
+    """One parameter of a scalar family, and how x moves with it.
 
     Attributes:
-        parameter: ``parameter(p)`` is its value.
-        u: ``u(ops, x, p)`` is its velocity, elementwise, a number or an array over x.
+        parameter: ``parameter(p)`` is its value, a number for each x.
+        u: ``u(ops, x, p)`` is its velocity, elementwise: a number or an array over x.
     """
 
     parameter: Callable[[Any], Array]
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 class PerElement:
     """The velocity u = sum_i u_i(x, p) dtheta_i, where each u_i is elementwise in x.
 
-    Where a field is combined with others it is called like any velocity; at a site, :meth:`attach` is faster.
+    A combination of fields calls it like any velocity. At a site, :meth:`attach` is faster.
 
     Attributes:
         u: The functions u_i, each with the name of its parameter.
@@ -46,7 +46,7 @@ class PerElement:
         return _total(at_element(u, x, p, dtheta, f"the velocity of '{name}'") * getattr(dtheta, name) for name, u in self.u)
 
     def attach(self, ops: Ops, target: Target, x: Array) -> tuple[Array, Array | None]:
-        """The velocity, of value 0 and linear in dtheta, and what has its divergence as its tangent (None for constant fields).
+        """The velocity, of value 0 and linear in dtheta, and an array whose tangent is the divergence (None for constant fields).
 
         The divergence of an elementwise u_i is u_i'(x) dtheta_i: the derivative of u_i along dtheta_i.
         """
@@ -77,7 +77,7 @@ class PerElement:
                 if target.validate and target.first_use:
                     require_finite(ops, target, ops.derivative(partial(_as_array, ops, target, u), x, live=False)[1])
                 along = target.in_shape(ops, u(x + dtheta, p0), x, what)
-                if target.is_live(at_x):  # u closes over a live parameter, whose derivative is no velocity
+                if target.is_live(at_x):  # u closes over a live parameter, whose derivative is not part of the velocity
                     along, at_x = along - at_x, ops.stop_gradient(at_x)
                 divergence = along if divergence is None else divergence + along
                 moved = at_x * dtheta
@@ -91,7 +91,7 @@ def _as_array(ops: Ops, target: Target, u: Callable[[Array, Any], Array], x: Arr
 
 
 def at_element(f: Callable[[Array, Any], Array], x: Array, p: Any, dtheta: Tangents, what: str) -> Array:
-    """``f(x, p)`` in the shape of x, refused where it reads x at another coordinate."""
+    """``f(x, p)`` in the shape of x; refused if it reads x at another coordinate."""
 
     def in_shape(x: Array, p: Any) -> Array:
         return dtheta.target.in_shape(dtheta.ops, f(x, p), x, what)
@@ -112,22 +112,22 @@ def name_of(function: Any) -> str:
 
 @dataclass(frozen=True)
 class Field:
-    r"""A velocity field and what is known about it: ``Flow(Field(velocity, divergence))`` is ``Flow(velocity, divergence=divergence)``.
+    r"""A velocity field with its properties: ``Flow(Field(velocity, divergence))`` is ``Flow(velocity, divergence=divergence)``.
 
     u is ``velocity(x, p, dtheta)`` and psi = div u + u . grad log p + d_theta log p, where div u is the ``divergence``.
 
-    **Requirements**: a velocity that is linear in dtheta, with p detached. To write one for both hosts, ``dtheta.ops`` has
-    the functions of the backend, and ``dtheta.of(f)`` the tangent of ``f(p)`` for any function of the parameters.
+    **Requirements**: a velocity that is linear in dtheta, with p detached. For a field that works in both hosts, ``dtheta.ops`` has the
+    functions of the backend, and ``dtheta.of(f)`` is the tangent of ``f(p)`` for any function f of the parameters.
 
     Args:
         velocity: ``velocity(x, p, dtheta)``, of the shape of x.
         divergence: ``divergence(x, p, dtheta)`` of batch shape; ``"pathwise"`` declares psi = 0; None: automatic.
-        rides: Whether u moves with every bound of the support, so that a support that moves with a live parameter causes no bias.
-        families: The names of the families that it is for; empty for any.
+        rides: Whether u moves with every bound of the support. Then a support that moves with a parameter causes no bias.
+        families: The names of the families that it accepts; empty for any.
         name: Its name in messages.
-        parts: ``parts(p)`` of an elementwise pathwise field is the :class:`Part` of each parameter by name, whose sum is u (empty: none
-            for this p). None for any other field.
-        elementwise: The functions ``u(x, p)`` of a field that is given by one for each parameter; None otherwise.
+        parts: For an elementwise pathwise field, ``parts(p)`` are the :class:`Part` of each parameter by name, whose sum is u (empty if
+            there are none for this p). None for any other field.
+        elementwise: The functions ``u(x, p)`` of a field that has one for each parameter; None for other fields.
 
     Example:
         Any field is unbiased, here for the gradient of E[3 x]:
@@ -175,7 +175,7 @@ def _parts(u: Mapping[str, Elementwise]) -> dict[str, Part]:
 
 
 def _pathwise(name: str, families: Sequence[str], **u: Elementwise) -> Field:
-    """The field of scalar families that solves the transport equation, from one u for each parameter."""
+    """A field of scalar families that solves the transport equation, from one u for each parameter."""
     return _of_parts(f"{name}()", families, lambda p: _parts(u))
 
 

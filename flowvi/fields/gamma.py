@@ -1,4 +1,4 @@
-"""Fields of a Gamma, and of the reciprocal of one."""
+"""Fields of a Gamma, and of its reciprocal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowvi.ops import Array, Ops
 
 
 def _gamma_implicit(ops: Ops, a: Array, y: Array) -> Array:
-    """-(dF/da) / p of a Gamma(a, 1) at y, from the nearer end: in log y towards 0, in y towards infinity."""
+    """-(dF/da) / p of a Gamma(a, 1) at y, integrated from the nearer end: in log y towards 0, in y towards infinity."""
     a = ops.broadcast_to(a, y.shape)
     below = y < a
     low, high = ops.where(below & (y > 0), y, a), ops.where(below, a, y)  # each branch at a point where it is used
@@ -36,8 +36,8 @@ def _gamma_implicit(ops: Ops, a: Array, y: Array) -> Array:
 def gamma_implicit() -> Field:
     r"""u_concentration = -(dF / d concentration) / p and u_rate = -x / rate; psi = 0.
 
-    The derivative of the cdf is an integral of the score from the nearer end of the support, by 52-point double-exponential
-    quadrature, held to 1e-8 of the exact one in the tests (torch's own sampler has an approximation).
+    The derivative of the cdf is an integral of the score from the nearer end of the support. It is computed by 52-point
+    double-exponential quadrature; the tests check it to 1e-8. (The derivative of torch's own sampler is an approximation.)
 
     **Requirements**: a cost without jumps, and p phi -> 0 at infinity.
 
@@ -67,8 +67,8 @@ def gamma_implicit() -> Field:
 def gamma_g_rep() -> Field:
     r"""u_concentration = x [c (log x - m) + psi_1(a)], c = psi_2(a) / (2 psi_1(a)), m = psi_0(a) - log(rate); u_rate = -x / rate.
 
-    The sample of log x, standardized by its mean and standard deviation, is held fixed: generalised reparameterization. psi is not 0;
-    the divergence is in closed form, c (log x - m) + psi_1(a) + c.
+    The field keeps log x, standardized by its mean and standard deviation, fixed (generalised reparameterization). psi is not 0; the
+    divergence is c (log x - m) + psi_1(a) + c.
 
     **Requirements**: a cost without jumps, and p phi -> 0 at infinity.
 
@@ -145,9 +145,9 @@ def gamma_one_moment() -> Field:
 
 
 def inverse_gamma() -> Field:
-    r"""u_concentration = (dF_g / d concentration) x^2 / p_g and u_rate = x / rate, with g = 1 / x the Gamma behind x; psi = 0.
+    r"""u_concentration = (dF_g / d concentration) x^2 / p_g and u_rate = x / rate, with g = 1 / x, a Gamma; psi = 0.
 
-    The field of the Gamma, by quadrature as in :func:`gamma_implicit`, is carried to its reciprocal.
+    This is the field of the Gamma, by quadrature as in :func:`gamma_implicit`, mapped to its reciprocal.
 
     **Requirements**: a cost without jumps, with phi = o(x^concentration) at infinity and p phi -> 0 at 0.
 
@@ -155,8 +155,6 @@ def inverse_gamma() -> Field:
         The field of an InverseGamma.
 
     Example:
-        A larger rate stretches the samples:
-
         >>> import numpyro.distributions as dist
         >>> import flowvi.numpyro
         >>> from flowvi import Flow, check_estimator, fields

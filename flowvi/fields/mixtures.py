@@ -1,4 +1,4 @@
-"""Fields from the cdf: any scalar family that has one, and mixtures."""
+"""Fields that are computed from the cdf: for any scalar family with a cdf, and for mixtures."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from flowvi.tangents import Tangents
 def implicit() -> Field:
     r"""The general field of a scalar distribution with a cdf F: u = -(d_theta F) / p; psi = 0.
 
-    It is what ``ImplicitRP()`` does, as a field that can be scaled and masked. It is the only pathwise field without flux at the
-    ends of the support, and rides the bounds. For univariate mixtures (``MixtureSameFamily``, NumPyro's ``MixtureGeneral``) it moves
-    the mixing logits and the components at once; :func:`mixture` works in any number of dimensions.
+    It does what ``ImplicitRP()`` does, as a field that can be scaled and masked. It is the only pathwise field without flux at the ends
+    of the support, and moves with the bounds. For univariate mixtures (``MixtureSameFamily``, NumPyro's ``MixtureGeneral``) it has
+    velocities for the mixing logits and for the components; :func:`mixture` works in any number of dimensions.
 
-    **Requirements**: a cdf that the host can differentiate in the live parameters; a cost without jumps.
+    **Requirements**: a cdf that the host can differentiate in the parameters that need a gradient; a cost without jumps.
 
     Returns:
         The field.
 
     Raises:
-        ValueError: At the first run, naming the site: no cdf, or none with a derivative in a live parameter.
+        ValueError: At the first run, naming the site: there is no cdf, or it has no derivative in a parameter that needs a gradient.
 
     Example:
         For a location, u is 1:
@@ -62,13 +62,13 @@ def _survival(cdf: Callable[[Array, Any], Array], x: Array, p: Any) -> Array:
 def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field | None = None) -> Field:
     r"""The field of a mixture of product components, in any number of dimensions; psi = 0.
 
-    For mixing logit j it is pi_j sum_k pi_k v_jk, where v_jk carries component k to component j one coordinate after the other,
+    For mixing logit j it is pi_j sum_k pi_k v_jk, where v_jk moves component k to component j one coordinate after the other,
 
         v_jk,i = -(F_j,i - F_k,i) (prod_{l before i} p_k,l) (prod_{l after i} p_j,l) / p,
 
     and for the parameters of component k it is r_k u_k with r_k = pi_k p_k / p. In one dimension v_jk = -(F_j - F_k) / p. The order of
-    the coordinates changes the variance only; the average over several orders usually lowers it. Where the orders do not come in pairs,
-    one the reverse of the other, so does a constant added to all logits (Pyro's are normalised).
+    the coordinates only changes the variance; an average over several orders usually lowers it. A constant added to all logits also
+    changes the variance, unless every order comes with its reverse (Pyro's logits are normalised).
 
     **Requirements**: ``MixtureSameFamily`` or NumPyro's ``MixtureGeneral`` over scalar components, or over vectors of independent
     coordinates (``to_event(1)``), whose cdf the host has; a cost without jumps.
@@ -76,17 +76,17 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
     Args:
         orders: Orders of the coordinates to average over, such as ``[(0, 1), (1, 0)]``; the default is the given order and its
             reverse.
-        components: A pathwise field for the components' own parameters, where the host cannot differentiate their cdf; the default is
+        components: A pathwise field for the components' own parameters, if the host cannot differentiate their cdf. The default is
             -(d_theta F) / p in each coordinate.
 
     Returns:
         The field.
 
     Raises:
-        ValueError: At the first run, naming the site: components that are no products, or that have no cdf.
+        ValueError: At the first run, naming the site: components that are not products, or have no cdf.
 
     Example:
-        E[x] of two Normals at -1 and 1, whose logits are t and 0, has the derivative -1/2 in t at 0:
+        E[x] of a mixture of Normals at -1 and 1 with the logits t and 0 has the derivative -1/2 in t, at t = 0:
 
         >>> import jax.numpy as jnp
         >>> import numpyro.distributions as dist

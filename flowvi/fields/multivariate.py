@@ -17,9 +17,9 @@ Null = Callable[[Any, Tangents], Array]
 def multivariate_normal(null: Null | None = None) -> Field:
     r"""The field u = dloc + dL L^-1 y with y = x - loc and L the Cholesky factor of the covariance, plus A Sigma^-1 y; psi = 0.
 
-    A Sigma^-1 y carries no mass for any antisymmetric A, so that A is free: it changes the variance only.
+    For any antisymmetric A, A Sigma^-1 y does not change the density, so A only changes the variance.
 
-    **Requirements**: a cost without jumps, and x p phi -> 0 at infinity. Any parameterisation of the host, scale_tril, covariance or
+    **Requirements**: a cost without jumps, and x p phi -> 0 at infinity. Any parameterisation of the host: scale_tril, covariance or
     precision.
 
     Args:
@@ -54,8 +54,8 @@ def multivariate_normal(null: Null | None = None) -> Field:
 def multivariate_normal_transport(null: Null | None = None) -> Field:
     r"""u_loc = 1 and u = M y with M symmetric and M Sigma + Sigma M = dSigma, the optimal transport field; psi = 0.
 
-    A ``null`` adds A Sigma^-1 y as in :func:`multivariate_normal`. Of the pathwise fields this one has the
-    least E|u|^2, often but not always the least variance.
+    A ``null`` adds A Sigma^-1 y as in :func:`multivariate_normal`. Of all pathwise fields, this one has the least E|u|^2, and often but
+    not always the least variance.
 
     **Requirements**: a cost without jumps, and x p phi -> 0 at infinity. It needs the eigenvalues of the covariance, O(D^3).
 

@@ -188,7 +188,7 @@ def kumaraswamy() -> Field:
 def uniform() -> Field:
     r"""u_high = (x - low) / (high - low) and u_low = (high - x) / (high - low), with divergences +-1 / (high - low); psi = 0.
 
-    It rides both bounds, which LR cannot.
+    It moves with both bounds, as LR cannot.
 
     **Requirements**: a cost without jumps inside.
 
@@ -221,7 +221,7 @@ def pareto() -> Field:
 
     The divergences are 1 / scale and -(log(x / scale) + 1) / alpha.
 
-    It rides the lower bound, which is the scale.
+    It moves with the lower bound, which is the scale.
 
     **Requirements**: phi = o(x^alpha / log x) at infinity; a cost without jumps.
 
@@ -252,8 +252,8 @@ def pareto() -> Field:
 def truncated_normal() -> Field:
     r"""u_loc = 1 - r_low - r_high, u_scale = z - z_low r_low - z_high r_high, u_low = r_low and u_high = r_high; psi = 0.
 
-    Here z = (x - loc) / scale, F is the cdf, n the density of the standard Normal, r_low = (1 - F) n(z_low) / n(z) and
-    r_high = F n(z_high) / n(z). The field is 0 at a fixed bound and rides one that moves; u_loc = 1 alone is biased.
+    Here z = (x - loc) / scale, F is the cdf, n the density of the standard Normal, r_low = (1 - F) n(z_low) / n(z) and r_high = F
+    n(z_high) / n(z). The field is 0 at a fixed bound and moves with a bound that moves; u_loc = 1 alone would be biased.
 
     **Requirements**: NumPyro's ``TruncatedNormal``, on one side or both (Pyro has none); a cost without jumps inside.
 
@@ -261,10 +261,10 @@ def truncated_normal() -> Field:
         The field of a truncated Normal.
 
     Raises:
-        ValueError: At the first run, naming the site, for another truncated distribution than a Normal; use ``implicit`` there.
+        ValueError: At the first run, naming the site, for a truncated distribution that is not Normal; use ``implicit`` there.
 
     Example:
-        The derivative of E[x] in the lower bound of a standard Normal, where that is 0, is 2 / pi:
+        The derivative of E[x] in the lower bound of a standard Normal is 2 / pi at a bound of 0:
 
         >>> import numpyro.distributions as dist
         >>> import flowvi.numpyro
@@ -284,7 +284,7 @@ def truncated_normal() -> Field:
         return ops.ndtr(ops.where(flip, -low, high)) - ops.ndtr(ops.where(flip, -high, low))
 
     def shape(ops: Ops, x: Array, p: Any) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-        """z, and at each bound that p has, z there and r."""
+        """z, and for each bound of p: z at the bound, and r."""
         normal = p.base_dist
         z = (x - normal.loc) / normal.scale
         low, high = (

@@ -1,6 +1,6 @@
-"""Which estimator each site should have, and whether one is biased on a program: what ``recommend`` and ``check_program`` share.
+"""The common part of ``recommend`` and ``check_program``, which choose the estimators and check a program for bias.
 
-An adapter measures gradients and costs (:mod:`flowvi.guidance.bench`); everything else is here.
+The adapters measure gradients and costs (:mod:`flowvi.guidance.bench`); everything else is here.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ __all__ = [
 
 
 class Watch:
-    """A clock that runs down, with a progress bar.
+    """A countdown with a progress bar.
 
     Args:
-        seconds: How long it runs.
-        progress_bar: Whether it shows a bar.
+        seconds: The total time.
+        progress_bar: Whether to show the bar.
     """
 
     def __init__(self, seconds: float, progress_bar: bool):
@@ -64,7 +64,7 @@ class Watch:
         self.bar.close()
 
     def left(self) -> float:
-        """The seconds that are left; less than 0 where it took longer."""
+        """The seconds that are left; negative after the end."""
         spent = perf_counter() - self.start
         self.bar.update(min(spent, self.seconds) - self.bar.n)
         return self.seconds - spent

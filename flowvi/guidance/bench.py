@@ -1,4 +1,4 @@
-"""What guidance needs from an adapter: gradients of an objective, how long they take, and costs at given values of a site."""
+"""What guidance needs from an adapter: gradients of an objective, their time, and costs at given values of a site."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from flowvi.run import Run, Statement
 from flowvi.sites import Entropy
 from flowvi.tape import Joint
 
-ELEMENTS = 1_000_000  # of the gradients of one batch
+ELEMENTS = 1_000_000  # the largest number of elements in one batch of gradients
 
 
 class Setting(NamedTuple):
     """An objective.
 
     Attributes:
-        chosen: The sites whose estimator is not the one that they have without advice, each with its estimator.
+        chosen: The sites whose estimator differs from the one without advice, each with its estimator.
         entropy: How the guide's own log density is differentiated.
         num_particles: The number of particles.
         baseline: Whether the mean over the other particles is subtracted from the costs of a score.
         joint: The sites whose scores multiply every cost.
         particles: How the particles are drawn.
-        vectorized: Whether they are a plate; in NumPyro they always are one.
-        of_host: Whether it is the host's own objective, which has particles only.
+        vectorized: Whether the particles are a plate; in NumPyro they always are.
+        of_host: Whether it is the host's own objective, whose only option is the number of particles.
     """
 
     chosen: tuple[tuple[str, Estimator], ...] = ()
@@ -43,11 +43,11 @@ class Setting(NamedTuple):
     of_host: bool = False
 
     def at(self, estimators: Mapping[str, Estimator]) -> Setting:
-        """The same with other estimators at some sites."""
+        """The same setting with other estimators at some sites."""
         return self._replace(chosen=tuple(sorted((dict(self.chosen) | dict(estimators)).items(), key=lambda item: item[0])))
 
     def without(self, names: frozenset[str]) -> Setting:
-        """The same with the estimators that some sites have without advice."""
+        """The same setting, in which some sites keep the estimator that they have without advice."""
         return self._replace(chosen=tuple(item for item in self.chosen if item[0] not in names))
 
 
@@ -63,11 +63,11 @@ class Batch(NamedTuple):
     seconds: float
 
 
-Draw = Callable[[int], Batch]  # of the number of a batch, which stands for its random keys
+Draw = Callable[[int], Batch]  # from the number of a batch, which determines its random keys
 
 
 class Probe(Protocol):
-    """The log densities of a run as functions of the value of one site, all other values of the guide held.
+    """The log densities of a run as functions of the value of one site, at fixed values of the guide's other sites.
 
     Statements have the labels of :func:`statements`; the site's own label in ``plates`` is ``""``.
 
@@ -86,7 +86,7 @@ class Probe(Protocol):
         ...
 
     def densities(self, seed: int, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Each statement's log density in that run, with the value of the site replaced by each of ``values`` (first axis)."""
+        """Each statement's log density in the run of a seed, with the value of the site replaced by each of ``values`` (first axis)."""
         ...
 
     def slopes(self, seed: int, value: np.ndarray) -> dict[str, np.ndarray]:
@@ -112,8 +112,8 @@ class Bench(Protocol):
     Attributes:
         sites: The random sites of the guide, in program order.
         parameters: The parameters in the order of a gradient's elements, each with how many it has.
-        marginalises: Whether the host sums sites of the model out.
-        drawn: The ways in which several particles can be drawn: how, and whether as a plate.
+        marginalises: Whether the host sums out sites of the model.
+        drawn: The ways to draw several particles, each with whether they are a plate.
     """
 
     @property
@@ -126,10 +126,10 @@ class Bench(Protocol):
     def drawn(self) -> tuple[tuple[Particles, bool], ...]: ...
 
     def gradients(self, setting: Setting) -> Draw:
-        """The gradients of an objective. Batches of one number have the same keys, whatever the setting.
+        """The gradients of an objective. A batch of a given number has the same keys in every setting.
 
         Raises:
-            ValueError: Where an estimator refuses its site.
+            ValueError: An estimator refuses its site.
         """
         ...
 
@@ -138,7 +138,7 @@ class Bench(Protocol):
         ...
 
     def hints(self, setting: Setting, seconds: float) -> tuple[str, ...]:
-        """What else would make its steps faster, which take so many seconds."""
+        """What else would make the steps of a setting faster; a step now takes so many seconds."""
         ...
 
 
@@ -164,7 +164,7 @@ def parameter_at(bench: Bench, element: int) -> str:
 
 
 def batch_size(num_elements: int, largest: int) -> int:
-    """How many gradients of so many elements a batch has: fewer where they are large, and at least two."""
+    """The number of gradients in a batch: fewer if they have many elements, and at least two."""
     return max(2, min(largest, ELEMENTS // max(num_elements, 1)))
 
 
@@ -182,8 +182,8 @@ def objective(
         bench: The program.
         setting: The setting.
         own: The adapter's ``TraceFlow_ELBO``.
-        of_host: The host's objective for programs whose sites are all pathwise, that for all others, and that which sums sites of
-            the model out.
+        of_host: The host's objectives: for programs whose sites are all pathwise, for other programs, and for programs with sites to
+            sum out.
         estimators: The estimators that are given without advice.
         default: The estimator of a site for which none is given.
     """
@@ -205,7 +205,7 @@ def objective(
 
 
 def _over(given: Estimators, chosen: dict[str, Estimator]) -> Estimators:
-    """The estimators that are ``chosen``, above those that are given."""
+    """The estimators that are ``chosen``; at all other sites those that are given."""
     if given is None or isinstance(given, Mapping):
         return {**(given or {}), **chosen}
     return lambda site: chosen.get(site["name"]) or given(site)

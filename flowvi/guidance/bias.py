@@ -1,10 +1,10 @@
-r"""A sequential test of whether two gradients have one mean.
+r"""A sequential test of whether two gradients have the same mean.
 
-Both are drawn at the same keys, and their differences are tested after more and more of them. Look j spends the part
-:math:`\alpha / ((j + 1)(j + 2))` of the probability of a false alarm, so that all looks together spend at most :math:`\alpha`.
-A third of it goes to the elements of the mean difference, each by its z-score, with Bonferroni's correction. The other thirds go to two
-directions that each look takes from the data of the earlier ones: the gradient, and the mean difference over its variance. Fresh
-differences must confirm what a look finds, because z-scores of few and heavy-tailed numbers are larger than those of a Normal.
+Both gradients are drawn with the same keys. Their differences are tested again and again as more are drawn. Test j (a *look*) has the
+probability :math:`\alpha / ((j + 1)(j + 2))` of a false alarm, so all looks together have at most :math:`\alpha`. A third of it is for
+the elements of the mean difference, by z-scores with Bonferroni's correction. The other two thirds are for two directions, which each
+look takes from the data of earlier looks: the gradient, and the mean difference over its variance. Fresh differences must confirm each
+finding, because z-scores of few and heavy-tailed numbers are larger than those of a Normal.
 
 References:
     Lan and DeMets 1983 (alpha spending).
@@ -22,10 +22,10 @@ import numpy as np
 from flowvi.guidance.bench import Draw
 
 CONFIRMED = 4.0  # the z-score of fresh differences, along one direction of a known sign
-SKEWED = 0.3  # the skewness of a mean from which on its z-score is confirmed again
-POWER = 1.2816  # a bias this many standard errors beyond the threshold is seen in nine of ten cases
+SKEWED = 0.3  # if the skewness of a mean is larger, its z-score is confirmed once more
+POWER = 1.2816  # a bias this many standard errors above the threshold is found in nine of ten cases
 ROUNDING = 1e-5  # differences of this size, relative to the root mean square of the gradient, are rounding errors
-SMALLEST = 8  # the fewest batches that decide
+SMALLEST = 8  # the fewest batches for a decision
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class BiasTest:
 
     Attributes:
         biased: Whether the means differ.
-        z: The z-score of what was confirmed, or else the largest one over the elements.
+        z: The z-score of the confirmed difference; without one, the largest z-score over the elements.
         element: The element of the gradient in which the means differ most.
         bias: The estimated difference of the means, relative to the size of the first one.
-        detectable: The least bias along the gradient that would have been found in nine of ten cases, relative to the gradient.
+        detectable: The smallest bias along the gradient that would have been found in nine of ten cases, relative to the gradient.
         num_samples: The number of differences.
     """
 
@@ -63,7 +63,7 @@ class _Differences:
         self.num_read = 0
 
     def read(self, count: int, time_left: Callable[[], bool] = lambda: True) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The next batches of the first gradient and of the difference; fewer where time runs out."""
+        """The next batches of the first gradient and of the difference; fewer if time runs out."""
         for i in range(count):
             if i and not time_left():
                 return
@@ -136,13 +136,14 @@ class MeanTest:
 
     Args:
         own: The gradient to test.
-        reference: One whose mean is right. An element that it leaves at exactly 0, such as a parameter of a baseline, is not compared.
+        reference: A gradient with the right mean. An element that is exactly 0 in it, such as a parameter of a baseline, is not
+            compared.
         alpha: The probability of a false alarm.
-        tolerance: A bias, relative to the gradient, below which it need not look.
+        tolerance: The test ends when it would have found a bias of this size, relative to the gradient.
 
     Attributes:
         result: What was found so far.
-        is_decided: Whether it knows.
+        is_decided: Whether the test has ended.
     """
 
     def __init__(self, own: Draw, reference: Draw, alpha: float, tolerance: float):
@@ -154,11 +155,11 @@ class MeanTest:
         self.is_decided = False
 
     def look(self, time_left: Callable[[], bool] = lambda: True) -> None:
-        """Look once more, at as many differences as were read before, or at fewer where time runs out."""
+        """Look once more, at as many differences as were read before, or at fewer if time runs out."""
         moments, differences = self.moments, self.differences
         share = self.alpha / ((self.num_looks + 1) * (self.num_looks + 2)) / 3
         count = max(differences.num_read, SMALLEST)
-        if not moments.n:  # the first directions are those of one half
+        if not moments.n:  # the first directions come from half of the first differences
             self._read(SMALLEST // 2, [], time_left)
             count -= SMALLEST // 2
             if self.is_decided:
@@ -191,7 +192,7 @@ class MeanTest:
         self.is_decided = detectable < self.tolerance
 
     def _read(self, count: int, directions: list[np.ndarray], time_left: Callable[[], bool] = lambda: True) -> list[np.ndarray]:
-        """The next differences along some directions; of all else only the moments are kept. Decides where one is not finite."""
+        """The next differences along some directions; only their moments are kept otherwise. Ends the test if one is not finite."""
         along: list[list[np.ndarray]] = [[] for _ in directions]
         for own, difference in self.differences.read(count, time_left):
             finite = np.isfinite(difference).all(0)
@@ -205,7 +206,7 @@ class MeanTest:
         return [np.concatenate([np.zeros(0), *x]) for x in along]
 
     def _confirm(self, direction: np.ndarray) -> np.ndarray:
-        """Fresh differences along a direction; more of them where few large ones make the mean, whose z-score is then not Normal."""
+        """Fresh differences along a direction. More are drawn if a few large ones dominate the mean: its z-score is then not Normal."""
         (x,) = self._read(2 * self.differences.num_read, [direction])
         if not self.is_decided and abs(_z(x)) > CONFIRMED and _skewness(x) > SKEWED:
             (x,) = self._read(2 * self.differences.num_read, [direction])
@@ -235,14 +236,14 @@ def _z(x: np.ndarray) -> float:
 
 
 def _skewness(x: np.ndarray) -> float:
-    """The size of the skewness of the mean of some numbers."""
+    """The absolute skewness of the mean of some numbers."""
     centred = x - x.mean()
     scale = float((centred**2).mean()) ** 1.5 * math.sqrt(len(x))
     return abs(float((centred**3).mean())) / scale if scale > 0 else 0.0
 
 
 def _steepest(moments: _Moments, used: np.ndarray) -> np.ndarray:
-    """The mean difference over its variance, where it is above the noise at all."""
+    """The mean difference over its variance; 0 for elements below the noise."""
     variance = moments.variance + (ROUNDING * moments.size) ** 2
     direction = np.divide(moments.mean, variance, out=np.zeros_like(variance), where=variance > 0)
     return np.where(used & (np.abs(moments.z) > 1), direction, 0.0)

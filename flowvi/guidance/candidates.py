@@ -1,6 +1,6 @@
-"""The estimators to try at a site: one row for each, which says where it is worth a try.
+"""The estimators to try at a site. Each has a row, which says at which sites to try it.
 
-A row need not be exact about what its estimator requires: an estimator that refuses the site at its first run is dropped.
+A row need not state all requirements: an estimator that refuses the site at its first run is dropped.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from flowvi.host import Host
 from flowvi.learned.flow import AdaptiveFlow
 from flowvi.run import Run
 
-MANY_VALUES = 64  # beyond this an exact sum is not tried
-MANY_COORDINATES = 30  # beyond this no control variate couples all pairs of coordinates
+MANY_VALUES = 64  # with more values, an exact sum is not tried
+MANY_COORDINATES = 30  # with more coordinates, the control variate is diagonal
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class GuideSite:
         target: Its distribution as an estimator sees it.
         plates: The names of its plates.
         in_control_flow: Whether it is inside scan or cond.
-        is_annotated: Whether the program annotates that estimator.
+        is_annotated: Whether ``estimator`` is an annotation of the program.
     """
 
     name: str
@@ -75,7 +75,7 @@ class GuideSite:
 
     @property
     def kind(self) -> tuple:
-        """What sites of one kind share, so that what is best for one is likely to be best for the others."""
+        """What sites of one kind share; the best estimator for one of them is likely to be the best for the others."""
         shapes = tuple(self.target.batch_shape), tuple(self.target.event_shape)
         return (self.target.family, tuple(type(t).__name__ for t in self.target.transforms), *shapes, self.plates, repr(self.estimator))
 
@@ -93,7 +93,7 @@ class Row(NamedTuple):
     """A candidate.
 
     Attributes:
-        make: ``make(site, num_particles)`` are the estimators to try, none where it makes no sense.
+        make: ``make(site, num_particles)`` returns the estimators to try, possibly none.
         in_words: What it is, in words.
     """
 
@@ -106,7 +106,7 @@ def _if(condition: bool | None, *estimators: Estimator) -> list[Estimator]:
 
 
 def _fields(site: GuideSite, num_particles: int) -> list[Estimator]:
-    """The fields of the family. A pathwise field of a scalar is unique, so where the host samples by it RP is the same."""
+    """The fields of the family. A pathwise field of a scalar is unique, so it is left out if RP has it already."""
     known = [field() for field in site.family.fields]
     has_rp = site.is_pathwise_in_host and site.target.event_ndim == 0
     return [Flow(field) for field in known if not (has_rp and field.divergence == "pathwise")]
@@ -154,7 +154,7 @@ def guide_sites(host: Host, run: Run, description: Description) -> dict[str, Gui
     return {
         site.name: GuideSite(
             site.name,
-            LR() if repr(site.estimator) == repr(LR()) else site.estimator,  # the one that Auto makes can become an exact sum
+            LR() if repr(site.estimator) == repr(LR()) else site.estimator,  # Auto's own LR could become an exact sum
             host.target(site.name, run.guide[site.name].fn, True),
             site.plates,
             run.guide[site.name].in_control_flow,
@@ -165,12 +165,12 @@ def guide_sites(host: Host, run: Run, description: Description) -> dict[str, Gui
 
 
 def candidates(site: GuideSite, num_particles: int) -> dict[Estimator, str]:
-    """The estimators to try at a site, the one that it has first, each in words."""
+    """The estimators to try at a site, each in words; its present estimator comes first."""
     return {site.estimator: in_words(site, num_particles, site.estimator), **dict(_rows(site, num_particles))}
 
 
 def in_words(site: GuideSite, num_particles: int, estimator: Estimator) -> str:
-    """What an estimator is, in words: those of its row, or its repr."""
+    """An estimator in words: those of its row, or its repr."""
     return dict(_rows(site, num_particles)).get(estimator, repr(estimator))
 
 
@@ -181,5 +181,5 @@ def _rows(site: GuideSite, num_particles: int) -> Iterator[tuple[Estimator, str]
 
 
 def misses_jumps(estimator: Estimator) -> bool:
-    """Whether it moves the site along a path, so that it is wrong where the cost jumps or hides its derivative."""
+    """Whether it moves the site along a path, and so is wrong if the cost jumps or hides its derivative."""
     return not (estimator.compares or isinstance(estimator, LR)) or bool(estimator.jumps)

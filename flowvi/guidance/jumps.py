@@ -1,4 +1,4 @@
-"""Where the cost is not what an estimator takes it for: jumps, hidden derivatives, costs that are not periodic, plates."""
+"""Where the cost violates the assumptions of an estimator: jumps, hidden derivatives, costs that are not periodic, plates."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 from flowvi.guidance.bench import Probe
 from flowvi.guidance.candidates import GuideSite
 
-POINTS = 64  # of a grid; every refinement uses as many
-SEEDS = 4  # runs that are looked at
-LEAST = 1e-3  # a jump this small, relative to how much the cost changes, is not named
-RELATIVE = 1e-2  # derivatives that differ by less, relative to the larger one, are equal
+POINTS = 64  # points of a grid, and of each refinement
+SEEDS = 4  # the number of runs to look at
+LEAST = 1e-3  # a smaller jump, relative to the change of the cost, is not reported
+RELATIVE = 1e-2  # derivatives that differ by less, relative to the larger one, count as equal
 
 
 class Place(NamedTuple):
-    """Where and how the cost is not what an estimator takes it for.
+    """Where and how the cost violates an assumption of an estimator.
 
     Attributes:
         statement: The statement of the model whose log density shows it.
         what: What is wrong, in words.
-        x: The value of the site where it is; None where it is everywhere.
+        x: The value of the site at which it happens; None if at every value.
     """
 
     statement: str
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 
 def reading_elements(probe: Probe) -> Place | None:
-    """A statement in a plate of the site whose elements read the site at other elements of the plate."""
+    """A statement in a plate of the site, if its elements read the site at other elements of the plate."""
     for seed in range(SEEDS):
         value, other = probe.value(seed), probe.value(seed + 1)
         for plate, dim in probe.plates[""].items():
@@ -56,7 +56,7 @@ def reading_elements(probe: Probe) -> Place | None:
 
 
 def where(site: GuideSite, probe: Probe) -> Place | None:
-    """Where a pathwise derivative of the cost goes wrong, as far as single coordinates show."""
+    """Where a pathwise derivative of the cost is wrong, found by moving single coordinates."""
     if site.is_discrete:
         return None
     values = [probe.value(seed) for seed in range(SEEDS)]
@@ -102,13 +102,13 @@ def _jump(probe: Probe, seed: int, value: np.ndarray, element: int, low: float, 
             continue
         steps = np.abs(np.diff(curve))
         beside = (np.append(steps[1:], steps[-2]) + np.insert(steps[:-1], 0, steps[1])) / 2
-        for start in np.argsort(beside - steps)[:2]:  # where the curve changes more than beside
+        for start in np.argsort(beside - steps)[:2]:  # where the curve changes more than next to it
             left, right, size = points[start], points[start + 1], float(steps[start])
             while right - left > 1e-9 * (1 + abs(left)) and size > LEAST * float(np.ptp(curve)):
                 finer = np.linspace(left, right, POINTS)
                 heights = np.abs(np.diff(_curves(probe, seed, value, element, finer)[name]))
                 k = int(heights.argmax())
-                if heights[k] < size / 2:  # a slope, over a smaller interval, would be less
+                if heights[k] < size / 2:  # not a jump: a slope changes less over a smaller interval
                     break
                 left, right, size = finer[k], finer[k + 1], float(heights[k])
             else:
@@ -119,7 +119,7 @@ def _jump(probe: Probe, seed: int, value: np.ndarray, element: int, low: float, 
 
 
 def _seam(site: GuideSite, probe: Probe, seed: int, value: np.ndarray) -> Place | None:
-    """A statement that tells one end of a circle from the other."""
+    """A statement whose cost differs between the two ends of the circle."""
     if not site.family.circle:
         return None
     ends = np.array([1e-6 - math.pi, math.pi - 1e-6])

@@ -1,8 +1,8 @@
-r"""The criterion: noise times time, and how sure it is.
+r"""The criterion, noise times time, and its standard error.
 
-An Adam step divides each element of the gradient by the root of its second moment. So the variance of element i counts as
-:math:`v_i / m_i`, where :math:`m_i` is the second moment of that element under the objective without advice, at the same parameters.
-The noise is the mean of this over all elements. It does not depend on the units of the parameters.
+An Adam step divides each element of the gradient by the root of its second moment. So element i has the noise :math:`v_i / m_i`, where
+:math:`v_i` is its variance and :math:`m_i` its second moment under the objective without advice, at the same parameters. The noise of
+an objective is the mean over all elements. It does not depend on the units of the parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from flowvi.guidance.bench import Draw
 
-FLOOR = 1e-9  # the noise of a gradient that has none but rounding errors
+FLOOR = 1e-9  # the noise of a gradient with only rounding errors
 NEGLIGIBLE = 1e-12  # elements whose second moment is this much smaller than the largest do not count
 
 
@@ -26,25 +26,25 @@ class Scale(NamedTuple):
 
     @staticmethod
     def of(batches: list[np.ndarray]) -> Scale:
-        """The weights that some batches of gradients imply."""
+        """The weights for the second moments of some batches of gradients."""
         second = sum((g**2).sum(0) for g in batches) / sum(len(g) for g in batches)
         counts = second > NEGLIGIBLE * second.max(initial=0.0)
         return Scale(np.divide(counts, second, out=np.zeros_like(second), where=counts) / max(int(counts.sum()), 1))
 
     def deviations(self, gradients: np.ndarray) -> np.ndarray:
-        """For each sample of a batch a number whose mean is the noise."""
+        """A number for each sample of a batch; the mean of these numbers is the noise."""
         centred = gradients - gradients.mean(0)
         return (centred**2 @ self.weights) * len(gradients) / (len(gradients) - 1)
 
 
 @dataclass
 class Trial:
-    """One objective, measured so far.
+    """The measurements of one objective so far.
 
     Attributes:
         draw: Its gradients.
         scale: The weights of the elements.
-        deviations: For each sample, a number whose mean is the noise.
+        deviations: A number for each sample; the mean of these numbers is the noise.
         times: The seconds of a step in each batch.
     """
 
@@ -54,14 +54,14 @@ class Trial:
     times: list[float] = field(default_factory=list)
 
     def run(self) -> None:
-        """Measure one batch more."""
+        """Measure one more batch."""
         batch = self.draw(len(self.times))
         self.deviations.append(self.scale.deviations(batch.gradients))
         self.times.append(batch.seconds)
 
     @property
     def seconds(self) -> float:
-        """The time of a step: the shortest over the batches, since whatever else runs on the machine only adds to it."""
+        """The time of a step: the shortest over the batches, since other load on the machine only adds to it."""
         return min(self.times)
 
     @property
@@ -83,13 +83,13 @@ class Trial:
 
     @property
     def spread(self) -> float:
-        """About the standard error of the logarithm of the time of a step."""
+        """The approximate standard error of the logarithm of the time of a step."""
         return float(np.median(np.log(self.times)) - math.log(self.seconds)) / math.sqrt(len(self.times))
 
     def excess(self, best: Trial) -> tuple[float, float]:
-        """How much larger the score is than that of ``best``, as a share of the latter, and its standard error.
+        """By how much the score exceeds that of ``best``, relative to the score of ``best``, and the standard error.
 
-        The samples are paired: what both trials have in common, such as the noise of the other sites, cancels.
+        The samples are paired: noise that both trials share, such as that of the other sites, cancels.
         """
         n = min(len(self.deviations), len(best.deviations))
         mine, other = (np.concatenate(one.deviations[:n]) * one.seconds for one in (self, best))

@@ -1,4 +1,4 @@
-"""Whether an estimator is biased on this program: each site's against a reference that is right whatever the cost does."""
+"""Whether the estimators are biased on a program: each is compared with a reference that is right for every cost."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flowvi.guidance.jumps import Place, reading_elements, where
 from flowvi.guidance.table import Table
 
 ITSELF = "it is the reference itself"
-AT_FAULT = 5.0  # seconds for each biased site that comes before another one
-MEMORY = 300_000  # how many batches are kept, times the elements of a gradient
-TOLERANCE = 0.02  # a site is decided once a bias of this share of the gradient would have been found
+AT_FAULT = 5.0  # seconds to test again a biased site that comes before another biased site
+MEMORY = 300_000  # the number of batches kept, times the number of elements of a gradient
+TOLERANCE = 0.02  # the test of a site ends once it would have found a bias of this share of the gradient
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class SiteCheck:
     Attributes:
         site: The site's name.
         estimator: Its estimator.
-        reference: What it was compared with, in words; empty where nothing could be.
-        test: The result of the test; None where there was none.
+        reference: What it was compared with, in words; empty if there was no reference.
+        test: The result of the test; None if there was no test.
         biased: Whether its estimator is biased on this program.
         parameter: The parameter whose gradient is most clearly biased.
-        place: Where and how the cost is not what the estimator takes it for, as far as that was found.
-        note: Anything else that there is to say.
+        place: Where and how the cost violates an assumption of the estimator, if that was found.
+        note: Other remarks.
     """
 
     site: str
@@ -51,7 +51,7 @@ class SiteCheck:
 
     @property
     def remark(self) -> str:
-        """Where the bias comes from, or what else there is to say."""
+        """Where the bias comes from, or another remark."""
         return str(self.place).format(site=self.site) if self.place is not None else self.note
 
 
@@ -61,7 +61,7 @@ class ProgramCheck(Table):
 
     Attributes:
         sites: One record for each site.
-        confidence: The probability that nothing is reported where every gradient is right.
+        confidence: The probability that nothing is reported if every gradient is right.
     """
 
     sites: tuple[SiteCheck, ...]
@@ -86,7 +86,7 @@ class ProgramCheck(Table):
             yield (one.site, repr(one.estimator), one.verdict, *numbers, one.remark)
 
     def plot(self, ax=None):
-        """Bars of the bias that was found at each site, and of the least one that would have been, as a ``matplotlib`` figure.
+        """Bars of the bias at each site, or of the smallest bias that would have been found, as a ``matplotlib`` figure.
 
         Args:
             ax: The axes to draw into; new ones by default.
@@ -102,7 +102,7 @@ class ProgramCheck(Table):
             ax.barh(y, min(test.bias if biased else test.detectable, 1e3), color="C3" if biased else "C0")
         ax.set_yticks(range(len(tested)), list(tested))
         ax.set_xscale("log")
-        ax.set_xlabel("bias (red), or the least one that would have been found, relative to the gradient")
+        ax.set_xlabel("bias (red), or the smallest one that would have been found, relative to the gradient")
         ax.invert_yaxis()
         return ax.figure
 
@@ -115,12 +115,12 @@ class Checker:
         setting: The objective.
         confidence: The probability of no false alarm at all.
         clock: How much time is left.
-        tolerance: The bias, relative to the gradient, that is small enough to stop looking for.
+        tolerance: The test of a site ends when it would have found a bias of this size, relative to the gradient.
     """
 
     def __init__(self, bench: Bench, setting: Setting, confidence: float, clock: Clock, tolerance: float = TOLERANCE):
         if not bench.parameters:
-            raise ValueError("expected a program with parameters, found none, so that there is no gradient.")
+            raise ValueError("expected a program with parameters, found none, so there is no gradient.")
         self.bench, self.setting, self.clock, self.tolerance = bench, setting, clock, tolerance
         self.confidence = confidence
         self.alpha = (1 - confidence) / max(len(bench.sites), 1)
@@ -129,7 +129,7 @@ class Checker:
         self.draws: dict[Setting, Draw] = {}
 
     def run(self, seconds: float) -> ProgramCheck:
-        """Check all sites in so many seconds, look by look in turn."""
+        """Check all sites within some seconds; the tests take turns, one look each."""
         end = self.clock.left() - seconds
         found = {name: self._start(name, self.setting) for name in self.bench.sites}
         tests = {name: start for name, start in found.items() if isinstance(start, MeanTest)}
@@ -151,7 +151,7 @@ class Checker:
             first = False
 
     def _start(self, name: str, setting: Setting) -> MeanTest | str:
-        """The test of a site; or why there is none."""
+        """The test of a site, or the reason why there is none."""
         site, estimator = self.bench.sites[name], self.estimators[name]
         if site.in_control_flow:
             return "its draw is inside scan or cond, where no reference can be given"
@@ -162,7 +162,7 @@ class Checker:
         if reference == setting._replace(entropy="full") or (estimator == LR() and not reference.joint):
             return ITSELF
         has_own_psi = not isinstance(estimator, LR) and not estimator.compares and not estimator.psi_is_zero(site.target)
-        own = setting._replace(baseline=None) if has_own_psi else setting  # a baseline hides a psi whose mean is not 0
+        own = setting._replace(baseline=None) if has_own_psi else setting  # with a baseline, a psi of mean other than 0 goes unseen
         try:
             return MeanTest(self._gradients(own), self._gradients(reference), self.alpha, self.tolerance)
         except (ValueError, NotImplementedError) as refusal:
@@ -181,7 +181,7 @@ class Checker:
         return frozenset({name}) if self.mixing.get(name) is not None else frozenset()
 
     def _at_fault(self, record: SiteCheck, later: list[str]) -> SiteCheck:
-        """The record of a biased site, which is not at fault if its gradient is right once those of later sites are."""
+        """The record of a biased site. It is not biased itself if its gradient is right with unbiased estimators at later sites."""
         name = record.site
         if later:
             right = self.setting.at(dict.fromkeys(later, LR()))._replace(joint=frozenset().union(*map(self._joint, later)))
@@ -196,7 +196,7 @@ class Checker:
         return replace(record, place=place)
 
     def _gradients(self, setting: Setting) -> Draw:
-        """The gradients of a setting; batches that several sites compare are kept as long as they take little memory."""
+        """The gradients of a setting. Batches that several sites use are kept, within a limit on memory."""
         if setting not in self.draws:
             kept = MEMORY // max(sum(self.bench.parameters.values()), 1)
             self.draws[setting] = lru_cache(maxsize=kept)(self.bench.gradients(setting))

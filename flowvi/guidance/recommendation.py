@@ -1,4 +1,4 @@
-"""What ``recommend`` returns, and how it comes about: search, check of the winner, confirmation."""
+"""What ``recommend`` returns and how it is found: a search, a check of the winner, a confirmation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from flowvi.guidance.search import Search, Tried, ratio
 from flowvi.guidance.table import Table
 
 SEARCH, CONFIRM, CHECK, GAIN = 0.5, 0.15, 0.25, 0.1  # the shares of the time
-UNCOUNTED = 1e6  # a ratio to what has no noise at all
-ROUNDS = 3  # how often a choice that the check rejects is replaced
+UNCOUNTED = 1e6  # above this, a ratio is not shown as a number, since the choice has no noise
+ROUNDS = 3  # how often a rejected choice is replaced
 CONFIDENCE, TOLERANCE = 0.999, 0.1
 
 
 class Gain(NamedTuple):
-    """By how much noise times time is reduced, with its 95% interval."""
+    """The factor by which noise times time falls, with its 95% interval."""
 
     ratio: float
     low: float
@@ -41,8 +41,8 @@ class SiteAdvice:
     Attributes:
         site: The site's name.
         estimator: The recommended estimator.
-        reason: Why, in words.
-        tried: What was tried there, the best one first.
+        reason: The reason, in words.
+        tried: The estimators that were tried, the best one first.
     """
 
     site: str
@@ -58,12 +58,12 @@ class Recommendation(Table):
     Attributes:
         estimators: A mapping from sites to estimators, as ``TraceFlow_ELBO`` takes it. A site whose annotation is best is left out.
         options: The other options of ``TraceFlow_ELBO``.
-        gain_over_default: By how much noise times time falls below that of ``TraceFlow_ELBO()``, at as many particles.
-        gain_over_host: The same for the host's own objective; None where it cannot run the program.
+        gain_over_default: Noise times time of ``TraceFlow_ELBO()`` with as many particles, relative to that of the choice.
+        gain_over_host: The same for the host's own objective; None if it cannot run the program.
         sites: The advice for each site.
-        check: What ``check_program`` says about it.
-        untried: How many candidates there was no time for.
-        hints: What else would make its steps faster.
+        check: The result of ``check_program`` for the choice.
+        untried: The number of candidates for which there was no time.
+        hints: What else would make the steps faster.
     """
 
     estimators: Mapping[str, Estimator]
@@ -91,14 +91,14 @@ class Recommendation(Table):
         return (*lines, *self.hints, *([f"no time for {self.untried} candidates; give more seconds"] if self.untried else []))
 
     def rows(self) -> Iterator[tuple]:
-        """The table: site, estimator, noise and time of the second best relative to it, reason."""
+        """The table: site, estimator, noise and time of the second best relative to the best, reason."""
         for advice in self.sites:
             others = [t for t in advice.tried if t.estimator != advice.estimator]
             noise, time = (others[0].noise, others[0].time) if others else (float("nan"), float("nan"))
             yield (advice.site, repr(advice.estimator), noise, time, advice.reason)
 
     def plot(self, ax=None):
-        """Noise times time of what was tried at each site, relative to what is recommended, as a ``matplotlib`` figure.
+        """Noise times time of all estimators tried at each site, relative to the recommended one, as a ``matplotlib`` figure.
 
         Args:
             ax: The axes to draw into; new ones by default.
@@ -126,8 +126,8 @@ def advise(search: Search, seconds: float, check_particles: int) -> Recommendati
 
     Args:
         search: A search that has not begun.
-        seconds: How long it may take.
-        check_particles: The number of particles with which the winner is checked.
+        seconds: The time limit.
+        check_particles: The number of particles for the check of the winner.
     """
     bench, clock = search.bench, search.clock
     search.run(SEARCH * seconds)
@@ -160,7 +160,7 @@ def advise(search: Search, seconds: float, check_particles: int) -> Recommendati
 
 
 def _options(setting: Setting) -> dict[str, Any]:
-    """The options of the objective; those of particles where they are not the default."""
+    """The options of the objective; those of particles only if they differ from the default."""
     particles = {} if setting.particles == "independent" else {"particles": setting.particles}
     plate = {"vectorize_particles": True} if setting.vectorized else {}
     return {"num_particles": setting.num_particles, "entropy": setting.entropy} | plate | particles
@@ -172,7 +172,7 @@ def _check(bench: Bench, search: Search, seconds: float, clock: Clock, particles
 
 
 def _is_explicit(search: Search, site: GuideSite) -> bool:
-    """Whether the mapping has to name a site."""
+    """Whether the mapping must contain a site."""
     return not site.in_control_flow and (site.name in dict(search.best.chosen) or not site.is_annotated)
 
 

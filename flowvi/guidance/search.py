@@ -1,4 +1,4 @@
-"""The search for the objective of least noise times time: sites of one kind at a time, the others held, by successive halving."""
+"""The search for the objective of least noise times time: by successive halving, for sites of one kind at a time."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from flowvi.guidance.noise import FLOOR, Scale, Trial
 from flowvi.particles import Particles, can_be_joint
 
 CLEARLY = 2.5  # standard errors
-TOLERATED = 0.2  # the share by which a score may be larger where that is not sure
-ALIKE = 0.05  # scores that differ by less than this share are not told apart
-ALPHA = 0.001  # the probability that a plate of particles is taken for wrong
+TOLERATED = 0.2  # the share by which an uncertain score may be larger
+ALIKE = 0.05  # scores that differ by less than this share count as equal
+ALPHA = 0.001  # the probability that a right plate of particles is rejected
 BATCHES = 128  # the most batches of one trial in a race
-SURE, KNOWN = 8, 0.1  # batches that a confirmation takes at least, if there is time, and the error at which it ends
-FIRST = 4  # batches that set the weights of the elements
+SURE, KNOWN = 8, 0.1  # the fewest batches of a confirmation, if there is time, and the error at which it ends
+FIRST = 4  # batches for the weights of the elements
 FEWEST = 64  # samples after which the first candidates drop out
 
 
 class Unit(NamedTuple):
-    """What is chosen at one time: an estimator for some sites, or how the entropy is differentiated.
+    """One choice to make: the estimator of some sites, how the entropy is differentiated, or how particles are drawn.
 
     Attributes:
-        name: What it is, for the progress bar.
-        sites: The sites, which get one estimator; none for the entropy.
-        options: The settings to try, each by what is new in it.
+        name: Its name in the progress bar.
+        sites: The sites that get the estimator; none for the other choices.
+        options: The options to choose from.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Unit(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """An estimator that was tried at a site, everything else held.
+    """An estimator that was tried at a site, with everything else unchanged.
 
     Attributes:
         estimator: The estimator.
-        noise: Its noise, relative to that of the one that was chosen then.
-        time: The time of its step, relative to that of the one that was chosen then.
+        noise: Its noise, relative to that of the estimator that was chosen.
+        time: The time of its step, relative to that of the estimator that was chosen.
     """
 
     estimator: Estimator
@@ -57,11 +57,11 @@ class Tried(NamedTuple):
 
 
 class Search:
-    """Objectives that were tried, and the best one so far.
+    """The objectives that were tried, and the best one so far.
 
     Args:
         bench: The program.
-        num_particles: The number of particles, or several to choose from; the first is that of the default.
+        num_particles: The number of particles, or several to choose from; the default has the first.
         clock: How much time is left.
 
     Attributes:
@@ -69,8 +69,8 @@ class Search:
         best: The best objective so far.
         size: The number of samples of a batch.
         trials: The objectives that were measured.
-        refused: Those that an estimator refused, each with its message.
-        tried: For each site the estimators that raced there, noise and time of each relative to those of the winner.
+        refused: The objectives that an estimator refused, each with its message.
+        tried: For each site the estimators that were tried, with noise and time relative to those of the winner.
         banned: For each site the estimators that are biased on this program.
     """
 
@@ -90,7 +90,7 @@ class Search:
         self.trials[self.default] = Trial(draw, self.scale)
 
     def run(self, seconds: float) -> None:
-        """Search for so long."""
+        """Search for some seconds."""
         end = self.clock.left() - seconds
         kinds = self._kinds()
         apart = [self._unit([site]) for sites in kinds if len(sites) > 1 for site in sites]
@@ -100,21 +100,21 @@ class Search:
 
     @property
     def untried(self) -> int:
-        """How many candidates there was no time for, apart from those that were refused."""
+        """The number of candidates for which there was no time, not counting the refused ones."""
         refused = {(name, estimator) for setting in self.refused for name, estimator in setting.chosen}
         left = {(name, e) for unit in self.units() for name in unit.sites for e in unit.options if e not in self.tried[name]}
         return len(left - refused)
 
     def units(self) -> list[Unit]:
-        """What is chosen one after the other: for all sites, for those of each kind, and for all again.
+        """The choices to make, in order: particles, the sites of each kind, the entropy.
 
-        Particles come first, since in a plate they take less time, whatever the estimators are.
+        Particles come first, since a plate of particles takes less time with every estimator.
         """
         particles = [Unit("particles", (), options)] if len(options := self._particles()) > 1 else []
         return [*particles, *map(self._unit, self._kinds()), Unit("entropy", (), ("full", "stl", "analytic"))]
 
     def _particles(self) -> tuple[tuple[int, Particles, bool], ...]:
-        """The numbers of particles to choose from, with the ways in which so many can be drawn."""
+        """The numbers of particles to choose from, each with the ways to draw them."""
         sites = self.bench.sites.values()
         can_be_drawn_together = any(site.is_pathwise_in_host and can_be_joint(site.target) for site in sites)
         return tuple(
@@ -132,7 +132,7 @@ class Search:
         return list(kinds.values())
 
     def at(self, unit: Unit, option: Any) -> Setting:
-        """The best setting so far with one option of a unit."""
+        """The best setting so far, with one option of a unit."""
         if unit.name == "entropy":
             return self.best._replace(entropy=option)
         if unit.name == "particles":
@@ -142,21 +142,22 @@ class Search:
         return self.best.without(kept).at({name: option for name in unit.sites if name not in kept})
 
     def keep_default(self, seconds: float) -> None:
-        """Go back to the default unless the choice turns out to be better, measured side by side.
+        """Go back to the default unless the choice is better when both are measured again.
 
-        A few samples flatter an estimator whose gradient is seldom large, such as a score; among many candidates one of them wins.
+        With few samples, an estimator whose gradient is seldom large, such as a score, looks better than it is. Among many candidates,
+        such an estimator can win by chance.
         """
         plain = self.default._replace(num_particles=self.best.num_particles)
         measured = self.measure([self.best, plain], seconds)
         excess, error = measured[self.best].excess(measured[plain])
         if self.best != plain and excess > -min(error, TOLERATED):
             found, kept = measured[self.best], measured[plain]
-            for name, estimator in self.best.chosen:  # together, as they were measured
+            for name, estimator in self.best.chosen:  # they were measured together
                 self.tried[name][estimator] = Tried(estimator, found.noise / kept.noise, found.seconds / kept.seconds)
             self.best = plain
 
     def keep_loop(self, seconds: float) -> None:
-        """Go back to a loop over particles where those in a plate have another mean: the program is not written for it."""
+        """Go back to a loop over particles if a plate of particles has another mean: the program does not support the plate."""
         if self.best.vectorized:
             looped = self.best._replace(particles="independent", vectorized=False)
             test = MeanTest(self.bench.gradients(self.best), self.bench.gradients(looped), ALPHA, ALIKE)
@@ -167,7 +168,7 @@ class Search:
                 self.best = looped
 
     def ban(self, site: str, seconds: float) -> None:
-        """Choose again at a site whose estimator is biased on this program, without those that are wrong for the same reason."""
+        """Choose again at a site whose estimator is biased on this program, without estimators that are wrong for the same reason."""
         unit = self._unit([self.bench.sites[site]])
         biased = self.estimator(site)
         wrong = [e for e in unit.options if e == biased or (misses_jumps(biased) and misses_jumps(e))]
@@ -183,7 +184,7 @@ class Search:
         return dict(self.best.chosen).get(site, self.bench.sites[site].estimator)
 
     def measure(self, settings: list[Setting], seconds: float) -> dict[Setting, Trial]:
-        """Measure some objectives in turn, without those that cannot run the program."""
+        """Measure some objectives in turn, except those that cannot run the program."""
         end = self.clock.left() - seconds
         trials: dict[Setting, Trial] = {}
         for setting in dict.fromkeys(settings):
@@ -208,9 +209,9 @@ class Search:
 
         Args:
             unit: The unit.
-            end: When to stop, in seconds that are left on the clock.
-            seconds: How long it may take.
-            contenders: How many of the options that raced before to try again, the best ones; None for all.
+            end: The seconds left on the clock at which to stop.
+            seconds: The time limit of this choice.
+            contenders: How many of the options that were tried before to try again, the best ones; None for all.
         """
         own_end = max(end, self.clock.left() - seconds)
         options = list(unit.options)
@@ -246,14 +247,14 @@ class Search:
                 self.trials[setting] = Trial(self.bench.gradients(setting), self.scale)
             except Exception as refusal:
                 if not setting.vectorized and not isinstance(refusal, ValueError | NotImplementedError):
-                    raise  # a program that is not written for a plate of particles may fail in any way
+                    raise  # but with a plate of particles, a program that does not support it may fail in any way
                 self.refused[setting] = str(refusal)
                 return None
             self.compilation = max(0.7 * self.compilation, before - self.clock.left())
         return self.trials[setting]
 
     def _race(self, racers: Mapping[Setting, Trial], own_end: float, end: float) -> Setting:
-        """The setting of least score, by successive halving: those that stay get twice as many batches."""
+        """The setting of least score, by successive halving: in each round the remaining settings get twice as many batches."""
         racing = dict(racers)
         batches = max(FIRST, -(-FEWEST // self.size))
         while True:
@@ -273,12 +274,12 @@ class Search:
                 return self.best if self.best in racing and self._is_as_good(racing, best) else ordered[0]
 
     def _is_worse(self, trial: Trial, best: Trial, rank: int, size: int) -> bool:
-        """Whether it drops out: surely worse, or in the worse half and probably worse."""
+        """Whether a trial drops out: clearly worse, or in the worse half and probably worse."""
         excess, error = trial.excess(best)
         return trial is not best and (excess > CLEARLY * error if rank < size / 2 else excess > error) and excess > 0
 
     def _is_as_good(self, racing: Mapping[Setting, Trial], best: Trial) -> bool:
-        """Whether the setting that is the best so far need not change."""
+        """Whether the best setting so far is good enough to stay."""
         excess, error = racing[self.best].excess(best)
         return excess < max(ALIKE, min(error, TOLERATED))
 

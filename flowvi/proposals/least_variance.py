@@ -51,16 +51,16 @@ class _OptimalStretch(Density):
 def optimal(parameter: str, epsilon: float = 0.2) -> Proposal:
     r"""The density of LR of least variance for an unknown bounded cost: q = |d_theta p| / integral |d_theta p|.
 
-    At a constant cost it multiplies the second moment of LR by 0.64 for the location of a Normal, 0.47 for its scale and 0.54 for
-    the rate of an Exponential.
+    For a constant cost, the second moment of LR falls to 0.64 of its value at q = p for the location of a Normal, to 0.47 for its
+    scale, and to 0.54 for the rate of an Exponential.
 
     **Requirements**: ``loc`` or ``scale`` of Normal, Laplace, Logistic, Cauchy and StudentT, ``loc`` of Gumbel, ``scale`` of HalfNormal
-    and Weibull, ``rate`` of Exponential, Gamma and InverseGamma. One q is for one parameter: at ``epsilon=0`` it vanishes where the
-    score of that parameter does, so that the variance is infinite for every other parameter and for every pathwise field.
+    and Weibull, ``rate`` of Exponential, Gamma and InverseGamma. One q is for one parameter: with ``epsilon=0`` it is 0 where the score
+    of this parameter is 0, so the variance is infinite for every other parameter and for every pathwise field.
 
     Args:
         parameter: The name of the parameter.
-        epsilon: The share of p that is mixed in, see :func:`defensive`; 0 for the pure density.
+        epsilon: The weight of p in the mixture, see :func:`defensive`; 0 for the pure density.
 
     Returns:
         The function q.

@@ -15,7 +15,7 @@ Proposal = Callable[[Any], Any]
 
 
 class Density(ABC):
-    """A density made of distributions ``parts`` of one host, p first; the host's ``Proposal`` makes it a distribution."""
+    """A density built from distributions ``parts`` of one host, p first. The host's ``Proposal`` makes it a distribution."""
 
     @abstractmethod
     def sample(self, ops: Ops, parts: Sequence[Any], draws: Sequence[Array], uniforms: Array) -> Array:
@@ -54,14 +54,14 @@ class _Mixture(Density):
 def defensive(q: Proposal, epsilon: float = 0.2) -> Proposal:
     r"""The mixture (1 - epsilon) q + epsilon p.
 
-    The weights are below 1 / epsilon, so that the variance is finite for every parameter and every estimator for which it is at q = p:
-    at most 1 / epsilon times the second moment.
+    The weights are below 1 / epsilon. So the second moment of an estimator is at most 1 / epsilon times that at q = p, and the variance
+    is finite if it is finite at q = p.
 
-    **Requirements**: a q whose density at the samples of p can be computed.
+    **Requirements**: a q whose density can be computed at the samples of p.
 
     Args:
         q: ``q(p) -> distribution``.
-        epsilon: The share of p, between 0 and 1.
+        epsilon: The weight of p, between 0 and 1.
 
     Returns:
         The function q.
@@ -94,5 +94,5 @@ def defensive(q: Proposal, epsilon: float = 0.2) -> Proposal:
 
 
 def perhaps_defensive(name: str, q: Proposal, epsilon: float) -> Proposal:
-    """``q``, or its defensive mixture; ``name`` up to the value of epsilon."""
+    """``q``, or its defensive mixture; ``name`` is the beginning of its name, up to the value of epsilon."""
     return named(f"{name}{epsilon})", q if epsilon == 0 else defensive(q, epsilon))

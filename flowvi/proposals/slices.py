@@ -12,8 +12,8 @@ from flowvi.host import host_of
 from flowvi.ops import Array, Ops
 from flowvi.proposals.proposal import Density, Proposal, perhaps_defensive, refuse
 
-REACH = 85.0  # of a bisection in log units: exp(-85) is the smallest uniform number, and exp(85) a number, in single precision
-NEAR = 60.0  # likewise, from the mode towards an end of the support: weights beyond are below exp(-NEAR)
+REACH = 85.0  # the range of a bisection in log units: in single precision uniform numbers are above exp(-85), and exp(85) is finite
+NEAR = 60.0  # the range from the mode towards an end of the support: weights beyond it are below exp(-NEAR)
 
 
 def bisect(ops: Ops, inside: Callable[[Array], Array], near: Array, far: Array) -> tuple[Array, Array]:
@@ -30,7 +30,7 @@ def bisect(ops: Ops, inside: Callable[[Array], Array], near: Array, far: Array) 
 
 @dataclass(frozen=True)
 class _SymmetricSlice(Density):
-    """The ends of the horizontal slices of p, the slices drawn by mass or by height."""
+    """The ends of the horizontal slices of p; the slices are drawn by mass or by height."""
 
     by: str
     peak: SymmetricPeak
@@ -53,7 +53,7 @@ class _SymmetricSlice(Density):
 
 @dataclass(frozen=True)
 class _SkewSlice(Density):
-    """The ends of the slices of a density with a peak, found by bisection; by mass or by height."""
+    """The ends of the slices of a density with a peak, found by bisection; the slices are drawn by mass or by height."""
 
     by: str
     peak: SkewPeak
@@ -72,7 +72,7 @@ class _SkewSlice(Density):
         (p,) = parts
         mode, falls = self.mode(ops, p, x), self.falls
         level, slope = ops.derivative(p.log_prob, x, live=False)
-        log_q = level + ops.log(abs(slope)) + 0 * mode  # NaN without a mode, whatever the host's log_prob is there
+        log_q = level + ops.log(abs(slope)) + 0 * mode  # NaN without a mode, whatever the host's log_prob gives
         if self.by == "height":
             log_q = log_q - p.log_prob(mode)
         else:
@@ -80,7 +80,7 @@ class _SkewSlice(Density):
         return log_q if falls else log_q - math.log(2.0)
 
     def mode(self, ops: Ops, p: Any, x: Array) -> Array:
-        """The mode, in the shape of x; not a number where there is none inside, or none that can be told from an end."""
+        """The mode, in the shape of x; NaN if there is none inside the support, or if it is too close to an end."""
         if self.peak.mode is None:
             return math.exp(-REACH) + 0 * x
         mode = self.peak.mode(ops, p) + 0 * x
@@ -91,7 +91,8 @@ class _SkewSlice(Density):
         return mode
 
     def _end(self, ops: Ops, p: Any, mode: Array, level: Array, upper: Array) -> Array:
-        """The end where log p is ``level``: by bisection in log units from the end of the support, or from the mode if it has none."""
+        """The end where log p is ``level``: by bisection in log units from the end of the support, or from the mode if it is
+        infinite."""
         sides = []
         for bound, sign in zip(self.peak.support, (-1.0, 1.0), strict=True):
             if math.isinf(bound):
@@ -131,25 +132,25 @@ def _slice(name: str, by: str, epsilon: float) -> Proposal:
 def slice_by_mass(epsilon: float = 0.2) -> Proposal:
     r"""The ends of the horizontal slices of p, drawn by mass: q = |p'(x)| width(p(x)) / 2.
 
-    A slice is the set where p exceeds a height; its ends are all that d_loc E[phi] depends on. For a Normal this is z^2 p, the
-    double-sided Maxwell density. Where p only decreases, as an Exponential does, a slice has one end that moves, and q = |p'| width(p).
+    A slice is the set where p exceeds a height; d_loc E[phi] depends only on its ends. For a Normal this is z^2 p, the double-sided
+    Maxwell density. If p only decreases, like an Exponential, only one end of a slice moves, and q = |p'| width(p).
 
-    **Requirements**: Normal, Laplace, Logistic, Cauchy, StudentT or Gumbel, meant for LR in ``loc``; or, for any parameter with the
-    default ``epsilon``, LogNormal, InverseGamma, Exponential, HalfNormal, HalfCauchy, and Gamma, Weibull or Beta with a mode inside the
-    support. At ``epsilon=0`` q vanishes at the mode: the variance is then finite for LR in a ``loc`` that shifts p (the fourth moment
-    is not), infinite for every other parameter and for every pathwise field. The weight of an event is the product of those of its
-    coordinates: use it for a few coordinates only. In single precision p/q has only the digits of the host's log p, which for a
-    Gamma of a concentration above 1,000 are too few.
+    **Requirements**: Normal, Laplace, Logistic, Cauchy, StudentT or Gumbel, for LR in ``loc``. With the default ``epsilon``, for any
+    parameter, also LogNormal, InverseGamma, Exponential, HalfNormal, HalfCauchy, and Gamma, Weibull or Beta with a mode inside the
+    support. With ``epsilon=0`` q is 0 at the mode: the variance is then finite for LR in a ``loc`` that shifts p (the fourth moment is
+    not), and infinite for every other parameter and for every pathwise field. The weight of an event is the product of the weights of
+    its coordinates, so use this q for a few coordinates only. In single precision p/q is only as precise as the host's log p, which is
+    not enough for a Gamma with a concentration above 1,000.
 
     Args:
-        epsilon: The share of p that is mixed in, see :func:`defensive`; 0 for the pure density.
+        epsilon: The weight of p in the mixture, see :func:`defensive`; 0 for the pure density.
 
     Returns:
         The function q.
 
     Raises:
         ValueError: At the first run, for another family, or without a mode inside the support. Under jit, where parameters are not
-            known, the loss is not a number then.
+            known, the loss is NaN instead.
 
     Example:
         For a Normal, q / p is z^2, here at z = 2:
@@ -172,15 +173,15 @@ def slice_by_mass(epsilon: float = 0.2) -> Proposal:
 def slice_by_height(epsilon: float = 0.2) -> Proposal:
     r"""The ends of the horizontal slices of p, drawn by height: q = |p'(x)| / (2 max p).
 
-    For a Normal this is |z| p sqrt(pi / 2), the double-sided Rayleigh density. It is the optimal density of LR in ``loc``
-    for an unknown bounded cost, ``optimal("loc")``. Where p only decreases, as an Exponential does, q = |p'| / max p.
+    For a Normal this is |z| p sqrt(pi / 2), the double-sided Rayleigh density. It is the optimal density of LR in ``loc`` for an
+    unknown bounded cost, ``optimal("loc")``. If p only decreases, like an Exponential, q = |p'| / max p.
 
-    **Requirements**: those of :func:`slice_by_mass`. At ``epsilon=0`` q vanishes at the mode: the variance is then finite for LR in a
-    ``loc`` that shifts p if it is at q = p, infinite for every other parameter and for every pathwise field. An Exponential alone is
-    its own q.
+    **Requirements**: those of :func:`slice_by_mass`. With ``epsilon=0`` q is 0 at the mode. For LR in a ``loc`` that shifts p, the
+    variance is then finite if it is finite at q = p; for every other parameter and every pathwise field it is infinite. Only for an
+    Exponential is q = p.
 
     Args:
-        epsilon: The share of p that is mixed in, see :func:`defensive`; 0 for the pure density.
+        epsilon: The weight of p in the mixture, see :func:`defensive`; 0 for the pure density.
 
     Returns:
         The function q.

@@ -16,12 +16,12 @@ def tempered(tau: float) -> Proposal:
     For a Normal the variance is tau times that of p; a Gamma gets concentration (a - 1) / tau + 1 and rate b / tau.
 
     **Requirements**: an exponential family (Normal, LogNormal, HalfNormal, MultivariateNormal, Laplace with a fixed loc, Exponential,
-    Gamma, Beta, Dirichlet, VonMises, Poisson, Bernoulli and Categorical). For tau >= 1 the variance is finite for every
-    parameter and every cost for which it is at q = p; in a Normal from tau > 1/2. A weight over D independent Normal sites multiplies
-    the second moment by (tau / sqrt(2 tau - 1))^D.
+    Gamma, Beta, Dirichlet, VonMises, Poisson, Bernoulli and Categorical). For tau >= 1 (for a Normal, tau > 1/2) the variance is finite
+    for every parameter and every cost for which it is finite at q = p. The weight of D independent Normal sites multiplies the second
+    moment by (tau / sqrt(2 tau - 1))^D.
 
     Args:
-        tau: The temperature; 1 is p itself. For the location of a Normal and a bounded cost the best is near 2.
+        tau: The temperature; 1 is p itself. The best value for the location of a Normal and a bounded cost is near 2.
 
     Returns:
         The function q.
@@ -52,8 +52,8 @@ def tempered(tau: float) -> Proposal:
 def student_t(df: float) -> Proposal:
     r"""A Student's t with the location and scale of p: q = t_df((x - loc) / scale) / scale.
 
-    **Requirements**: a Normal, Laplace, Logistic, Cauchy, StudentT or MultivariateNormal p. With tails lighter than those of q (Normal,
-    Laplace, Logistic) the weights are bounded, and the variance is finite for every parameter and every cost of polynomial growth.
+    **Requirements**: a Normal, Laplace, Logistic, Cauchy, StudentT or MultivariateNormal p. If p has lighter tails than q (Normal,
+    Laplace, Logistic), the weights are bounded, and the variance is finite for every parameter and every cost of polynomial growth.
 
     Args:
         df: The degrees of freedom.
