@@ -1,13 +1,13 @@
 r"""The cost at several values of one site.
 
-A site may have *alternatives* beside its draw x: values :math:`y_m` in the shape of x, and weights :math:`c_m` with live tangents. Its
+A site may have *alternatives* to its draw x: values :math:`y_m` in the shape of x, and weights :math:`c_m` with live tangents. Its
 gradient is then that of
 
 .. math:: \sum_m \mathrm{tether}(c_m)\,\bigl(\phi(y_m) - \phi(x)\bigr),
 
 where :math:`\phi(y) - \phi(x)` is the difference of the weighted costs that depend on the site, between a run in which the site has the
-value y and the first run. What is drawn before the site keeps its value; what is drawn after it is drawn again with the same random
-numbers. Each site contributes by itself, so that evaluations of the program add up over sites and never multiply.
+value y and the first run. Draws before the site keep their values; draws after the site are made again with the same random numbers.
+Each site contributes by itself, so the evaluations of the program add up over sites and never multiply.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Comparison:
         batch_ndim: The number of batch dims of the site, on the left of x.
         num_values: The number M of alternatives.
         num_uniforms: How many uniform numbers each element of x needs.
-        lanes: Whether elements that cannot share a run get one each, or one run is drawn for all of them.
+        lanes: ``"all"``: elements that cannot share a run get one each. ``"random"``: one of these runs is drawn.
         joint: Whether all elements change at once, each with a weight for the whole difference.
-        is_whole: Whether the alternatives are the whole derivative of the site's law, so that the site's own log density, the mean of
-            whose derivative is 0, need not be differentiated.
+        is_whole: Whether the alternatives are the whole derivative of the site's law. The site's own log density, whose derivative has
+            mean 0, is then not differentiated.
     """
 
     make: Callable[[Array], Alternatives]

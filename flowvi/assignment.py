@@ -13,7 +13,7 @@ from flowvi.learned.coupling import CoupledRP, Couplings, JointKind
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
 
-ENUMERATED = "infer['enumerate']"  # where the estimator of a site that the guide marks so comes from
+ENUMERATED = "infer['enumerate']"  # the source of the estimator at a site that the guide marks for enumeration
 
 
 class Choice(NamedTuple):
@@ -24,14 +24,14 @@ class Choice(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A site at which there is nothing to decide as long as its distribution is of the same family.
+    """A *settled* site: nothing has to be decided there again, as long as its distribution is of the same family.
 
     Attributes:
         families: The classes of the site's distribution and of those inside it, outermost first.
-        has_rsample: Whether that distribution says that it has a reparameterized sampler.
-        alias: The name of the model site for which it stands.
+        has_rsample: Whether the distribution declares a reparameterized sampler.
+        alias: The name of the corresponding model site.
         description: Its description.
-        by_host: Whether the host draws there and nothing has to be attached, as at a site of plain ``RP``.
+        by_host: Whether the host draws and nothing has to be attached, as at a site of plain ``RP``.
     """
 
     families: tuple[type, ...]
@@ -42,7 +42,7 @@ class Settled(NamedTuple):
 
 
 class MissingAnnotationError(Exception):
-    """The default estimator was refused at a site before the model, which may name another one, has been read.
+    """The default estimator was refused at a site before the model was read, which may name another estimator.
 
     Attributes:
         refusal: The error of the default estimator.
@@ -54,27 +54,28 @@ class MissingAnnotationError(Exception):
 
 
 class Assignment:
-    """Chooses the estimator of each random site, strongest first.
+    """Chooses the estimator of each random site, from the first of five places that gives one.
 
     1. the objective's ``estimators``: by name, or a function of the site; 2. ``infer={"estimator": ...}`` at the guide's statement, or
     ``infer={"enumerate": ...}``, for ``Enumerate()``; 3. the wrapper ``Estimated``; 4. ``infer={"estimator": ...}`` at the model's
     statement; 5. the objective's ``default``.
 
-    A name is that of a random site of the guide, or of the model site it stands for.
+    A name is that of a random site of the guide, or of the corresponding model site.
 
     Attributes:
         annotations: The estimators annotated in the model at its last run, by name. The guide runs before the model, so these
             come from the previous run; ``remember`` returns whether they have changed since.
         has_read_annotations: Whether a run of the model has been read.
-        settled: The sites at which there is nothing to decide in a later run.
+        settled: The sites at which a later run need not decide anything.
         seen: Names of the sites that had an estimator in an earlier run.
-        compares: Whether some site has compared the cost at several values, so that the program ran several times; None before
-            the first run.
-        may_change: Whether a run may find annotations, or sites under a control variate for the whole guide, that differ from the last
-            ones. It is then repeated with the same random numbers: others might take another branch, and such a choice is a bias.
-        marginalises: Whether an earlier run has shown a site of the model that the host is to sum out.
+        compares: Whether some site has compared the cost at several values, so that the program ran several times; None before the
+            first run.
+        may_change: Whether annotations, or the sites of a control variate for the whole guide, may differ from those of the last run. A
+            run that finds a difference is repeated with the same random numbers; with others it might take another branch, which would
+            be a bias.
+        marginalises: Whether the model of an earlier run had a site that the host has to sum out.
         control_variate: The kind of the control variate for the whole guide; None for none.
-        couplings: Which sites that covers, as an earlier run has shown, and what each of them sees.
+        couplings: The sites that it covered in an earlier run, and what each of them sees.
     """
 
     def __init__(self, estimators: Estimators, default: Estimator, control_variate: JointKind | None = None):
@@ -101,7 +102,7 @@ class Assignment:
 
         Args:
             site: The host's message, a dict with ``"name"`` and ``"infer"``.
-            alias: The name of the model site for which this one stands (its own name if it is replayed as it is).
+            alias: The name of the corresponding model site (usually its own name).
             wrapped: The estimator of an ``Estimated`` wrapper, if there is one.
         """
         name = site["name"]
@@ -124,13 +125,13 @@ class Assignment:
         return Choice(self.default, "default")
 
     def coupled(self, name: str, estimator: Estimator) -> Estimator:
-        """The estimator of a site with its part of the control variate for the whole guide."""
+        """The estimator of a site, with its part of the control variate for the whole guide."""
         if self.couplings is None or name not in self.couplings.of:
             return estimator
         return CoupledRP(kind=self.couplings.kind, coupling=self.couplings.of[name])
 
     def remember(self, annotations: dict[str, Estimator]) -> bool:
-        """Store the annotations of a run of the model; True if they have changed, so that guide and model have to run again."""
+        """Store the annotations of a run of the model; True if they have changed, and guide and model have to run again."""
         before, self.annotations, self.has_read_annotations = self.annotations, annotations, True
         if not annotations and not before:
             return False
@@ -155,12 +156,12 @@ class Assignment:
     ) -> None:
         """Refuse names that belong to no random site.
 
-        A site that is observed this time, as in a batch with labels, may be random the next time.
+        A site that is observed in this run, as in a batch with labels, may be random in the next.
 
         Args:
             annotations: The estimators annotated in the model in this run.
             random: Random sites of the guide, each with its alias.
-            fixed: The statements of the guide that are not random choices, each with what it is.
+            fixed: The statements of the guide that are not random choices, each with what it is, such as "observed".
             observed: Names of the model's statements that are observed.
         """
         named = [*annotations, *(self.estimators if isinstance(self.estimators, Mapping) else ())]
@@ -171,8 +172,8 @@ class Assignment:
             sites = ", ".join(f"'{site}'" for site in random) or "none"
             if name in fixed:
                 raise ValueError(
-                    f"site '{name}': {where} names a site that is no random choice of the guide (it is {fixed[name]}). "
-                    f"The random sites are: {sites}; give the estimator to the one from which '{name}' is drawn."
+                    f"site '{name}': {where} names a site that is not a random choice of the guide (it is {fixed[name]}). "
+                    f"The random sites are: {sites}; give the estimator to the site from which '{name}' is computed."
                 )
             raise ValueError(
                 f"site '{name}': {where} names no site of the guide; the random sites are: {sites}. "
@@ -181,7 +182,7 @@ class Assignment:
 
 
 def _exact_sum(site: Any) -> Enumerate:
-    """The estimator for which ``infer={"enumerate": ...}`` stands."""
+    """The estimator that ``infer={"enumerate": ...}`` means."""
     if site["infer"].get("num_samples") is not None:
         raise ValueError(
             f"site '{site['name']}': expected infer['enumerate'] without infer['num_samples'], which samples locally, as TraceTMC_ELBO "
@@ -219,13 +220,13 @@ class SiteDescription(NamedTuple):
     Attributes:
         name: Its name.
         estimator: Its estimator.
-        source: Where that was given.
+        source: Where the estimator was given.
         distribution: Its family.
         parameters: The parameters of its distribution.
         plates: Its plates.
-        closed_form: Whether its divergence has a closed form; None where the objective asks for none.
-        together: Whether particles are drawn together there.
-        covered: Whether the control variate for the whole guide covers it; None where the objective has none.
+        closed_form: Whether its divergence has a closed form; None unless ``entropy="analytic"``.
+        together: Whether its particles are drawn together.
+        covered: Whether the control variate for the whole guide covers it; None if the objective has none.
     """
 
     name: str
@@ -303,19 +304,20 @@ class Describes:
         return objective
 
     def __repr__(self) -> str:
-        """The arguments as they were given, functions by name."""
+        """The call with its arguments, functions by name."""
         args, kwargs = self._given
         given = [*map(name_of, args), *(f"{name}={name_of(value)}" for name, value in kwargs.items())]
         return f"{type(self).__name__}({', '.join(given)})"
 
     def describe(self, model, guide, *args, **kwargs) -> Description:
-        """Each random site: its estimator, where that was given, its distribution's parameters, its plates.
+        """A table of the random sites: the estimator, where it was given, the distribution's parameters and the plates.
 
-        Below them, where there are any: the evaluations of the program, the sites that the host sums out, the sites at which particles
-        are drawn together, those that a control variate for the whole guide covers, and under ``entropy="analytic"`` those at which the
-        divergence has a closed form.
+        Lines below the table show, if they apply: the number of evaluations of the program, the sites that the host sums out, the sites
+        whose particles are drawn together, the sites that a control variate for the whole guide covers, and under
+        ``entropy="analytic"`` the sites whose divergence has a closed form.
 
-        Runs guide and model once, in NumPyro at their initial parameters; in Pyro the state of torch's generators is put back.
+        It runs guide and model once. In NumPyro they have their initial parameters; in Pyro the state of torch's generators is
+        restored.
 
         Args:
             model: The model.

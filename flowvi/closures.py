@@ -1,7 +1,7 @@
-"""Reading the closures of user functions.
+"""The closures of user functions.
 
-An estimator may hold functions that the model writes inline, as new objects at every run. Whether two runs annotate the same
-estimator, and whether an estimator keeps a value of a run that is over, can only be read off their code and what they close over.
+The model may define an estimator's functions inline, as new objects at every run. The code of the functions, and the variables that
+they close over, show whether two runs annotate the same estimator, and whether an estimator keeps a value of an earlier run.
 """
 
 from __future__ import annotations

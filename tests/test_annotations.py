@@ -114,7 +114,7 @@ def test_a_joint_site_is_named(host, annotate):
     guide = autoguide(host, "AutoDiagonalNormal", model)
     joint = next(iter(described(host, guide, regression(host, annotate=False))))
     assert "latent" in joint
-    with pytest.raises(ValueError, match=f"site 'w': .* names a site that is no random choice.*The random sites are: '{joint}'"):
+    with pytest.raises(ValueError, match=f"site 'w': .* names a site that is not a random choice.*The random sites are: '{joint}'"):
         described(host, guide, model, estimators=None if annotate else {"w": LR()})
 
 

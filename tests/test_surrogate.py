@@ -421,7 +421,7 @@ def test_refusals(host):
         (lambda h, t: h.dist.VonMises(t, h.array(1.0)), Surrogate(of_pair), None, "a periodic c at a VonMises"),
         (lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t), Surrogate(of_pair), None, "Surrogate is biased where the support moves"),
         (bernoulli, Surrogate(lambda z: z.sum()), 3, "c must return a number for each element of the batch, expected "),
-        (bernoulli, Surrogate(lambda z: z * z.mean()), 3, "c must read z at one element of the batch"),
+        (bernoulli, Surrogate(lambda z: z * z.mean()), 3, "c must read z at its own element of the batch only"),
     ):
         with pytest.raises(ValueError, match=f"^site 'x': .*{message}"):
             refusing(host, family, estimator, plate)()

@@ -1,4 +1,4 @@
-"""Learned coefficients of each element of a site that are a function of its features."""
+"""Learned coefficients of the elements of a site, as a function of the features of each element."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Amortised(NamedTuple):
 
     @classmethod
     def at(cls, ops: Ops, target: Target, function: Features, shape: tuple[int, ...]) -> Amortised:
-        """The features of a site whose elements have the batch ``shape``: x's, or its dims on the left."""
+        """The features of a site whose elements have the batch ``shape``, that of x or its dims on the left."""
         found = ops.asarray(function(target.p0), getattr(target.p0, target.parameters[0]))
         own_ndim = len(target.p0.batch_shape) - (len(target.batch_shape) - len(shape))  # an array without its dim of features has fewer
         if found.ndim <= max(own_ndim, 0) or not broadcasts(tuple(found.shape[:-1]), shape):
@@ -36,7 +36,7 @@ class Amortised(NamedTuple):
         return cls(ops.stop_gradient(found))
 
     def learned(self, ops: Ops, coefficients: Learned) -> Learned:
-        """W, whose W_0 begins where the ``coefficients`` of all elements would, and whose rest is 0."""
+        """W. Initially W_0 is that of the ``coefficients``, and the rest is 0."""
 
         def initial() -> Array:
             first = coefficients.initial()[None]
@@ -45,7 +45,7 @@ class Amortised(NamedTuple):
         return Learned(initial, (1 + self.features.shape[-1], *coefficients.event_shape))
 
     def coefficients(self, w: Array) -> Array:
-        """a, the batch shape of the features on the left."""
+        """a, with the batch shape of the features on the left."""
         own = tuple(w.shape[1:])
         product = self.features @ w[1:].reshape((self.features.shape[-1], math.prod(own)))
         return w[0] + product.reshape((*self.features.shape[:-1], *own))

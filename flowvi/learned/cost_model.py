@@ -1,4 +1,4 @@
-"""Control variates that are learned while SVI runs: terms of value 0 whose derivative has mean 0."""
+"""Control variates that are learned while SVI runs: terms with value 0 whose derivative has mean 0."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class CostModel:
 
         grad (E[f] - f(x)) = <B M, dM> - (b + h) . dM eps - h . dloc.
 
-    At a mean-field site M is the unit matrix and dM diagonal. The mean is 0 whatever b, B, W and v are, so that b + h may model any
-    gradient of the cost, and none is made symmetric. They minimize the second moment of the gradient in dloc and dM, which is quadratic
-    in b, B and W.
+    At a mean-field site M is the unit matrix and dM is diagonal. The mean is 0 for all b, B, W and v, so B and W need not be symmetric.
+    They minimize the second moment of the gradient in dloc and dM, which is quadratic in b, B and W.
 
     Args:
         ops: The operations of the backend.
         target: A Normal, whose coordinates are those of the site's event, or a MultivariateNormal.
-        kind: ``"diagonal"``: B is diagonal; ``"quadratic"``: it is full; ``"cubic"``: there are W and up to four directions v too.
+        kind: ``"diagonal"``: B is diagonal. ``"quadratic"``: B is full. ``"cubic"``: there are also W and up to four directions v.
         shared: Whether the elements of the site's plates have the same coefficients.
-        features: The features of an element, of which its coefficients are an affine function.
-        num_context: How many numbers an element sees that are independent of its parameters and of z: functions y of the noise of other
-            sites, of mean 0. Then h has a term C y, which adds nothing to the mean; C is learned like B.
+        features: The features of an element; its coefficients are an affine function of them.
+        num_context: The number of *context* numbers y of an element. These are functions of the noise of other sites with mean 0,
+            independent of the element's parameters and of z. h then has a term C y, which does not change the mean. C is learned like
+            B.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class CostModel:
         return {"control_variate": coefficients if self.amortised is None else self.amortised.learned(ops, coefficients)}
 
     def attach(self, x: Array) -> tuple[Array, Array, Array]:
-        """The value, with the derivative of the host's sampler, the control variate over the batch shape of the site, and zeros.
+        """The value with the derivative of the host's sampler, the control variate over the batch shape of the site, and zeros.
 
-        The zeros have ``num_context`` columns. Their product with what the elements see is the rest of the control variate.
+        The zeros have ``num_context`` columns. Their product with the context y is the rest of the control variate.
         """
         ops, target = self.ops, self.target
         assert target.learned is not None
@@ -101,26 +101,26 @@ class CostModel:
         return _reshaped(value, x.shape), target.to_batch(control) if self.full_rank else control, context[0] if context else control
 
     def base(self, x: Array) -> Array:
-        """The noise behind a sample, with its coordinates in one dim: independent standard Normals, without derivatives."""
+        """The noise that gives a sample, with its coordinates in one dim: independent standard Normals, without derivatives."""
         ops, p = self.ops, self.target.p0
         offset = _reshaped(x - p.loc, self.shape)
         return ops.stop_gradient(ops.solve_lower(p.scale_tril, offset) if self.full_rank else offset / self._flat(p.scale, x))
 
     @property
     def _own_weight(self) -> float | None:
-        """The factor of the site's own log density, where that is one number."""
+        """The factor of the site's own log density, if it is a number."""
         own_density = self.target.own_density
         return own_density if isinstance(own_density, (int, float)) else None
 
     def _pullback(self, cotangents: tuple[Array, ...], inputs: tuple[Array, ...], fixed: tuple[Array, ...]) -> tuple[Array, ...]:
-        """The derivatives in loc and the factor; for the coefficients, that of the squared gradient in dloc and dM, added up.
+        """The derivatives in loc and the factor; for the coefficients, the derivative of the summed squared gradient in dloc and dM.
 
         With c the cotangent of the control variate (``unit``), the gradient through the sample and by the model is
 
             g_loc = s v - c h,    g_M = (s v - c (b + h)) eps^T + c B M,
 
-        and g is that with the gradient of the site's own log density. k = -2 c g is then the derivative of the sum of g^2 in what c
-        multiplies: in b + h it is k_M eps, in h alone there is also k_loc, in B M it is -k_M. The cotangent of the zeros is c y.
+        and g is its sum with the gradient of the site's own log density. With k = -2 c g, the derivative of the sum of g^2 is k_M eps
+        in b + h, k_loc in h alone, and -k_M in B M. The cotangent of the zeros is c y.
         """
         (through, unit, *context), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
         unit = unit[..., None]
@@ -221,7 +221,7 @@ class CostModel:
 
 
 class _Cubic(NamedTuple):
-    """W, q, and (z z^T - E[z z^T]) v, of which q_r is the product with v_r, and half of the derivative in it."""
+    """W, q, and (z z^T - E[z z^T]) v; the product of the last with v_r is q_r, and twice it is the derivative of q_r in v_r."""
 
     weights: Array
     squares: Array
@@ -229,7 +229,7 @@ class _Cubic(NamedTuple):
 
 
 class _Model(NamedTuple):
-    """b, B (its diagonal where that is all of it), h without C y, and C."""
+    """b, B (or its diagonal), h without C y, and C."""
 
     b: Array
     curvature: Array

@@ -1,8 +1,9 @@
-"""One control variate for the whole guide: the model of the cost at a Gaussian site also sees the noise of the others.
+"""One control variate for the whole guide: the model of the cost at a Gaussian site also reads the noise of other sites.
 
-An element of a site sees the elements of another one if the plates of one are among those of the other, and only where they are in the
-same element of the plates that both have: a local latent sees the global ones and those of its own element, a global one sees
-all. It does not see a site from which it was computed: what it sees must be independent of its own parameters and noise.
+We say that a site *sees* another one if its model reads the noise of that one. An element sees the elements of another site if the
+plates of one site are among those of the other, and if both are in the same element of the shared plates. So a local latent sees the
+global latents and those of its own element, and a global latent sees all elements. A site does not see a site from which it was
+computed, because the noise that it reads must be independent of its own parameters and noise.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from flowvi.refusals import refusal
 from flowvi.target import Target
 
 JointKind = Literal["quadratic", "cubic"]
-MOST_PRODUCTS = 2**12  # the coefficients of an element, up to which all products of a cubic model are taken
-MOST = 2**18  # those up to which an element sees others
+MOST_PRODUCTS = 2**12  # with more coefficients for an element, a cubic model has squares only
+MOST = 2**18  # with more coefficients, an element sees no other site
 
 
 class Plate(NamedTuple):
     """A batch dim of a site, in a plate or by itself.
 
     Attributes:
-        name: The plate's, or a name of its own.
-        rows: How many of its elements are told apart: all, or 1 where they may be other data at every step.
+        name: The name of the plate; for a dim outside of all plates, a name of its own.
+        rows: The number of its elements with their own coefficients: all, or 1 if they may be other data at every step.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Plate(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A site whose noise others see.
+    """A site whose noise other sites see.
 
     Attributes:
         size: The number of coordinates of an element.
@@ -61,7 +62,7 @@ class Feature(NamedTuple):
     Attributes:
         site: Its name.
         size: The number of its coordinates.
-        columns: The dims whose elements are columns of their own, each with its plate, the first on the right.
+        columns: The dims whose elements have their own columns, each with its plate; the first is on the right.
         summed: The dims over which it is summed.
     """
 
@@ -84,7 +85,7 @@ class Feature(NamedTuple):
         return self.size * prod(plate.rows for _, plate in self.columns)
 
     def places(self) -> list[dict[str, int] | None]:
-        """For each column, the element by plate; None where it is a sum over elements."""
+        """For each column, its element by plate; None for a sum over elements."""
         plates = [plate for _, plate in reversed(self.columns)]
         elements = product(*(range(plate.rows) for plate in plates), range(self.size))
         return [None if self.summed else dict(zip([plate.name for plate in plates], i, strict=False)) for i in elements]
@@ -95,9 +96,9 @@ class Coupling(NamedTuple):
 
     Attributes:
         features: Other sites, in the order of the columns of its coefficients.
-        own: The number of its own coordinates where products are taken, else 0.
-        pairs: The products, as pairs of columns, of which the first ``own`` are the site's own coordinates.
-        diagonal: Whether the model has no products at all, not even of the site's own coordinates with each other.
+        own: The number of its own coordinates if there are products, else 0.
+        pairs: The products, as pairs of columns; the first ``own`` columns are the site's own coordinates.
+        diagonal: Whether the model has no products, not even of the site's own coordinates with each other.
     """
 
     features: tuple[Feature, ...] = ()
@@ -110,7 +111,7 @@ class Coupling(NamedTuple):
         return sum(feature.num_columns for feature in self.features) + len(self.pairs)
 
     def control(self, ops: Ops, name: str, context: Array, draws: Mapping[str, Draw]) -> Array:
-        """The part of a site's control variate that depends on others: ``context``, of value 0, times what the site sees."""
+        """The part of a site's control variate that depends on other sites: ``context``, of value 0, times what the site sees."""
         bases = {site: draw.base for site, draw in draws.items() if draw.base is not None}
         linear = [_over(ops, feature.values(bases[feature.site]), context.shape[:-1]) for feature in self.features]
         if self.pairs:
@@ -121,7 +122,7 @@ class Coupling(NamedTuple):
 
 
 def _over(ops: Ops, value: Array, batch: tuple[int, ...]) -> Array:
-    """Rows of numbers, one for each element of a batch; dims of size 1 that it does not have are dropped."""
+    """Rows of numbers, one for each element of a batch; dims of size 1 that the batch does not have are dropped."""
     if value.shape[:-1] == batch:
         return value
     value = value.reshape(value.shape[max(0, value.ndim - len(batch) - 1) :])
@@ -132,9 +133,9 @@ class Couplings(NamedTuple):
     """What each site sees.
 
     Attributes:
-        kind: That of the model.
+        kind: The kind of the model.
         blocks: The sites, by name.
-        of: What each of them sees.
+        of: What each site sees.
     """
 
     kind: JointKind
@@ -147,9 +148,9 @@ def couple(blocks: Mapping[str, Block], ancestors: Mapping[str, frozenset[str]],
 
     Args:
         blocks: The sites.
-        ancestors: For each draw of the guide, those from which it was computed.
-        kind: ``"quadratic"``: a site sees the noise of others; ``"cubic"``: also its products, with the site's own noise and with each
-            other, or only its squares where there are too many. A site that would have too many coefficients sees none.
+        ancestors: For each draw of the guide, the draws from which it was computed.
+        kind: ``"quadratic"``: a site sees the noise of other sites. ``"cubic"``: also products of two such numbers, and of one with the
+            site's own noise; only squares if there are too many. A site that would have too many coefficients sees no other.
     """
     return Couplings(kind, dict(blocks), {name: _coupling(name, blocks, ancestors[name], kind) for name in blocks})
 
@@ -183,11 +184,11 @@ def _meet(one: dict[str, int] | None, other: dict[str, int] | None) -> bool:
 
 
 def require_independent(couplings: Couplings, ancestors: Mapping[str, frozenset[str]]) -> None:
-    """Refuse a run in which a site is computed from one that it sees.
+    """Refuse a run in which a site is computed from a site that it sees.
 
     Args:
         couplings: What each site sees.
-        ancestors: For each draw of the guide, those from which it was computed in this run.
+        ancestors: For each draw of the guide, the draws from which it was computed in this run.
     """
     for name, coupling in couplings.of.items():
         for feature in coupling.features:
@@ -201,10 +202,10 @@ def require_independent(couplings: Couplings, ancestors: Mapping[str, frozenset[
 
 
 def block_of(estimator: Estimator, target: Target, frames: Any) -> Block | None:
-    """The block of a site; None where a joint control variate does not cover it.
+    """The block of a site; None if a joint control variate does not cover it.
 
     Args:
-        estimator: The estimator that acts there.
+        estimator: Its estimator.
         target: Its distribution.
         frames: The host's frames of the plates around it.
     """

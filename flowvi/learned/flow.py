@@ -22,7 +22,7 @@ from flowvi.tangents import Tangents
 from flowvi.target import Target
 
 REACH = 2.0  # the outermost bumps, in standard deviations
-WIDTH = 0.7  # of a bump, in units of the space between two
+WIDTH = 0.7  # of a bump, in units of the distance between two
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,32 +34,33 @@ class AdaptiveFlow(Estimator):
     .. math:: u_i = m_i(z)\,u'_i, \qquad \psi_i = (1 - m_i)\,s_i + u'_i\,\partial_x m_i, \qquad
         m_i(z) = a_{i0} + \sum_j a_{ij}\,e^{-(z - c_j)^2 / 2 h^2} .
 
-    :math:`m_i = 1`, the start, is RP, and :math:`m_i = 0` is LR. The control variate :math:`\zeta_i = \sum_k b_{ik} s_k + h_i s_i -
-    u'_i\,\partial_x h_i` has mean 0 for all numbers :math:`b_{ik}` and every sum of bumps :math:`h_i`, so that whatever is learned is
-    unbiased. The coefficients minimize the second moment of the gradient in the site's own parameters, whose derivative the same
-    backward pass yields; the user's own optimizer trains them. In NumPyro, pass ``flowvi.numpyro.adaptive(guide, elbo)`` to ``SVI`` as
-    the guide. In Pyro they are registered automatically, as ``"{site}.velocity"``, ``"{site}.control"`` and ``"{site}.proposal"``.
+    :math:`m_i = 1`, the start, is RP, and :math:`m_i = 0` is LR. The control variate
+    :math:`\zeta_i = \sum_k b_{ik} s_k + h_i s_i - u'_i\,\partial_x h_i` has mean 0 for all numbers :math:`b_{ik}` and every sum of
+    bumps :math:`h_i`, so the estimator is unbiased for all coefficients. They minimize the second moment of the gradient in the site's
+    own parameters. The user's optimizer trains them, from the same backward pass. In NumPyro, pass
+    ``flowvi.numpyro.adaptive(guide, elbo)`` to ``SVI`` as the guide. In Pyro they are registered automatically, as
+    ``"{site}.velocity"``, ``"{site}.control"`` and ``"{site}.proposal"``.
 
-    **Requirements**: a continuous scalar family (or ``to_event`` of one) with a pathwise field in ``flowvi.families``, a support
-    that does not move, reverse-mode differentiation, and a cost *without jumps*: where the cost jumps, no pathwise field is
-    right, and the least variance is that of a wrong one (a step under a Normal: the truth is 0.53, what is learned 0). Make the
-    field 0 at the jumps with ``mask``, or use :class:`flowvi.LR`. With several particles the leave-one-out mean makes learning
-    faster, because it takes a constant cost out of the score. As with every score, the elements of a plate must not read each other.
+    **Requirements**: a continuous scalar family (or ``to_event`` of one) with a pathwise field in ``flowvi.families``, a support that
+    does not move, reverse-mode differentiation, and a cost *without jumps*. If the cost jumps, no pathwise field is right, and learning
+    finds a wrong one (for a step under a Normal: 0, where the gradient is 0.53). Make the field 0 at the jumps with ``mask``, or use
+    :class:`flowvi.LR`. With several particles learning is faster, because the leave-one-out mean removes a constant cost from the
+    score. As with every score, the elements of a plate must not read each other.
 
     Args:
-        bumps: The number of bumps, evenly from -2 to 2 standard deviations; 0 learns the best blend of LR and RP, a number for each
-            parameter, and the constants of the control variate.
+        bumps: The number of bumps, evenly from -2 to 2 standard deviations. 0 learns a constant blend of LR and RP for each parameter,
+            and the constants of the control variate.
         q: ``"learned"``: p with its location shifted and its positive parameters multiplied by learned amounts, mixed with p. Or a
             function ``q(p) -> distribution``, or None for q = p.
         start: The initial value of m: 1 is RP, 0 is LR.
-        field: A pathwise field with parts to start from, instead of the one of the family in ``flowvi.families``.
-        mask: ``mask(x, p)``, elementwise: a number by which the field is multiplied, 0 where the cost jumps.
-        shared: Whether the elements of the site's plates and event share what is learned, instead of each having its own. Those of a
-            plate share it by default where they may be other data at every step, see :class:`flowvi.RP`.
-        epsilon: The share of p in the learned q, which keeps the weights below 1/epsilon; 0 for none.
+        field: A pathwise field with parts to start from, instead of the family's field in ``flowvi.families``.
+        mask: ``mask(x, p)``, elementwise: the field is multiplied by it; make it 0 where the cost jumps.
+        shared: Whether the elements of the site's plates and event share the coefficients. By default each has its own, except in a
+            plate that may hold other data at every step; see :class:`flowvi.RP`.
+        epsilon: The weight of p in the learned q, which keeps the weights below 1/epsilon; 0 for none.
         baseline: Subtracted from the costs that multiply psi, instead of the objective's leave-one-out mean; see :class:`flowvi.LR`.
         features: ``features(p)``, with detached parameters: an array of the shape of x with a dim of features f on the right, such as
-            parameters of p, or covariates of its data. What is learned is then :math:`W_0 + \sum_k f_k W_k` at each element, see
+            parameters of p, or covariates of its data. The coefficients of an element are then :math:`W_0 + \sum_k f_k W_k`; see
             :class:`flowvi.RP`.
 
     Raises:
@@ -68,7 +69,7 @@ class AdaptiveFlow(Estimator):
             that moves, a family without a pathwise field, or (``q="learned"``) one that cannot be moved.
 
     Example:
-        Before it has learned it is RP, whose gradient of E[3 x] in loc has no noise; with ``start=0.0`` it is LR:
+        At the start it is RP, whose gradient of E[3 x] in loc has no noise. With ``start=0.0`` it is LR:
 
         >>> import numpyro.distributions as dist
         >>> import flowvi.numpyro
@@ -133,7 +134,7 @@ class AdaptiveFlow(Estimator):
         return None if self.features is None else Amortised.at(ops, target, self.features, target.batch_shape)
 
     def _coefficients(self, ops: Ops, target: Target) -> dict[str, Array]:
-        """What is learned, for every element or for all of them."""
+        """The coefficients, for every element or shared by all."""
         values, amortised = target.read(partial(self.learns, ops, target)), self._amortised(ops, target)
         return {name: value if amortised is None else amortised.coefficients(value) for name, value in values.items()}
 
@@ -194,7 +195,7 @@ class AdaptiveFlow(Estimator):
         return moves
 
     def _fields(self, ops: Ops, target: Target, x: Array, parts: list[Part]) -> tuple[Array, ...]:
-        """Detached, over x: u' and s of the parts, the bumps and their derivatives (these four with one more dim on the left), mask."""
+        """Detached, over x: u' and s of the parts, the bumps and their derivatives (each with one more dim on the left), mask."""
         p = target.p0
         elementwise: list[tuple[str, Callable[[Array], Any]]] = [
             ("log p", p.log_prob),
@@ -226,7 +227,7 @@ class AdaptiveFlow(Estimator):
 
 @dataclass(frozen=True)
 class _Gradient:
-    """The gradient at one draw as a function of what is learned, with everything static.
+    """The gradient at one draw as a function of the coefficients.
 
     Attributes:
         ops: The operations of the backend.
@@ -235,7 +236,7 @@ class _Gradient:
         size: The number of parameters.
         extra_ndim: The number of batch dims of x that are event dims of the site.
         masked: Whether there is a mask.
-        proposal: For a learned q: the family, its parameters by name, those that move, and the share of p; None for another q.
+        proposal: For a learned q: the family, the names of its parameters, those that move, and the weight of p; None for another q.
     """
 
     ops: Ops
@@ -287,7 +288,7 @@ class _Gradient:
         return moment - (self.ops.stop_gradient(square) * log_q).sum()
 
     def _over(self, a: Array, ndim: int) -> Array:
-        """Coefficients with their own two dims first, before those of x: arithmetic is fastest along the long dims on the right."""
+        """Coefficients with their own two dims first: arithmetic is fastest if the long dims, those of x, are on the right."""
         batch = a.shape[:-2]
         return self.ops.moveaxis(a, (-2, -1), (0, 1)).reshape((*a.shape[-2:], *(1,) * (ndim - len(batch)), *batch))
 

@@ -1,4 +1,4 @@
-"""RELAX, REBAR and LAX: control variates made of a function that stands for the cost."""
+"""RELAX, REBAR and LAX: control variates from a function that approximates the cost."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ from flowvi.target import Target
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Surrogate(Estimator):
-    r"""Likelihood ratio less a function c that stands for the cost: RELAX, REBAR and LAX.
+    r"""Likelihood ratio with a control variate from a function c that approximates the cost: RELAX, REBAR and LAX.
 
     .. math:: E = (\phi(x) - c(\tilde z))\,\nabla\log p(x) + \nabla c(z) - \nabla c(\tilde z)
 
-    A discrete x is a function of a continuous z: for a Bernoulli the sign of the logit plus Logistic noise, for categories the
+    A discrete x is determined by a continuous z: for a Bernoulli by the sign of the logit plus Logistic noise, for categories by the
     largest of the log probabilities plus Gumbel noise. :math:`\tilde z` is a second draw from p(z | x). Both are differentiable
-    functions of the parameters and of noise, so that what c adds has mean 0, whatever it is (RELAX). The host draws x as it always
-    does; z and :math:`\tilde z` are drawn given x. A continuous site has :math:`\tilde z = z = x`, without the last term (LAX). The
-    program runs once, and c never sees the cost.
+    functions of the parameters and of noise, so what c adds has mean 0 for every c (RELAX). The host draws x as it always does; z and
+    :math:`\tilde z` are then drawn given x. At a continuous site :math:`\tilde z = z = x`, and there is no last term (LAX). The program
+    runs once, and c never sees the cost.
 
-    The parameters of c minimize the second moment of the gradient in the site's own parameters (of a discrete site: in its logits).
-    The same backward pass yields its derivative, and the user's own optimizer trains them. They are parameters of the program, named
-    ``"{site}.c.{name}"``. In NumPyro, pass ``flowvi.numpyro.adaptive(guide, elbo)`` to ``SVI`` as the guide.
+    The parameters of c minimize the second moment of the gradient in the site's own parameters (at a discrete site: in its logits). The
+    user's optimizer trains them, from the same backward pass. They are parameters of the program, named ``"{site}.c.{name}"``. In
+    NumPyro, pass ``flowvi.numpyro.adaptive(guide, elbo)`` to ``SVI`` as the guide.
 
     With a ``temperature`` :math:`\lambda`, the control variate is :math:`\eta\,c(\sigma(z/\lambda))`, with a sigmoid or a softmax
-    (REBAR). c is then a function like the cost. :math:`\eta` and :math:`\log\lambda` are learned too, as ``"{site}.scale"`` and
+    (REBAR). c can then be a function like the cost. :math:`\eta` and :math:`\log\lambda` are learned too, as ``"{site}.scale"`` and
     ``"{site}.log_temperature"``.
 
     **Requirements**: a Bernoulli, Categorical or OneHotCategorical, or a continuous scalar family (or ``to_event`` of one) with a
-    pathwise field in ``flowvi.families`` and a support that does not move, but no angle; not inside ``scan`` or ``cond``. A c
-    without jumps that is differentiable, and reads z at no other element of the site's batch; whatever is random and read by c must
-    be among the inputs. Reverse-mode differentiation, where c has parameters.
+    pathwise field in ``flowvi.families`` and a support that does not move, but not an angle; not inside ``scan`` or ``cond``. c must be
+    differentiable, without jumps, and must not read z at other elements of the site's batch. If c reads something random, it must be an
+    input. Reverse-mode differentiation, if c has parameters.
 
     Args:
-        c: ``c(z, params, *inputs)``, without ``params`` where there is no ``initial``. z has the shape of x, with one more dim for
-            the categories of a Categorical. It returns an array of the batch shape of the site, so that for a site under
-            ``to_event(1)`` it reads all coordinates. Like the ELBO, a good c is large where the fit is good.
+        c: ``c(z, params, *inputs)``, without ``params`` if there is no ``initial``. z has the shape of x, with one more dim for the
+            categories of a Categorical. c returns an array of the batch shape of the site, so under ``to_event(1)`` it reads all
+            coordinates. Like the ELBO, a good c is large where the fit is good.
         initial: The initial parameters of c: an array or a number, or (nested) dicts of these.
         inputs: More arrays for c, which exist before the site is drawn, such as an observation or an earlier draw; they are detached.
-            Not in the model, which runs after the guide.
-        temperature: The initial :math:`\lambda`, a positive number; None: c gets z itself.
+            Not for an estimator that is annotated in the model, which runs after the guide.
+        temperature: The initial :math:`\lambda`, a positive number. None: c gets z itself.
 
     Raises:
         TypeError: c is not a function.
-        ValueError: A temperature that is not positive. At the first run, naming the site: another family, a temperature at a
-            continuous site, or a c that returns another shape or reads z at other elements.
+        ValueError: A temperature that is not positive. At the first run, naming the site: another family, a temperature at a continuous
+            site, or a c that returns another shape or reads z at other elements.
 
     Example:
-        The gradient of E[2 b] in a logit of 0 is 1/2. Under LR it is 1 where b is 1, and else 0. The best constant c takes all of the
-        noise away:
+        The gradient of E[2 b] in a logit of 0 is 1/2. Under LR it is 1 if b is 1, and 0 otherwise. The best constant c removes all
+        noise:
 
         >>> import jax, numpyro, numpyro.distributions as dist
         >>> from flowvi import LR, Surrogate
@@ -125,11 +125,11 @@ class Surrogate(Estimator):
 
 @dataclass(frozen=True)
 class _Gradient:
-    """The gradient at one draw as a function of what is learned, with everything static.
+    """The gradient at one draw as a function of the learned parameters.
 
-    The site's parameters are along the first axis of their arrays. What else is fixed comes as a tuple: the score s of each parameter,
-    the slope that multiplies the derivative of c at the last point, the factor of the site's own density, and the last point, which is
-    z~ or x. At a discrete site there are the probabilities and z too. The inputs of c come at the end.
+    The site's parameters are along the first axis of their arrays. The tuple ``fixed`` holds the score s of each parameter, the slope
+    that multiplies the derivative of c at the last point, the factor of the site's own density, and the last point, which is z~ or x;
+    at a discrete site also the probabilities and z; at the end the inputs of c.
     """
 
     ops: Ops
@@ -163,7 +163,7 @@ class _Gradient:
             learned = {name: parameter.initial() for name, parameter in self.surrogate.learns(self.ops, self.target).items()}
             cost, along = partial(self._cost, learned, list(self.surrogate.inputs)), self.ops.ramp(z)
             ok = self.ops.is_elementwise(lambda t: cost(z + self._over(t, z) * along), self.to_batch(0 * z))
-        self.target.check(self.ops, ok, "c must read z at one element of the batch for each number; put what it reads into the event.")
+        self.target.check(self.ops, ok, "c must read z at its own element of the batch only; put what it reads into the event.")
 
     def _cost(self, learned: Mapping[str, Array], inputs: list[Array], z: Array) -> Array:
         """The surrogate at z, over the batch of the site."""
@@ -178,7 +178,7 @@ class _Gradient:
         return value if surrogate.temperature is None else learned["scale"] * value
 
     def _over(self, a: Array, z: Array) -> Array:
-        """An array over the batch of the site as one that broadcasts to the shape of z."""
+        """An array over the batch of the site, reshaped to broadcast to z."""
         return a.reshape((*a.shape, *(1,) * (z.ndim - self.target.batch_ndim)))
 
 
@@ -217,7 +217,7 @@ def _relaxed(ops: Ops, target: Target, relaxation: Relaxation, x: Array) -> tupl
 
 
 def _continuous(ops: Ops, target: Target, x: Array) -> tuple[Array, ...] | None:
-    """The tangents of the live parameters, their scores, the velocities and x; None where no parameter is live."""
+    """The tangents of the live parameters, their scores, the velocities and x; None if no parameter is live."""
     dtheta = Tangents(ops, target)
     live = [(d, part) for part in _parts(target).values() if (d := dtheta.of(part.parameter)) is not None]
     if not live:
@@ -240,7 +240,7 @@ def _itself(array: Array) -> Array:
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays of nested dicts, by names with dots."""
+    """The arrays in nested dicts, each with its dotted name."""
     if not isinstance(value, Mapping):
         yield name, value
     else:
@@ -249,7 +249,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _like(name: str, value: Any, learned: Mapping[str, Array]) -> Any:
-    """What is learned, in the nested dicts of the initial ``value``."""
+    """The learned parameters, nested like the initial ``value``."""
     if not isinstance(value, Mapping):
         return learned[name]
     return {key: _like(f"{name}.{key}", part, learned) for key, part in value.items()}

@@ -91,8 +91,7 @@ class _SkewSlice(Density):
         return mode
 
     def _end(self, ops: Ops, p: Any, mode: Array, level: Array, upper: Array) -> Array:
-        """The end where log p is ``level``: by bisection in log units from the end of the support, or from the mode if it is
-        infinite."""
+        """The end where log p is ``level``, by bisection from the end of the support (from the mode if that is infinite)."""
         sides = []
         for bound, sign in zip(self.peak.support, (-1.0, 1.0), strict=True):
             if math.isinf(bound):
