@@ -1,4 +1,4 @@
-"""Which random sites each statement depends on, and in which plates it does so element by element."""
+"""Which random sites each statement depends on, and in which plates it depends on them element by element."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Ancestor(NamedTuple):
 
     Attributes:
         name: The site's name.
-        frames: The plates in which an element depends on the same element of the site only; in other plates it depends on all.
+        frames: The plates in which an element depends only on the same element of the site; in other plates it depends on all.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Node(NamedTuple):
     Attributes:
         name: Its name.
         frames: Its plates.
-        ancestors: Names of the guide's unobserved sites on which it depends; for such a site, its own name included.
+        ancestors: Names of the guide's unobserved sites on which it depends, including its own name if it is such a site.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Node(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """The names of the guide's unobserved sites on which each statement depends, its own included where it is one.
+    """The names of the guide's unobserved sites on which each statement depends, including its own if it is such a site.
 
     Attributes:
         guide: For the log density of each statement of the guide.
@@ -57,10 +57,10 @@ class Graph(NamedTuple):
 
 @lru_cache(maxsize=64)  # the same at every step of most programs
 def scored_ancestors(statements: tuple[Node, ...], draws: tuple[Node, ...], scored: frozenset[str]) -> dict[str, frozenset[Ancestor]]:
-    """For each statement, its ancestors that have a score or a weight, each with the plates in which it depends on them by element.
+    """For each statement, its ancestors that have a score or a weight, each with the plates in which the dependence is by element.
 
-    Elements of a plate are independent, so these are the plates of both, except a plate that some site between the two is outside of:
-    every element influences that site, and that site influences every element.
+    Elements of a plate are independent, so these are the plates of both, except a plate if some site between the two is outside it:
+    every element of the plate influences this site, and this site influences every element.
 
     Args:
         statements: The statements.
@@ -84,7 +84,7 @@ def scored_ancestors(statements: tuple[Node, ...], draws: tuple[Node, ...], scor
 
 @lru_cache(maxsize=4096)
 def _interned(ancestors: frozenset[Ancestor]) -> frozenset[Ancestor]:
-    """The same object for equal sets, so that comparing them costs nothing."""
+    """The same object for equal sets, which makes comparing them free."""
     return ancestors
 
 
@@ -96,18 +96,18 @@ def program_order(
     guide_scans: frozenset[str] = frozenset(),
     model_scans: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
-    """The ``random`` sites of the guide on which each statement may depend, going by the order of statements.
+    """The ``random`` sites of the guide on which each statement may depend, according to the order of statements.
 
-    A statement cannot depend on a site that its program had not reached. The model reaches a site of the guide at its own statement of
-    that name, and with it everything that the guide had drawn before; auxiliary sites, which the model does not name, count as reached
+    A statement cannot depend on a site that comes later in its program. The model reaches a site of the guide at the model's statement
+    of the same name, and with it everything that the guide drew before. Auxiliary sites, which are not in the model, count as reached
     before the model begins.
 
     Args:
         guide: The guide's sample statements, in program order.
-        model: The model's.
+        model: The model's sample statements, in program order.
         random: Sites of the guide.
-        guide_scans: Statements of the guide that came out of scan or cond; adjacent ones may depend on each other in any order.
-        model_scans: Statements of the model that did.
+        guide_scans: Statements of the guide inside scan or cond; adjacent ones may depend on each other in any order.
+        model_scans: Statements of the model inside scan or cond.
 
     Returns:
         The ancestors by name, for the statements of the guide and for those of the model.

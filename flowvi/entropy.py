@@ -20,7 +20,7 @@ def apply_entropy(host: Host, run: Run, entropy: Entropy) -> Run:
 
 
 def stick_the_landing(host: Host, run: Run, values: Mapping[str, Held], what: str) -> Run:
-    """Subtract from the guide's log densities what their parameters contribute at fixed values of the sites and their parents.
+    """Subtract from the guide's log densities their derivative in the parameters at fixed values of the sites and their parents.
 
     Args:
         host: The host library.
@@ -29,7 +29,7 @@ def stick_the_landing(host: Host, run: Run, values: Mapping[str, Held], what: st
         what: The option, for messages.
 
     Raises:
-        ValueError: Where the support of a random site moves, so that the mean of what is subtracted is not 0.
+        ValueError: The support of a random site moves, so the mean of what is subtracted is not 0.
     """
     require_fixed_supports(host, run, what)
     held = run.again(values, with_model=False)
@@ -47,17 +47,16 @@ def held_values(host: Host, run: Run) -> dict[str, Held]:
 
 
 def require_fixed_supports(host: Host, run: Run, what: str) -> None:
-    """Refuse the option ``what``, which drops the guide's scores, where the support of a random site moves with a parameter."""
+    """Refuse the option ``what``, which drops the guide's scores, if the support of a random site moves with a parameter."""
     for name in run.sites.random:
         host.target(name, run.guide[name].fn, False).require_fixed_support(what)
 
 
 def use_closed_forms(host: Host, run: Run) -> Run:
-    """Replace, at each site for which the host knows it, the two log densities by minus their divergence in closed form.
+    """Replace the two log densities of a site by minus their divergence in closed form, at each site for which the host knows it.
 
     Raises:
-        ValueError: Where model and guide have latent sites in different orders, so that the divergence may depend on what is drawn
-            from the site.
+        ValueError: Model and guide have latent sites in different orders, so the divergence may depend on the site's draw.
     """
     _require_one_order(*([name for name, s in program.items() if not s.observed] for program in (run.guide, run.model)))
     guide, model = dict(run.guide), dict(run.model)
@@ -78,22 +77,22 @@ def use_closed_forms(host: Host, run: Run) -> Run:
 
 
 def _count_alike(ops: Ops, one: Statement, other: Statement) -> bool:
-    """Whether the two log densities are known to count alike: a divergence in closed form has one scale and one mask."""
+    """Whether the two log densities are known to have the same scale and mask, as a divergence in closed form needs."""
     weights = [[1.0 if s.scale is None else s.scale, *(m for m in (s.mask, *masks(s.fn)) if m is not None)] for s in (one, other)]
     return len(weights[0]) == len(weights[1]) and all(map(ops.is_known_equal, *weights))
 
 
 def _require_one_order(guide: list[str], model: list[str]) -> None:
-    """Refuse closed-form divergences where the latent sites of guide and model come in different orders.
+    """Refuse closed-form divergences if the latent sites of guide and model come in different orders.
 
-    The divergence at a site is the expectation over the site given its parents; a parent in the model must not come after it in the
-    guide.
+    The divergence at a site is the expectation over the site given its parents, so a parent in the model must not come after the site
+    in the guide.
     """
     in_guide, in_model = ([name for name in one if name in other] for one, other in ((guide, model), (model, guide)))
     for first, second in zip(in_guide, in_model, strict=True):
         if first != second:
             raise refusal(
                 first,
-                f"entropy='analytic' needs the latent sites in one order in guide and model, expected {in_model} as in "
+                f"entropy='analytic' needs the latent sites in the same order in guide and model, expected {in_model} as in "
                 f"the model, found {in_guide}; reorder the guide, or use entropy='full'.",
             )

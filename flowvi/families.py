@@ -1,7 +1,7 @@
 """The named families of both hosts, one entry each; see :class:`flowvi.family.Family` for the columns.
 
-A family is known by the name of its class, so that one entry is for both hosts. Classes that only one host has, such as NumPyro's
-``BernoulliLogits`` beside Pyro's ``Bernoulli``, have an entry each. ``tests/test_families.py`` gives the reason for each empty column.
+A family is known by the name of its class, so one entry is for both hosts. A class that only one host has, such as NumPyro's
+``BernoulliLogits`` and Pyro's ``Bernoulli``, has its own entry. ``tests/test_families.py`` gives the reason for each empty column.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _logits(p: Any, t: float) -> dict[str, Any]:
 
 
 def _towards_1(name: str, p: Any, t: float) -> Any:
-    """The parameter of a density x^(a - 1) when that is raised to 1/t."""
+    """The parameter a of a density x^(a - 1) that is raised to 1/t."""
     return (getattr(p, name) - 1) / t + 1
 
 

@@ -1,6 +1,6 @@
 """What flowvi knows about a named family of distributions, and the table of all families, which :mod:`flowvi.families` fills.
 
-The two are apart because fields and proposals look families up, and the entries name fields.
+The two are separate modules because fields and proposals look families up, and the entries name fields.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class SkewPeak:
     """A density with one peak that is not symmetric, between fixed ends at which it is 0.
 
     Attributes:
-        mode: ``mode(ops, p)`` is where the peak is. None: the density falls from the lower end, so that of each slice only the upper
-            end moves.
+        mode: ``mode(ops, p)`` is where the peak is. None: the density only falls from the lower end, so only the upper end of a slice
+            moves.
         support: The ends.
-        shapes: The parameters that must be above 1, so that there is such a peak.
+        shapes: The parameters that must be above 1 for such a peak to exist.
     """
 
     mode: Callable[[Ops, Any], Any] | None
@@ -56,7 +56,7 @@ class Stretch:
     Attributes:
         parameter: Its name.
         balance: ``balance(ops, p, z)`` is 1 + z d log f / dz, for z > 0.
-        peak: ``peak(p)`` is the z where that is 0, and z f(z) is largest.
+        peak: ``peak(p)`` is the z where the balance is 0, and z f(z) is largest.
         unit: ``unit(p)``, in terms of the parameter.
     """
 
@@ -73,7 +73,7 @@ class Neighbours:
     Attributes:
         above: ``above(ops, p, k)`` is the weight of k + 1.
         below: ``below(ops, p, k)`` is the weight of k - 1.
-        constant: The parameters in which these weights have no derivative, so that they must be constants.
+        constant: The parameters in which these weights have no derivative; they must be constants.
     """
 
     above: Callable[[Ops, Any, Array], Array]
@@ -83,11 +83,11 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class WeakDerivative:
-    """The derivative of a law in one parameter as weighted values; see :mod:`flowvi.weak_derivatives`.
+    """The derivative of a distribution in one parameter as weighted values; see :mod:`flowvi.weak_derivatives`.
 
     Attributes:
         weighted: ``weighted(ops, p, x, u)`` are the values, detached, each with its live weight. x is a draw, u a uniform number.
-        num_values: How many values there are.
+        num_values: The number of values.
     """
 
     weighted: Callable[[Ops, Any, Array, Array], list[tuple[Array, Array]]]
@@ -101,24 +101,24 @@ class Family:
     Attributes:
         name: The name of its class.
         parameters: The names of its parameters.
-        separate: Whether the derivative of the host's ``log_prob`` in each array of ``parameters`` is the score of that array alone, as
+        separate: Whether the derivative of the host's ``log_prob`` in each array of ``parameters`` is the score of this array alone, as
             the baseline ``"optimal"`` needs it.
-        standardization: S(x, p), whose law is free of the parameters and which increases along the host's sampler; without one,
+        standardization: S(x, p), whose law does not depend on the parameters and which increases along the host's sampler. Without it,
             ``RP(q=...)`` uses the cdf.
-        standardized: The sample in units in which it is roughly a standard Normal, for the bumps of ``AdaptiveFlow``; without one, its
-            mean and variance standardize it.
+        standardized: The sample, transformed to be roughly a standard Normal, for the bumps of ``AdaptiveFlow``. Without it, the sample
+            is standardized by its mean and variance.
         moves: The parameters that a learned q moves: ``loc`` is shifted, the others, which are positive, are multiplied.
-        tempered: ``tempered(p, t)`` are the parameters for which the natural ones are those of p divided by t.
-        peak: What the horizontal slices of a density with one peak need.
-        stretch: What the optimal sampling density for a scale or a rate needs.
-        vanishing: Whether the tails are so light that the density vanishes at each end to which exp, a sigmoid and the like carry it.
-        circle: Whether it lives on the angles from -pi to pi.
-        binary: Whether it is a Bernoulli, with ``probs`` and ``logits`` however it is made.
+        tempered: ``tempered(p, t)`` are the parameters whose natural parameters are those of p divided by t.
+        peak: A description of a density with one peak, for its horizontal slices.
+        stretch: A description of a scale or a rate, for its optimal sampling density.
+        vanishing: Whether the tails are so light that the density still vanishes at an end made by exp, a sigmoid and the like.
+        circle: Whether the values are angles from -pi to pi.
+        binary: Whether it is a Bernoulli, with both ``probs`` and ``logits``.
         masses: ``masses(ops, p, values)``: the probabilities of all values of a finite support, which the host enumerates along the
-            first dim; without it they come from ``log_prob``.
-        neighbours: Of integers, the weights of the two neighbours of a value; without them they come from the cdf.
-        weak_derivatives: The weak derivatives by parameter; ``"sum"`` where they are the sum over ``masses``.
-        relaxation: Of what continuous variable it is a function; see :mod:`flowvi.relaxations`.
+            first dim. Without it they come from ``log_prob``.
+        neighbours: For integers, the weights of the two neighbours of a value. Without them they come from the cdf.
+        weak_derivatives: The weak derivatives by parameter; ``"sum"`` if they are the sum over ``masses``.
+        relaxation: The continuous variable of which it is a function; see :mod:`flowvi.relaxations`.
         fields: The functions of :mod:`flowvi.fields` that make a field for it; the first one makes the default pathwise field.
     """
 
@@ -156,7 +156,7 @@ _UNKNOWN = Family("unknown")
 
 
 def family_of(p: Any) -> Family:
-    """The entry of a distribution's family, by the name of its class; an empty one for a class without an entry."""
+    """The entry of a distribution's family, by the name of its class; an empty entry for an unknown class."""
     return FAMILIES.get(type(p).__name__, _UNKNOWN)
 
 

@@ -1,4 +1,4 @@
-"""Flows without an analytic inverse: the density at a fixed value, from the base sample that the forward pass has kept."""
+"""Flows without an analytic inverse: the density at a fixed value, from the base sample that the forward pass kept."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from flowvi.target import Target
 
 
 def held_base(ops: Ops, target: Target, x: Array) -> Array:
-    r"""The base sample x, moving so that the value T(x) of the site does not: :math:`dx = -(\partial_x T)^{-1} \partial_\theta T`.
+    r"""The base sample x, with the derivative that keeps the value T(x) fixed: :math:`dx = -(\partial_x T)^{-1} \partial_\theta T`.
 
-    It is what :math:`T^{-1}(y; \theta)` would be at a fixed y, with its first derivative.
+    This is :math:`T^{-1}(y; \theta)` at a fixed y, with its first derivative.
 
     Args:
         ops: The operations of the backend.
-        target: The target of a site, entered, so that its transforms lead from x to y.
+        target: The entered target of a site; its transforms map x to y.
         x: The base sample, detached.
     """
     event_ndim = max(transform.domain.event_dim for transform in target.transforms)

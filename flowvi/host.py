@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 class Host(Protocol):
     """One of the host libraries, Pyro or NumPyro, as the core sees it.
 
-    The core builds objects with the properties. The methods are for tools that look at one distribution outside of a program
-    (:mod:`flowvi.checks`, :mod:`flowvi.plot`): they carry numbers to and from NumPy, draw with a seed, and differentiate.
+    The core builds objects with the properties. The methods are for tools that work with one distribution outside of a program
+    (:mod:`flowvi.checks`, :mod:`flowvi.plot`): they convert numbers to and from NumPy, draw with a seed, and differentiate.
 
     Attributes:
         name: ``"numpyro"`` or ``"pyro"``.
         ops: The operations of its arrays.
-        distribution: The class from which all of its distributions derive.
+        distribution: The base class of its distributions.
         target: Makes the :class:`flowvi.target.Target` of a site: ``target(name, distribution, enters)``.
         estimated: Its wrapper ``Estimated``.
         wrappers: The classes that wrap a family without changing it, ``estimated`` among them.
-        proposal: Makes a distribution of a :class:`flowvi.proposals.Density`: ``proposal(density, *parts)``.
+        proposal: Makes a distribution from a :class:`flowvi.proposals.Density`: ``proposal(density, *parts)``.
         student_t: Its Student's t: ``student_t(df, loc, scale)``.
         multivariate_student_t: Its multivariate Student's t: ``multivariate_student_t(df, loc, scale_tril)``.
-        compiles: Whether it compiles a function once for each shape of its arguments, so that few shapes are better than many.
+        compiles: Whether it compiles a function once for each shape of its arguments, which makes many shapes slow.
     """
 
     @property
@@ -44,11 +44,11 @@ class Host(Protocol):
     @property
     def wrappers(self) -> tuple[type, ...]: ...
     def divergence(self, guide: Any, model: Any, /) -> Any:
-        """The divergence of two statements in closed form, scaled and masked as the first; None where the host knows none."""
+        """The divergence of two statements in closed form, scaled and masked like the first; None if the host knows none."""
         ...
 
     def base_sample(self, statement: Any, /) -> Array | None:
-        """The detached base sample behind the value of a transformed statement that the host cannot invert; None for any other."""
+        """The detached base sample of a transformed statement whose transform the host cannot invert; None for any other."""
         ...
 
     @property
@@ -65,7 +65,7 @@ class Host(Protocol):
         ...
 
     def devices(self) -> list[str]:
-        """The devices that are there, by name."""
+        """The names of the available devices."""
         ...
 
     def array(self, x: Any, /) -> Array:
@@ -73,7 +73,7 @@ class Host(Protocol):
         ...
 
     def numpy(self, x: Any, /) -> np.ndarray:
-        """The numbers of an array, or of what NumPy takes."""
+        """An array, or anything that NumPy accepts, as a NumPy array."""
         ...
 
     def precise(self) -> AbstractContextManager[None]:
@@ -81,13 +81,13 @@ class Host(Protocol):
         ...
 
     def sample(self, target: Any, q: Any, seed: int, /) -> Array:
-        """Detached draws of x, of the shape of ``target``, from ``q`` expanded to it; the host's random state stays as it was."""
+        """Detached draws of x, of the shape of ``target``, from ``q`` expanded to it; the host's random state does not change."""
         ...
 
     def rsample(self, p: Any, seed: Any, /) -> Array:
-        """A draw by the host's own sampler, of batch and event shape, with its derivative; the random state stays as it was.
+        """A draw by the host's own sampler, of batch and event shape, with its derivative; the random state does not change.
 
-        ``seed`` is a whole number or an array of one.
+        ``seed`` is an integer or an array with one integer.
         """
         ...
 
@@ -102,7 +102,7 @@ class Host(Protocol):
     def derivative(self, f: Callable[[Array], tuple[Array, ...]], t: float, /) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The arrays ``f(t)`` of a number t, and their derivatives in t.
 
-        Nothing is compiled, so that ``f`` sees which of its numbers do not move.
+        Nothing is compiled, so ``f`` can see which of its numbers do not depend on t.
         """
         ...
 
@@ -111,7 +111,7 @@ _HOSTS: list[Host] = []
 
 
 def register(host: Host) -> None:
-    """Make an adapter known to the core; each adapter does so when it is imported."""
+    """Make an adapter known to the core; each adapter calls this when it is imported."""
     _HOSTS.append(host)
 
 

@@ -1,7 +1,7 @@
 r"""Declared jumps of the cost: the surface terms that a pathwise derivative leaves out.
 
-Where the cost jumps by :math:`[\phi] = \phi(t^+) - \phi(t^-)` as a scalar x crosses t, a field u and a jump that moves with the speed
-v miss the flux :math:`p(t)\,(u(t) - v)\,[\phi]` of mass through t. Two alternatives, just above t and just below, add it.
+Let the cost jump by :math:`[\phi] = \phi(t^+) - \phi(t^-)` as a scalar x crosses t, and let the jump move with the speed v. A field u
+then misses the flux :math:`p(t)\,(u(t) - v)\,[\phi]` of mass through t. Two alternatives, just above and just below t, add this flux.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from flowvi.surfaces import Surface, surface_comparison
 from flowvi.target import Target
 
 Jump = float | Array | Callable[[Any], Array] | Surface
-ULPS = 8  # how far above and below, in units of the last digit of 1 + |t|, so that x + 1 > t + 1 tells them apart too
+ULPS = 8  # the distance from t, in units of the last digit of 1 + |t|; even x + 1 > t + 1 then distinguishes the two sides
 
 
 class JumpsField:
-    """The field ``jumps`` of an estimator's dataclass: a tuple, whatever sequence is given."""
+    """The field ``jumps`` of an estimator's dataclass: a tuple, made from any sequence."""
 
     def __get__(self, estimator: Any, owner: type) -> tuple[Jump, ...]:
-        """The jumps of an estimator; none for the class itself, which makes that the default."""
+        """The jumps of an estimator; for the class itself none, which is the default."""
         return () if estimator is None else vars(estimator)["jumps"]
 
     def __set__(self, estimator: Any, value: Sequence[Jump] | Surface) -> None:
-        """Refuse what is no sequence."""
+        """Refuse anything but a sequence or a surface."""
         if isinstance(value, Surface):
             value = (value,)
         if not isinstance(value, list | tuple):
@@ -50,7 +50,7 @@ def jump_comparison(ops: Ops, target: Target, x: Array, jumps: tuple[Jump, ...],
         return surface_comparison(ops, target, x, surfaces, velocity)
     if target.event_ndim or target.transforms or target.is_discrete():
         target.refuse(
-            f"jumps=... are for a continuous scalar family (or to_event of one), found {target.family}"
+            f"jumps=... is for a continuous scalar family (or to_event of one), found {target.family}"
             f"{' under a transform' if target.transforms else ''}; use LR(), or a field that is 0 at the jump."
         )
 

@@ -1,12 +1,12 @@
-"""Sites of the model that the host sums out: which statements are contracted together, and the cost that they become.
+"""Sites of the model that the host sums out: which statements are contracted together, and the resulting cost.
 
-A statement whose log density depends on the value of a marginalised site z is a factor. Factors that share such sites, directly or by
-way of others, are one component. The host contracts it to
+A statement whose log density depends on the value of a marginalised site z is a *factor*. Factors that share such sites, directly or
+through other factors, form a *component*. The host contracts a component to
 
     log sum_z prod_j exp(f_j),
 
-once for each element of the plates that all of its statements share; over the other plates the contraction multiplies. The
-component counts as one cost, which depends on everything that one of its statements depends on.
+once for each element of the plates that all of its statements share; over the other plates the contraction multiplies. The component is
+one cost, which depends on every site on which one of its statements depends.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Factor(NamedTuple):
     Attributes:
         name: The name of the statement.
         frames: Its plates.
-        dims: The marginalised sites on which it depends, its own included where it is one; by the names of the host's dims.
-        log_density: Masked, but not scaled, in whatever form the host contracts; that of a marginalised site is not masked, so that
-            its probabilities always add up to 1.
-        own_dim: That of ``dims`` along which its values lie, where it is a marginalised site.
+        dims: The marginalised sites on which it depends, including itself if it is one, by the names of the host's dims.
+        log_density: Masked but not scaled, in the form that the host contracts. For a marginalised site it is not masked, so its
+            probabilities always add up to 1.
+        own_dim: If it is a marginalised site, the one of ``dims`` along which its values lie.
     """
 
     name: str
@@ -56,7 +56,7 @@ def with_marginals(
             ``frames``; returns an array whose batch dims are those of ``frames``.
 
     Raises:
-        ValueError: Statements of a component have different scales, so that no scale of the marginal density is right. Or a statement
+        ValueError: Statements of a component have different scales, so no scale of the marginal density is right; or a statement
             outside a plate depends on a site inside.
     """
     statements = dict(model)
@@ -90,7 +90,7 @@ def _components(factors: Sequence[Factor]) -> list[list[Factor]]:
 
 
 def _require_plates(factors: Sequence[Factor]) -> None:
-    """Refuse a statement outside a plate that depends on a site inside, of which the hosts would give all elements the same value."""
+    """Refuse a statement outside a plate that depends on a site inside: the hosts would give all elements the same value."""
     owners = {factor.own_dim: factor for factor in factors if factor.own_dim is not None}
     for factor in factors:
         for site in (owners[dim] for dim in sorted(factor.dims) if dim in owners):

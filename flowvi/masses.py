@@ -1,7 +1,7 @@
-"""Probabilities of the values of discrete families, live, where the hosts' log densities would not do.
+"""Probabilities of the values of discrete families, with right derivatives where those of the hosts' log densities fail.
 
-NumPyro's log densities of Bernoulli and Binomial have a wrong derivative at logits of exactly 0, and every logarithm has an infinite
-one at a probability of 0.
+NumPyro's log densities of Bernoulli and Binomial have a wrong derivative at logits of exactly 0, and a logarithm has an infinite
+derivative at a probability of 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Weights of the two neighbours of an integer, live, for families in which they have a closed form.
+"""Weights of the two neighbours of an integer, with their derivatives, for families in which they have a closed form.
 
-The cost at k + 1 has the weight of derivative -dF(k) / p(k), that at k - 1 the weight of derivative dF(k - 1) / p(k). Both come from
-summation by parts of sum_k dp(k) phi(k). At the ends of the support, where there is no such neighbour, they are 0.
+The weight of the cost at k + 1 has the derivative -dF(k) / p(k); the weight of the cost at k - 1 has the derivative dF(k - 1) / p(k).
+Both come from summation by parts of sum_k dp(k) phi(k). They are 0 at an end of the support, where there is no neighbour.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from flowvi.ops import Array, Ops
 
 
 def _ratio(ops: Ops, live: Array, by: Array) -> Array:
-    """A live array divided by one that is detached, and 0 where that is 0, as a probability may be once it is rounded."""
+    """A live array divided by a detached one, and 0 where the latter is 0, as a rounded probability may be."""
     by = ops.stop_gradient(by)
     inverse = ops.where(by > 0, 1 / ops.where(by > 0, by, 0 * by + 1), 0 * by)
     return live * inverse
@@ -31,7 +31,7 @@ GEOMETRIC = Neighbours(
     above=lambda ops, p, k: -(k + 1) * _ratio(ops, p.probs, p.probs),
     below=lambda ops, p, k: k * _ratio(ops, p.probs, p.probs * (1 - p.probs)),
 )
-# with the mean r p / (1 - p), which both hosts have in each of the parameterisations: dp / (1 - p) = dmean / (mean + r)
+# from the mean r p / (1 - p), which both hosts have in each parameterisation: dp / (1 - p) = dmean / (mean + r)
 NEGATIVE_BINOMIAL = Neighbours(
     above=lambda ops, p, k: (k + p.total_count) * _ratio(ops, p.mean, p.mean + p.total_count),
     below=lambda ops, p, k: -k * _ratio(ops, p.mean, p.mean),

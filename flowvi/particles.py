@@ -1,13 +1,13 @@
 """Particles that are drawn together, so that the mean over them has less noise.
 
-At an ``RP`` site a particle is a function of uniform numbers, one for each element. The particles' numbers may depend on each other, as
-long as each alone has the law that it would have. Every mean over particles then keeps its mean, and so does the gradient.
+At an ``RP`` site a particle is a function of uniform numbers, one for each element. The numbers of different particles may depend on
+each other, as long as each number alone is uniform. Every mean over particles then keeps its expectation, and so does the gradient.
 
-Scores stay independent: a site with a score is drawn by itself in each particle. Given all jointly drawn numbers, its score has mean 0
-whatever the other particles draw, so that the leave-one-out baseline, a function of these, multiplies it without bias.
+A site with a score is drawn independently in each particle. Given all jointly drawn numbers, its score has mean 0 whatever the other
+particles draw. So the score may be multiplied by the leave-one-out baseline, a function of these draws, without bias.
 
-Fixed particles are the same at every step. The loss is then a function of the parameters, whose derivative is the estimate where every
-sample is a smooth function of them at fixed random numbers.
+Fixed particles are the same at every step. The loss is then a function of the parameters. Its derivative is the estimate if every
+sample is a smooth function of the parameters at fixed random numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BY_INVERSE_CDF = frozenset(
     {"Normal", "LogNormal", "Laplace", "Logistic", "Cauchy", "Gumbel", "HalfNormal", "HalfCauchy", "Exponential", "Uniform", "Pareto"}
 )
 BY_NORMAL_BASE = frozenset({"MultivariateNormal"})
-SMOOTH = BY_INVERSE_CDF | BY_NORMAL_BASE | {"LowRankMultivariateNormal", "Weibull"}  # whose samplers accept the first number
+SMOOTH = BY_INVERSE_CDF | BY_NORMAL_BASE | {"LowRankMultivariateNormal", "Weibull"}  # their samplers do not reject
 
 
 def are_together(particles: Particles) -> bool:
@@ -59,14 +59,14 @@ def can_be_joint(target: Target) -> bool:
 
 
 def at_uniforms(ops: Ops, target: Target, u: Array) -> Array:
-    """X at uniform numbers of its shape, with the derivative in the parameters at fixed numbers."""
+    """X at given uniform numbers of its shape, with the derivative in the parameters at fixed numbers."""
     if target.family in BY_INVERSE_CDF:
         return target.p.icdf(u)
     return target.p.loc + (target.p.scale_tril @ ops.ndtri(u)[..., None])[..., 0]
 
 
 def require_fixed(run: Run) -> None:
-    """Refuse fixed draws where the gradient is not that of the loss at these draws, or where only one mini-batch would be seen."""
+    """Refuse fixed draws if the gradient is not that of the loss at these draws, or if every step would see the same mini-batch."""
     if run.subsampled:
         raise ValueError(
             f"plate '{next(iter(run.subsampled))}': expected a plate that is not subsampled under particles='fixed', which would draw "

@@ -1,4 +1,4 @@
-"""A distribution made again with other parameters; its arguments are read off the signature of its class."""
+"""A distribution built again with other parameters; its arguments come from the signature of its class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rebuild(p: Any, changed: Mapping[str, Any], *, validate: bool | None = None)
         validate: Whether the new distribution validates its arguments; None leaves that to the host.
 
     Raises:
-        TypeError: The class of ``p`` cannot be called with what its signature names.
+        TypeError: The class of ``p`` cannot be called with the arguments in its signature.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -43,7 +43,7 @@ def build(family: type, values: Mapping[str, Any]) -> Any:
 def parameters(p: Any, wanted: Collection[str] = ()) -> dict[str, Parameter]:
     """Every continuous parameter of a distribution and of the distributions inside it, by its full name.
 
-    Of alternatives such as probs and logits it has only one: the ``wanted`` one, or else the one that was given.
+    Of alternatives such as probs and logits it has only one: the ``wanted`` one, or the one that was given.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,9 +56,9 @@ def parameters(p: Any, wanted: Collection[str] = ()) -> dict[str, Parameter]:
 
 
 def arguments(p: Any, wanted: Collection[str] = ()) -> dict[str, Any]:
-    """The arguments from which a distribution can be made again: its parameters and the distributions inside it.
+    """The arguments from which a distribution can be built again: its parameters and the distributions inside it.
 
-    Of alternatives such as probs and logits it has only one: the ``wanted`` one, or else the one that was given.
+    Of alternatives such as probs and logits it has only one: the ``wanted`` one, or the one that was given.
     """
     if _is_wrapper(p):
         return {"base_dist": p.base_dist}
@@ -69,7 +69,7 @@ def arguments(p: Any, wanted: Collection[str] = ()) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _signature(family: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The arguments of a class, and those of them that may be left out in favour of another one."""
+    """The arguments of a class, and those that may be replaced by another one."""
     accepted = {name: a for name, a in signature(family).parameters.items() if name not in ("validate_args", "support")}
     return tuple(accepted), tuple(name for name, a in accepted.items() if a.default is None)
 

@@ -1,7 +1,7 @@
 r"""Discrete families as functions of continuous variables, x = H(z), with z = eta plus noise that has no parameters.
 
 For a Bernoulli eta is the logit, the noise Logistic and H(z) = [z > 0]. For categories eta is the vector of log probabilities, the
-noise Gumbel and H(z) the category of the largest coordinate. So dz/deta = 1. Given x, z is a function of eta and of other uniform
+noise Gumbel and H(z) the category of the largest coordinate. So dz/deta = 1. Given x, z is another function of eta and of uniform
 numbers, coordinate by coordinate, with another derivative.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from flowvi.ops import Array, Ops
 
-LEAST = 2.0**-26  # stands for a uniform number that was rounded to 0
+LEAST = 2.0**-26  # replaces a uniform number that was rounded to 0
 
 
 class Relaxation(ABC):
@@ -28,7 +28,7 @@ class Relaxation(ABC):
 
     @abstractmethod
     def soft(self, ops: Ops, z: Array) -> Array:
-        """What z relaxes x to: its sigmoid or softmax. That of eta is the vector of probabilities."""
+        """The sigmoid or softmax of z, which relaxes x. That of eta is the vector of probabilities."""
 
     @abstractmethod
     def moved(self, soft: Array, dz: Array) -> Array:
@@ -36,14 +36,14 @@ class Relaxation(ABC):
 
     @abstractmethod
     def in_logits(self, g: Array, probs: Array) -> Array:
-        """A gradient in eta as one in logits that are free of each other."""
+        """A gradient in eta as a gradient in independent logits."""
 
     @abstractmethod
     def _given(self, ops: Ops, eta: Array, hard: Array, log_v: Array, log1m_v: Array) -> tuple[Array, Array]:
         """See :meth:`given`, with the logarithms of v and of 1 - v."""
 
     def given(self, ops: Ops, eta: Array, hard: Array, v: Array) -> tuple[Array, Array]:
-        """A draw of z given x, from uniform numbers v between 0 and 1, and its derivative dz/deta; for detached arguments."""
+        """A draw of z given x, from uniform numbers v between 0 and 1, and its derivative dz/deta. All arguments are detached."""
         v = ops.where(v > 0, v, 0 * v + LEAST)
         return self._given(ops, eta, hard, ops.log(v), ops.log1p(-v))
 

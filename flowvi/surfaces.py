@@ -19,17 +19,17 @@ from flowvi.alternatives import Alternatives, Comparison
 from flowvi.ops import Array, Ops
 from flowvi.target import Target
 
-ULPS = 8  # for each coordinate: how far from the surface the alternatives are, in units in the last place of g
+ULPS = 8  # the distance of the alternatives from the surface, per coordinate, in units in the last place of g
 
 
 class Normals(NamedTuple):
-    """The law of the event, x = loc + L z with z of standard Normals, detached.
+    """The law of the event: x = loc + L z with standard Normals z, detached.
 
     Attributes:
         loc: The mean, of the shape of x.
-        root: L z of a vector z.
-        whiten: The z of a vector L z.
-        covariance: L L' a of a vector a.
+        root: Maps a vector z to L z.
+        whiten: Maps a vector L z to z.
+        covariance: Maps a vector a to L L' a.
     """
 
     loc: Array
@@ -43,11 +43,11 @@ class Crossing(NamedTuple):
 
     Attributes:
         point: The point, detached.
-        inward: The vector along which the alternatives lie; along it, g grows by 1 in a unit of length.
-        weight: The density p over that with which the point was drawn, times the area that g from 0 to 1 takes.
+        inward: The vector along which the alternatives lie; to first order, g grows by 1 along it.
+        weight: The density p over the density with which the point was drawn, times the area element of the surface per unit of g.
         normal: The gradient of g in x.
         of_g: The value of g at the point, with the derivatives of its parameters.
-        size: The size of the terms of which g is made, for rounding.
+        size: The size of the terms of g, for rounding.
     """
 
     point: Array
@@ -69,28 +69,29 @@ class Surface(ABC):
 
     @abstractmethod
     def crossing(self, ops: Ops, target: Target, p: Normals, z: Array) -> Crossing:
-        """A point on the surface, made of standard Normals z of the shape of x."""
+        """A point on the surface, computed from standard Normals z of the shape of x."""
 
 
 @dataclass(frozen=True, repr=False)
 class HalfSpace(Surface):
     r"""The plane :math:`a\cdot x = t` in the space of an event: the cost jumps where x crosses it.
 
-    For ``jumps`` of :class:`RP`, :class:`ImplicitRP`, :class:`Flow` and :class:`LR`. It takes two more evaluations of the program. One
-    boundary point y is drawn for each sample: from p given that it lies on the plane. The term that it adds is
-    :math:`p_{a\cdot x}(t)\,(a\cdot u + \partial_\theta (a\cdot y - t))\,[\phi]`, with the density of a . x at t.
+    For ``jumps`` of :class:`RP`, :class:`ImplicitRP`, :class:`Flow` and :class:`LR`. It takes two more evaluations of the program. For
+    each sample, one point y on the plane is drawn, from p given that x lies on the plane. It adds the term
+    :math:`p_{a\cdot x}(t)\,(a\cdot u + \partial_\theta (a\cdot y - t))\,[\phi]`, where :math:`p_{a\cdot x}(t)` is the density of a . x
+    at t.
 
     **Requirements**: a MultivariateNormal with a ``scale_tril``, or Normals that are one event by ``to_event(1)``.
 
     Args:
         normal: The vector a, an array that broadcasts to x, or a function of p (with live parameters).
-        offset: The number t, or an array of one for each element of the batch, or a function of p (with live parameters).
+        offset: The number t, an array with a number for each element of the batch, or a function of p (with live parameters).
 
     Raises:
-        ValueError: At the first run, naming the site: another family, an event that is no vector, or numbers as further jumps.
+        ValueError: At the first run, naming the site: another family, or an event that is not a vector.
 
     Example:
-        The gradient of E[x_1 + x_2 > 1] under two standard Normals, in the first location: the density of x_1 + x_2 at 1.
+        The gradient of E[x_1 + x_2 > 1] under two standard Normals, in the first location, is the density of x_1 + x_2 at 1:
 
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from flowvi import RP, HalfSpace
@@ -129,7 +130,7 @@ class HalfSpace(Surface):
 def surface_comparison(
     ops: Ops, target: Target, x: Array, surfaces: tuple[Surface, ...], velocity: Callable[[Array], Array]
 ) -> Comparison:
-    """The alternatives on either side of each surface; as :func:`flowvi.jumps.jump_comparison`."""
+    """The alternatives on either side of each surface; see :func:`flowvi.jumps.jump_comparison`."""
     p = _normals(ops, target, x)
 
     def make(uniforms: Array) -> Alternatives:
@@ -154,7 +155,7 @@ def evaluated(value: Any, target: Target) -> Any:
 
 
 def _normals(ops: Ops, target: Target, x: Array) -> Normals:
-    """The law of the site; refuses what is no vector of Normals."""
+    """The law of the site; refuses anything but a vector of Normals."""
     if len(x.shape) - target.batch_ndim != 1 or target.transforms or target.family not in ("Normal", "MultivariateNormal"):
         target.refuse(
             f"surfaces in jumps are for Normal under to_event(1) and for MultivariateNormal, found {target.family}"

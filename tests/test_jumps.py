@@ -175,7 +175,7 @@ def test_refused(host, fn, found):
     def part(h, t):
         h.sample("x", fn(h))
 
-    with pytest.raises(ValueError, match=f"site 'x': jumps=... are for a continuous scalar family .*{found}"):
+    with pytest.raises(ValueError, match=f"site 'x': jumps=... is for a continuous scalar family .*{found}"):
         host.gradients(Program(part, part, (0.3,)), 1, estimators={"x": LR(jumps=[0.5])} if "Dir" in found else {"x": RP(jumps=[0.5])})
 
 

@@ -301,7 +301,7 @@ def test_refused_level_sets(host):
 
     for g, message in (
         (lambda x, p: x, r"g of a LevelSet must have the shape of x .*expected \(3,\), found \(3, 2\)"),
-        (lambda x, p: x[..., 0] - x.mean(), "g of a LevelSet must read x at one element of the batch for each number"),
+        (lambda x, p: x[..., 0] - x.mean(), "g of a LevelSet must read x at its own element of the batch only"),
     ):
         elbo = host.flow.TraceFlow_ELBO(estimators={"x": RP(jumps=LevelSet(g, along=1.0))})
         with pytest.raises(ValueError, match=f"^site 'x': {message}"):

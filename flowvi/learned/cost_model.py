@@ -120,7 +120,7 @@ class CostModel:
             g_loc = s v - c h,    g_M = (s v - c (b + h)) eps^T + c B M,
 
         and g is its sum with the gradient of the site's own log density. With k = -2 c g, the derivative of the sum of g^2 is k_M eps
-        in b + h, k_loc in h alone, and -k_M in B M. The cotangent of the zeros is c y.
+        in b + h, a further k_loc in h, and -k_M in B M. The cotangent of the zeros is c y.
         """
         (through, unit, *context), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
         unit = unit[..., None]
@@ -196,9 +196,9 @@ class CostModel:
     def _of_coefficients(
         self, model: _Model, twice: Array, of_b: Array, of_bend: Array, z: Array, of_curvature: Array, context: Array | None
     ) -> Array:
-        """The derivative in all coefficients from those in b and in h, and minus that in B (or its diagonal) alone.
+        """The derivative in all coefficients, from those in b and in h, and minus that in B (or its diagonal) alone.
 
-        All three are to be multiplied by 2 c, ``twice``; where the model multiplies c y, by 2.
+        The three still lack the factor 2 c, which is ``twice``; for C the factor is 2, since ``context`` is c y.
         """
         ops = self.ops
         of_context = [] if context is None else [_outer(of_bend + of_bend, context)]  # which has the factor c
