@@ -1,6 +1,6 @@
 """flowvi: one gradient estimator per latent site, for Pyro and NumPyro.
 
-The names here import neither jax nor torch; ``flowvi.numpyro`` and ``flowvi.pyro`` hold the objectives.
+This module imports neither jax nor torch. The objectives are in ``flowvi.numpyro`` and ``flowvi.pyro``.
 """
 
 from importlib import import_module

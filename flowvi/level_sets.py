@@ -1,4 +1,4 @@
-"""Smooth surfaces g(x) = 0 across which the cost jumps; a point on one is found on a random ray."""
+"""Smooth surfaces g(x) = 0 across which the cost jumps. A random ray is followed to a point on the surface."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from flowvi.target import Target
 
 FAR = 40.0  # standard deviations; the density there is 0 in double precision
 BISECTIONS = 60
-CLOSE = 0.01  # standard deviations; this near to the surface, rounding may decide on which side a point is
-SPACING = 0.15  # of the nodes of a trapezoid rule
+CLOSE = 0.01  # standard deviations; closer to the surface, rounding may decide on which side a point is
+SPACING = 0.15  # of the nodes of the trapezoid rule
 NODES = [-5.5 + SPACING * i for i in range(97)]
 
 
@@ -23,29 +23,29 @@ NODES = [-5.5 + SPACING * i for i in range(97)]
 class LevelSet(Surface):
     r"""The surface :math:`g(x, p) = 0` in the space of an event: the cost jumps where x crosses it.
 
-    For ``jumps`` of :class:`RP`, :class:`ImplicitRP`, :class:`Flow` and :class:`LR`. It takes two more evaluations of the program. One
-    boundary point y is drawn for each sample: a random ray from the centre (or a random line in a direction) is followed to where g
-    changes its sign. With s the distance along it, in standard deviations of p, and f(s) the density of s on it, the term is
-    :math:`f(s)\,(u\cdot\nabla g + \partial_\theta g)\,[\phi] / |\partial_s g|`. It is 0 on a ray that meets no surface.
+    For ``jumps`` of :class:`RP`, :class:`ImplicitRP`, :class:`Flow` and :class:`LR`. It takes two more evaluations of the program. For
+    each sample, a random ray from the centre (or a random line in the given direction) is followed to the point y where g changes its
+    sign. With s the distance along the ray, in standard deviations of p, and f(s) the density of s, the term is
+    :math:`f(s)\,(u\cdot\nabla g + \partial_\theta g)\,[\phi] / |\partial_s g|`. It is 0 on a ray that does not cross the surface.
 
     **Requirements**: a MultivariateNormal with a ``scale_tril``, or Normals that are one event by ``to_event(1)``. A smooth g whose
-    sign changes at most once on each ray or line: a ball has any of its inner points as a centre, and the graph
-    :math:`x_2 = h(x_1)` has the direction (0, 1). It is checked at one random point of each ray.
+    sign changes at most once on each ray or line: for a ball, any inner point is a centre; for the graph :math:`x_2 = h(x_1)`, use the
+    direction (0, 1). This is checked at one random point of each ray.
 
     Args:
-        g: ``g(x, p)``, written with array operations, for x of batch and event shape; it returns an array of the batch shape, element
-            by element. p has live parameters. What else g reads may depend on parameters and on values upstream.
-        centre: The point where the rays start, an array that broadcasts to x, or a function of p.
-        along: Instead of a centre, the direction of the lines, likewise.
+        g: ``g(x, p)``, written with array operations, for x of batch and event shape. It returns an array of the batch shape, element
+            by element. p has live parameters. Anything else that g reads may depend on parameters and on earlier draws.
+        centre: The starting point of the rays: an array that broadcasts to x, or a function of p.
+        along: Instead of a centre, the direction of the lines: an array that broadcasts to x, or a function of p.
 
     Raises:
-        TypeError: ``g`` is no function; both a centre and a direction, or neither.
-        ValueError: At the first run, naming the site: another family, an event that is no vector, a g of another shape or that reads
-            x at other elements of the batch. Where a ray or line is found to cross the surface more than once; in a program that JAX
-            has traced, the gradient is NaN instead.
+        TypeError: ``g`` is not a function; both a centre and a direction, or neither.
+        ValueError: At the first run, naming the site: another family, an event that is not a vector, a g of another shape or that reads
+            x at other elements of the batch. Later, if a ray or line crosses the surface more than once; in a program that JAX has
+            traced, the gradient is NaN instead.
 
     Example:
-        The gradient of P(|x| > 1) under two Normals of scale s = 1 around 0, in s: exp(-1/2).
+        The gradient of P(|x| > 1) under two Normals of scale s = 1 around 0, in s, is exp(-1/2):
 
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from flowvi import RP, LevelSet
@@ -83,7 +83,7 @@ class LevelSet(Surface):
         if target.validate and target.first_use and z.ndim > 1:
             with target.probe(z) as (x, of):
                 ok = ops.is_elementwise(lambda t: g(x + t[..., None], of), 0 * x[..., 0])
-            target.check(ops, ok, "g of a LevelSet must read x at one element of the batch for each number.")
+            target.check(ops, ok, "g of a LevelSet must read x at its own element of the batch only.")
         ray = (self._ray if self.along is None else self._line)(ops, target, p, z)
 
         def at(s: Array) -> Array:
@@ -109,7 +109,7 @@ class LevelSet(Surface):
             f"g of a LevelSet changes its sign more than once on a {'ray from the centre' if self.along is None else 'line'}; expected "
             "at most once, so choose another centre or direction, or use LR().",
         )
-        s = ops.where(crosses, s, ray.drawn)  # on a ray without a surface: a point that p could have drawn, with weight 0
+        s = ops.where(crosses, s, ray.drawn)  # on a ray that does not cross the surface: any point, with weight 0
         y = at(s)
         _, normal = ops.gradient(g, y, live=False)
         across = p.root(ray.direction)
@@ -140,7 +140,7 @@ class LevelSet(Surface):
 
 
 class Ray(NamedTuple):
-    """A part of a line in the space of z, on which z lies.
+    """A part of the line in the space of z on which z lies.
 
     Attributes:
         start: Where s is 0.
@@ -148,7 +148,7 @@ class Ray(NamedTuple):
         drawn: The s at which z lies.
         low: Where the ray begins.
         high: Where the density has become 0.
-        log_density: That of s given the ray.
+        log_density: The log density of s given the ray.
     """
 
     start: Array
@@ -162,8 +162,8 @@ class Ray(NamedTuple):
 def _log_density_of_distance(ops: Ops, offset: Array, size: int, s: Array) -> Array:
     r"""Along a ray of points start + s direction of ``size`` standard Normals: s^(size - 1) exp(-(s + offset)^2 / 2), normalized.
 
-    ``offset`` is start . direction. The integral is a trapezoid rule with thirteen digits. Its nodes t are even around the peak of the
-    integrand in log s, and go exponentially far to the left, where log s = log(peak) + width (t + 1 - exp(-t)).
+    ``offset`` is start . direction. A trapezoid rule gives the integral to thirteen digits, with log s = log(peak) + width (t + 1 -
+    exp(-t)). Its nodes t are evenly spaced around the peak of the integrand in log s, and exponentially far to its left.
     """
     peak = _peak(ops, offset, size)
     width = 1 / ops.sqrt(peak**2 + size)

@@ -1,6 +1,6 @@
-"""One run of guide and model as plain records, and running it again with some sites held at given values.
+"""One run of guide and model as plain records, and running it again with some sites at given values.
 
-An adapter knows how to run a program of its host and writes down what happened; everything that follows reads these records.
+An adapter runs a program of its host and records what happens; the core works on these records.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ class Statement(NamedTuple):
     Attributes:
         name: Its name.
         frames: Its plates.
-        log_density: Its log density, scaled and masked, of any batch shape; None where it is counted in another statement.
+        log_density: Its log density, scaled and masked, of any batch shape; None if it is part of another statement's.
         fn: The host's distribution.
         value: Its value.
         observed: Whether its value was given: observations and factors.
-        scale: What the host multiplies the log density by; None for 1.
-        mask: What the host masks the log density by, besides the masks of the distribution itself; None for no mask.
-        in_control_flow: Whether it came out of a scan or cond, where statements may depend on each other in any order.
+        scale: The factor of the log density in the host; None for 1.
+        mask: The host's mask of the log density, besides the masks of the distribution itself; None for no mask.
+        in_control_flow: Whether it is inside a scan or cond, where statements may depend on each other in any order.
         infer: How the program marks it, such as ``{"enumerate": "parallel"}``.
-        parts: Where the log density is that of several statements, some of whose sites the host has summed out: their names.
-        total: The sum of its log density, where the host has computed it.
-        intermediates: What the host has kept of its sampler's forward pass.
-        steps: The iterations of sequential plates in which it is, each as the plate's name and the number of the iteration.
+        parts: If some sites have been summed out: the names of the statements whose common log density this is.
+        total: The sum of its log density, if the host has computed it.
+        intermediates: What the host keeps of its sampler's forward pass.
+        steps: The iterations of sequential plates around it, each as the plate's name and the number of the iteration.
     """
 
     name: str
@@ -60,13 +60,13 @@ class Statement(NamedTuple):
 
 
 class Replacement(NamedTuple):
-    """Values that a site is to have in some of many runs.
+    """Values that a site gets in some of many runs.
 
     Attributes:
         values: Of the shape of the site's value, with the runs on the left.
         first: The number of the first of these runs.
-        num_runs: How many runs there are in all.
-        downstream: The sites of the guide whose values depend on it, its own name included.
+        num_runs: The total number of runs.
+        downstream: The sites of the guide whose values depend on this site, including itself.
     """
 
     values: Array
@@ -79,11 +79,11 @@ class Replacement(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a site of the guide keeps when the program runs again.
+    """The value that a site of the guide keeps when the program runs again.
 
     Attributes:
-        value: Its value.
-        base: The base sample behind it, where the host cannot find it from the value (see :mod:`flowvi.flows`).
+        value: The value.
+        base: Its base sample, if the host cannot compute it from the value (see :mod:`flowvi.flows`).
     """
 
     value: Array
@@ -99,12 +99,12 @@ class Program(Protocol):
         Args:
             sites: Chooses the estimators and collects what they attach.
             values: Values for some sites of the guide, by name. Everything else is drawn with the random numbers of the first run.
-            with_model: Whether to run the model at all.
+            with_model: Whether to run the model.
         """
         ...
 
     def annotations(self) -> dict[str, Estimator]:
-        """The estimators annotated in the model, read in a plain run of the host in which no estimator acts."""
+        """The estimators annotated in the model, from a plain run of the host without estimators."""
         ...
 
     @property
@@ -118,7 +118,7 @@ class Program(Protocol):
         ...
 
     def uniforms(self, run: Run, name: str, shape: tuple[int, ...]) -> Array:
-        """Uniform numbers between 0 and 1 for a site, which do not depend on what the program draws and do not change it."""
+        """Uniform numbers between 0 and 1 for a site, independent of the program's draws, which they do not change."""
         ...
 
     def variants(
@@ -126,8 +126,8 @@ class Program(Protocol):
     ) -> dict[str, Array]:
         """``reduce`` of each of ``num_runs`` runs, with the runs on the left of its arrays.
 
-        At the sites of ``replacements`` what is drawn is replaced. What is downstream of them is drawn with the random numbers of the
-        first ``run``; all else keeps its value. No derivative is taken.
+        The draws at the sites of ``replacements`` are replaced. Sites downstream of them are drawn again with the random numbers of the
+        first ``run``; all others keep their values. No derivative is taken.
         """
         ...
 
@@ -136,11 +136,11 @@ class Program(Protocol):
         ...
 
     def ancestors(self, sites: GuideSites) -> Mapping[str, frozenset[str]]:
-        """For each draw of the guide, those from which it was computed, itself among them; ``sites`` are for another run."""
+        """For each draw of the guide, the draws from which it was computed, including itself; ``sites`` are for another run."""
         ...
 
     def ancestors_again(self, sites: GuideSites) -> Mapping[str, frozenset[str]] | None:
-        """The same in the run that has filled ``sites``, which knows the ancestors of an earlier run; None where nobody checks them."""
+        """The same for the run that has filled ``sites``, after an earlier run has found ancestors; None: do not check."""
         ...
 
 
@@ -154,7 +154,7 @@ class Run:
         model: The statements of the model.
         sites: The random sites of the guide, and what their estimators attached.
         annotations: The estimators annotated in the model.
-        subsampled: The plates that are subsampled, each with its size over that of the subsample.
+        subsampled: The subsampled plates, each with its size over that of the subsample.
         mutable_state: What the host keeps between steps besides parameters.
         closed_forms: Sites whose two log densities have been replaced by minus their divergence in closed form.
         held_entropy: Whether the derivative of the guide's log density at fixed values has been subtracted (sticking the landing).
@@ -181,15 +181,15 @@ class Run:
 
     @property
     def is_pathwise(self) -> bool:
-        """Whether every derivative is that of the host's own samplers, so that all orders are right."""
+        """Whether every derivative is that of the host's own samplers; then all orders are right."""
         return not self.draws and not self.held_entropy
 
     def again(self, held: Mapping[str, Held], *, with_model: bool = True) -> Run:
         """Run guide and model once more, with the same random numbers and with some sites of the guide at given values.
 
         Args:
-            held: The sites by name, each with its value. What is drawn before them stays as it is; what depends on them is drawn
-                anew with the random numbers of the first run.
+            held: The sites by name, each with its value. Draws before them stay as they are; draws that depend on them are made again
+                with the random numbers of the first run.
             with_model: Whether the model runs too.
         """
         sites = self.sites.fresh()
@@ -228,9 +228,10 @@ def run(program: Program, sites: GuideSites) -> Run:
 
 
 def couple_sites(program: Program, sites: GuideSites) -> bool:
-    """Choose the sites of a control variate for the whole guide, from those of a run; True if others than before.
+    """Choose the sites of a control variate for the whole guide, from those of a run; True if they have changed.
 
-    Which draws a site was computed from is found whenever a site, its shape or its plates are new; in other runs it must be the same.
+    The draws from which a site was computed are found whenever a site, its shape or its plates are new. In other runs they must be the
+    same.
     """
     assignment = sites.assignment
     if assignment.control_variate is None:
@@ -250,7 +251,7 @@ def sites_to_sum_out(guide: Container[str], model: Mapping[str, Statement]) -> l
 
 
 def require_summable(model: Mapping[str, Statement], names: Iterable[str]) -> None:
-    """Refuse to sum out a site that the host would draw from its prior, which would mean something else."""
+    """Refuse to sum out a site that the host would draw from its prior instead."""
     for name in names:
         fn, infer = model[name].fn, model[name].infer
         found = f"{type(fn).__name__} with infer={ {key: infer[key] for key in ('enumerate', 'num_samples') if infer.get(key)} }"

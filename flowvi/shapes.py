@@ -41,7 +41,7 @@ class Shapes:
 
     @property
     def site_shape(self) -> tuple[int, ...]:
-        """The batch shape of the site for what is learned: the rows of its plates, no particles, without 1s on the left."""
+        """The batch shape of learned coefficients: the rows of the site's plates, without particles and without 1s on the left."""
         shape = self.batch_shape[: self.batch_ndim]
         return _without_ones(tuple(self.plate_rows.get(i - len(shape), size) for i, size in enumerate(shape)))
 
@@ -66,14 +66,14 @@ class Shapes:
 
 
 def rows(full_size: int, size: int, axes: Container[int]) -> int:
-    """For how many elements of a plate something is learned: for each, or for all of them together.
+    """The number of elements of a plate with their own coefficients: all, or 1 if the elements share them.
 
-    What belongs to an element is worth learning if the element is the same data at every step. A plate that is subsampled numbers its
-    data. Another one may be a mini-batch, of this size or another at the next step, unless a parameter has a row for each element.
+    An element has its own coefficients if it is the same data at every step. A subsampled plate numbers its data. Another plate may be
+    a mini-batch, which may change its size, unless a parameter has a row for each element.
 
     Args:
         full_size: The size of the plate.
-        size: That of its subsample.
+        size: The size of its subsample.
         axes: The sizes of the axes of the guide's parameters so far.
     """
     return full_size if full_size > size or full_size in axes else 1

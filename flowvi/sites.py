@@ -1,4 +1,4 @@
-"""What happens when the guide reaches one of its sites: an estimator is chosen, and attaches derivatives to the draw."""
+"""When the guide reaches a site, an estimator is chosen, and it attaches derivatives to the draw."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Visit(NamedTuple):
 
     Attributes:
         target: Its distribution as the estimator sees it.
-        estimator: The estimator that acts there.
-        choice: The estimator as it was given, and where.
+        estimator: The estimator to use, resolved.
+        choice: The estimator as it was given, and where it was given.
         wrapped: The estimator of an ``Estimated`` wrapper around the distribution, if there is one.
     """
 
@@ -47,14 +47,14 @@ class GuideSites:
         assignment: Chooses the estimators.
         entropy: How the objective differentiates the guide's own log density.
         random: The random sites in program order, each with its description.
-        aliases: For each random site, the model site for which it stands.
+        aliases: For each random site, the corresponding model site.
         draws: The draws of the sites to which something is attached.
-        fixed: The statements that are not random choices, by name: what each is.
+        fixed: The statements that are not random choices, each with what it is, such as "observed".
         learned: Names of the parameters that estimators learn, each with its site.
-        replaced: Values that sites are to have instead of what is drawn.
-        held: Sites that keep the value of another run, each with it and with what was attached there.
-        bases: The base samples of sites at given values, where the host cannot find them from the values.
-        log_probs: Unscaled log densities that the estimators have computed, so that the host need not.
+        replaced: Values that sites get instead of a draw.
+        held: Sites that keep the value of another run, each with this value and with what was attached to it.
+        bases: The base samples of sites at given values, if the host cannot compute them from the values.
+        log_probs: Unscaled log densities that the estimators have computed; the host does not compute them again.
         together: The sites at which the particles are drawn together.
         blocks: The sites that a control variate for the whole guide can cover.
     """
@@ -79,7 +79,7 @@ class GuideSites:
 
     @property
     def biased(self) -> list[str]:
-        """The random sites, among those to which something is attached, whose estimator is biased."""
+        """The random sites with a biased estimator that has attached something."""
         return [name for name in self.draws if name in self.random and self.random[name].estimator.biased]
 
     def visit(
@@ -90,15 +90,15 @@ class GuideSites:
         Args:
             host: The host library.
             msg: The host's message of the statement.
-            alias: The name of the model site for which it stands.
+            alias: The name of the corresponding model site.
             target_of: ``target_of(msg, enters)`` makes the target of the site.
-            draw: ``draw(msg, visit)`` draws at the site; returns what was attached, or None where nothing was.
+            draw: ``draw(msg, visit)`` draws at the site; returns what was attached, or None if nothing was.
 
         Returns:
             What the statement is, if it is not a random choice.
 
         Raises:
-            MissingAnnotationError: The default estimator cannot act there, and the model may name another one.
+            MissingAnnotationError: The default estimator refuses the site, and the model may name another one.
         """
         name, wrapped = msg["name"], find_estimated(host, msg["fn"])
         if what := not_random(host, msg):
@@ -119,11 +119,11 @@ class GuideSites:
                 raise MissingAnnotationError(refusal) from refusal
             if choice.source == ENUMERATED:
                 way = "Remove it, or give the site another estimator by infer['estimator'] or in the objective."
-                raise ValueError(f"{refusal} It has {choice.estimator} because of {ENUMERATED}. {way}") from refusal
+                raise ValueError(f"{refusal} The site has {choice.estimator} because of {ENUMERATED}. {way}") from refusal
             raise
         if drawn is not None:
             self.draws[name] = drawn
-        plates = tuple([frame.name for frame in msg["cond_indep_stack"]])  # a generator takes a call for each
+        plates = tuple([frame.name for frame in msg["cond_indep_stack"]])  # a list is faster here than a generator
         self.random[name] = SiteDescription(
             name,
             estimator,
@@ -146,7 +146,8 @@ class GuideSites:
         return self.assignment.coupled(msg["name"], estimator)
 
     def settle(self, msg: Any) -> None:
-        """Note that a later run need not decide anything at a random site, if the objective alone decides for its family."""
+        """Record a random site as settled, if the objective alone decides for its family: a later run need not decide anything
+        there."""
         name, assignment, fn = msg["name"], self.assignment, msg["fn"]
         estimator, given = self.random[name].estimator, assignment.estimators
         if callable(given) or assignment.control_variate is not None or self.random[name].source in ("guide", "model", "Estimated"):
@@ -159,7 +160,7 @@ class GuideSites:
     def revisit(
         self, settled: Settled, msg: Any, target_of: Callable[[Any, bool], Target], draw: Callable[[Any, Visit], Draw | None]
     ) -> None:
-        """:meth:`visit` where there is nothing to decide."""
+        """:meth:`visit` at a settled site."""
         name, description = msg["name"], settled.description
         if not settled.by_host:
             estimator = description.estimator
@@ -180,7 +181,7 @@ def not_random(host: Host, msg: Any) -> str | None:
 
 
 def annotation(host: Host, msg: Any) -> Estimator:
-    """The estimator that a statement of the model is annotated with, ``infer={"estimator": ...}``."""
+    """The estimator with which a statement of the model is annotated, ``infer={"estimator": ...}``."""
     if what := not_random(host, msg):
         require_random(msg, None, what)
     return require_estimator(msg["infer"]["estimator"], f"site '{msg['name']}': infer['estimator']")

@@ -1,7 +1,7 @@
-"""Functions S(x, p) that take the parameters out of a sample, of the families that have them in :mod:`flowvi.families`.
+"""Functions S(x, p) that standardize a sample; :mod:`flowvi.families` assigns them to families.
 
-Those above the line have a law that is free of the parameters and follow the host's sampler; those below it are roughly a standard
-Normal. Written once over the operations of a backend; both hosts give these families the same names and parameters.
+For those above the line, the law of S(x) does not depend on the parameters, and S inverts the host's sampler. For those below it, S(x)
+is roughly a standard Normal. Both hosts give these families the same names and parameters.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def pareto(ops: Ops, x: Array, p: Any) -> Array:
 
 
 def von_mises(ops: Ops, x: Array, p: Any) -> Array:
-    return ops.sin(x - p.loc) * p.concentration**0.5  # as periodic as the cost
+    return ops.sin(x - p.loc) * p.concentration**0.5  # periodic, like the cost
 
 
 def _cube_root(t: Array, concentration: Any) -> Array:

@@ -1,4 +1,4 @@
-"""Supports in a form in which they can be compared, and whether they move with a live parameter."""
+"""Supports that can be compared, and whether they move with a live parameter."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ THIN_SUPPORTS = {
 
 
 class Support(NamedTuple):
-    """A support in a form in which it can be compared: coordinates between bounds, or a kind by name.
+    """A support that can be compared with others: coordinates between bounds, or the name of another kind.
 
-    Both hosts give their constraints the same class names, so that one function reads both.
+    Both hosts give their constraints the same class names, so one function reads both.
     """
 
     kind: str
@@ -59,11 +59,11 @@ class Support(NamedTuple):
 
     @property
     def chart(self) -> str | None:
-        """None for a support of full dimension, ``"simplex"``, or what a thin support without a known chart is called."""
+        """None for a support of full dimension, else ``"simplex"`` or the name of a thin support without a known chart."""
         return THIN_SUPPORTS.get(self.kind)
 
     def fills(self, domain: Support) -> bool:
-        """Whether it is known to be the whole of a transform's ``domain``, so that its image is the whole codomain."""
+        """Whether it is known to be a transform's whole ``domain``; then its image is the whole codomain."""
         known = self.kind == "coordinates" or self.kind in THIN_SUPPORTS
         return known and self.fixed and domain.fixed and self == domain
 
@@ -83,8 +83,8 @@ def moving_bounds(support: Support, transformed: tuple[Any, list[Any]] | None, m
 
     Args:
         support: The support.
-        transformed: The base of a transformed distribution, and its transforms in the order in which they act; None for another one.
-        moves: Whether a bound, or what a transform holds, moves.
+        transformed: The base of a transformed distribution, and its transforms in the order in which they act; None otherwise.
+        moves: Whether a bound or a transform moves.
     """
     moving = _moving("its", support, moves)
     if transformed is not None:

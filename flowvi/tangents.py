@@ -1,4 +1,4 @@
-"""The tangents of a site's parameters, which velocity fields multiply."""
+"""The tangents of a site's parameters, by which velocity fields are multiplied."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Tangents:
     """Parameter tangents: ``dtheta.loc`` has value 0 and the derivative of the live parameter ``loc``.
 
     Attributes:
-        ops: The operations of the backend, for velocity fields that are written for both hosts.
+        ops: The operations of the backend, for velocity fields that work in both hosts.
         target: The site's distribution, a ``Target``.
-        p: The distribution (or the part of it, see :meth:`within`) with live parameters.
-        p0: The same with detached parameters.
+        p: The distribution (or a part of it, see :meth:`within`) with live parameters.
+        p0: The same distribution with detached parameters.
     """
 
     def __init__(self, ops: Ops, target: Any, part: Callable[[Any], Any] = lambda p: p):
@@ -28,7 +28,7 @@ class Tangents:
         return self.ops.tether(getattr(self.p, name))
 
     def of(self, f: Callable[[Any], Array]) -> Array | None:
-        """The tangent of ``f(p)``, linear in dtheta for every x that f closes over; None where it does not move."""
+        """The tangent of ``f(p)``, linear in dtheta for every x that f closes over; None if ``f(p)`` has no derivative."""
         live = f(self.p)
         return self.ops.tether(live - f(self.p0)) if self.target.is_live(live) else None
 

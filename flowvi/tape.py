@@ -1,4 +1,4 @@
-"""The tape of one run: its costs, and the draws that have a score or a weight, each with what it depends on."""
+"""The tape of one run: its costs, and its draws with a score or a weight, each with the sites on which it depends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Ancestors = Mapping[str, frozenset[Ancestor]]
 
 
 class Joint(NamedTuple):
-    """Lets every cost count as dependent on every element of some sites: right whatever the program does, but noisy.
+    """Makes every cost count as dependent on every element of some sites. This is right for every program, but noisy.
 
     Attributes:
         base: How to find which costs depend on the other sites.
@@ -41,9 +41,9 @@ class Term(NamedTuple):
         name: The statement's name.
         frames: Its plates.
         sign: 1 for a statement of the model, -1 for one of the guide.
-        log_density: Any batch shape; a batch dim outside every plate is summed before costs are combined.
+        log_density: Of any batch shape; a batch dim outside every plate is summed before costs are combined.
         ancestors: The random sites with a score or a weight on which the cost depends.
-        steps: The iterations of sequential plates in which it is.
+        steps: The iterations of sequential plates around it.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Site(NamedTuple):
         name: The site's name.
         frames: Its plates.
         draw: What its estimator attached.
-        ancestors: The random sites with a score or a weight on which its draw depends, its own included.
+        ancestors: The random sites with a score or a weight on which its draw depends, including itself.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Tape(NamedTuple):
     Attributes:
         terms: The costs.
         sites: The random choices.
-        draws: For each unobserved site of the guide, the names of those on which its value depends, its own included.
+        draws: For each unobserved site of the guide, the names of those on which its value depends, including itself.
     """
 
     terms: list[Term]
@@ -98,7 +98,7 @@ def scored_draws(draws: Mapping[str, Draw]) -> dict[str, Draw]:
 
 
 def costs(run: Run, of_model: Ancestors | None = None, of_guide: Ancestors | None = None) -> list[Term]:
-    """The costs of a run, with the ancestors of each where these are given."""
+    """The costs of a run, with the ancestors of each if these are given."""
     return [*_terms(1, run.model, of_model), *_terms(-1, run.guide, of_guide), *control_terms(run.draws)]
 
 
@@ -112,7 +112,7 @@ def _terms(sign: Literal[1, -1], statements: dict[str, Statement], ancestors: An
 
 
 def control_terms(draws: Mapping[str, Draw]) -> list[Term]:
-    """The draws' control variates as costs. Their means are 0 whatever happened before: no score or weight multiplies them."""
+    """The draws' control variates as costs. Their mean is 0 given all earlier draws, so no score or weight multiplies them."""
     controls = [(name, draw.control) for name, draw in draws.items() if draw.control is not None]
     controls += [(name, draw.joint_control(draws)) for name, draw in draws.items() if draw.joint_control is not None]
     return [Term(name, frozenset(), 1, control, frozenset()) for name, control in controls]
@@ -165,7 +165,7 @@ def record(run: Run, dependencies: Dependencies) -> Tape:
 
     Args:
         run: The run.
-        dependencies: ``"graph"``: a statement depends on what it was computed from; ``"plates"``: on all statements before it.
+        dependencies: ``"graph"``: a statement depends on the sites from which it was computed; ``"plates"``: on all sites before it.
     """
     if isinstance(dependencies, Joint):
         return _jointly(record(run, dependencies.base), dependencies.sites)
@@ -210,7 +210,7 @@ def _ancestry(outline: Outline, computed: Graph | None) -> Ancestry:
         graph = _by_computation(computed, graph, guide, drawn)
     graph = _without_closed_forms(graph, closed_forms)
     if factors := frozenset(entry.name for entry in guide if entry.observed and entry.name in scored):
-        # stands for draws of the guide that have no statement; anything may depend on them
+        # such a factor is the density of draws that have no statement; anything may depend on these draws
         graph = Graph(*({name: names | factors for name, names in of.items()} for of in graph))
     nodes = _nodes((entry for entry in guide if entry.name in drawn), graph.draws)
     whole = _of_parts(graph, model)
@@ -225,7 +225,7 @@ def _nodes(entries: Iterable[Entry], ancestors: Mapping[str, frozenset[str]]) ->
 
 
 def _by_computation(computed: Graph, order: Graph, guide: tuple[Entry, ...], drawn: frozenset[str]) -> Graph:
-    """The graph of the computation. It cannot see draws inside scan or cond; for these the program order counts."""
+    """The graph of the computation. It misses draws inside scan or cond; for these, program order is used."""
     graph = Graph(*({name: names & drawn for name, names in of.items()} for of in computed))
     inside = frozenset(entry.name for entry in guide if entry.in_control_flow and entry.name in drawn)
     if inside:
@@ -237,7 +237,7 @@ def _by_computation(computed: Graph, order: Graph, guide: tuple[Entry, ...], dra
 
 
 def _without_closed_forms(graph: Graph, names: frozenset[str]) -> Graph:
-    """A divergence in closed form is an expectation over its site, so it depends on the parents of the two densities only."""
+    """A divergence in closed form is an expectation over its site, so it depends only on the parents of the two densities."""
     return graph._replace(model=graph.model | {name: (graph.model[name] | graph.guide[name]) - {name} for name in names})
 
 

@@ -1,4 +1,4 @@
-"""What an estimator sees of a site: its distribution with the wrappers taken off."""
+"""The distribution of a site as an estimator sees it, without its wrappers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ OWN_STANDARDIZATION = "give ImplicitRP(standardization) your own S(x, p), or use
 class Target(Shapes, ABC):
     """The distribution of one site as the estimators see it; each host subclasses it once.
 
-    ``Independent``, expanded and masked distributions are unwrapped, and a plain ``TransformedDistribution`` is entered
-    where the estimator acts on the base sample (``push`` then carries the sample to the site's value). What is left is a
-    named family ``p``; its samples are called x. The shapes are those of :class:`flowvi.shapes.Shapes`.
+    ``Independent``, expanded and masked distributions are unwrapped. A plain ``TransformedDistribution`` is *entered* if the estimator
+    acts on the base sample (``push`` then maps the sample to the site's value). What is left is a named family ``p``; its samples are
+    called x. A *live* parameter is one that may carry a derivative. The shapes are those of :class:`flowvi.shapes.Shapes`.
 
     Args:
         name: The site's name.
@@ -32,7 +32,7 @@ class Target(Shapes, ABC):
         enters: Whether a plain transformed distribution is entered.
         frames: The host's frames of the plates around the site, from which it reads ``plate_rows``.
         first_use: Whether the objective reaches this site for the first time; the costliest checks run only then.
-        validate: Whether costly checks run; None: where the host's validation is on.
+        validate: Whether costly checks run; None: if the host's validation is on.
 
     Attributes:
         name: The site's name, for messages.
@@ -42,8 +42,8 @@ class Target(Shapes, ABC):
         validate: Whether costly checks run.
         first_use: Whether the objective reaches this site for the first time.
         learned: The values of the parameters that the estimator learns, see :meth:`with_learned`; None for their initial values.
-        own_density: The factor of the site's own log density where the objective differentiates it in its parameters at a fixed x:
-            the scale and mask of the cost under ``entropy="full"``, else 0.
+        own_density: The factor with which the objective differentiates the site's own log density in its parameters at a fixed x: the
+            scale and mask of the cost under ``entropy="full"``, else 0.
         plain_transformed: The host's classes of plain transformed distributions.
         transformed: The host's classes of transformed distributions whose support is that of the base, transformed.
     """
@@ -71,7 +71,7 @@ class Target(Shapes, ABC):
     @staticmethod
     @abstractmethod
     def unwrap(fn: Any) -> Any:
-        """Take off what does not change the family: independent, expanded, masked, estimated."""
+        """Remove the wrappers that do not change the family: independent, expanded, masked, estimated."""
 
     @staticmethod
     @abstractmethod
@@ -84,10 +84,10 @@ class Target(Shapes, ABC):
 
     @abstractmethod
     def is_live(self, value: Any) -> bool:
-        """Whether ``value``, a number or a transform, may carry a derivative; a traced value that might counts as one that does."""
+        """Whether ``value``, a number or a transform, may carry a derivative; a traced value counts as live unless it cannot."""
 
     def live(self, *names: str) -> list[str]:
-        """Those of the parameters that may carry a derivative."""
+        """Those of the named parameters that are live."""
         return [name for name in names if self.is_live(getattr(self.p, name))]
 
     @staticmethod
@@ -101,34 +101,34 @@ class Target(Shapes, ABC):
 
     @abstractmethod
     def lacks_rsample(self) -> str | None:
-        """Why the host's sampler has no right derivative, or None where it has one."""
+        """Why the host's sampler has no right derivative, or None if it has one."""
 
     @abstractmethod
     def cdf(self, x: Array, p: Any, what: str = "ImplicitRP", instead: str = OWN_STANDARDIZATION) -> Array:
-        """The cdf of ``p``; refuses where the host's is missing or has no derivative in a live parameter.
+        """The cdf of ``p``; refused if the host has none, or if it has no derivative in a live parameter.
 
         Args:
-            x: Where.
+            x: Where to evaluate it.
             p: The family.
-            what: What needs the cdf, for the messages.
-            instead: What to do without it, for the messages.
+            what: What needs the cdf, for messages.
+            instead: What to use instead, for messages.
         """
 
     @abstractmethod
     def expand(self, q: Any) -> Any:
-        """``q`` detached and expanded to the batch shape of x; refuses what is no distribution."""
+        """``q`` detached and expanded to the batch shape of x; refused if it is not a distribution."""
 
     @abstractmethod
     def clip(self, x: Array) -> tuple[Array, Array]:
-        """Which x (over batch dims of ``p``) lie in the support of p, and x with the others moved to some point of it."""
+        """Which x (over batch dims of ``p``) lie in the support of p; and x, with the others replaced by a point of the support."""
 
     @abstractmethod
     def _scores(self, x: Array, names: tuple[str, ...]) -> list[tuple[Array, Array]]:
-        """For each named array of p, its tangent and d log p(x) / d theta (detached), over the batch of x and the array's own dims."""
+        """For each named array of parameters, its tangent and d log p(x) / d theta (detached), over the batch of x and its own dims."""
 
     @abstractmethod
     def uniforms(self, shape: tuple[int, ...], like: Array) -> Array:
-        """Uniform numbers between 0 and 1 while the site is drawn, of the dtype of ``like``; they do not change what is drawn."""
+        """Uniform numbers between 0 and 1 while the site is drawn, of the dtype of ``like``; they do not change the draw."""
 
     @contextmanager
     def probe(self, x: Array) -> Iterator[tuple[Array, Any]]:
@@ -150,20 +150,20 @@ class Target(Shapes, ABC):
         return type(self.p).__name__
 
     def push(self, x: Array) -> Array:
-        """Carry a sample of ``p`` through the site's transforms, with their live parameters."""
+        """Map a sample of ``p`` through the site's transforms, with their live parameters."""
         for transform in self.transforms:
             x = transform(x)
         return x
 
     def pull(self, y: Array) -> Array:
-        """The sample of ``p`` behind a value of the site."""
+        """The sample of ``p`` that the transforms map to a value of the site."""
         self.require_inverse("the sample behind a given value")
         for transform in reversed(self.transforms):
             y = transform.inv(y)
         return y
 
     def at_base(self) -> Self:
-        """The target of a site whose value is x itself, not pushed through the transforms."""
+        """The target of a site whose value is x itself, without the transforms."""
         return self._with(transforms=[])
 
     def transformed_base(self) -> tuple[Any, list[Any]] | None:
@@ -171,21 +171,21 @@ class Target(Shapes, ABC):
         return self._enter(self.transformed) if type(self.p) in self.transformed else None
 
     def one_way(self) -> Any:
-        """The first transform between x and the site, or inside ``p``, that the host cannot invert; None where there is none."""
+        """The first transform between x and the site, or inside ``p``, that the host cannot invert; None if there is none."""
         inside = self.transformed_base()
         transforms = [*(inside[1] if inside else ()), *self.transforms]
         return next((transform for transform in transforms if self.lacks_inverse(transform)), None)
 
     def require_inverse(self, what: str) -> None:
-        """Refuse ``what`` where it needs the inverse of a transform and the host has none."""
+        """Refuse ``what`` if it needs the inverse of a transform and the host has none."""
         if (transform := self.one_way()) is not None:
             self.refuse(
-                f"{what} needs the inverse of {type(transform).__name__}, and the host has none; use RP(), or ImplicitRP() or Flow(), "
+                f"{what} needs the inverse of {type(transform).__name__}, but the host has none; use RP(), or ImplicitRP() or Flow(), "
                 "which act on the base sample, with entropy='full' or 'stl'."
             )
 
     def _enter(self, kinds: tuple[type, ...]) -> tuple[Any, list[Any]]:
-        """The outermost distribution inside ``p`` of no such kind, and the transforms from it to ``p``."""
+        """The outermost distribution inside ``p`` that is not of these kinds, and the transforms from it to ``p``."""
         base: Any = self.p
         transforms: list[Any] = []
         while type(base) in kinds:
@@ -204,18 +204,18 @@ class Target(Shapes, ABC):
         try:
             return Support.of(self.p.support)
         except NotImplementedError:  # constraints.dependent on an instance
-            self.refuse(f"expected a support, but that of {self.family} is left open; give its class a property support.")
+            self.refuse(f"expected a support, but {self.family} does not define one; give its class a property support.")
 
     def moving_bounds(self) -> list[str]:
-        """The bounds of p's support that move with a live parameter, or that may."""
+        """The bounds of p's support that move, or may move, with a live parameter."""
         return moving_bounds(self.support, self.transformed_base(), self.bound_moves)
 
     def require_fixed_support(self, what: str) -> None:
-        """Refuse ``what`` where it is biased: it drops a score whose mean is 0 only if the support is fixed."""
+        """Refuse ``what`` if the support moves: it drops a score whose mean is 0 only if the support is fixed."""
         if bounds := self.moving_bounds():
             self.refuse(
-                f"{what} is biased where the support moves with a parameter, but that of {self.family} moves with "
-                f"{', '.join(bounds)} (or may, where it is traced); remove the option, or make the bound a constant."
+                f"{what} is biased where the support moves with a parameter, but the support of {self.family} moves with "
+                f"{', '.join(bounds)} (or may move, if traced); remove the option, or make the bound a constant."
             )
 
     def is_discrete(self) -> bool:
@@ -226,9 +226,9 @@ class Target(Shapes, ABC):
         return self.support.chart
 
     def cover(self, ops: Ops, q: Any) -> tuple[Any, bool]:
-        """``q`` as a sampling density for x, and whether its samples may fall outside the support of p.
+        """``q`` as a sampling density for x, and whether its samples may lie outside the support of p.
 
-        Refuses a q of another event shape, or one that does not cover the support of p.
+        A q is refused if it has another event shape or does not cover the support of p.
         """
         if hasattr(q, "event_shape") and tuple(q.event_shape) != tuple(self.event_shape):
             self.refuse(
@@ -257,18 +257,18 @@ class Target(Shapes, ABC):
             self.refuse(f"expected a finite support that the host enumerates, but {self.family} has none; use LR().")
         try:
             values = self.p.enumerate_support(expand=False)
-        except (NotImplementedError, TypeError) as error:  # the latter for a number of values that is traced
+        except (NotImplementedError, TypeError) as error:  # a TypeError if the number of values is traced
             self.refuse(f"the support of this {self.family} cannot be enumerated ({error}); use LR().")
         return values.reshape((values.shape[0], *self.event_shape))
 
     # ---- what the estimators need from the family
 
     def standardization(self, ops: Ops) -> Callable[[Array, Any], Array]:
-        """A function S(x, p) with a law free of p's parameters that increases along the host's sampler."""
+        """A function S(x, p) that increases along the host's sampler and whose law does not depend on p's parameters."""
         if (known := family_of(self.p).standardization) is not None:
             if self.family == "StudentT" and self.is_live(self.p.df):
                 self.refuse(
-                    "RP(q=...) knows a standardization of StudentT for a constant df only; use Flow(loc=..., scale=..., q=...)."
+                    "RP(q=...) has a standardization of StudentT only for a constant df; use Flow(loc=..., scale=..., q=...)."
                 )
             return partial(known, ops)
         if self.event_ndim:
@@ -278,7 +278,7 @@ class Target(Shapes, ABC):
     def scores(self, x: Array) -> list[tuple[Array, Array]]:
         """The score of each array of parameters, over the batch of x: value 0 with tangent psi, and psi^2 (detached).
 
-        The mean of each psi is 0, so that each may have its own baseline.
+        The mean of each psi is 0, so each may have its own baseline.
         """
         known = family_of(self.p)
         if not known.separate:
@@ -308,7 +308,7 @@ class Target(Shapes, ABC):
             )
         velocity, jacobian = ops.jacobian(dx, x, self.event_ndim, live=True)
         divergence = ops.trace(jacobian)
-        if chart == "simplex":  # in the chart that drops the last coordinate: the last moves against each of the others
+        if chart == "simplex":  # the last coordinate is 1 minus the others, so it moves against each of them
             divergence = divergence - jacobian[..., -1].sum(-1)
         return velocity, divergence
 
@@ -324,7 +324,7 @@ class Target(Shapes, ABC):
         return ops.broadcast_to(u, x.shape)
 
     def check_elementwise(self, ops: Ops, f: Callable[[Array, Any], Array], x: Array, what: str) -> None:
-        """Refuse an ``f(x, p)`` that reads x at another coordinate, where the host's validation is on."""
+        """Refuse an ``f(x, p)`` that reads x at another coordinate, while the host's validation is on."""
         if self.validate and self.first_use and x.ndim:
             with self.probe(x) as (x, p):
                 ok = ops.is_elementwise(lambda x: self.in_shape(ops, f(x, p), x, what), x)
@@ -333,20 +333,20 @@ class Target(Shapes, ABC):
     # ---- what the estimator learns
 
     def with_learned(self, learns: Mapping[str, Learned], values: Mapping[str, Array], own_density: Any) -> Self:
-        """The same target with values for the parameters that the estimator ``learns``, and with :attr:`own_density`."""
+        """The target with values of the parameters that the estimator ``learns``, and with :attr:`own_density`."""
         for name, (_, event_shape) in learns.items():
             if (found := tuple(shape := values[name].shape)[len(shape) - len(event_shape) :]) != event_shape:
                 self.refuse(
-                    f"what the estimator learns as '{self.name}.{name}' has the shape {event_shape} on the right, but the program's "
-                    f"parameter of that name {found}; another estimator has registered it, or the control variate for the whole guide "
-                    "when it had other sites or plates. Clear the parameters or rename the site; under such a control variate keep the "
+                    f"the learned parameter '{self.name}.{name}' must have the shape {event_shape} on the right, but the program's "
+                    f"parameter of that name has {found}; another estimator has registered it, or the control variate for the whole "
+                    "guide, with other sites or plates. Clear the parameters or rename the site; under such a control variate keep the "
                     "sites and plates as they are, and in NumPyro annotate no estimators in the model."
                 )
         return self._with(learned=values, own_density=own_density)
 
     @contextmanager
     def registering(self, learns: Mapping[str, Learned]) -> Iterator[None]:
-        """Name the site where the host's plates refuse a parameter that the estimator ``learns``."""
+        """Name the site if the host's plates refuse a parameter that the estimator ``learns``."""
         try:
             yield
         except ValueError as error:
@@ -371,7 +371,7 @@ class Target(Shapes, ABC):
     def learn(
         self, ops: Ops, outputs: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...], second_moment: SecondMoment
     ) -> tuple[Array, ...]:
-        """``outputs``, from which an objective learns; see :meth:`flowvi.ops.Ops.learn`."""
+        """``outputs``, from which the parameters are learned; see :meth:`flowvi.ops.Ops.learn`."""
         if self.learned is None:
             return outputs
         try:
@@ -380,11 +380,11 @@ class Target(Shapes, ABC):
             self.refuse_forward_mode(error)
 
     def refuse_forward_mode(self, error: TypeError) -> NoReturn:
-        """Name the site where a backend cannot differentiate forward what is learned going backward; raise any other error again."""
+        """Name the site if forward mode meets an estimator that learns in the backward pass; raise any other error again."""
         if "forward-mode" not in str(error):
             raise error
         self.refuse(
-            "what the estimator learns comes from the backward pass, expected reverse-mode differentiation, found forward-mode; remove "
+            "the estimator learns from the backward pass: expected reverse-mode differentiation, found forward-mode; remove "
             "forward_mode_differentiation=True, or use an estimator that does not learn."
         )
 

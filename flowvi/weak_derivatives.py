@@ -1,7 +1,7 @@
-"""Weak derivatives: the derivative of a law in one parameter as a difference of two laws, from which one draws.
+"""Weak derivatives: the derivative of a distribution in one parameter as a weighted difference of two distributions to draw from.
 
-Each function returns the values at which the cost is evaluated, made of the draw x and uniform numbers u, with their weights. A weight
-has the derivative that it needs, and a value of the same size; 0 would keep its run from being drawn.
+Each function returns the values at which the cost is evaluated, computed from the draw x and uniform numbers u, with their weights. A
+weight has the right derivative, and a value of about the same size, because a run with a weight of value 0 would never be drawn.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _normal_loc(ops: Ops, p: Any, x: Array, u: Array) -> Weighted:
 
 
 def _normal_scale(ops: Ops, p: Any, x: Array, u: Array) -> Weighted:
-    """The square of a Maxwell draw is that of a Normal one and twice an Exponential one."""
+    """The square of a Maxwell draw is the square of a Normal draw plus twice an Exponential draw."""
     loc, scale, sign = _from_loc(ops, p, x)
     distance = scale * ops.sqrt(((x - loc) / scale) ** 2 + 2 * _exponential(ops, u))
     return [(loc + sign * distance, _relative(ops, p.scale))]

@@ -4,9 +4,9 @@ With r_k the log ratio of the model's and the guide's densities at particle k, t
 
     L = 1/(1 - alpha) log (1/K) sum_k exp((1 - alpha) r_k),
 
-once for each element of the plates that every statement shares, or iteration where they are sequential. Its derivative is that of L
-through every r_k, and for sites with a score sum_k score_k (L - L_{-k}), where L_{-k} is L with the mean of the other log ratios in
-place of r_k.
+once for each element of the plates that all statements share (for sequential plates, once for each iteration). Its derivative goes
+through every r_k. Sites with a score add sum_k score_k (L - L_{-k}), where L_{-k} is L with the mean of the other log ratios instead of
+r_k.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flowvi.refusals import refusal
 from flowvi.run import Run, Statement
 from flowvi.tape import Term, costs
 
-REASON = "its estimators or its gradient"  # why there is no second derivative
+REASON = "its estimators or its gradient"  # the reason why there is no second derivative
 
 
 class BoundParticle(NamedTuple):
@@ -33,8 +33,8 @@ class BoundParticle(NamedTuple):
 
     Attributes:
         log_ratio: The log density of the model minus that of the guide, with its derivative.
-        score: The scores of all sites, added up, whose value has no meaning; None where no site has one.
-        at_fixed_draws: What the parameters contribute to the log ratio at detached draws; None except for ``"dreg"``.
+        score: The sum of the scores of all sites; its value has no meaning. None if no site has a score.
+        at_fixed_draws: The part of the log ratio that depends on the parameters at detached draws; None except for ``"dreg"``.
     """
 
     log_ratio: Array
@@ -43,23 +43,23 @@ class BoundParticle(NamedTuple):
 
 
 def shared_plates(terms: Iterable[Term], subsampled: Mapping[str, float]) -> tuple[frozenset[Frame], frozenset[str], float]:
-    """The plates that every statement shares, the sequential ones by name, and the factor by which their subsampling scales costs.
+    """The plates that all statements share, the sequential ones by name, and the factor by which their subsampling scales costs.
 
     Raises:
-        ValueError: Where a plate that some statement is outside of is subsampled.
+        ValueError: A plate is subsampled, but some statement is outside it.
     """
     stacks = [(term.frames, frozenset(name for name, _ in term.steps)) for term in terms]
     shared, sequential = (frozenset.intersection(*of) for of in zip(*stacks, strict=True)) if stacks else (frozenset(), frozenset())
     if inner := sorted(set(subsampled) - {frame.name for frame in shared} - sequential):
         raise ValueError(
-            f"plate '{inner[0]}': an importance-weighted bound can only subsample a plate that every sample statement is inside of, "
-            "of the model and of the guide; sum over the whole plate, or use TraceFlow_ELBO."
+            f"plate '{inner[0]}': an importance-weighted bound can only subsample a plate if every sample statement of model and guide "
+            "is inside it; sum over the whole plate, or use TraceFlow_ELBO."
         )
     return shared, sequential, math.prod(subsampled.values())
 
 
 def bound_of(host: Host, run: Run, gradient: Gradient) -> tuple[BoundParticle, float]:
-    """Reduce a run to its log ratio; also the factor of subsampling, by which the bound is to be multiplied.
+    """Reduce a run to its log ratio. The second result is the factor of subsampling, by which the bound has to be multiplied.
 
     Args:
         host: The host library.
@@ -82,7 +82,7 @@ def bound_of(host: Host, run: Run, gradient: Gradient) -> tuple[BoundParticle, f
 
 
 def _bound_particle(ops: Ops, run: Run, terms: list[Term], at_fixed_draws: list[Term] | None) -> tuple[BoundParticle, float]:
-    """Reduce one run; also the factor of subsampling, by which the bound is to be multiplied.
+    """Reduce one run. The second result is the factor of subsampling, by which the bound has to be multiplied.
 
     Args:
         ops: The operations of the backend.
@@ -95,13 +95,13 @@ def _bound_particle(ops: Ops, run: Run, terms: list[Term], at_fixed_draws: list[
     """
     for name, draw in run.draws.items():
         if draw.log_weight is not None:
-            _refuse(name, "a proposal q would weigh the bound by the joint weight of all particles; use q = p.")
+            _refuse(name, "with a proposal q the bound would be multiplied by the joint weight of all particles; use q = p.")
         if draw.control is not None:
-            _refuse(name, "a control variate has mean 0 under an ELBO only; use TraceFlow_ELBO, or an estimator that does not learn.")
+            _refuse(name, "a control variate has mean 0 only under an ELBO; use TraceFlow_ELBO, or an estimator that does not learn.")
         if draw.comparison is not None:
-            _refuse(name, "the bound is no sum of costs whose values could be compared at several values of a site; use LR() here.")
+            _refuse(name, "the bound is not a sum of costs, which could be compared at several values of a site; use LR() here.")
         if draw.baseline is not None:
-            _refuse(name, "the bound has its own baseline, the leave-one-out bound; remove the baseline of the estimator.")
+            _refuse(name, "the bound has its own baseline, the bound without the particle; remove the baseline of the estimator.")
         if at_fixed_draws is not None and draw.score is not None:
             _refuse(name, "gradient='dreg' needs sites without a score; use RP() or ImplicitRP(), or gradient='plain'.")
     shared, sequential, scale = shared_plates(terms, run.subsampled)
@@ -139,7 +139,7 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
         ops: The operations of the backend.
         particles: Every array with the particles along its first axis.
         alpha: The order; 0 is the importance-weighted bound.
-        baseline: ``"loo"`` subtracts from the bound, where it multiplies a particle's score, the bound without that particle.
+        baseline: With ``"loo"``, a particle's score multiplies the bound minus the bound without the particle.
     """
     log_ratio, score, at_fixed_draws = particles
     num_particles = log_ratio.shape[0]

@@ -1,7 +1,7 @@
-"""What sites with alternatives add to an ELBO: runs of the program with one site changed, and the differences of its costs.
+"""The terms of sites with alternatives in an ELBO: runs of the program with one site changed, and the differences of the costs.
 
-All elements of a plate change in one run where every cost, and every site between, depends on the site element by element. Each other
-element needs a run of its own, a *lane*. Sites that share no cost share their runs.
+All elements of a plate change in one run if every later site and cost that depends on the site does so element by element. Otherwise
+each element needs its own run, a *lane*. Sites that share no cost share their runs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run
 from flowvi.tape import Ancestors, Dependencies, Site, Tape, Term, costs, record
 
-FLOOR = 0.01  # the share of equal probabilities with which a lane is drawn
-MAX_RUNS = 2  # how many runs a particle takes, for all sites together, instead of scores
+FLOOR = 0.01  # the weight of the uniform distribution in the mixture from which a lane is drawn
+MAX_RUNS = 2  # the most runs per particle that replace scores, for all sites together
 
 
 class SitePlan(NamedTuple):
@@ -34,11 +34,11 @@ class SitePlan(NamedTuple):
         name: The site's name.
         comparison: How it compares.
         frames: The plates whose elements change in one run.
-        downstream: The sites of the guide whose values depend on it, its own name included.
+        downstream: The sites of the guide whose values depend on it, including itself.
         costs: The costs that depend on it, by the sign and the name of the statement.
         num_lanes: The number of elements that cannot share a run.
         first: The number of its first run.
-        num_runs: How many runs it takes.
+        num_runs: The number of its runs.
     """
 
     name: str
@@ -54,17 +54,17 @@ class SitePlan(NamedTuple):
 def plan(tape: Tape, branches: bool) -> list[SitePlan]:
     """The runs of all sites with alternatives.
 
-    Sites that share no cost take the same runs, unless the program ``branches``, so that other values may lead to other costs.
+    Sites that share no cost share their runs, unless the program ``branches``: then other values may lead to other costs.
     """
     plans = [_plan(tape, site, site.draw.comparison) for site in tape.sites if site.draw.comparison is not None]
     return _placed([one for one in plans if one.costs or branches], share=not branches)
 
 
 def choose(tape: Tape, run: Run) -> Tape:
-    """The tape with a comparison instead of a score at those sites that offer both and for which few runs are enough.
+    """The tape with a comparison instead of a score at sites that offer both, if few runs are enough.
 
-    The sites are taken in program order, as long as they all take no more than ``MAX_RUNS`` runs together. Where draws may decide
-    what the program runs, the choice would depend on them, which would be a bias; there the scores remain.
+    The sites are taken in program order, as long as they all take no more than ``MAX_RUNS`` runs together. If the program may branch on
+    draws, the choice would depend on the draws and cause a bias, so all sites keep their scores.
     """
     chosen: dict[str, Comparison] = {}
     plans: list[SitePlan] = []
@@ -100,7 +100,7 @@ def _plan(tape: Tape, site: Site, comparison: Comparison) -> SitePlan:
 
 
 def _placed(plans: list[SitePlan], share: bool) -> list[SitePlan]:
-    """The plans with their first runs: each in the first group none of whose sites shares a cost with it, or by itself."""
+    """The plans with their first runs. A site joins the first group in which no site shares a cost with it, or starts a new one."""
     groups: list[tuple[set[tuple[int, str]], list[SitePlan]]] = []
     for one in plans:
         for taken, members in groups:  # noqa: B007
@@ -119,9 +119,9 @@ def _placed(plans: list[SitePlan], share: bool) -> list[SitePlan]:
 
 
 def described(run: Run, dependencies: Dependencies) -> Description:
-    """The random sites with the estimators that act there, and how often a step runs guide and model for each particle.
+    """The random sites with their estimators, and how often a step runs guide and model for each particle.
 
-    It runs them once, and once more for each value of a site that needs a run of its own.
+    A step runs them once, and once more for each value of a site that needs its own run.
     """
     sites = run.sites.random
     if run.sites.entropy == "analytic":
@@ -150,7 +150,7 @@ def _lane_sizes(comparison: Comparison, frames: frozenset[Frame]) -> list[int]:
 
 
 def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Array | None:
-    """A scalar of value 0 whose tangent is the gradient of the sites with alternatives; None where there are none."""
+    """A scalar of value 0 whose tangent is the gradient of the sites with alternatives; None if there are none."""
     if not run.program.takes_gradients or not (plans := plan(tape, run.program.branches)):
         return None
     ops, num_runs = host.ops, _num_runs(plans)
@@ -160,7 +160,7 @@ def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Ar
         replacements[one.name] = Replacement(values, one.first, num_runs, one.downstream)
     of_model: dict[str, frozenset[Ancestor]] = {}
     of_guide: dict[str, frozenset[Ancestor]] = {}
-    for term in tape.terms:  # a control variate, which depends on nothing, comes after the statement of its name
+    for term in tape.terms:  # a control variate has no ancestors; it comes after the statement of the same name
         (of_model if term.sign > 0 else of_guide).setdefault(term.name, term.ancestors)
 
     def sums(of: Run) -> dict[str, Array]:
@@ -178,13 +178,13 @@ def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Ar
         weight = weights[one.name]
         shape = (one.num_runs, *(1,) * (weight.ndim - difference.ndim), *difference.shape[1:])
         difference = difference.reshape(shape)
-        impossible = (ops.stop_gradient(weight) == 0) & (difference - difference != 0)  # p log p is 0 where p is
+        impossible = (ops.stop_gradient(weight) == 0) & (difference - difference != 0)  # p log p is 0 at p = 0
         contributions.append((weight * ops.stop_gradient(ops.where(impossible, 0 * weight, difference))).sum())
     return ops.tangent_of(total(contributions))
 
 
 def _terms(of: Run, of_model: Ancestors, of_guide: Ancestors, dependencies: Dependencies) -> list[Term]:
-    """The costs of a run with their ancestors; those of the first run, unless the program has taken another branch."""
+    """The costs of a run with their ancestors, which are those of the first run unless the program has taken another branch."""
     for program, ancestors in ((of.model, of_model), (of.guide, of_guide)):
         if any(s.log_density is not None and name not in ancestors for name, s in program.items()):
             return record(of, dependencies).terms
@@ -192,7 +192,7 @@ def _terms(of: Run, of_model: Ancestors, of_guide: Ancestors, dependencies: Depe
 
 
 def _stored(ops: Ops, names: Container[str], term: Term) -> Term:
-    """The cost, detached; one on which several sites depend is computed once."""
+    """The cost, detached; a cost that depends on several sites is computed once."""
     fixed = ops.stop_gradient(term.log_density)
     several = sum(ancestor.name in names for ancestor in term.ancestors) > 1
     return term._replace(log_density=ops.computed_once(fixed) if several else fixed)
@@ -216,8 +216,8 @@ def _dependent(ops: Ops, site: SitePlan, terms: list[Term], log_weights: dict[st
 def _refuse_joint_branch(site: SitePlan, term: Term):
     raise refusal(
         site.name,
-        f"its elements change in one run, but where they do the program takes another branch, whose cost "
-        f"'{term.name}' depends on all of them; choose by torch.where instead of by if, or use LR().",
+        f"its elements change in one run, but in this run the program takes another branch, whose cost "
+        f"'{term.name}' depends on all of them; use torch.where instead of if, or use LR().",
     )
 
 
@@ -244,7 +244,7 @@ def _runs(ops: Ops, run: Run, site: SitePlan) -> tuple[Array, Array]:
 
 
 def _over(weight: Array, lead: int, comparison: Comparison, frames: frozenset[Frame]) -> Array:
-    """Weights over the batch of x as weights over the batch of the site, summed over all but the plates that change in one run."""
+    """Weights over the batch of the site, from weights over the batch of x: summed over all but the plates that change in one run."""
     parallel = {comparison.batch_ndim + frame.dim for frame in frames}
     axes = tuple(lead + axis for axis in range(comparison.batch_ndim) if axis not in parallel and weight.shape[lead + axis] > 1)
     if axes:
@@ -254,7 +254,7 @@ def _over(weight: Array, lead: int, comparison: Comparison, frames: frozenset[Fr
 
 
 def _one_of(ops: Ops, comparison: Comparison, changed: Array, weight: Array, uniform: Array) -> tuple[Array, Array]:
-    """One of the runs for each element of the plates, drawn with a probability in proportion to its weight, and weighed by it."""
+    """One of the runs for each element of the plates, drawn with a probability in proportion to its weight, with its new weight."""
     size = abs(ops.stop_gradient(weight))
     whole = size.sum(0)
     share = ops.where(whole > 0, size / ops.where(whole > 0, whole, 0 * whole + 1), 0 * size + 1 / size.shape[0])
@@ -263,7 +263,7 @@ def _one_of(ops: Ops, comparison: Comparison, changed: Array, weight: Array, uni
     one = uniform.reshape((*uniform.shape[: comparison.batch_ndim], -1))[..., 0]
     one = one[tuple(slice(None) if n > 1 else slice(0, 1) for n in share.shape[1:])]
     number = (0 * share + 1).cumsum(0) - 1
-    chosen = number == ops.where(one >= below[:-1], number[:-1] * 0 + 1, number[:-1] * 0).sum(0)  # always one, whatever is rounded
+    chosen = number == ops.where(one >= below[:-1], number[:-1] * 0 + 1, number[:-1] * 0).sum(0)  # exactly one, in spite of rounding
     weight = ops.where(chosen, weight / ops.where(chosen, share, 0 * share + 1), 0 * weight).sum(0)
     over_x = chosen.reshape((*chosen.shape, *(1,) * (changed.ndim - chosen.ndim)))
     return ops.where(over_x, changed, 0 * changed).sum(0)[None], weight[None]

@@ -1,6 +1,6 @@
 """The ELBO: from a tape to its value and the surrogate whose derivative is the estimator.
 
-The surrogate is the composition rule of several dependent sites, in its form with baselines,
+The surrogate is the composition rule for several dependent sites, with baselines,
 
     S = sum_j sg(W_j) f_j + tether( sum_s score_s sg( sum_{j after s} W_j f_j - W_{<=s} b_s ) ),
 
@@ -26,14 +26,14 @@ from flowvi.ops import Array, Ops, total
 from flowvi.run import Run, Statement
 from flowvi.tape import Dependencies, Site, Tape, control_terms, record, scored_draws
 
-REASON = "its estimators or its entropy"  # why there is no second derivative
+REASON = "its estimators or its entropy"  # the reason why there is no second derivative
 
 
 class Particle(NamedTuple):
-    """One run, reduced; arrays only.
+    """One run, reduced to arrays.
 
     Attributes:
-        costs: The sum of its weighted costs, a scalar; or such a sum for each statement by name.
+        costs: The sum of its weighted costs, a scalar; or such a sum for each statement, by name.
         scores: For each site with a score, its records: one, or one for each array of parameters.
     """
 
@@ -50,7 +50,7 @@ def elbo_of(
         host: The host library.
         run: The run.
         dependencies: How to find which costs depend on which site.
-        by_statement: Whether to keep the costs of each statement apart.
+        by_statement: Whether to keep the costs of different statements separate.
         baselines: Baselines that the program annotates, by site; the baseline of an estimator takes precedence.
     """
     ops = host.ops
@@ -65,11 +65,11 @@ def elbo_of(
         return particle
     if isinstance(particle.costs, dict):
         return particle._replace(costs={name: ops.first_order(cost, REASON) for name, cost in particle.costs.items()})
-    return particle if particle.scores else particle._replace(costs=ops.first_order(particle.costs, REASON))  # else `estimate` does it
+    return particle if particle.scores else particle._replace(costs=ops.first_order(particle.costs, REASON))  # else in `estimate`
 
 
 def _without_own_densities(ops: Ops, tape: Tape) -> Tape:
-    """The tape with the guide's log densities detached at sites whose alternatives are the whole derivative of their law."""
+    """The tape with detached log densities of the guide at sites whose alternatives are the whole derivative of their law."""
     names = {site.name for site in tape.sites if site.draw.comparison is not None and site.draw.comparison.is_whole}
     if not names:
         return tape
@@ -90,7 +90,7 @@ def _plus(costs: Any, contribution: Array) -> Any:
 
 
 def _unweighted(run: Run, by_statement: bool) -> Array | dict[str, Array] | None:
-    """The costs of a run in which no site has a score or a weight, so that dependence does not matter."""
+    """The costs of a run in which no site has a score or a weight, and so dependence does not matter."""
     costs = _sums(run.model)
     for name, of_guide in _sums(run.guide).items():
         costs[name] = costs[name] - of_guide if name in costs else -of_guide
@@ -104,7 +104,7 @@ def _sums(statements: Mapping[str, Statement]) -> dict[str, Array]:
 
 
 def _of_tape(ops: Ops, tape: Tape, by_statement: bool, baselines: Mapping[str, MakeScores] | None) -> Particle:
-    """Weight the costs, sum them, and collect for each score those that depend on its site."""
+    """Weight and sum the costs, and collect for each score the costs that depend on its site."""
     weights = {site.name: site.draw.log_weight for site in tape.sites if site.draw.log_weight is not None}
     groups: dict[tuple, Array] = {}  # costs with the same ancestors, in the same plates, are one cost
     for term in tape.terms:
@@ -142,7 +142,7 @@ class _Cost(NamedTuple):
 
 
 def _own_costs(site: Site, costs: list[_Cost]) -> Array:
-    """For each element of the site's plates, the costs that depend on that element alone."""
+    """For each element of the site's plates, the costs that depend only on this element."""
     own = [sum_to(cost.value, site.frames) for cost in costs if Ancestor(site.name, site.frames) in cost.ancestors]
     return total(own) if own else 0.0 * sum_to(site.draw.score, site.frames)
 
@@ -153,7 +153,7 @@ def _own_costs(site: Site, costs: list[_Cost]) -> Array:
 def _downstream(scored: list[Site], costs: list[_Cost]) -> Iterator[tuple[Site, Array]]:
     """For each site with a score, the sum of the costs that depend on it, over its own plates.
 
-    Along a chain, the costs that depend on a site are those of the next site and a few others, so each sum starts from another one.
+    Along a chain, the costs of a site are the costs of the next site and a few others, so each sum starts from another sum.
     """
     sums: list[Array] = []
     sites, ancestors = tuple((site.name, site.frames) for site in scored), tuple(cost.ancestors for cost in costs)
@@ -198,7 +198,7 @@ def _dependents(ancestors: tuple[frozenset[Ancestor], ...]) -> dict[str, frozens
     """For each site, the costs of which it is an ancestor, by index, each with the plates of the :class:`Ancestor`."""
     found: dict[str, set[tuple[int, frozenset[Frame]]]] = {}
     for i, sites in enumerate(ancestors):
-        costs = {frames: (i, frames) for _, frames in sites}  # one object for all sites, because sets of these are compared
+        costs = {frames: (i, frames) for _, frames in sites}  # one object for all sites: comparing sets of these is then fast
         for name, frames in sites:
             found.setdefault(name, set()).add(costs[frames])
     return {name: frozenset(costs) for name, costs in found.items()}
@@ -208,7 +208,7 @@ def _dependents(ancestors: tuple[frozenset[Ancestor], ...]) -> dict[str, frozens
 
 
 def stack_particles(ops: Ops, particles: list[Particle]) -> Particle:
-    """Particles of a loop as one, along a new first axis; a site is stacked over the particles that ran it. Costs are summed."""
+    """Particles of a loop, stacked along a new first axis. A site is stacked over the particles that ran it. Costs are summed."""
     names = dict.fromkeys(name for particle in particles for name in particle.scores)
     scores = {
         name: tuple(_stacked(ops, same) for same in zip(*(p.scores[name] for p in particles if name in p.scores), strict=True))
@@ -218,7 +218,7 @@ def stack_particles(ops: Ops, particles: list[Particle]) -> Particle:
 
 
 def _stacked(ops: Ops, records: tuple) -> Any:
-    """Arrays, or nested records of arrays, as one with a new first axis."""
+    """Arrays, or nested records of arrays, stacked along a new first axis."""
     first = records[0]
     if isinstance(first, tuple):
         return type(first)(*(_stacked(ops, field) for field in zip(*records, strict=True)))
@@ -226,16 +226,16 @@ def _stacked(ops: Ops, records: tuple) -> Any:
 
 
 def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: ParticleMean | None) -> Any:
-    """The objective, averaged over particles, with the derivative of the estimator and that of the baselines' squared errors.
+    """The objective, averaged over particles, with the derivatives of the estimator and of the baselines' squared errors.
 
     Args:
         ops: The operations of the backend.
-        particles: With several particles, every array of a score has them along its first axis; costs may be summed over them.
-        num_particles: How many there are.
-        baseline: The baseline of the scores without one.
+        particles: With several particles, they are the first axis of every array of a score; costs may be summed over them.
+        num_particles: The number of particles.
+        baseline: The baseline of scores that have none of their own.
 
     Returns:
-        A scalar; or scalars by statement, where the costs are given so, whose sum has the value of the objective and the derivative
+        A scalar. If the costs are given by statement: scalars by statement, whose sum has the value of the objective and the derivative
         of the estimator.
     """
     default = baseline if num_particles > 1 else None
@@ -247,7 +247,7 @@ def estimate(ops: Ops, particles: Particle, num_particles: int, baseline: Partic
 
 
 def _term(ops: Ops, name: str, score: Score, num_particles: int, default: ParticleMean | None) -> Array:
-    """A scalar whose tangent is the score times its costs less the baseline; its value has no meaning."""
+    """A scalar whose tangent is the score times its costs minus the baseline; its value has no meaning."""
     baseline = default if score.baseline is None else score.baseline
     term = score.score * score.cost if baseline is None else baseline.term(ops, name, score, num_particles)
     return term.sum() if term.ndim else term

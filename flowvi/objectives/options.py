@@ -15,14 +15,14 @@ Gradient = Literal["plain", "dreg"]
 
 
 def particle_baseline(baseline: LeaveOneOut) -> ParticleMean | None:
-    """The baseline of those scores of an ELBO that have no other one."""
+    """The baseline of scores of an ELBO that have none of their own."""
     return ParticleMean() if baseline == "loo" else None
 
 
 def require_options(
     entropy: Entropy, baseline: LeaveOneOut, dependencies: Dependencies, control_variate: JointKind | None, particles: Particles
 ) -> None:
-    """Refuse options of an objective that do not exist, or that exclude each other."""
+    """Refuse options of an objective that do not exist or exclude each other."""
     for name, found, known in (
         ("entropy", entropy, ("full", "stl", "analytic")),
         ("baseline", baseline, ("loo", None)),
@@ -34,7 +34,7 @@ def require_options(
     if control_variate is not None and particles == "fixed":
         raise ValueError(
             "control_variate: expected None under particles='fixed', which needs the derivative of the loss at fixed draws, found "
-            f"{control_variate!r}, whose mean is 0 over all draws only."
+            f"{control_variate!r}, whose mean is 0 only over all draws."
         )
 
 

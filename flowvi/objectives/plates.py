@@ -19,7 +19,7 @@ def sum_to(x: Array, frames: Iterable[Frame]) -> Array:
 
 @lru_cache(maxsize=256)  # the same at every step of most programs
 def _summed(shape: tuple[int, ...], frames: frozenset[Frame]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes over which an array of ``shape`` is summed, and the shape that is left."""
+    """The axes over which an array of ``shape`` is summed, and the remaining shape."""
     kept = {frame.dim for frame in frames}
     axes = tuple(dim for dim in range(-len(shape), 0) if dim not in kept and shape[dim] != 1)
     left = tuple(shape[dim] if dim in kept else 1 for dim in range(-len(shape), 0))

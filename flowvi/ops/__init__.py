@@ -1,4 +1,4 @@
-"""Array and autodiff functions that an adapter hands to the core: one module per backend, each a screenful."""
+"""Array and autodiff functions that an adapter passes to the core: one short module per backend."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -10,7 +10,7 @@ Pullback = Callable[[tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]], t
 
 
 def times(a: Array, factor: float) -> Array:
-    """``a * factor``, without an operation where the factor is 1, as it usually is."""
+    """``a * factor``, without an operation if the factor is 1, as it usually is."""
     return a if factor == 1 else a * factor
 
 
@@ -59,7 +59,7 @@ class Ops(Protocol):
         ...
 
     def computed_once(self, x: Array, /) -> Array:
-        """The same array, stored: a compiler does not compute it again in every loop that reads it. It has no derivative."""
+        """The same array, stored, so that a compiler does not compute it again in every loop that reads it. It has no derivative."""
         ...
 
     def tether(self, t: Array, /) -> Array:
@@ -67,7 +67,7 @@ class Ops(Protocol):
         ...
 
     def tangent_of(self, t: Array, /) -> Array:
-        """0 with the derivative of ``t``, as :meth:`tether`; JAX computes nothing where no derivative is taken."""
+        """0 with the derivative of ``t``, like :meth:`tether`; JAX computes nothing if no derivative is taken."""
         ...
 
     def derivative(self, f: Callable[[Array], Array], x: Array, /, live: bool) -> tuple[Array, Array | None]:
@@ -79,7 +79,8 @@ class Ops(Protocol):
         ...
 
     def is_elementwise(self, f: Callable[[Array], Array], x: Array, /) -> Array:
-        """One boolean: f at one coordinate does not read x at another (or is not finite, so that nothing is seen)."""
+        """One boolean: f at one coordinate does not read x at another. Also True if f is not finite, since it cannot be checked
+        then."""
         ...
 
     def jacobian(self, f: Callable[[Array], Array], x: Array, event_ndim: int, /, live: bool) -> tuple[Array, Array]:
@@ -143,17 +144,17 @@ class Ops(Protocol):
     def with_pullback(
         self, values: tuple[Array, ...], inputs: tuple[Array, ...], fixed: tuple[Array, ...], pullback: Pullback, /
     ) -> tuple[Array, ...]:
-        """``values``; going backward, ``inputs`` get ``pullback(cotangents, inputs, fixed)``."""
+        """``values``; in the backward pass, ``inputs`` get ``pullback(cotangents, inputs, fixed)``."""
         ...
 
     def learn(
         self, outputs: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...], second_moment: SecondMoment, /
     ) -> tuple[Array, ...]:
-        """``outputs`` as they are. Going backward, ``learned`` gets the gradient of ``second_moment(cotangents, learned, fixed)``."""
+        """``outputs``; in the backward pass, ``learned`` gets the gradient of ``second_moment(cotangents, learned, fixed)``."""
         ...
 
     def first_order(self, loss: Array, what: str, /) -> Array:
-        """The scalar ``loss`` with its first derivative; the second raises a ValueError, of which ``what`` is the reason."""
+        """The scalar ``loss`` with its first derivative. A second derivative raises a ValueError with the reason ``what``."""
         ...
 
     def nextafter(self, x: Array, towards: float, /) -> Array:
@@ -174,5 +175,5 @@ class Ops(Protocol):
         ...
 
     def check(self, ok: Array, message: str, /) -> None:
-        """Raise ValueError(message) unless ``ok``; a traced value, which is not known yet, passes."""
+        """Raise ValueError(message) unless ``ok``; a traced value, which is not known yet, passes the check."""
         ...
