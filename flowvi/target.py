@@ -267,9 +267,7 @@ class Target(Shapes, ABC):
         """A function S(x, p) that increases along the host's sampler and whose law does not depend on p's parameters."""
         if (known := family_of(self.p).standardization) is not None:
             if self.family == "StudentT" and self.is_live(self.p.df):
-                self.refuse(
-                    "RP(q=...) has a standardization of StudentT only for a constant df; use Flow(loc=..., scale=..., q=...)."
-                )
+                self.refuse("RP(q=...) has a standardization of StudentT only for a constant df; use Flow(loc=..., scale=..., q=...).")
             return partial(known, ops)
         if self.event_ndim:
             self.refuse(f"RP(q=...) needs the inverse of the sampler, and none is known for {self.family}; use ImplicitRP(S, q).")

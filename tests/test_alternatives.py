@@ -918,7 +918,7 @@ def test_numpyro_control_flow_refuses(loop, wrapped):
             numpyro.contrib.control_flow.cond(True, lambda _: draw(), lambda _: draw(), None)
 
     elbo = h.flow.TraceFlow_ELBO(default=LR() if wrapped else Enumerate())
-    with pytest.raises(ValueError, match=r"site 'k': Enumerate\(\) gives the site another value.*use LR\(\) there"):
+    with pytest.raises(ValueError, match=r"site 'k': Enumerate\(\) has to replace the site's value.*use LR\(\) there"):
         elbo.loss(jax.random.key(0), {"l": 0.3}, guide, guide)
 
 

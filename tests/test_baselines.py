@@ -194,7 +194,7 @@ def test_a_network_trained_in_pyro():
     np.testing.assert_allclose([network.weight.item(), network.bias.item()], [3, -1], atol=0.02)
 
 
-# ---- what cannot be seen to be upstream, or out of reach, is refused
+# ---- what cannot be seen to be upstream, or is inside scan, is refused
 
 
 def test_refused_baselines(host):
@@ -241,7 +241,7 @@ def test_a_baseline_in_scan_is_refused():
     def program():
         scan(body, 0, None, length=3)
 
-    with pytest.raises(ValueError, match="site 'k': inside scan or cond the inputs of a baseline are out of reach"):
+    with pytest.raises(ValueError, match="site 'k': inside scan or cond an estimator cannot have a baseline of its own"):
         flowvi.numpyro.TraceFlow_ELBO().loss(jax.random.key(0), {}, program, program)
 
 

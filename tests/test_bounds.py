@@ -301,7 +301,7 @@ def test_sequential_plates_with_vectorized_particles(kind):
 # ---- refusals
 
 REFUSED = {
-    "a proposal": (RP(lambda p: p), {}, "site 'x': with a proposal q the bound would be multiplied by the joint weight of all particles"),
+    "a proposal": (RP(lambda p: p), {}, "site 'x': with a proposal q the bound would be multiplied by the joint weight"),
     "a baseline": (LR(Baseline(lambda: 1.0)), {}, "site 'x': the bound has its own baseline"),
     "a score under dreg": (LR(), {"gradient": "dreg"}, "site 'x': gradient='dreg' needs sites without a score"),
     "another gradient": (RP(), {"gradient": "stl"}, "gradient: expected 'plain' or 'dreg', found 'stl'"),

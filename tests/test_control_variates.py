@@ -316,7 +316,7 @@ def test_refusals(host):
         numpyro.contrib.control_flow.scan(step, 0.0, None, length=3)
 
     if host.name == "numpyro":
-        with pytest.raises(ValueError, match="inside scan or cond the parameters of an estimator that learns are out of reach"):
+        with pytest.raises(ValueError, match="inside scan or cond an estimator cannot register parameters"):
             host.loss_and_gradients({}, in_scan, in_scan)
 
 

@@ -28,17 +28,17 @@ from flowvi.target import OWN_STANDARDIZATION, Target
 
 
 def unwrap(fn: dist.Distribution) -> dist.Distribution:
-    """Take off what does not change the family: independent, expanded, masked, estimated."""
+    """Remove the wrappers that do not change the family: independent, expanded, masked, estimated."""
     while isinstance(fn, WRAPPERS):
         fn = fn.base_dist  # type: ignore[attr-defined]
     return fn
 
 
 class NumPyroTarget(Target):
-    """See :class:`flowvi.target.Target`; the ``frames`` have the rows of their plates as their sizes.
+    """See :class:`flowvi.target.Target`; the size of each of ``frames`` is the number of rows of the plate.
 
     Attributes:
-        rng_key: The key of the draw; None where nothing is drawn.
+        rng_key: The key of the draw; None if nothing is drawn.
     """
 
     rng_key: jax.Array | None = None
@@ -64,7 +64,7 @@ class NumPyroTarget(Target):
         return x
 
     def intermediates(self, y: Any) -> list | None:
-        """What the transforms computed on the way to ``y``, as NumPyro keeps it; None where :meth:`push` did not return ``y``."""
+        """What the transforms computed on the way to ``y``, in NumPyro's form; None if ``y`` does not come from :meth:`push`."""
         return next((intermediates for value, intermediates in self._pushed if value is y), None) or None
 
     @staticmethod
@@ -104,7 +104,7 @@ class NumPyroTarget(Target):
         return f"{type(p).__name__} has none" + (f" for {missing}" if missing else "")
 
     def live(self, *names):
-        """Under ``jit`` every parameter is traced; one on which no parameter, draw or argument has an influence is constant."""
+        """Under ``jit`` every parameter is traced; it is constant if no parameter, draw or argument influences it."""
         traced = super().live(*names)
         if not traced or (moves := self._moving_leaves(arguments=True)) is None:
             return traced
@@ -136,7 +136,7 @@ class NumPyroTarget(Target):
             yield _made_up(x), jax.tree.map(_made_up, self.p0)
 
     def moving_bounds(self):
-        """Under ``jit`` every bound is traced; those that no parameter and no draw influences count as fixed."""
+        """Under ``jit`` every bound is traced; it is fixed if no parameter and no draw influences it."""
         bounds = super().moving_bounds()
         if not bounds or (moves := self._moving_leaves()) is None:
             return bounds
@@ -146,7 +146,7 @@ class NumPyroTarget(Target):
             return NumPyroTarget(self.name, p, enters=False, validate=False)._traced_bounds()
 
     def _moving_leaves(self, arguments=False):
-        """For each array of p, whether a parameter of the guide or a draw influences it, or an argument; None where not known."""
+        """For each array of p, whether a parameter of the guide or a draw (or an argument) influences it; None if not known."""
         moving_leaves = _ATTACHING.get()
         moves = None if moving_leaves is None else moving_leaves(self.name, bool(self.transforms), arguments)
         return moves if moves is not None and len(moves) == len(jax.tree.leaves(self.p)) else None
@@ -157,7 +157,7 @@ class NumPyroTarget(Target):
 
     def uniforms(self, shape, like):
         if self.rng_key is None:
-            self.refuse("expected a draw by flowvi.numpyro.TraceFlow_ELBO, outside of scan and cond, found none; use LR() there.")
+            self.refuse("expected a draw by flowvi.numpyro.TraceFlow_ELBO, outside scan and cond, found none; use LR() there.")
         return random.uniform(random.fold_in(self.rng_key, crc32(self.name.encode())), shape, like.dtype)
 
     def sample(self, q: Any, key: jax.Array) -> jax.Array:
@@ -168,9 +168,9 @@ class NumPyroTarget(Target):
 class Estimated(ForwardsToBase, dist.Distribution):
     r"""A distribution that carries its own gradient estimator: ``Estimated(dist.Normal(loc, scale), LR())``.
 
-    Inside ``TraceFlow_ELBO``, ``estimator`` acts at its site, also in ``scan`` and ``cond``, where handlers do not reach. Everywhere
-    else it behaves as ``base_dist``: it draws from p (never from a proposal q), and its ``log_prob`` is p's. NumPyro's own ELBOs
-    ignore score terms, so that they treat it as ``base_dist``.
+    ``TraceFlow_ELBO`` uses ``estimator`` at the site, also in ``scan`` and ``cond``, where handlers do not reach. Everywhere else
+    ``Estimated`` behaves like ``base_dist``: it draws from p (never from a proposal q), and its ``log_prob`` is that of p. NumPyro's
+    own ELBOs ignore score terms, so they treat it like ``base_dist``.
 
     **Requirements**: those of the estimator. It wraps a whole distribution; ``to_event``, ``expand`` and ``mask`` may follow.
 
@@ -209,7 +209,7 @@ class Estimated(ForwardsToBase, dist.Distribution):
         if not is_attaching() or estimator.uses_sampler:
             return self.base_dist.sample(key, sample_shape)
         fn = self.base_dist.expand_by(sample_shape) if sample_shape else self.base_dist
-        target = NumPyroTarget(name, fn, estimator.enters)  # inside scan or cond; elsewhere the handler draws
+        target = NumPyroTarget(name, fn, estimator.enters)  # inside scan or cond; otherwise the handler draws
         return attach(ops, target._with(rng_key=key), estimator, propose(target, estimator, key)).value
 
     def log_prob(self, value, intermediates=None):
@@ -228,10 +228,10 @@ def is_attaching() -> bool:
 
 @contextmanager
 def attaching(moving_leaves: MovingLeaves | None):
-    """While one of flowvi's objectives runs a program, :class:`Estimated` attaches derivatives when it is sampled.
+    """A context in which :class:`Estimated` attaches derivatives when it is sampled: one of flowvi's objectives runs a program.
 
     Args:
-        moving_leaves: ``moving_leaves(name, enters, arguments)`` returns which arrays of a site's family a parameter influences, see
+        moving_leaves: ``moving_leaves(name, enters, arguments)`` returns which arrays of a site's family a parameter influences; see
             :meth:`flowvi.numpyro.run.NumPyroProgram.moving_leaves`; None: no objective runs.
     """
     token = _ATTACHING.set(moving_leaves)
@@ -242,7 +242,7 @@ def attaching(moving_leaves: MovingLeaves | None):
 
 
 def _made_up(leaf: Any) -> Any:
-    """Made-up numbers in place of a traced array; any other value as it is."""
+    """Made-up numbers instead of a traced array; any other value unchanged."""
     if not isinstance(leaf, Tracer):
         return leaf
     if not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -1,4 +1,4 @@
-"""Effect handlers: attach estimators where the guide draws, and read annotations where the model runs."""
+"""Effect handlers: attach estimators to the draws of the guide, and read the annotations of the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from flowvi.target import Target
 
 
 class attach_estimators(Messenger):
-    """Let the estimator of every random site of the guide act where the guide draws."""
+    """Draw at every random site of the guide with the site's estimator."""
 
     def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves, together: Together | None = None):
         self.sites, self.moving_leaves, self.together = sites, moving_leaves, together
@@ -89,7 +89,7 @@ class attach_estimators(Messenger):
         return at_uniforms(ops, target, together.uniforms(msg["name"], msg["kwargs"]["rng_key"], target.shape))
 
     def _replace(self, msg, target, estimator) -> Draw:
-        """Give the site the value that it is to have in this run instead of what is drawn, whose weight it keeps."""
+        """Replace the draw by the value for this run; the weight of the draw stays."""
         value, active = self.sites.replaced[msg["name"]]
         key = msg["kwargs"]["rng_key"]
         if estimator.q is None:
@@ -119,13 +119,13 @@ class Sizes:
 
 
 def target_of(msg, enters: bool, sizes: Sizes) -> NumPyroTarget:
-    """The target of a site, given the sizes that the guide has shown."""
+    """The target of a site, given the sizes in the guide so far."""
     frames = [frame._replace(size=sizes.rows(frame)) for frame in msg["cond_indep_stack"]]
     return NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters, frames=frames)
 
 
 def declare(msg, target: NumPyroTarget, estimator: Estimator, own_density) -> tuple[NumPyroTarget, list[str]]:
-    """Register what the estimator learns as parameters of the program; returns the target with their values, and their names."""
+    """Register the parameters that the estimator learns; returns the target with their values, and their names."""
     learns = estimator.learns(ops, target)
     with trace() as found, target.registering(learns):  # under `handlers.scope` a parameter gets another name
         values = {
@@ -136,23 +136,23 @@ def declare(msg, target: NumPyroTarget, estimator: Estimator, own_density) -> tu
 
 
 def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
-    """The draw of a site whose value comes out of scan or cond; only the wrapper could act when it was drawn."""
+    """The draw of a site inside scan or cond, where only the wrapper could act when it was drawn."""
     target, estimator, choice, wrapped = visit
     if estimator.uses_sampler:
         if wrapped is not None and choice.estimator != wrapped:
             _refuse_in_control_flow(target, estimator, choice)
         return None
     if estimator.compares:
-        target.refuse(f"{estimator} gives the site another value, which cannot reach a draw inside scan and cond; use LR() there.")
+        target.refuse(f"{estimator} has to replace the site's value, which is not possible inside scan and cond; use LR() there.")
     discrete_lr = wrapped is None and isinstance(estimator, LR) and estimator.q is None and target.is_discrete()
     if not discrete_lr and (wrapped is None or choice.source != "Estimated"):
         _refuse_in_control_flow(target, estimator, choice)
     if estimator.learns(ops, target):
-        target.refuse("inside scan or cond the parameters of an estimator that learns are out of reach; use one that does not learn.")
-    if estimator.biased:  # the wrapper has attached all there is
+        target.refuse("inside scan or cond an estimator cannot register parameters; use one that does not learn.")
+    if estimator.biased:  # the wrapper has attached everything
         return Draw(value)
     if estimator.baseline is not None:
-        target.refuse("inside scan or cond the inputs of a baseline are out of reach; use the leave-one-out baseline there.")
+        target.refuse("inside scan or cond an estimator cannot have a baseline of its own; use the leave-one-out baseline there.")
     if estimator.proposal(ops, target)[1]:
         target.refuse("inside scan or cond the support of q must be that of p; choose q from the same family.")
     return attach(ops, target, estimator, target.pull(stop_gradient(value)))._replace(instead=None)
@@ -160,18 +160,18 @@ def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
 
 def _refuse_in_control_flow(target: Target, estimator: Estimator, choice: Choice):
     target.refuse(
-        f"handlers do not reach into scan and cond, so that {estimator} (given by: {choice.source}) cannot act on this draw; "
+        f"handlers do not reach into scan and cond, so {estimator} (given by: {choice.source}) cannot act on this draw; "
         "write numpyro.sample(name, flowvi.numpyro.Estimated(distribution, estimator)) there."
     )
 
 
 def seeded(fn: Callable, key: jax.Array, **options: Any) -> Messenger:
-    """As ``seed(fn, key)``: the same draws, by the quicker generator where there is one."""
+    """Like ``seed(fn, key)``, with the same draws, by the faster generator if there is one."""
     return own_keys(seed(fn, unrolled(key), **options), key)
 
 
 class own_keys(Messenger):
-    """Give a statement a key of the type of the program's ``key`` if it hands the key to the program, or takes no other type."""
+    """Give a statement a key of the type of the program's ``key`` if it returns the key to the program, or accepts no other type."""
 
     def __init__(self, fn, key):
         self.key = key
@@ -189,10 +189,10 @@ class own_keys(Messenger):
             msg["fn"] = partial(self._with_either, msg["fn"])
 
     def _with_either(self, fn, *args, rng_key, **kwargs):
-        """Handlers do not reach into scan and cond, so that all draws there have keys of one type."""
+        """Handlers do not reach into scan and cond, so all draws there have keys of the same type."""
         try:
             return fn(*args, rng_key=rng_key, **kwargs)
-        except Exception:  # where the key is not the cause, the next call raises the error again
+        except Exception:  # if the key is not the cause, the next call raises the error again
             pass
         return fn(*args, rng_key=typed_like(rng_key, self.key), **kwargs)
 
@@ -212,8 +212,8 @@ class read_annotations(Messenger):
 class mark_draws(Messenger):
     """Add to every draw its number in ``marks``, so that a jaxpr shows what depends on the draw.
 
-    The density of a ``scored`` site has to depend on its own mark. Some densities can be computed only from the intermediates of the
-    draw, which then get the mark too.
+    The density of a ``scored`` site has to depend on its own mark. Some densities can only be computed from the intermediates of the
+    draw, so these get the mark too.
     """
 
     def __init__(self, fn, marks, scored):
@@ -231,9 +231,9 @@ class mark_draws(Messenger):
 
 
 class mark_every_draw(Messenger):
-    """Add one number to every draw, so that a jaxpr shows what depends on any of them.
+    """Add one number to every draw, so that a jaxpr shows what depends on any of the draws.
 
-    A parameter that is not ``known`` gets it too: an outer handler, which does not act here, may give it another value.
+    A parameter that is not ``known`` gets the number too, because an outer handler, which does not act here, may give it another value.
     """
 
     def __init__(self, fn, mark, known):
@@ -258,5 +258,5 @@ def _any_value(fn, rng_key, sample_shape, **kwargs):
     """A value that depends on all parameters of the distribution, and the intermediates of the draw."""
     try:
         return fn(rng_key=rng_key, sample_shape=sample_shape, sample_intermediates=True)
-    except NotImplementedError:  # a distribution without a sampler, for which a proposal draws
+    except NotImplementedError:  # a distribution without a sampler; a proposal draws for it
         return jnp.zeros(fn.shape(sample_shape)) + sum(0 * jnp.sum(leaf) for leaf in jax.tree.leaves(fn)), []

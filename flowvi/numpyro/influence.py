@@ -1,7 +1,7 @@
 """Whether a parameter influences a traced array.
 
-Inside ``jit`` every array is a tracer: the parameters, but also a constant, a subsample of the data, or the limits of a censored
-observation. Only the jaxpr tells them apart.
+Inside ``jit`` every array is a tracer: a parameter, but also a constant, a subsample of the data, or the limits of a censored
+observation. Only the jaxpr shows the difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MOVES = frozenset({"moves"})
 def influenced(f: Callable[..., list[jax.Array]], movers: Any, fixed: Any) -> list[bool]:
     """For each array of ``f(mark, movers, fixed)``, whether the mark or a tracer in ``movers`` influences it.
 
-    A tracer that f closes over counts as a mover. What is not traced is passed on as it is, so that Python can branch on it.
+    A tracer that f closes over counts as a mover. Arrays that are not traced are passed unchanged, so that Python can branch on them.
     """
     leaves, tree = jax.tree.flatten((movers, fixed))
     traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]

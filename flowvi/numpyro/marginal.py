@@ -1,4 +1,4 @@
-"""NumPyro's enumeration: a model run with the values of its marginalised sites along dims of their own, and what sums these out."""
+"""NumPyro's enumeration: runs a model with the values of each marginalised site along a separate dim, and sums these dims out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowvi.marginal import Factor
 
 
 def require_funsor(site: str) -> None:
-    """Refuse to sum out a site where funsor is not installed."""
+    """Refuse to sum out a site if funsor is not installed."""
     try:
         import funsor  # noqa: F401
     except ImportError as error:
@@ -28,7 +28,7 @@ def require_funsor(site: str) -> None:
 
 @contextmanager
 def funsor_with_jax() -> Iterator[None]:
-    """Let funsor compute with JAX, as NumPyro needs it; it has one backend at a time, and Pyro may have chosen torch."""
+    """Let funsor compute with JAX, which NumPyro needs. funsor has one backend at a time, and Pyro may have chosen torch."""
     import funsor
 
     before = funsor.get_backend()
@@ -53,7 +53,7 @@ def enumerated_trace(
 
 
 class copy_annotations(Messenger):
-    """Give each site an ``infer`` of its own: NumPyro's enumeration writes to it, and the model may use one dict at several sites."""
+    """Give each site its own copy of ``infer``: NumPyro's enumeration writes to it, and several sites may share one dict."""
 
     def process_message(self, msg):
         if msg["type"] == "sample":
@@ -75,7 +75,7 @@ def is_enumerated(site: Mapping[str, Any]) -> bool:
 
 
 def log_density_of(site: Mapping[str, Any]) -> jax.Array:
-    """The log density of a site, not scaled; that of an enumerated site is not masked."""
+    """The unscaled log density of a site; for an enumerated site it is not masked."""
     fn = site["fn"]
     if is_enumerated(site):
         while isinstance(fn, MaskedDistribution | ExpandedDistribution):
@@ -94,14 +94,14 @@ def factors_of(sites: Mapping[str, Any], marginalised: Sequence[str], log_densit
         named = funsor.to_funsor(log_density if names else log_density.reshape(()), output=funsor.Real, dim_to_name=names)
         dims = (frozenset(named.inputs) | {name}) & frozenset(marginalised)
         if dims:
-            dims = dims.union(map(unshifted, dims))  # what is z at one step of a scan is _PREV_z at the next one
+            dims = dims.union(map(unshifted, dims))  # z at one step of a scan is _PREV_z at the next step
             frames = frozenset(Frame(*f) for f in site["cond_indep_stack"])
             factors.append(Factor(name, frames, dims, named, unshifted(name) if name in marginalised else None))
     return factors
 
 
 def contract(component: Sequence[Factor], frames: frozenset[Frame]) -> jax.Array:
-    """See :func:`flowvi.marginal.with_marginals`; by funsor's tensor variable elimination."""
+    """The ``contract`` of :func:`flowvi.marginal.with_marginals`, by funsor's tensor variable elimination."""
     import funsor
     import funsor.optimizer
 
@@ -120,9 +120,9 @@ def contract(component: Sequence[Factor], frames: frozenset[Frame]) -> jax.Array
 
 
 def _without_steps(component: Sequence[Factor], dims: frozenset[str]) -> list[Any]:
-    """The log densities of a component, those inside of ``scan`` contracted over its steps where these depend on earlier ones.
+    """The log densities of a component. Those inside ``scan`` are contracted over its steps, if the steps depend on earlier ones.
 
-    NumPyro names the dim of the steps ``_time_...``, and the state of t steps before by t times ``_PREV_``.
+    NumPyro names the dim of the steps ``_time_...``, and the state t steps earlier with t times ``_PREV_``.
     """
     import funsor
     from numpyro.contrib.funsor.infer_util import compute_markov_factors
@@ -150,7 +150,7 @@ def _without_steps(component: Sequence[Factor], dims: frozenset[str]) -> list[An
 
 
 def unshifted(name: str) -> str:
-    """The name in the model of a site of an enumerated ``scan``, whose first steps have names of their own."""
+    """The model's name of a site in an enumerated ``scan``, in which the first steps have other names."""
     while name.startswith("_PREV_"):
         name = name.removeprefix("_PREV_")
     return name

@@ -19,8 +19,8 @@ class Together(NamedTuple):
     Attributes:
         how: ``"stratified"`` or ``"antithetic"``.
         number: Its number.
-        num_particles: How many there are.
-        key: A random key that they share.
+        num_particles: The number of particles.
+        key: A random key that all particles share.
     """
 
     how: Particles
@@ -33,7 +33,7 @@ class Together(NamedTuple):
 
         Args:
             name: The site's name.
-            key: The particle's own key there.
+            key: The particle's own key at the site.
             shape: The shape of x.
         """
         shared = random.fold_in(unrolled(self.key), crc32(name.encode()))
@@ -50,8 +50,8 @@ class Together(NamedTuple):
         order, shift = random.split(key)
         numbers = jnp.arange(self.num_particles, dtype=jnp.uint32)
         width = self.num_particles.bit_length()
-        # Random bits on the left, the particle's number on the right: XLA sorts one array faster than two. Equal bits leave the order
-        # to the numbers; the random shift makes every place equally probable all the same.
+        # Random bits on the left, the particle's number on the right: XLA sorts one array faster than two. If the bits are equal, the
+        # numbers decide; the random shift still makes every place equally probable.
         mixed = jnp.sort(random.bits(order, (*shape, self.num_particles), jnp.uint32) >> width << width | numbers, -1)
         place = mixed[..., self.number] & (2**width - 1)
         return (place.astype(int) + random.randint(shift, shape, 0, self.num_particles)) % self.num_particles

@@ -64,7 +64,7 @@ class NumPyroProgram:
             guide = substitute(guide, data=dict(values))
         log_probs, guide_trace = self._log_probs(attach_estimators(guide, sites, self.moving_leaves, self.together), self.param_map)
         _require_names(sites, guide_trace)
-        for name, log_prob in sites.log_probs.items():  # NumPyro has computed the same again; one derivative is enough
+        for name, log_prob in sites.log_probs.items():  # NumPyro has computed them too; one derivative is enough
             log_probs[name] = scale_and_mask(log_prob, scale=guide_trace[name]["scale"])
         statements, mutable_state = _statements(guide_trace, log_probs), _values(guide_trace, "mutable")
         if not with_model:
@@ -108,7 +108,7 @@ class NumPyroProgram:
         found = enumerated_trace(replayed, self.args, self.kwargs, self.param_map, max_plate_nesting)
         for name, site in found.items():
             _require_replayed(name, site, guide_trace)
-            if site["scale"] is not None and jnp.ndim(site["scale"]) > max_plate_nesting:  # it depends on a site that is enumerated
+            if site["scale"] is not None and jnp.ndim(site["scale"]) > max_plate_nesting:  # it depends on an enumerated site
                 require_number(name, site["scale"])
         names = sorted((name for name, site in found.items() if is_enumerated(site)), key=lambda name: name != unshifted(name))
         unscaled = {name: log_density_of(site) for name, site in found.items()}
@@ -154,7 +154,7 @@ class NumPyroProgram:
         return jax.vmap(one)(values, active)
 
     def graph(self, run: Run, scored: frozenset[str]) -> Graph:
-        """See :meth:`flowvi.run.Program.graph`; read off the jaxpr of another run."""
+        """See :meth:`flowvi.run.Program.graph`; the graph is read off the jaxpr of another run."""
         drawn = [name for name, statement in run.guide.items() if not statement.observed]
 
         def log_probs(**marks):
@@ -179,7 +179,7 @@ class NumPyroProgram:
         return self.ancestors(sites.fresh())
 
     def initial_parameters(self) -> dict[str, jax.Array]:
-        """The values with which a run without parameters starts."""
+        """The initial values of the parameters."""
         _, guide_trace = self._log_probs(self._seeded_guide(), {})
         _, model_trace = self._replay_model(self.model, guide_trace)
         return _values(guide_trace, "param") | _values(model_trace, "param")
@@ -190,11 +190,11 @@ class NumPyroProgram:
         Args:
             name: The name of the site.
             enters: Whether its transforms are left out.
-            arguments: Whether arguments count as parameters, in which a derivative may be taken. They always do where the program
-                has no others.
+            arguments: Whether arguments count as parameters, in which a derivative may be taken. They always do if the program has no
+                parameters.
 
         Returns:
-            An answer for each leaf of the family; None for a site that another run of the guide does not show.
+            An answer for each leaf of the family; None for a site that is not in another run of the guide.
         """
         if arguments not in self._moving:
             self._moving[arguments] = self._all_moving_leaves(arguments)
@@ -238,7 +238,7 @@ class NumPyroProgram:
         return self._log_probs(replayed, {**self.param_map, **_values(guide_trace, "mutable")})
 
     def _map_model(self, model, guide_trace, mutable_state):
-        """Log densities of the model at each sample of a multi-sample guide, along a leading dim."""
+        """Log densities of the model at each sample of a multi-sample guide; the samples are a leading dim."""
         traces = []
         plates = _values(guide_trace, "plate")
         latents = {
@@ -261,31 +261,31 @@ class NumPyroProgram:
 
 
 def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entropy = "full") -> Run:
-    """Run a program, its sites with the estimators of an assignment."""
+    """Run a program with the estimators of an assignment."""
     assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # a tracer of an earlier trace
     return run(program, GuideSites(assignment, entropy))
 
 
 def of_first_particle(mutable_state: Any) -> Any:
-    """The mutable state of the first particle, where that of all particles is stacked."""
+    """The mutable state of the first particle, from the stacked states of all particles."""
     return jax.tree.map(lambda a: a[0], mutable_state)
 
 
 def _require_replayed(name: str, site: Mapping[str, Any], guide_trace: Mapping[str, Any]) -> None:
-    """Refuse what NumPyro's enumeration does not bring into ``scan``: values of the guide, and supports other than 0, 1, 2, ..."""
+    """Refuse what NumPyro's enumeration does not support inside ``scan``: values of the guide, and supports other than 0, 1, 2, ..."""
     if not site.get("_control_flow_done") and name == unshifted(name):
         return
     if unshifted(name) in guide_trace and not site["is_observed"]:
         raise refusal(
             unshifted(name),
-            "expected no site of the guide inside a scan with a site that is summed out, to which NumPyro "
-            "does not bring the guide's value; draw the site outside of the scan, or write the chain as a loop with markov.",
+            "expected no site of the guide inside a scan with a site that is summed out, because NumPyro ignores the "
+            "guide's value there; draw the site outside the scan, or write the chain as a loop with markov.",
         )
     lower = getattr(site["fn"].support, "lower_bound", 0)
     if is_enumerated(site) and (isinstance(lower, jax.core.Tracer) or np.any(np.asarray(lower) != 0)):
         raise refusal(
             unshifted(name),
-            f"expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found that of "
+            f"expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found the support of "
             f"{type(site['fn']).__name__}, which begins elsewhere; NumPyro enumerates the indices of the values. Use a Categorical.",
         )
 
@@ -296,13 +296,13 @@ def _require_names(sites: GuideSites, guide_trace: Mapping[str, Any]) -> None:
         found = ", ".join(f"'{name}'" for name in guide_trace)
         raise refusal(
             renamed[0],
-            f"expected it in the trace of the guide, found {found}; a handler around the objective, such as "
+            f"expected this site in the trace of the guide, found {found}; a handler around the objective, such as "
             "scope, has renamed it; put the handler around the guide and the model.",
         )
 
 
 def _in_all_runs(replacement: Replacement) -> jax.Array:
-    """The values of a site with a row for each run; those of runs in which it is not replaced do not matter."""
+    """The values of a site, with a row for each run. Rows of runs in which the site is not replaced do not matter."""
     values, first, num_runs, _ = replacement
     rest = num_runs - first - values.shape[0]
     return jnp.pad(values, [(first, rest), *[(0, 0)] * (values.ndim - 1)], mode="edge")
@@ -332,11 +332,11 @@ def _values(trace, kind: str) -> dict:
 
 
 def require_known(sites: GuideSites, param_map: Mapping[str, Any]) -> None:
-    """Refuse a program whose optimizer has parameters, but not those that an estimator learns."""
+    """Refuse a program if the optimizer has parameters, but not those that an estimator learns."""
     if param_map and (unknown := [name for name in sites.learned if name not in param_map]):
         site = sites.learned[unknown[0]]
         raise refusal(
             site,
-            f"{sites.random[site].estimator} learns the parameter '{unknown[0]}', but SVI does not know it; pass SVI "
-            "the guide flowvi.numpyro.adaptive(guide, elbo), and give the estimator in the objective or in the guide.",
+            f"{sites.random[site].estimator} learns the parameter '{unknown[0]}', but SVI does not know it; pass "
+            "flowvi.numpyro.adaptive(guide, elbo) to SVI as the guide, and give the estimator in the objective or in the guide.",
         )

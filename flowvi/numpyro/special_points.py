@@ -1,10 +1,10 @@
-"""Guides whose log density NumPyro differentiates wrongly, or to NaN, at special values of their parameters.
+"""Distributions whose log density NumPyro differentiates wrongly, or to NaN, at special values of their parameters.
 
-* At logits of exactly 0 the derivative of the log density of a Bernoulli at x is x instead of x - 1/2, and that of a Binomial is wrong
-  likewise: one term has the derivative from above, another that from below. At all other logits, however small, it is right.
-* At a probability of 0 or 1, or a rate of 0, the derivative of the term of what did not happen is 0 times infinity.
+* At logits of exactly 0 the derivative of the log density of a Bernoulli at x is x instead of x - 1/2. A Binomial has the same error:
+  one term has the derivative from above, another one from below. At all other logits, however small, the derivative is right.
+* At a probability of 0 or 1, or a rate of 0, the derivative of a term with a count of 0 is 0 times infinity.
 
-``tests/test_densities.py`` fails where NumPyro has mended it.
+``tests/test_densities.py`` fails when NumPyro fixes this.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class _Poisson(dist.Poisson):
 
 
 def _times_log(count, p):
-    """``count * log(p)``; 0 with the derivative 0 where it never happened."""
+    """``count * log(p)``; at a count of 0 it is 0 and has the derivative 0."""
     happened = count > 0
     return jnp.where(happened, count * jnp.log(jnp.where(happened, p, 1.0)), 0.0)
 
 
 def _times_log_of_other(count, p):
-    """``count * log(1 - p)``, likewise."""
+    """``count * log(1 - p)``; at a count of 0 it is 0 and has the derivative 0."""
     happened = count > 0
     return jnp.where(happened, count * jnp.log1p(-jnp.where(happened, p, 0.0)), 0.0)
 
@@ -76,7 +76,7 @@ SAFE = {
     dist.Poisson: _Poisson,
 }
 for _family, _safe in SAFE.items():
-    _safe.__name__ = _family.__name__  # by which its entry in flowvi.families is found
+    _safe.__name__ = _family.__name__  # the name under which flowvi.families has its entry
 
 
 def with_right_derivative(fn: dist.Distribution) -> dist.Distribution:
@@ -86,7 +86,7 @@ def with_right_derivative(fn: dist.Distribution) -> dist.Distribution:
         return fn if inner is fn.base_dist else _with(fn, base_dist=inner)  # type: ignore[attr-defined]
     if isinstance(fn, dist.BernoulliLogits | dist.BinomialLogits):
         logits = jnp.asarray(fn.logits)
-        return _with(fn, logits=logits + jnp.finfo(logits.dtype).tiny)  # changes 0, and otherwise only numbers that are as tiny
+        return _with(fn, logits=logits + jnp.finfo(logits.dtype).tiny)  # changes only 0 and numbers of the same tiny size
     if (safe := SAFE.get(type(fn))) is not None:
         new = _with(fn)
         new.__class__ = safe

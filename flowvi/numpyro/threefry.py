@@ -1,10 +1,11 @@
-"""JAX's random generator for CPUs, with the same numbers, in less time.
+"""JAX's random generator for CPUs, with the same numbers, but faster.
 
-JAX compiles a call of threefry for CPUs as a loop of five turns, which takes about two microseconds however few numbers it makes: half
-of a short step of SVI. Here the loop is unrolled, and its result is stored, since XLA would otherwise compute it again wherever it is
-read. On other devices the generator stays JAX's own; so it does everywhere with a version of JAX that has no such loop.
+JAX compiles a call of threefry for CPUs as a loop of five iterations. It takes about two microseconds even for a few numbers, half of a
+short step of SVI. Here the loop is unrolled. Its result is stored, since XLA would otherwise compute it again wherever it is read.
+Other devices, and versions of JAX without such a loop, use JAX's own generator.
 
-A key has the type of the generator that is to read it. Programs get keys of the type that they were given wherever they can see one.
+The type of a key says which generator reads it. Where a program can see a key, the key has the type of the one that the program was
+given.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Words = tuple[jax.Array, jax.Array]
 
 
 def unrolled(key: jax.Array) -> jax.Array:
-    """The same key for the unrolled generator, where that is quicker than the key's own."""
+    """The same key for the unrolled generator, if that is faster than the key's own."""
     counts_elements = getattr(jax.config, "jax_threefry_partitionable", True)  # the default; the other one has other numbers
     if random.key_impl(key) != "threefry2x32" or not counts_elements or not is_a_loop():
         return key
@@ -37,7 +38,7 @@ def is_unrolled(key: Any) -> bool:
 
 
 def typed_like(key: jax.Array, given: jax.Array) -> jax.Array:
-    """The same key, or keys, of the type of another one."""
+    """The same key, or keys, with the type of another key."""
     data = random.key_data(key)
     return random.wrap_key_data(data, impl=random.key_impl(given)) if jnp.issubdtype(given.dtype, jax.dtypes.prng_key) else data
 
@@ -48,15 +49,15 @@ def rolled(key: jax.Array) -> jax.Array:
 
 
 def split(key: jax.Array, num: int = 2) -> jax.Array:
-    """As ``jax.random.split``: the same keys, of the same type."""
+    """Like ``jax.random.split``: the same keys, of the same type."""
     return typed_like(random.split(unrolled(key), num), key)
 
 
 def takes(fn: Callable[..., Any], key: jax.Array) -> bool:
-    """Whether a distribution draws with keys of this type; a Poisson, for one, takes no other than JAX's own."""
+    """Whether a distribution draws with keys of this type; a Poisson, for example, accepts only JAX's own."""
     try:
         jax.eval_shape(lambda k: fn(rng_key=k, sample_shape=()), key)
-    except Exception:  # where the key is not the cause, the draw with JAX's own key raises the error again
+    except Exception:  # if the key is not the cause, the draw with JAX's own key raises the error again
         return False
     return True
 
@@ -69,7 +70,7 @@ def is_a_loop() -> bool:
 
 
 def _threefry(k1: jax.Array, k2: jax.Array, x1: jax.Array, x2: jax.Array) -> Words:
-    """The twenty rounds of threefry 2x32 at the counters x, with a key."""
+    """The twenty rounds of threefry 2x32 at the counters x, with a key k."""
     keys = (k1, k2, k1 ^ k2 ^ jnp.uint32(PARITY))
     x1, x2 = x1 + k1, x2 + k2
     for i in range(5):
@@ -81,7 +82,7 @@ def _threefry(k1: jax.Array, k2: jax.Array, x1: jax.Array, x2: jax.Array) -> Wor
 
 
 def _count(key: jax.Array, shape: tuple[int, ...]) -> Words:
-    """Two words for each element of ``shape``, whose number is the counter."""
+    """Two words for each element of ``shape``; the counter is the number of the element."""
     counters = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return _threefry(key[0], key[1], jnp.zeros(shape, jnp.uint32), counters)
 
@@ -101,14 +102,14 @@ def _fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
 
 
 def _stored(f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """``f(*arrays)`` in a branch that is always taken, which XLA cannot know; see :func:`flowvi.ops.jax.computed_once`."""
+    """``f(*arrays)`` in a branch that is always taken, though XLA cannot know this; see :func:`flowvi.ops.jax.computed_once`."""
     like = jax.eval_shape(f, *arrays)
     return lax.cond(lax.optimization_barrier(jnp.array(True)), f, lambda *_: jnp.zeros(like.shape, like.dtype), *arrays)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _on_cpus(quick: str, static: tuple, *arrays: jax.Array) -> jax.Array:
-    """A function of the generator: the one above on CPUs, JAX's own elsewhere and where the counters need two words."""
+    """A function of the generator: the one above on CPUs; JAX's own on other devices, or if the counters need two words."""
     ours, own = QUICK[quick], getattr(threefry_prng_impl, quick)
 
     def jaxs(*arrays: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The arguments of a compiled step: what a graph holds for, and what may change from step to step."""
+"""The arguments of a compiled step: tensors, which may change from step to step, and everything else, for which a graph is compiled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Arguments(NamedTuple):
 
     Attributes:
         tensors: The tensors in them, whose numbers may change from step to step.
-        key: All else, and the shapes of the tensors: what a graph holds for.
+        key: Everything else, and the shapes of the tensors. A graph is valid for one key.
     """
 
     tensors: list[torch.Tensor]
@@ -21,11 +21,11 @@ class Arguments(NamedTuple):
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any]) -> Arguments:
-        """Those of one call.
+        """The arguments of one call.
 
         Raises:
             ValueError: A tensor requires a gradient.
-            TypeError: Something that is not a tensor cannot be compared with what was given before.
+            TypeError: An argument is neither a tensor nor hashable.
         """
         leaves, spec = tree_flatten((args, kwargs))
         return cls([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], (spec, tuple(map(_fixed, leaves))))
@@ -38,11 +38,11 @@ class Arguments(NamedTuple):
 
 
 def _fixed(leaf: Any) -> tuple[type, Any]:
-    """What a graph holds for: the shape of a tensor, or the value of something else."""
+    """The part of the key for an argument: the layout of a tensor, or the value of anything else."""
     if isinstance(leaf, torch.Tensor):
         if leaf.requires_grad:
             raise ValueError(
-                "expected arguments without a gradient, found a tensor that requires one; detach it, or make it a parameter "
+                "expected arguments that do not require a gradient, found a tensor that does; detach it, or make it a parameter "
                 "by pyro.param."
             )
         return torch.Tensor, (leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
@@ -50,7 +50,7 @@ def _fixed(leaf: Any) -> tuple[type, Any]:
         hash(leaf)
     except TypeError:
         raise TypeError(
-            f"expected tensors, and values that can be hashed, as arguments of a compiled step, found {type(leaf).__name__}; "
+            f"expected tensors and hashable values as arguments of a compiled step, found {type(leaf).__name__}; "
             "pass arrays as tensors, and close over what does not change."
         ) from None
     return type(leaf), leaf

@@ -1,4 +1,4 @@
-"""Pyro's own way to annotate a baseline: ``infer={"baseline": {...}}``, as for its ``TraceGraph_ELBO``."""
+"""Pyro's own annotation of a baseline: ``infer={"baseline": {...}}``, as for its ``TraceGraph_ELBO``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _annotated(options: dict[str, Any], ops: Ops, costs: SiteCosts) -> tuple[Sco
 
 
 def _value(name: str, options: dict[str, Any], cost: torch.Tensor) -> torch.Tensor:
-    """The baseline of a site whose score multiplies ``cost``; it updates the decaying average of the costs, except under ``no_grad``.
+    """The baseline of a site whose score multiplies ``cost``. It updates the decaying average of the costs, except under ``no_grad``.
 
     Args:
         name: The site's name; the average is the parameter ``__baseline_avg_downstream_cost_<name>``, where Pyro keeps it.

@@ -17,7 +17,7 @@ from flowvi.pyro.renyi import TraceFlow_RenyiELBO
 from flowvi.pyro.tracing import Traced, place_of, trace
 
 Backend = Literal["inductor", "eager"]
-MOST = 8  # how many shapes of the arguments are compiled
+MOST = 8  # the most argument shapes that are compiled
 
 
 class Value(NamedTuple):
@@ -25,7 +25,7 @@ class Value(NamedTuple):
 
     Attributes:
         loss: The loss.
-        gradients: That of each parameter that has one; of the unconstrained parameters.
+        gradients: The gradients of the unconstrained parameters that have one.
     """
 
     loss: torch.Tensor
@@ -51,7 +51,7 @@ class Compiled(NamedTuple):
 class CompiledLoss:
     """The loss of a program, compiled for each shape of the arguments.
 
-    The first call with new shapes is left to the caller: it makes the parameters and has all checks. The second one compiles.
+    The caller computes the first call with new shapes, which makes the parameters and runs all checks. The second call compiles.
 
     Args:
         elbo: A :class:`TraceFlow_ELBO` or :class:`TraceFlow_RenyiELBO`.
@@ -76,7 +76,7 @@ class CompiledLoss:
         self._has_warned = False
 
     def __call__(self, arguments: Arguments) -> Value | None:
-        """The loss and its gradient; None where the caller has to compute them, and to :meth:`prepare` the next call."""
+        """The loss and its gradient; None if the caller has to compute them, and then :meth:`prepare` the next call."""
         key = arguments.key
         compiled = self._compiled.get(key)
         if compiled is None:
@@ -98,16 +98,16 @@ class CompiledLoss:
         """Let the next call with such arguments compile.
 
         Args:
-            arguments: The arguments of the call that has been made.
+            arguments: The arguments of the call that was made.
             names: The parameters that it used.
         """
         if len(self._names) < MOST:
             self._names[arguments.key] = names
         if len(self._names) == 2:
             self._warn(
-                "the arguments of a compiled step have changed their shapes, or their values where they are not tensors; the step is "
-                f"compiled again for each that comes twice, for up to {MOST}, and runs eagerly for others. Pass numbers that change as "
-                "tensors."
+                "the arguments of a compiled step have changed their shapes, or the values of arguments that are not tensors; the step "
+                f"is compiled again for each set of arguments that comes twice, up to {MOST} times, and runs eagerly for others. Pass "
+                "numbers that change as tensors."
             )
 
     def _warn(self, message: str) -> None:
@@ -139,7 +139,7 @@ def _refusal(error: ReadsNumbersError) -> str:
     what = "Python" if site is None else "its distribution or its estimator"
     return (
         f"{where}expected operations on tensors, which a compiled step can repeat, found that {what} looks at numbers, by {error} at "
-        f"{line}. A compiled step would take what it finds now for what holds at every step. Choose by torch.where instead of if, give "
+        f"{line}. A compiled step would use the numbers found now at every step. Use torch.where instead of if, give "
         "the site another estimator or distribution, or use pyro.infer.SVI."
     )
 
@@ -151,7 +151,7 @@ def require_backend(backend: str) -> None:
 
 
 def _fits(compiled: Compiled) -> bool:
-    """Whether a graph holds for the present parameters; takes over those that have another tensor of the same layout."""
+    """Whether a graph is valid for the present parameters. A parameter may be another tensor of the same layout, which is then used."""
     store = pyro.get_param_store()._params
     for (name, known), live in zip(compiled.leaves.items(), compiled.live, strict=True):
         leaf = store.get(name)
@@ -169,7 +169,7 @@ def _layout(leaf: torch.Tensor) -> tuple:
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], backend: Backend) -> Callable[..., Any]:
-    """Compile a graph by inductor, or leave it to torch's own operations, one after the other."""
+    """Compile a graph by inductor, or run torch's own operations one after the other."""
     if backend == "eager":
         return graph.forward
     import torch._inductor.config as config
@@ -184,6 +184,6 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor], backe
         if not isinstance(getattr(error, "inner_exception", error), InvalidCxxCompiler):
             raise
         raise RuntimeError(
-            "expected a C++ compiler, with which backend='inductor' compiles for CPUs, found none; install g++ (or set CXX), or use "
+            "backend='inductor': expected a C++ compiler, which it needs on CPUs, found none; install g++ (or set CXX), or use "
             "backend='eager', which needs none and takes longer."
         ) from error

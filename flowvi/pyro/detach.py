@@ -1,7 +1,7 @@
 """Distributions without their derivatives.
 
-Torch cannot copy a distribution with its tensors detached, and a distribution built again from its parameters would lose what a
-subclass keeps besides them. So the copy is made attribute by attribute.
+Torch cannot copy a distribution with detached tensors, and a distribution built again from its parameters would lose other attributes
+of a subclass. So the copy is made attribute by attribute.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def detached(value: Any) -> Any:
         new: Any = object.__new__(type(value))
         new.__dict__.update(vars(value))
         if isinstance(value, torch.distributions.Transform):
-            new._inv = None  # a transform and its inverse hold each other
+            new._inv = None  # a transform and its inverse refer to each other
         for name, held in vars(new).items():
             if type(held) not in (bool, torch.Size):
                 new.__dict__[name] = detached(held)

@@ -34,14 +34,14 @@ BIASED_SAMPLERS = (
 )
 PLAIN_TRANSFORMED = (dist.TransformedDistribution, torch.distributions.TransformedDistribution)
 TRANSFORMED = (*PLAIN_TRANSFORMED, dist.FoldedDistribution)
-ONE_WAY = (  # whose inverse is a look-up in the cache
+ONE_WAY = (  # their inverse is only a look-up in the cache
     transforms.BlockAutoregressive,
     ConditionedPlanar,
     ConditionedRadial,
     transforms.Sylvester,
     transforms.Polynomial,
 )
-PARTICLES = "num_particles_vectorized"  # as Pyro calls the plate
+PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate
 
 
 _is_subclass = lru_cache(maxsize=256)(issubclass)
@@ -53,7 +53,7 @@ def is_kind(p: Any, kinds: type | tuple[type, ...]) -> bool:
 
 
 def unwrap(fn: Any) -> Any:
-    """Take off what does not change the family: independent, expanded, masked, estimated."""
+    """Remove the wrappers that do not change the family: independent, expanded, masked, estimated."""
     while hasattr(fn, "base_dist") and isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn
@@ -110,7 +110,7 @@ class PyroTarget(Target):
     def cdf(self, x, p, what="ImplicitRP", instead=OWN_STANDARDIZATION):
         concentration = getattr(p, "concentration", None)
         if isinstance(p, torch.distributions.Gamma | dist.InverseGamma) and self.is_live(concentration):
-            self.refuse(f"torch's cdf of {self.family} cannot be differentiated in its live concentration; {instead}.")
+            self.refuse(f"torch's cdf of {self.family} has no derivative in the concentration, which needs one; {instead}.")
         try:
             return p.cdf(x)
         except NotImplementedError:
@@ -140,17 +140,17 @@ def draw(target: PyroTarget, estimator: Estimator) -> Draw:
 
 
 def is_partly_reparameterized(p: Any) -> bool:
-    """Whether the family has its own ``score_parts``, with a path and a score, as a rejection sampler has."""
+    """Whether the family has its own ``score_parts``, with a path and a score, like a rejection sampler."""
     return getattr(type(p), "score_parts", dist.Distribution.score_parts) is not dist.Distribution.score_parts
 
 
 class Estimated(ForwardsToBase, dist.TorchDistribution):
     r"""A distribution that carries its own gradient estimator: ``Estimated(dist.Normal(loc, scale), LR())``.
 
-    Inside ``TraceFlow_ELBO``, ``estimator`` acts at its site. Everywhere else it draws from p (never from a proposal q), and its
-    ``log_prob`` is p's. The draw has the derivatives of the estimator at q = p, so that Pyro's ``Trace_ELBO``, ``TraceGraph_ELBO`` and
-    ``TraceEnum_ELBO`` use it too; an estimator that learns keeps its initial coefficients there. Under these it has to be the outermost
-    wrapper; its ``to_event``, ``expand`` and ``mask`` keep it outermost.
+    ``TraceFlow_ELBO`` uses ``estimator`` at the site. Under other objectives ``Estimated`` draws from p (never from a proposal q), and
+    its ``log_prob`` is that of p. The draw has the derivatives of the estimator at q = p, so Pyro's ``Trace_ELBO``, ``TraceGraph_ELBO``
+    and ``TraceEnum_ELBO`` use the estimator too; one that learns keeps its initial coefficients. Under these objectives ``Estimated``
+    has to be the outermost wrapper; its ``to_event``, ``expand`` and ``mask`` keep it outermost.
 
     **Requirements**: those of the estimator. It wraps a whole distribution.
 

@@ -15,20 +15,20 @@ def is_tracing() -> bool:
 
 
 def forked_generators() -> AbstractContextManager[None]:
-    """A context after which the generators are as they were before."""
+    """A context that restores the generators at its end."""
     return torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0))
 
 
 def generator_states() -> tuple[torch.Tensor, ...]:
-    """The state of each, that of the CPU first."""
+    """The state of each generator, that of the CPU first."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
     return torch.default_generator.get_state(), *gpus
 
 
 def uniforms(states: tuple[torch.Tensor, ...], name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers for a site from a generator of its own, seeded by the states of torch's, which stay as they are.
+    """Uniform numbers for a site from a separate generator, seeded by the states of torch's generators, which do not change.
 
-    In a compiled step they come from torch's own generator: they need not be equal, only independent of what the program draws.
+    In a compiled step they come from torch's own generator: they need not be the same, only independent of the program's draws.
     """
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
     if is_tracing():
@@ -47,5 +47,5 @@ def restore_generators(states: tuple[torch.Tensor, ...]) -> None:
 
 
 def seed_generators(seed: int) -> None:
-    """``torch.manual_seed``, without GPUs that are not in use, whose generators :func:`forked_generators` could not restore."""
+    """``torch.manual_seed``, except for unused GPUs, whose generators :func:`forked_generators` could not restore."""
     (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(seed)

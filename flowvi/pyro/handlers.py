@@ -1,4 +1,4 @@
-"""Effect handlers: attach estimators where the guide draws, and read annotations where the model runs."""
+"""Effect handlers: attach estimators to the draws of the guide, and read the annotations of the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _name_of = attrgetter("name")
 
 
 def _is_as_before(msg, settled: Settled) -> bool:
-    """Whether there is nothing to decide at a site, as in an earlier run. Most sites are such, so that this has to be fast."""
+    """Whether a settled site is as in an earlier run. This has to be fast, because it is true at most sites."""
     fn: Any = msg["fn"]
     for family in settled.families:
         if type(fn) is not family:
@@ -43,9 +43,9 @@ def _is_as_before(msg, settled: Settled) -> bool:
 
 
 class attach_estimators(Messenger):
-    """Let the estimator of every random site of the guide act where the guide draws."""
+    """Draw at every random site of the guide with the site's estimator."""
 
-    settles = True  # whether there may be sites at which a later run has nothing to decide
+    settles = True  # whether a later run may skip the decisions at settled sites
 
     def __init__(self, sites: GuideSites):
         super().__init__()
@@ -65,12 +65,12 @@ class attach_estimators(Messenger):
             if msg["name"] in self.sites.held:
                 self._hold(msg)
             return
-        # an auxiliary site of an autoguide stands for the model site without the suffix
+        # an auxiliary site of an autoguide corresponds to the model site without the suffix
         alias = msg["name"].removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else msg["name"]
         what = self.sites.visit(HOST, msg, alias, self._target, self._draw)
         if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
             self.sites.draws[msg["name"]] = Draw(msg["value"], score=msg["fn"].log_prob(msg["value"]))
-        if what is None and msg["value"] is None:  # at a given value, as in a second run, the estimator has had no say
+        if what is None and msg["value"] is None:  # not at a given value, as in a second run, where the estimator was not used
             self.sites.settle(msg)
 
     def _target(self, msg, enters: bool) -> PyroTarget:
@@ -84,7 +84,7 @@ class attach_estimators(Messenger):
         return self._hold(msg) if msg["name"] in self.sites.held else drawn
 
     def _hold(self, msg) -> Draw | None:
-        """Give the site the value of another run; what is drawn is for the generators' states only."""
+        """Give the site the value of another run; a draw only advances the generators."""
         if msg["value"] is None:
             msg["fn"](*msg["args"], **msg["kwargs"])
         msg["value"], drawn = self.sites.held[msg["name"]]
@@ -100,9 +100,7 @@ class attach_estimators(Messenger):
             if estimator.baseline is not None:
                 target.refuse(f"expected one baseline, found {estimator.baseline} and infer['baseline']; keep one of them.")
             if estimator.compares:
-                target.refuse(
-                    f"{estimator} has no score from whose costs infer['baseline'] could be subtracted; remove it, or use LR()."
-                )
+                target.refuse(f"expected no infer['baseline'], because {estimator} has no score; remove the baseline, or use LR().")
         if msg["value"] is not None:
             if type(target.p) in SAFE:
                 msg["fn"] = with_right_derivative(msg["fn"])
@@ -114,7 +112,7 @@ class attach_estimators(Messenger):
                 msg["fn"] = with_right_derivative(msg["fn"])
                 target = self._target(msg, estimator.enters)
             drawn = self._attach(msg, target, estimator)
-            return drawn._replace(instead=None) if "baseline" in msg["infer"] else drawn  # the baseline is that of a score
+            return drawn._replace(instead=None) if "baseline" in msg["infer"] else drawn  # a baseline needs the score
         if is_partly_reparameterized(target.p):  # a path and a score
             p = target.p.expand(target.batch_shape)
             x = p.rsample()
@@ -129,7 +127,7 @@ class attach_estimators(Messenger):
         name = msg["name"]
         drawn = self._draw_at(self._with_learned(msg, target, estimator), estimator)
         self.sites.assignment.seen.add(name)
-        if name in self.sites.replaced:  # what is drawn is for the generators' states only
+        if name in self.sites.replaced:  # the draw has only advanced the generators
             msg["value"], msg["done"] = self.sites.replaced[name], True
             return drawn._replace(value=msg["value"])
         msg["value"], msg["done"] = drawn.value, True
@@ -141,7 +139,7 @@ class attach_estimators(Messenger):
         return draw(target, estimator)
 
     def _with_learned(self, msg, target, estimator):
-        """Register what the estimator learns as parameters of the program; returns the target with their values."""
+        """Register the parameters that the estimator learns; returns the target with their values."""
         if not (learns := estimator.learns(ops, target)):
             return target
         with target.registering(learns):
@@ -151,7 +149,7 @@ class attach_estimators(Messenger):
 
 
 class attach_together(attach_estimators):
-    """Draw the particles, which are a plate, together at the sites of ``RP`` where that is possible."""
+    """Draw the particles, which are a plate, together at the sites of ``RP`` if possible."""
 
     settles = False
 
@@ -172,7 +170,7 @@ class attach_together(attach_estimators):
         return super()._draw_at(target, estimator)
 
     def _together(self, target) -> Any:
-        """X of all particles; None while ``describe`` runs the program, which has no plate of particles then."""
+        """X of all particles; None while ``describe`` runs the program, without a plate of particles."""
         self.sites.together.append(target.name)
         for frame in target.frames:
             if frame.name == PARTICLES:
@@ -212,7 +210,7 @@ class replay_and_read(ReplayMessenger):
 
 
 class share_subsamples(Messenger):
-    """Let every run inside draw the subsample that the first one drew at a plate."""
+    """Let every run inside use the subsample that the first one drew at a plate."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pyro's enumeration: a model run with the values of its marginalised sites along dims of their own, and what sums these out."""
+"""Pyro's enumeration: runs a model with the values of each marginalised site along a separate dim, and sums these dims out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowvi.marginal import Factor
 
 
 def marginalised_sites(sites: Mapping[str, Any], guide: Any) -> tuple[str, ...]:
-    """The sites of a trace that Pyro's ``EnumMessenger`` has enumerated, and not sampled as Tensor Monte Carlo does."""
+    """The sites of a trace that Pyro's ``EnumMessenger`` has enumerated (not sampled, as in Tensor Monte Carlo)."""
     return tuple(
         name
         for name, site in sites.items()
@@ -34,7 +34,7 @@ def factors_of(trace: Any, sites: Mapping[str, Any], marginalised: Sequence[str]
     for name, site in sites.items():
         symbols = site["infer"]["_dim_to_symbol"]
         log_density = _unmasked(site) if name in marginalised else scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
-        shape = log_density.shape if name in marginalised else site["log_prob"].shape  # whose scale may depend on a site, too
+        shape = log_density.shape if name in marginalised else site["log_prob"].shape  # its scale may depend on a site, too
         dims = frozenset(symbols[dim] for dim, size in zip(range(-len(shape), 0), shape, strict=True) if size > 1)
         frames = frozenset(Frame(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized)
         if name in marginalised:

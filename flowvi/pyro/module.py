@@ -1,4 +1,4 @@
-"""Model, guide and objective as one torch module, which owns what its estimators learn."""
+"""Model, guide and objective as one torch module, which owns the parameters that its estimators learn."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from flowvi.refusals import refusal
 
 
 class LearningModule(ELBOModule):
-    """What ``TraceFlow_ELBO(...)(model, guide)`` returns: called with the program's arguments, it computes the loss.
+    """The module ``TraceFlow_ELBO(...)(model, guide)``. Called with the program's arguments, it computes the loss.
 
-    What the estimators learn are parameters of the module, ``learned.<site>:<name>``, and in no parameter store. As other parameters
-    of a Pyro program, they exist after the first call.
+    The parameters that estimators learn are parameters of the module, ``learned.<site>:<name>``, and not in a parameter store. Like
+    other parameters of a Pyro program, they exist after the first call.
 
     Attributes:
         learned: The module of these parameters.
@@ -37,7 +37,7 @@ class LearningModule(ELBOModule):
 
 
 def learned_parameters(site: str, learns: Mapping[str, Learned]) -> dict[str, torch.Tensor]:
-    """The values of the parameters that the estimator of a site ``learns``, which belong to a :class:`LearningModule` or the store."""
+    """The values of the parameters that the estimator of a site ``learns``, from a :class:`LearningModule` or the store."""
     return {
         name: _stored(full := f"{site}.{name}", learned.initial, event_dim=len(learned.event_shape), name=full)
         for name, learned in learns.items()
@@ -54,7 +54,7 @@ _stored = effectful(_in_the_store, type="param")
 
 
 class _own_what_is_learned(Messenger):
-    """Keep what the estimators of the program inside learn as parameters of a module."""
+    """Keep the parameters that estimators inside learn as parameters of a module."""
 
     def __init__(self, owner: torch.nn.Module):
         super().__init__()
@@ -76,12 +76,12 @@ def _refuse(name: str) -> NoReturn:
     site = name.rpartition(".")[0]
     raise refusal(
         site,
-        f"with module_local_params=True what its estimator learns ('{name}') is a parameter of the module "
+        f"with module_local_params=True the learned parameter '{name}' is a parameter of the module "
         "elbo(model, guide), found another caller, such as pyro.infer.SVI; train that module by an optimizer of torch, or set "
         "module_local_params=False.",
     )
 
 
 def unconstrained(parameter: Any) -> Any:
-    """The tensor that is trained; with ``module_local_params=True`` a parameter without a constraint is that tensor itself."""
+    """The tensor that is trained. With ``module_local_params=True``, a parameter without a constraint is this tensor itself."""
     return parameter.unconstrained() if hasattr(parameter, "unconstrained") else parameter

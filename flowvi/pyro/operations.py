@@ -1,4 +1,4 @@
-"""What a program may do while it is traced: Python must not look at numbers that change from step to step."""
+"""What a program may do while it is traced: Python must not read numbers that change from step to step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCH_NORMS = (aten.native_batch_norm.default, aten.cudnn_batch_norm.default, at
 
 
 class ReadsNumbersError(Exception):
-    """Python looks at numbers that change from step to step.
+    """Python reads numbers that change from step to step.
 
     Attributes:
         draws: The sites on whose draws these numbers depend.
@@ -41,12 +41,12 @@ def _slot(value: Any) -> Any:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether the numbers of a tensor are those of this step, not constants of the program."""
+    """Whether the numbers of a tensor may change from step to step, and are not constants of the program."""
     return (slot := _slot(value)) is not None and slot.constant is None and not _is_constant(slot.proxy.node)
 
 
 def _is_constant(node: Node) -> bool:
-    """Whether a node is computed from nothing but constants of its graph, none of which is changed in place."""
+    """Whether a node is computed only from constants of its graph that are not changed in place."""
     for ancestor in _closure(node, lambda n: n.all_input_nodes):
         is_input = ancestor.op == "placeholder" or (ancestor.op == "get_attr" and not is_fresh(ancestor))
         if is_input or torch.Tag.nondeterministic_seeded in getattr(ancestor.target, "tags", ()):
@@ -71,7 +71,7 @@ def _closure(node: Node, neighbours: Callable[[Node], list[Node]]) -> set[Node]:
 
 
 def is_fresh(node: Node) -> bool:
-    """Whether a tensor that a graph holds is one that ``torch.tensor`` has made, not one over which the program closes."""
+    """Whether a tensor in a graph was made by ``torch.tensor``, and is not one over which the program closes."""
     return all(user.target is aten.lift_fresh_copy.default for user in node.users)
 
 
@@ -100,10 +100,10 @@ class Reads(TorchFunctionMode):
 
 
 class Operations(TorchDispatchMode):
-    """Refuse operations that look at traced numbers, and let equal states of the generator draw equal numbers.
+    """Refuse operations that read traced numbers, and give equal draws for equal states of the generator.
 
-    A program that runs again from the same state of the generator draws the same numbers; in a graph, it uses those of the first run.
-    Tensors that the program changes in place, such as the statistics of a BatchNorm, get their values back.
+    A program that runs again from the same state of the generator draws the same numbers; a graph reuses those of the first run.
+    Tensors that the program changes in place, such as the statistics of a BatchNorm, are restored.
     """
 
     def __init__(self):
@@ -153,7 +153,7 @@ class Operations(TorchDispatchMode):
             result = func(*args, **kwargs)
             self.drawn[key] = result.clone()  # the program may change the result in place
             return result
-        with disable_proxy_modes_tracing():  # the generator goes on
+        with disable_proxy_modes_tracing():  # this advances the generator
             func(*(args if filled is None else (torch.empty_like(filled), *parameters)), **kwargs)
         return self.drawn[key].clone() if filled is None else filled.copy_(self.drawn[key])
 
@@ -174,7 +174,7 @@ def _written(func: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> Iterat
 
 
 def _without_masks(indices: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
-    """Indices with the places where a mask is true instead of the mask, whose numbers decide the shape of the result."""
+    """Indices in which the places where a mask is true replace the mask, because a mask's numbers decide the shape of the result."""
     for index in indices:
         if index is None or index.dtype not in (torch.bool, torch.uint8):
             yield index

@@ -10,14 +10,14 @@ import torch
 from pyro.optim import PyroOptim
 from pyro.optim.clipped_adam import ClippedAdam
 
-IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}  # options that say how to compute, not what
+IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}  # options of the implementation, not of the algorithm
 
 
 class JointOptimizer:
     """One torch optimizer for all parameters, with the constructor, the options and the clipping of a Pyro optimizer.
 
-    Parameters with equal options are one of its groups. It is torch's fused version, where there is one and the options name no other.
-    The Pyro optimizer can still save its state and load it, also that of an :class:`pyro.infer.SVI`.
+    Parameters with equal options form a group. It is torch's fused version if there is one, unless the options name another. The Pyro
+    optimizer can still save and load the state, also the state of a :class:`pyro.infer.SVI`.
 
     Args:
         optim: The Pyro optimizer.
@@ -38,7 +38,7 @@ class JointOptimizer:
         self._options: list[dict[str, Any]] = []
 
     def step(self, leaves: dict[str, torch.Tensor]) -> None:
-        """Change parameters by their ``.grad``, and clear that.
+        """Update parameters by their ``.grad``, and clear the gradients.
 
         Args:
             leaves: The unconstrained parameters by name.
@@ -72,7 +72,7 @@ class JointOptimizer:
             self._options.append(options)
         if leaf in alone.state:
             self.torch.state[leaf] = alone.state[leaf]
-        if (known := self.optim.optim_objs.get(leaf)) is not None:  # that of another step with the same optimizer, which it shares
+        if (known := self.optim.optim_objs.get(leaf)) is not None:  # shared with another step that uses the same optimizer
             self.torch.state[leaf] = (known.joint.torch if isinstance(known, _StateOf) else known).state[leaf]
         self._leaves[name] = leaf
         self.optim.grad_clip[leaf] = self.optim._get_grad_clip(leaf)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ class JointOptimizer:
 
 
 class _StateOf:
-    """The state of one parameter, as that of an optimizer of its own, which is how a Pyro optimizer saves it."""
+    """The state of one parameter in the form of a separate optimizer, as a Pyro optimizer saves it."""
 
     def __init__(self, joint: JointOptimizer, leaf: torch.Tensor):
         self.joint, self.leaf = joint, leaf

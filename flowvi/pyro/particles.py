@@ -13,8 +13,8 @@ def uniforms(how: Particles, shape: tuple[int, ...], axis: int, like: torch.Tens
     Args:
         how: ``"stratified"`` or ``"antithetic"``.
         shape: The shape of x.
-        axis: That of the particles.
-        like: A tensor with their dtype and device.
+        axis: The axis of the particles.
+        like: A tensor with the dtype and device of the result.
     """
     num_particles = shape[axis]
     u = torch.rand(shape, dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""Which draws a tensor depends on, followed through every torch function: in-place writes, indexing and Python's branches too."""
+"""The draws on which a tensor depends, followed through every torch function, in-place writes, indexing and Python branches."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ METADATA = {
     *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference", "is_same_size"),
     *("register_hook", "has_names", "dtype", "broadcast_shapes", "result_type", "can_cast", "backward", "requires_grad_"),
 }
-# Functions that write into their first argument and do not return it; __set__ is that of ``x.data = y``.
+# Functions that write into their first argument and do not return it; ``x.data = y`` calls __set__.
 RETURNS_NOTHING = {"__setitem__", "__set__"}
-# Functions whose output has a shape that depends on the numbers, which Python may read.
+# Functions whose output has a shape that depends on the numbers; Python may read the shape.
 DATA_DEPENDENT_SHAPE = {
     "nonzero",
     "argwhere",
@@ -88,9 +88,9 @@ def tag(value: Any, names: Names) -> None:
 
 
 class mark_statements(Messenger):
-    """Note at every sample statement the branches taken so far, and tag what is drawn with the site's name.
+    """Record at every sample statement the branches taken so far, and tag each draw with the site's name.
 
-    The model reads what the guide has drawn, which does not depend on the model's parents.
+    In the model, a site has the guide's draw, which does not depend on the model's parents. So it is not tagged again.
     """
 
     def __init__(self, tracker: track_provenance):
@@ -109,7 +109,7 @@ class mark_statements(Messenger):
 
 @contextmanager
 def following(inner: AbstractContextManager) -> Iterator[None]:
-    """Follow the tensors inside of ``inner``, and mark its statements."""
+    """Follow the tensors inside ``inner``, and mark its statements."""
     with track_provenance() as tracker, mark_statements(tracker), inner:
         yield
 
@@ -123,7 +123,7 @@ def _shows_numbers(name: str, args: tuple, result: Any) -> bool:
 
 
 def _by_a_check() -> bool:
-    """Whether the torch function was called by code of the hosts that checks numbers."""
+    """Whether library code that only checks numbers called the torch function."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals["__name__"] in PASSED_THROUGH:
         frame = frame.f_back

@@ -47,8 +47,8 @@ class PyroProgram:
         follows_tensors: Whether to record, while the program runs, from which draws each tensor is computed.
         particles: How particles that are a plate are drawn.
         traces: The traces of the first run, of the model and of the guide.
-        start: The states of torch's generators when that run began; empty where the program need not run again.
-        branches: Whether Python has looked at a draw in that run; where tensors are not followed, it may have.
+        start: The states of torch's generators at the start of that run; empty if the program need not run again.
+        branches: Whether Python has read a draw in that run; True if tensors are not followed.
     """
 
     model: Callable
@@ -137,7 +137,7 @@ class PyroProgram:
         return self._graph.draws if self.follows_tensors and self._graph is not None else self._ancestors
 
     def _begin(self, assignment: Assignment) -> None:
-        """Let a second run draw what the first one drew, unless Pyro has to find ``max_plate_nesting`` first, which draws too."""
+        """Let a second run repeat the draws of the first one, unless Pyro has to guess ``max_plate_nesting`` first, which draws too."""
         if self.start:
             restore_generators(self.start)
         if assignment.marginalises and not self._is_messenger and self.elbo.max_plate_nesting == float("inf"):
@@ -161,7 +161,7 @@ class PyroProgram:
         of_model, of_guide = _sites(model), _sites(guide)
         if validate and with_model and (enumerates or not _asks_to_sum_out(of_model, of_guide)):
             check_model_guide_match(model, guide, self.elbo.max_plate_nesting)
-        # a GuideMessenger runs the model too, whose factors do not belong to the guide
+        # a GuideMessenger also runs the model; the model's factors do not belong to the guide
         sites.draws = {name: draw for name, draw in sites.draws.items() if name in guide.nodes}
         for name, log_prob in sites.log_probs.items():
             if name in guide.nodes:
@@ -191,7 +191,7 @@ class PyroProgram:
     def _traces(
         self, attached: AbstractContextManager, held: AbstractContextManager, with_model: bool = True, enumerates: bool = False
     ):
-        """Run the guide, and the model replayed against it: their traces, and what the model annotates.
+        """Run the guide, and the model replayed against it. Returns their traces, and the annotations of the model.
 
         Args:
             attached: The handler around the guide.
@@ -215,7 +215,7 @@ class PyroProgram:
         return model, guide, replay.annotations
 
     def _held_subsamples(self) -> dict[str, Any]:
-        """The subsample that the first run drew at each plate, for a run that draws nothing."""
+        """The subsample that the first run drew at each plate, for a run without draws."""
         if self._is_messenger:
             raise ValueError(
                 "entropy='stl' and gradient='dreg' run the guide again without the model, which a GuideMessenger cannot do; "
@@ -227,7 +227,7 @@ class PyroProgram:
 def programs(
     elbo: ELBO, model, guide, args, kwargs, *, follows_tensors: bool = False, particles: Particles = "independent"
 ) -> Iterator[PyroProgram]:
-    """The program of each particle of an objective: one after the other, or one in which they are a plate."""
+    """The programs of an objective: one for each particle, or one in which the particles are a plate."""
     if not elbo.vectorize_particles:
         for _ in range(elbo.num_particles):
             yield PyroProgram(model, guide, args, kwargs, elbo, follows_tensors)
@@ -243,7 +243,7 @@ def _asks_to_sum_out(model: dict[str, Any], guide: dict[str, Any]) -> bool:
 
 
 def _add_path(name: str, sites: dict[str, Any]) -> None:
-    """Let the log density of a one-hot value move with it: Pyro reads the value as an index, which has no derivative."""
+    """Make the log density of a one-hot value differentiable in the value: Pyro reads it as an index, which has no derivative."""
     site = sites.get(name)
     if site is None or not isinstance((p := unwrap(site["fn"])), torch.distributions.OneHotCategorical):
         return
@@ -254,7 +254,7 @@ def _add_path(name: str, sites: dict[str, Any]) -> None:
 
 
 def _require_paths(sites: GuideSites, model: dict[str, Any], summed: Iterable[str]) -> None:
-    """Refuse to sum out a density to which :func:`_add_path` would have to add a path first."""
+    """Refuse to sum out a density that needs :func:`_add_path`."""
     for name in summed:
         one_hot = isinstance(unwrap(model[name]["fn"]), torch.distributions.OneHotCategorical)
         if name in sites.draws and sites.random[name].estimator.biased and one_hot:
@@ -281,9 +281,10 @@ def _sites(trace) -> dict[str, Any]:
 
 
 def _statements(sites: dict[str, Any], subsampled: dict[str, float] | None = None) -> dict[str, Statement]:
-    """The records of the statements of a guide, or of a model, whose plates that are subsampled are added to ``subsampled``.
+    """The records of the statements of a guide, or of a model, whose subsampled plates are added to ``subsampled``.
 
-    Of the guide Pyro's own ELBO does not use the sums, so that the hooks with which Pyro validates their derivatives do not run.
+    The sums of the guide's log densities are left out, as in Pyro's own ELBO: Pyro validates their derivatives with hooks, which must
+    not run.
     """
     found = {}
     for name, site in sites.items():
@@ -308,14 +309,14 @@ def _statements(sites: dict[str, Any], subsampled: dict[str, float] | None = Non
 
 @lru_cache(maxsize=1024)  # the same at every step of most programs
 def _plates(stack: tuple[tuple, ...]) -> tuple[frozenset[Frame], dict[str, float], frozenset[tuple[str, int]]]:
-    """The plates of a statement that are dims, the size of each that is subsampled over that of its subsample, and the iterations."""
+    """The plates of a statement that are dims; for subsampled plates, the size over that of the subsample; and the iterations."""
     frames = frozenset(Frame(name, dim, size) for name, dim, size, *_ in stack if dim is not None)
     ratios = {name: full / size for name, _, size, _, full in stack if full is not None and full > size}
     return frames, ratios, frozenset((name, counter) for name, dim, _, counter, _ in stack if dim is None)
 
 
 def _graph(model, guide) -> Graph:
-    """The graph that the tags of a run under :class:`track_provenance` show."""
+    """The graph, from the tags of a run under :class:`track_provenance`."""
     of_model, of_guide = (
         {name: provenance((site["log_prob"], site["value"])) | site["branched"] for name, site in _sites(trace).items()}
         for trace in (model, guide)

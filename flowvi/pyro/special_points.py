@@ -1,8 +1,8 @@
-"""Guides whose log density torch differentiates to NaN at special values of their parameters.
+"""Distributions whose log density torch differentiates to NaN at special values of their parameters.
 
-At a rate of 0, as behind a switch that is off, the derivative of a Poisson that counts nothing is 0 times infinity.
+At a rate of 0, torch's derivative of the log density of a Poisson at a count of 0 is 0 times infinity.
 
-``tests/test_densities.py`` fails where torch has mended it.
+``tests/test_densities.py`` fails when torch fixes this.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Poisson(dist.Poisson):
 
 SAFE = {dist.Poisson: _Poisson}
 for _family, _safe in SAFE.items():
-    _safe.__name__ = _family.__name__  # by which its entry in flowvi.families is found
+    _safe.__name__ = _family.__name__  # the name under which flowvi.families has its entry
 
 
 def with_right_derivative(fn: Any) -> Any:

@@ -1,7 +1,7 @@
 """The loss of a program and its gradient as one graph of torch operations, traced with ``make_fx``.
 
-Python runs at tracing only. Where it looks at numbers that change from step to step, a graph would keep what it found; there the trace
-is refused (:mod:`flowvi.pyro.operations`).
+Python runs only while the loss is traced. If it read numbers that change from step to step, the graph would keep the numbers of this
+step; so such a program is refused (:mod:`flowvi.pyro.operations`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRACERS = ("torch.fx.", "torch._", "torch.utils.", "torch.overrides.", "flowvi.p
 
 
 def distinct(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each parameter once, by the first of its names: a guide may register one tensor twice, as AutoIAFNormal does."""
+    """Each parameter once, by the first of its names: a guide may register a tensor twice, as AutoIAFNormal does."""
     names: dict[torch.Tensor, str] = {}
     for name, leaf in parameters.items():
         names.setdefault(leaf, name)
@@ -43,11 +43,11 @@ class Traced(NamedTuple):
     """A loss as a graph.
 
     Attributes:
-        graph: From the parameters, the tensors of the arguments and ``others`` to the loss, the gradients of the parameters
-            ``trained``, and new values of those ``assigned``; all of them flat.
+        graph: A function of the parameters, the tensors of the arguments and ``others``. It returns the loss, the gradients of the
+            parameters ``trained``, and new values of the parameters ``assigned``. Inputs and outputs are flat.
         names: The parameters that the program uses, each tensor by one name.
-        trained: Those that have a gradient.
-        assigned: Those that the program sets, such as the decaying average of a baseline.
+        trained: The parameters that have a gradient.
+        assigned: The parameters that the program sets, such as the decaying average of a baseline.
         others: Tensors over which the program closes.
     """
 
@@ -62,7 +62,7 @@ Loss = Callable[[tuple, dict[str, Any]], torch.Tensor]
 
 
 def trace(loss: Loss, names: tuple[str, ...], arguments: Arguments, gradient: bool) -> Traced:
-    """Trace a loss and its gradient, twice: what is not the same then would not be the same at the next step.
+    """Trace a loss and its gradient twice: a program that differs between the two traces would differ at the next step.
 
     Args:
         loss: The loss of arguments and keyword arguments.
@@ -101,7 +101,7 @@ def _trace(loss: Loss, names: tuple[str, ...], arguments: Arguments, gradient: b
             # a gradient may be one of the inputs, which an optimizer must not change
             return [value.detach(), *(g.clone() for g in gradients.values()), *(v.clone() for v in values.values())]
 
-    one_fake_mode = tracing(TracingContext(FakeTensorMode()))  # else make_fx makes one for each node, which takes half of the time
+    one_fake_mode = tracing(TracingContext(FakeTensorMode()))  # otherwise make_fx makes one for each node, which takes half of the time
     with store.scope(store.get_state()), one_fake_mode, poutine.block():
         graph = make_fx(run)(list(leaves.values()), [t.detach() for t in arguments.tensors])
     others = _close_over(graph)
@@ -109,7 +109,7 @@ def _trace(loss: Loss, names: tuple[str, ...], arguments: Arguments, gradient: b
 
 
 def _close_over(graph: GraphModule) -> tuple[torch.Tensor, ...]:
-    """Make the tensors that a graph holds its last inputs, so that it sees what changes in them; fresh constants stay in it."""
+    """Make the tensors inside a graph its last inputs, so that it sees changes in them; fresh constants stay inside."""
     nodes = list(graph.graph.nodes)
     last = [node for node in nodes if node.op == "placeholder"][-1:]
     inputs: dict[str, Node] = {}
@@ -128,7 +128,7 @@ def _close_over(graph: GraphModule) -> tuple[torch.Tensor, ...]:
 
 
 def _require_equal(first: Traced, second: Traced) -> None:
-    """Refuse a loss of which two traces differ."""
+    """Refuse a loss whose two traces differ."""
     for one, other in zip_longest(*(str(traced.graph.graph).splitlines() for traced in (first, second)), fillvalue="none"):
         if one != other:
             _refuse_two("operations", one.strip(), other.strip())
@@ -139,7 +139,7 @@ def _require_equal(first: Traced, second: Traced) -> None:
 
 def _refuse_two(what: str, one: Any, other: Any) -> NoReturn:
     raise ValueError(
-        f"expected the same {what} in two runs of the program, found {one} and {other}, of which a compiled step would keep one. Draw "
+        f"expected the same {what} in two runs of the program, found {one} and {other}; a compiled step would keep one of them. Draw "
         "with torch, not with numpy or random, and pass what changes from step to step (a temperature) as a tensor among the arguments."
     )
 
@@ -155,7 +155,7 @@ class Place(NamedTuple):
     """Where an error came from.
 
     Attributes:
-        site: The sample statement that was being run, if there was one.
+        site: The sample statement that was running, if there was one.
         line: The line of the program, or of flowvi.
     """
 
