@@ -224,14 +224,14 @@ FAULTS = {
         uniform,
         lambda h: Flow(fields.Field(lambda x, p, dtheta: 0.5 * (x - p.low) / (p.high - p.low) * dtheta.high, rides=True)),
         "boundary flux",
-        "upper end x = 1.3, parameter high: .* moves: u must ride it",
+        "upper end x = 1.3, parameter high: .* moves: u must be its speed there",
         ("high",),
     ),
     "u that carries mass to infinity": Fault(
         normal,
         lambda h: Flow(lambda x, p, dtheta: 0.1 / dtheta.ops.exp(p.log_prob(x)) * dtheta.loc),
         "boundary flux",
-        "at infinity u carries mass away",
+        "u moves mass to infinity",
         ("loc",),
     ),
     "u through a face of the simplex": Fault(

@@ -1,4 +1,4 @@
-"""Whether an estimator is right for a distribution: the gradcheck of velocity fields, standardizations and sampling densities."""
+"""``check_estimator``: does for estimators what ``gradcheck`` does for derivatives."""
 
 from __future__ import annotations
 
@@ -29,51 +29,52 @@ def check_estimator(
 ) -> EstimatorReport:
     r"""Check that :math:`E_q\{w\,[u\cdot\nabla\phi + \psi\,\phi]\} = \nabla_\theta E_p[\phi]`, and its conditions on u, psi and q.
 
-    u is the velocity of the estimator's own draw and psi the derivative of its own score, so that what is checked is what runs. Every
-    derivative is compared with finite differences of the host's ``log_prob``, which a ``stop_gradient`` or a wrong gradient rule
-    does not affect. The conditions, by the names under which they are reported:
+    u is the velocity of the estimator's own draw and psi the derivative of its own score, so the check tests the code that runs. Every
+    derivative is compared with finite differences of the host's ``log_prob``, which a ``stop_gradient`` or a wrong gradient rule does
+    not affect. These are the conditions, by the names in the report:
 
-    * ``requirements``: what the estimator refuses at its first run (shapes, families, a support that moves).
+    * ``requirements``: the estimator does not refuse the distribution (shapes, families, a support that moves).
     * ``support of q``: q is positive wherever p is. ``second moment``: E_q[(w u)^2] and E_q[(w psi)^2] are finite, in the tails and
       where q vanishes. ``sampler``: the draws follow the density.
-    * ``linear in dtheta``: of a general velocity, and velocity(x, p, 0) = 0. ``elementwise``: no element of a batch reads another one.
+    * ``linear in dtheta``: a general velocity is linear, with velocity(x, p, 0) = 0. ``elementwise``: no element of a batch reads
+        another.
     * ``standardization``: S depends on x and is invertible. ``finite``: neither NaN nor infinite where p has mass.
-    * ``log_prob``: its automatic derivatives in the parameters and in x.
-    * ``divergence``: psi = div u + u . grad log p + d_theta log p. ``pathwise``: where it is declared 0, it is. ``score``: where u = 0.
-    * ``tangent``: a velocity stays on the simplex. ``boundary flux``: p (u - v) vanishes at the ends of the support, of speed v, and at
-      infinity; on a circle, what leaves through the seam comes in again.
+    * ``log_prob``: its automatic derivatives in the parameters and in x are right.
+    * ``divergence``: psi = div u + u . grad log p + d_theta log p. ``pathwise``: psi is 0 if it is declared 0. ``score``: psi is right
+      if u = 0.
+    * ``tangent``: a velocity stays on the simplex. ``boundary flux``: p (u - v) vanishes at the ends of the support, which move with
+      speed v, and at infinity. On a circle, the mass that leaves at the seam (the angle pi) comes in again.
     * ``mean of psi``: E_p[psi] = 0, and ``unbiased``: the equation above, for three smooth bounded or slowly growing costs.
 
-    Means are integrals by quadrature for events of one and two dimensions, sums over a discrete support, and sample means with z-scores
-    (\|z\| < 5) elsewhere and for ``RP()``, whose draws are the host's own.
+    Means are computed by quadrature for events of one and two dimensions, by sums over a discrete support, and otherwise (and for
+    ``RP()``, whose draws are the host's own) as sample means with z-scores (\|z\| < 5).
 
-    **What it cannot see**: jumps of *your* cost in x, which ``RP``, ``ImplicitRP`` and ``Flow`` do not allow; costs outside its
-    battery, such as one that grows faster than the tails of p fall; how large a finite variance is (see ``gradient_report``);
-    dependence between sites; an error at parameters other than these. On a circle, costs that are not periodic are tried only where
-    u is 0 at the seam.
+    **What it cannot see**: jumps of *your* cost in x, which ``RP``, ``ImplicitRP`` and ``Flow`` do not allow; costs unlike the test
+    costs, such as one that grows faster than the tails of p fall; how large a finite variance is (see ``gradient_report``); dependence
+    between sites; an error at other parameters. On a circle, costs that are not periodic are tried only if u is 0 at the seam.
 
-    **Requirements**: a distribution with ``expand`` that can be built again from its parameters; otherwise give a function. All runs
-    in double precision and on the CPU, so that networks in user functions must be there too.
+    **Requirements**: a distribution with ``expand`` that can be built again from its parameters; otherwise give a function. Everything
+    runs in double precision and on the CPU, so networks in your functions must be on the CPU too.
 
     Args:
         distribution: A distribution of either host with the parameters at which to check, or a function of parameters that returns one.
             Batches are checked element by element.
         estimator: The estimator, such as ``Flow(velocity)``.
-        parameters: Which parameters carry a derivative: names, such as ``("loc",)``; by default all, the bounds of a support included.
-            Those of a part have a longer name, such as ``"component_distribution.loc"``. With a function: its arguments by name.
+        parameters: The names of the parameters to check, such as ``("loc",)``; by default all, including the bounds of a support. A
+            parameter of a part has a longer name, such as ``"component_distribution.loc"``. For a function: its arguments by name.
         tolerance: The largest discrepancy, relative to the size of the terms.
-        num_samples: How many samples, where a mean is computed by sampling.
+        num_samples: The number of samples for sample means.
         seed: The seed of all draws.
-        raise_exception: Whether to raise where a condition fails, as ``torch.autograd.gradcheck`` does.
+        raise_exception: Whether to raise an error if a condition fails, as ``torch.autograd.gradcheck`` does.
 
     Returns:
         The report, which prints as a table.
 
     Raises:
-        flowvi.checks.EstimatorError: An ``AssertionError`` that names all conditions that fail, where, by how much, and what to do.
+        flowvi.checks.EstimatorError: An ``AssertionError`` that lists all failed conditions: where, by how much, and what to do.
         ValueError: An estimator that compares the cost at several values of its site, such as ``Enumerate()``, or one that is biased.
-        TypeError: No distribution of a host whose adapter (``flowvi.numpyro`` or ``flowvi.pyro``) has been imported, no estimator, an
-            unknown parameter, or a distribution that cannot be built again.
+        TypeError: ``distribution`` does not belong to a host whose adapter (``flowvi.numpyro`` or ``flowvi.pyro``) has been imported,
+            or cannot be built again; ``estimator`` is not an estimator; a parameter is unknown.
 
     Example:
         >>> import numpyro.distributions as dist

@@ -22,7 +22,7 @@ class Attached:
     estimator: Estimator
 
     def draw(self, eta: Any, x: Array, pushed: bool = False) -> Draw:
-        """What the estimator attaches at a host's x; the transforms of the site are applied to the value only if ``pushed``."""
+        """What the estimator attaches to a host's x. The transforms of the site are applied to the value only if ``pushed``."""
         target = self.site.target_at(eta, len(x))
         if not pushed:
             target = target.at_base()
@@ -45,7 +45,7 @@ class Attached:
         return self.site.host.jacobian(f, self.site.size)
 
     def totals(self, x: np.ndarray) -> list[np.ndarray]:
-        """The sum over the value of the estimator, its score and its log weight, each of batch shape."""
+        """The value of the estimator, summed over the event, its score and its log weight, each of batch shape."""
         return [a[: len(x)] for a in self._totals(self.site.shaped(self.site.padded(x)))]
 
     @cached_property
@@ -68,7 +68,7 @@ class Attached:
         return self.site.numbers(target.to_batch(q.log_prob(self.site.shaped(x))))
 
     def proposed(self, middle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Draws x of the estimator's sampling density, and their weights; those of weight 0 lie in the ``middle`` of the support."""
+        """Draws x of the estimator's sampling density, and their weights; draws of weight 0 are replaced by ``middle``."""
         site = self.site
         if self.estimator.q is None:
             return site.draws, np.ones(site.draws.shape[:-1])

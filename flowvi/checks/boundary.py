@@ -13,12 +13,12 @@ from flowvi.checks.domain import Domain
 from flowvi.checks.report import Condition
 
 NAME = "boundary flux"
-NEAR = 28.0  # how far the log of the mass falls on the way to an end of the support
+NEAR = 28.0  # how much the log of the mass falls on the way to an end of the support
 FACES = (1e-8, 1e-7, 1e-6)  # distances from a face of the simplex
 
 
 def conditions(attached: Attached, domain: Domain) -> Iterator[Condition]:
-    """Whether u carries mass through an end of a support that is not a circle."""
+    """Whether u moves mass through an end of a support that is not a circle."""
     chart = domain.chart
     if chart is None:
         return
@@ -32,7 +32,7 @@ def conditions(attached: Attached, domain: Domain) -> Iterator[Condition]:
 
 
 def seam(attached: Attached, domain: Domain) -> tuple[Condition, bool]:
-    """Whether the mass that leaves a circle at its seam enters on the other side, and whether there is any."""
+    """Whether the mass that leaves a circle at its seam enters on the other side; and whether any mass crosses the seam."""
     site, chart = attached.site, domain.chart
     assert chart is not None
     flux, _ = _flux(attached, domain, chart)
@@ -42,7 +42,7 @@ def seam(attached: Attached, domain: Domain) -> tuple[Condition, bool]:
         found = (
             f"at the seam, parameter {site.labels[i[-1]]}: p u is {before[i]:.4g} of the mass before pi and {after[i]:.4g} after -pi; "
         )
-        return Condition(NAME, False, found + "what leaves must come in again, or vanish."), False
+        return Condition(NAME, False, found + "the two must be equal, or 0."), False
     crossed = bool(abs(after).max() > site.tolerance)
     return Condition(NAME, True, "crosses the seam: right for periodic costs only" if crossed else "0 at the seam"), crossed
 
@@ -60,15 +60,15 @@ def _ends(attached: Attached, domain: Domain, chart: Chart) -> Condition:
         where = f"at the {('lower', 'upper')[side]} end x = {end:.4g}, parameter {site.labels[i[-1]]}"
         do = "this end is fixed: u must vanish there"
         if not np.isfinite(end):
-            do = "at infinity u carries mass away: p u must vanish there"
+            do = "u moves mass to infinity: p u must vanish there"
         elif moves:
-            do = "this end moves: u must ride it (be its speed there)"
+            do = "this end moves: u must be its speed there"
         return Condition(NAME, False, f"{where}: p (u - v) is {f[0][i] / site.unit[i[-1]]:.4g}, expected 0; {do}.")
     return Condition(NAME, True, f"{abs(flux[[0, 3]]).max():.1e} of the mass")
 
 
 def _flux(attached: Attached, domain: Domain, chart: Chart) -> tuple[np.ndarray, np.ndarray]:
-    """The flux p (u - v) as a share of the mass, at three points at each end, the nearest first; and v, the speeds of the ends."""
+    """The flux p (u - v) as a share of the mass, at three points near each end, the nearest first; and v, the speeds of the ends."""
     site = attached.site
     assert domain.rule is not None
     y, log_w = domain.rule
@@ -88,9 +88,9 @@ def _bounds(chart: Chart) -> np.ndarray:
 
 
 def _vanishes(tolerance: float, f0: np.ndarray, f1: np.ndarray, f2: np.ndarray) -> np.ndarray:
-    """Whether a flux goes to 0, from three points whose distances from the end are in proportion, the nearest first.
+    """Whether a flux goes to 0, from three points whose distances from the end have a constant ratio, the nearest first.
 
-    Where it falls like a power, its relative change from point to point stays; with another limit that change goes to 0.
+    If the flux falls like a power, its relative change from point to point is constant. If it has another limit, the change goes to 0.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         near, far = abs(f1 / f0) - 1, abs(f2 / f1) - 1
@@ -98,7 +98,7 @@ def _vanishes(tolerance: float, f0: np.ndarray, f1: np.ndarray, f2: np.ndarray) 
 
 
 def _faces(attached: Attached) -> Condition:
-    """The normal velocity times p, where one coordinate of the simplex goes to 0."""
+    """The normal velocity times p, as one coordinate of the simplex goes to 0."""
     site = attached.site
     x = site.draws[:3]
     d, largest = x.shape[-1], 0.0

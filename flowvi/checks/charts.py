@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CLOSE = 30.0  # as near to a bound, in its logarithm, as a double has digits for
+CLOSE = 30.0  # the smallest distance from a bound, as a logarithm, that a double can represent
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Chart:
             )
 
     def log_slope(self, y: np.ndarray) -> np.ndarray:
-        """The log of |dx/dy|, on the simplex of its first coordinates."""
+        """The log of |dx/dy|; on the simplex for all but the last coordinate."""
         if self.simplex:
             y = np.concatenate([y, np.zeros((*y.shape[:-1], 1))], -1)
             return (y - np.logaddexp.reduce(y, -1, keepdims=True)).sum(-1)
@@ -76,7 +76,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """y = centre + spread sinh(t): the mass lies within |t| of a few, and every tail decays at least exponentially in t."""
+    """y = centre + spread sinh(t): the mass lies at |t| of a few units, and every tail decays at least exponentially in t."""
 
     centre: np.ndarray
     spread: np.ndarray

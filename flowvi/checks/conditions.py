@@ -15,7 +15,7 @@ from flowvi.estimators import Estimator, Flow, ImplicitRP
 
 
 def conditions(site: PerturbedSite, estimator: Estimator) -> Iterator[Condition]:
-    """Every condition that applies; those that others need come first."""
+    """Every condition that applies; conditions that others need come first."""
     ops = site.host.ops
     try:
         estimator = estimator.resolve(site.target)

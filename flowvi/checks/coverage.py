@@ -16,7 +16,7 @@ from flowvi.checks.report import Condition
 from flowvi.checks.rules import FAR
 
 TAIL = 71  # points along a ray into a tail
-ZOOM = 42  # points of a look at a zero of q
+ZOOM = 42  # points in each step towards a zero of q
 
 
 def support(attached: Attached, domain: Domain) -> Condition:
@@ -36,9 +36,7 @@ def second_moment(attached: Attached, domain: Domain) -> Condition:
         return Condition(name, None, "not checked: a support of an unknown kind")
     heavy = _discrete_tail(attached, domain) if chart is None else _tails(attached, domain, chart)
     if heavy is not None:
-        found = (
-            f"E_q[w^2 (u^2 + psi^2)] is infinite{heavy}: its integrand does not decay there, as the tail of q is too light; widen q "
-        )
+        found = f"E_q[w^2 (u^2 + psi^2)] is infinite{heavy}: its integrand does not decay, because the tail of q is too light; widen q "
         return Condition(name, False, found + "(proposals.tempered, student_t or defensive).")
     if domain.rule is None:
         return Condition(name, True, "p^2/q decays in the tails")
@@ -64,7 +62,7 @@ def _discrete_tail(attached: Attached, domain: Domain) -> str | None:
 
 
 def _tails(attached: Attached, domain: Domain, chart: Chart) -> str | None:
-    """Rays from the middle: in the coordinates t the integrand decays along each, or its integral is infinite."""
+    """Where the integral is infinite: the integrand has to decay along rays from the middle, in the coordinates t."""
     site = domain.site
     d = domain.coordinates.centre.shape[-1]
     units = np.concatenate([np.eye(d), np.random.default_rng(site.seed).normal(size=(6 * (d > 1), d))])
@@ -93,7 +91,7 @@ def _tails(attached: Attached, domain: Domain, chart: Chart) -> str | None:
 
 
 def _with_field(attached: Attached, domain: Domain, x: np.ndarray, log_square: np.ndarray) -> np.ndarray:
-    """The log of p^2/q (psi^2 + (relative u)^2), (n, *batch, D), as far as the field is known there."""
+    """The log of p^2/q (psi^2 + (relative u)^2), (n, *batch, D), without the field where it is not finite."""
     u, psi = attached.field(x)
     reach = np.quantile(abs(domain.site.draws - domain.middle), 0.5, axis=0) + abs(x - domain.middle)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -102,7 +100,7 @@ def _with_field(attached: Attached, domain: Domain, x: np.ndarray, log_square: n
 
 
 def _zero_of_q(attached: Attached, domain: Domain, y: np.ndarray, log_weight: np.ndarray) -> str | None:
-    """What is wrong where q vanishes inside the support, found by looking ever closer at the largest weight."""
+    """What is wrong where q vanishes inside the support, found by zooming in on the largest weight."""
     site = domain.site
     order = np.argsort(y[..., 0], 0)
     y, log_weight = np.take_along_axis(y, order[..., None], 0), np.take_along_axis(log_weight, order, 0)
@@ -123,10 +121,10 @@ def _zero_of_q(attached: Attached, domain: Domain, y: np.ndarray, log_weight: np
         size = np.log(psi**2 + (u[..., 0, :] / unit) ** 2)
     log_square = (log_p + site.log_prob(site.zero, x) - attached.log_q(x))[..., None] + size
     rate, i = worst((log_square[:2] - log_square[2:]) / math.log(10), of_nan=-np.inf)
-    if rate < 0.95:  # of 1 over the distance, whose integral is infinite
+    if rate < 0.95:  # the rate of 1 over the distance, whose integral is infinite
         return None
     return (
-        f"q vanishes near {at(x[i[:-1]])}, where the estimator of {site.labels[i[-1]]} does not: its second moment is infinite; "
+        f"q vanishes near {at(x[i[:-1]])}, but the estimator of {site.labels[i[-1]]} does not, so its second moment is infinite; "
         "mix p into q (proposals.defensive), or check only the parameter that q is for."
     )
 
@@ -139,7 +137,7 @@ def _around(y: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def sampler(attached: Attached, domain: Domain, costs: Costs, proposed: tuple[np.ndarray, np.ndarray]) -> Condition:
-    """Weighted means of the costs over draws, compared with those by the rule; without a rule, the mean weight."""
+    """Weighted means of the costs over draws, compared with the means by the rule; without a rule, the mean weight."""
     site, (x, w) = domain.site, proposed
     terms = w * costs.at(x)
     if domain.rule is None:

@@ -24,6 +24,6 @@ def worst(error: np.ndarray, of_nan: float = np.inf) -> tuple[float, tuple[Any, 
 
 
 def at(x: np.ndarray) -> str:
-    """A point, as messages have it."""
+    """A point, as messages show it."""
     x = np.asarray(x).reshape(-1)
     return f"x = {x[0]:.4g}" if x.size == 1 else f"x = [{', '.join(f'{v:.4g}' for v in x[:6])}{', ...' if x.size > 6 else ''}]"

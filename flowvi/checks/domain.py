@@ -14,14 +14,14 @@ from flowvi.checks.site import PerturbedSite
 from flowvi.rebuild import parameters
 from flowvi.target import Target
 
-NEGLIGIBLE = 1e-10  # mass below which a point does not count
+NEGLIGIBLE = 1e-10  # a point with less mass does not count
 
 Rule = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(eq=False)
 class Domain:
-    """The support of a site, in chart coordinates y that stay in place while its bounds move."""
+    """The support of a site, in chart coordinates y that stay fixed while its bounds move."""
 
     site: PerturbedSite
 
@@ -31,7 +31,7 @@ class Domain:
         return self.chart_of(self.site.target)
 
     def chart_of(self, target: Target) -> Chart | None:
-        """Real coordinates of the support for one value of the parameters; None where it is discrete or of an unknown kind."""
+        """Real coordinates of the support for one value of the parameters; None if it is discrete or of an unknown kind."""
         site, support, event_ndim = self.site, target.support, target.event_ndim
         if site.discrete:
             return None
@@ -69,7 +69,7 @@ class Domain:
 
     @cached_property
     def rule(self) -> Rule | None:
-        """Coordinates y and log weights over y of a rule that integrates p to 1, or None where there is none."""
+        """Coordinates y and log weights over y of a rule that integrates p to 1, or None if there is none."""
         rule = self._sum() if self.site.discrete else self._integral()
         if rule is None:
             return None
@@ -82,7 +82,7 @@ class Domain:
 
     @cached_property
     def points(self) -> tuple[np.ndarray, np.ndarray]:
-        """Points x and the mass of each: those of the rule, the negligible ones put in the middle; or the draws."""
+        """Points x and the mass of each: those of the rule, with negligible ones moved to the middle; or the draws."""
         if self.rule is None:
             draws = self.site.draws
             return draws, np.full(draws.shape[:-1], 1 / len(draws))
@@ -92,11 +92,11 @@ class Domain:
         return np.where((mass > NEGLIGIBLE)[..., None], x, self.middle), mass
 
     def half(self, y: np.ndarray) -> np.ndarray | None:
-        """In two dimensions every other point, as on a chessboard, which is a rule as well."""
+        """In two dimensions every other point, as on a chessboard; these points form a rule too."""
         return None if self.site.discrete or y.shape[-1] < 2 else np.indices((SIDE, SIDE)).sum(0).reshape(-1) % 2 == 1
 
     def _sum(self) -> Rule | None:
-        """Every value of a discrete support, as far as they have mass."""
+        """Every value of a discrete support that has mass."""
         site, target = self.site, self.site.target
         like = site.host.numpy(site.host.sample(site.target_at(site.zero, 1), target.p0, site.seed))
         if target.support.kind == "_OneHot":
@@ -132,7 +132,7 @@ class Domain:
             return self.coordinates.to_y(t), np.log(w) + self.coordinates.log_slope(t)
 
     def _kinks(self, chart: Chart) -> np.ndarray:
-        """Where the density may have kinks: at those of its parameters that lie inside the support."""
+        """Where the density may have kinks: at the parameters whose values lie inside the support."""
         values = [np.ravel(self.site.numbers(p.value)) for p in parameters(self.site.target.p0).values()]
         kinks = self.site.everywhere(np.unique(np.concatenate([*values, np.zeros(0)]))[:, None])
         return kinks[chart.inside(kinks).reshape(len(kinks), -1).all(1)]

@@ -1,4 +1,4 @@
-"""The last conditions of :func:`flowvi.check_estimator`: the mean of psi, and the mean gradient of each cost of the battery."""
+"""The last conditions of :func:`flowvi.check_estimator`: the mean of psi, and the mean gradient of each test cost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def conditions(attached: Attached, domain: Domain, costs: Costs, proposed: tuple
     by_rule, exact = domain.rule is not None, domain.rule is not None and not by_sampler
     if exact:
         (estimate, doubt), truth = _integrated(attached, domain, costs), _truth(domain, costs)
-        truth[0] = 0.0  # of a density that is normalized
+        truth[0] = 0.0  # for a normalized density
         scale = abs(truth).max(0) + 1 / site.unit
         if (doubt / scale).max() > site.tolerance:
             by_rule = exact = False
@@ -54,12 +54,12 @@ def conditions(attached: Attached, domain: Domain, costs: Costs, proposed: tuple
     i = (i[0] + 1, *i[1:])
     who, z = f"parameter {site.labels[i[-1]]}", "" if exact else f" (|z| = {size:.1f})"
     found = f"{who}: at the cost {costs.names[i[0]]} of the {'angle' if site.on_circle else 'standardized value'} the mean estimate is "
-    found += f"{estimate[i]:.6g}, the derivative of the mean cost {truth[i]:.6g} {by}{z}; correct the other conditions first."
+    found += f"{estimate[i]:.6g}, but the derivative of the mean cost is {truth[i]:.6g} {by}{z}; correct the other conditions first."
     yield condition("unbiased", size, found, who)
 
 
 def _terms(costs: Costs, value: Array, score: Array | None, weights: Array) -> Array:
-    """The terms w (phi(value) + score sg(phi)), costs first, whose derivatives are the estimates."""
+    """The terms w (phi(value) + score sg(phi)), whose derivatives are the estimates; the costs are the first axis."""
     ops = costs.site.host.ops
     phi = ops.stack(costs.of(value), 0)
     return weights * (phi if score is None else phi + score * ops.stop_gradient(phi))
@@ -69,7 +69,7 @@ def _terms(costs: Costs, value: Array, score: Array | None, weights: Array) -> A
 
 
 def _integrated(attached: Attached, domain: Domain, costs: Costs) -> Means:
-    """The expectation of the estimator, (costs, *batch, D), by the rule, and how far its halves differ in two dimensions."""
+    """The expectation of the estimator by the rule, (costs, *batch, D); in two dimensions, also by how much its two halves differ."""
     assert domain.rule is not None
     site, (y, log_w), (x, mass) = attached.site, domain.rule, domain.points
     weights = mass
@@ -127,7 +127,7 @@ def _sampled(attached: Attached, costs: Costs, proposed: tuple[np.ndarray, np.nd
 
 
 def _reweighted(domain: Domain, costs: Costs, proposed: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """At the same draws, the likelihood ratio by differences, of the same shape."""
+    """The likelihood ratio by differences, at the same draws and of the same shape."""
     site, (x, weights) = domain.site, proposed
     y = x if domain.chart is None else domain.chart.to_y(x)
     start = domain.located(site.zero, y)[1]

@@ -1,4 +1,4 @@
-"""From the arguments of :func:`flowvi.check_estimator` to a function of the parameters that carry a derivative."""
+"""From the arguments of :func:`flowvi.check_estimator` to a function of the parameters to check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SYMMETRIC = ("_PositiveDefinite", "_PositiveSemiDefinite", "_CorrMatrix")
 
 
 def as_function(distribution: Any, names: Sequence[str] | Mapping[str, Any] | None) -> tuple[Build, dict[str, Parameter]]:
-    """How to build the distribution from parameters that carry a derivative, and where these are to be checked."""
+    """How to build the distribution from the parameters to check, and their values."""
     if not hasattr(distribution, "log_prob"):
         if not callable(distribution) or not isinstance(names, Mapping) or not names:
             raise TypeError(
@@ -37,13 +37,13 @@ def as_function(distribution: Any, names: Sequence[str] | Mapping[str, Any] | No
 
 
 def require_same(host: Host, p: Any, again: Any) -> None:
-    """Refuse a class whose parameters are not what it is built from: ``again`` is p, built again."""
+    """Refuse a class that its parameters do not determine: ``again`` is p, built again."""
     others = parameters(again)
     for name, parameter in parameters(p).items():
         if not np.array_equal(host.numpy(parameter.value), host.numpy(others[name].value)):
             raise TypeError(
-                f"check_estimator: {type(p).__name__} cannot be built again from its parameters, as its {name} is then another; "
-                "give a function of them: check_estimator(lambda loc: ..., estimator, {'loc': 0.3})."
+                f"check_estimator: {type(p).__name__} cannot be built again from its parameters, because its {name} changes; "
+                "give a function of the parameters: check_estimator(lambda loc: ..., estimator, {'loc': 0.3})."
             )
 
 

@@ -32,7 +32,7 @@ def ordinary_points(domain: Domain) -> np.ndarray:
 def _compare(
     site: PerturbedSite, name: str, x: np.ndarray, pair: tuple[np.ndarray, np.ndarray], scale: np.ndarray, words: tuple[str, str]
 ) -> Condition:
-    """Two arrays (n, *batch, D), found and expected at each x, relative to ``scale``; in words: what they are, and what to do."""
+    """Compare two arrays (n, *batch, D), found and expected at each x, relative to ``scale``. ``words``: what they are, what to do."""
     found, expected = pair
     error, i = worst(abs(found - expected) / np.maximum(scale, 1e-12))
     where = f"{at(x[i[:-1]])}, " + (f"parameter {site.labels[i[-1]]}" if i[-1] < site.size else f"coordinate {i[-1] - site.size} of x")
@@ -43,7 +43,7 @@ def _compare(
 
 
 def _steps_of_x(domain: Domain, x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Directions (m, d) in which x may move, and steps (m, n, *batch) of differences; None where they are not known."""
+    """Directions (m, d) in which x may move, and steps (m, n, *batch) of differences; None if they are not known."""
     site, chart, d = domain.site, domain.chart, x.shape[-1]
     if site.discrete or (chart is None and site.target.chart() is not None):
         return None
@@ -75,7 +75,7 @@ def log_prob(domain: Domain, x: np.ndarray) -> Condition:
     exact = np.concatenate([site.along(lambda eta: site.log_prob(eta, x)), *map(along_x, range(len(e)))], -1)
     units = np.broadcast_to(1 / site.unit, (*x.shape[:-1], site.size))
     scale = abs(exact) + np.concatenate([units, *(STEP / step[..., None] for step in h)], -1)
-    do = "an automatic derivative is cut or wrong: see whether log_prob (or the function that builds the distribution) detaches it"
+    do = "an automatic derivative is missing or wrong; check whether log_prob (or the function that builds p) detaches it"
     return _compare(site, "log_prob", x, (automatic, exact), scale, ("its derivative", do))
 
 
@@ -127,7 +127,7 @@ def linear(attached: Attached, x: np.ndarray) -> Condition:
 
 
 def standardization(attached: Attached, domain: Domain, x: np.ndarray) -> Condition:
-    """Whether S is invertible in x: monotone, or of a Jacobian whose determinant has one sign."""
+    """Whether S is invertible in x: monotone, or with a Jacobian whose determinant has only one sign."""
     site = attached.site
     assert isinstance(attached.estimator, ImplicitRP)
     s, name = attached.estimator.standardization, "standardization"
@@ -169,15 +169,13 @@ def finite(attached: Attached, domain: Domain) -> Condition:
 
 
 def elementwise(attached: Attached, x: np.ndarray) -> Condition:
-    """Whether u and psi at some elements change where the others do."""
+    """Whether u and psi at some elements change when x changes at others."""
     site = attached.site
     name, s = "elementwise", getattr(attached.estimator, "standardization", None)
     if s is not None and site.target.event_ndim == 0:
         target = site.target_at(site.zero, len(x))
         if not site.host.ops.is_elementwise(lambda x: s(x, target.p0), site.shaped(x)):
-            found = (
-                "S at one element of the batch reads x at another; only an event of the distribution may be standardized as a whole."
-            )
+            found = "S at one element of the batch reads x at another; S may only read its own element (and its own event)."
             return Condition(name, False, found)
     keep = np.indices(x.shape[:-1]).sum(0) % 2 == 0
     moved = np.where(keep[..., None], x, site.draws[len(x) : 2 * len(x)])
@@ -194,7 +192,7 @@ def elementwise(attached: Attached, x: np.ndarray) -> Condition:
 
 PSI = {
     "pathwise": (
-        "psi is declared 0 (the field as pathwise, or the law of S(x) as free of the parameters); as it was declared it",
+        "psi is declared 0 (a pathwise field, or an S(x) whose law does not depend on the parameters); psi",
         "give the divergence or leave it to the default, or set exact=False; or correct the field",
     ),
     "score": ("psi", "see log_prob"),

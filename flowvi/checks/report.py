@@ -11,7 +11,7 @@ class Condition:
 
     Attributes:
         name: Its name.
-        holds: Whether it holds; None where it was not checked.
+        holds: Whether it holds; None if it was not checked.
         found: The largest discrepancy and where it is, or why it was not checked.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-FAR = 36.0  # where exp(-t) is below a double's last digit
+FAR = 36.0  # exp(-36) is below a double's last digit
 EVEN, QUANTILES, KINKS, ORDER, SIDE = 26, 30, 8, 8, 56  # 64 panels of 8 points; 56 times 56 points
 
 Density = Callable[[np.ndarray], np.ndarray]
@@ -15,8 +15,8 @@ Density = Callable[[np.ndarray], np.ndarray]
 def nodes(log_density: Density, t: np.ndarray, kinks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points (N, *batch, d) and weights (N, *batch) in t, for d = 1 or 2.
 
-    In one dimension Gauss-Legendre panels between quantiles of the samples ``t``, ``kinks`` (at most KINKS of them) and an even grid;
-    in two the midpoint rule on a square.
+    In one dimension, Gauss-Legendre panels between quantiles of the samples ``t``, ``kinks`` (at most KINKS of them) and an even grid;
+    in two dimensions, the midpoint rule on a square.
     """
     low, high = _reach(log_density, t.shape[1:])
     if t.shape[-1] == 1:
@@ -49,7 +49,7 @@ def _reach(log_density: Density, shape: tuple[int, ...]) -> tuple[np.ndarray, np
 def integers(
     lower: np.ndarray, upper: np.ndarray, log_mass: Callable[[np.ndarray], np.ndarray], limit: int = 4096
 ) -> np.ndarray | None:
-    """The integers of a discrete support, as far as they have mass; None where they do not end."""
+    """The integers of a discrete support that have mass; None if there are too many."""
     low, high = int(np.min(lower)), np.max(upper)
     if np.isfinite(high):
         return np.arange(low, int(high) + 1) if high - low < limit else None

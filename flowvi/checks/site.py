@@ -17,7 +17,7 @@ from flowvi.ops import Array
 from flowvi.rebuild import Parameter
 from flowvi.target import Target
 
-LENGTHS = (64, 512)  # to which samples are padded where the host compiles once for each length
+LENGTHS = (64, 512)  # samples are padded to these lengths if the host compiles once for each length
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ class PerturbedSite:
         start: The parameters at the point to check.
         enters: Whether the estimator acts on the base sample of a plain transformed distribution.
         tolerance: The largest discrepancy, relative to the size of the terms.
-        num_samples: How many samples, where a mean is computed by sampling.
+        num_samples: The number of samples for sample means.
         seed: The seed of all draws.
     """
 
@@ -93,7 +93,7 @@ class PerturbedSite:
         return x.reshape((*x.shape[: 1 + len(self.batch)], -1))
 
     def shaped(self, x: np.ndarray) -> Array:
-        """A flat x as the host has it."""
+        """A flat x as an array of the host."""
         return self.host.array(np.array(x).reshape((len(x), *self.target.shape[1:])))
 
     def padded(self, x: np.ndarray) -> np.ndarray:
