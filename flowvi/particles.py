@@ -74,13 +74,13 @@ def require_fixed(run: Run) -> None:
         )
     for name, site in run.sites.random.items():
         if name in run.draws or not site.estimator.uses_sampler:
-            _refuse_fixed(name, f"the gradient of {site.estimator} is right on average only; use RP() here")
+            _refuse_fixed(name, f"the gradient of {site.estimator} is right only on average; use RP() here")
         if site.distribution not in SMOOTH:
             known = ", ".join(sorted(SMOOTH))
             _refuse_fixed(name, f"the sampler of {site.distribution} may jump as a parameter moves; use one of {known}")
     for name in run.draws:
-        _refuse_fixed(name, "a score is right on average only")
+        _refuse_fixed(name, "a score is right only on average; use RP() here")
 
 
 def _refuse_fixed(name: str, message: str) -> NoReturn:
-    raise refusal(name, f"particles='fixed' needs the derivative of the loss at fixed draws, but {message}, or draw anew.")
+    raise refusal(name, f"particles='fixed' needs the derivative of the loss at fixed draws, but {message}, or choose other particles.")

@@ -584,9 +584,7 @@ def loc_only():
 
 
 def test_refusals(host):
-    with pytest.raises(
-        TypeError, match=r"AdaptiveFlow needs a pathwise field that is given parameter by parameter, found fields.scaled"
-    ):
+    with pytest.raises(TypeError, match=r"AdaptiveFlow needs a pathwise field with a part for each parameter, found fields.scaled"):
         AdaptiveFlow(field=fields.scaled(0.5, fields.location_scale()))
     with pytest.raises(TypeError, match=r"AdaptiveFlow: expected q='learned', a function q\(p\) or None, found 'learnt'"):
         AdaptiveFlow(q="learnt")

@@ -601,7 +601,7 @@ REFUSED = {
     "live total_count": (
         FiniteDifference(),
         lambda h, t: h.dist.NegativeBinomial(2 + t, logits=h.array(0.3)),
-        "needs a constant total_count of NegativeBinomial(Logits)?, found a live one",
+        "needs a constant total_count of NegativeBinomial(Logits)?, found one with a gradient",
     ),
     "weak, unknown family": (
         MeasureValued(),
@@ -611,7 +611,7 @@ REFUSED = {
     "weak, unknown parameter": (
         MeasureValued(),
         lambda h, t: h.dist.Gamma(1 + t, 1 + t),
-        "no weak derivative of Gamma in its concentration, which is live; .*make the concentration a constant",
+        "no weak derivative of Gamma in its concentration, which needs one; .*make the concentration a constant",
     ),
     "DisARM, Normal": (DisARM(), lambda h, t: h.dist.Normal(t, h.array(1.0)), "expected a finite support .* but Normal has none"),
 }

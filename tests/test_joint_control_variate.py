@@ -537,7 +537,7 @@ def test_a_guide_that_changes_which_draw_it_computes_from_which(host):
         for _ in range(2):
             host.loss(elbo, model, lambda first=first: guide(first))
         if then:
-            with pytest.raises(ValueError, match="site 't': expected it to be independent of 'g'"):
+            with pytest.raises(ValueError, match="site 't': expected this site to be independent of 'g'"):
                 host.loss(elbo, model, lambda: guide(True))
         else:
             host.loss(elbo, model, lambda: guide(False))

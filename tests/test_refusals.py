@@ -206,7 +206,7 @@ def test_cdf_without_a_derivative(host):
 
 
 def test_rp_with_a_proposal_for_live_degrees_of_freedom(host):
-    with pytest.raises(ValueError, match="site 'x': .*StudentT for a constant df"):
+    with pytest.raises(ValueError, match="site 'x': .*StudentT only for a constant df"):
         run(host, lambda h, t: h.dist.StudentT(4 + t, h.array(0.0), h.array(1.0)), RP(lambda p: p))
 
 

@@ -90,7 +90,9 @@ class FiniteDifference(Estimator):
         """The weight of the neighbour with its derivative, at an x that has a neighbour."""
         if (known := family_of(target.p).neighbours) is not None:
             if live := target.live(*known.constant):
-                target.refuse(f"FiniteDifference needs a constant {' and '.join(live)} of {target.family}, found a live one; use LR().")
+                target.refuse(
+                    f"FiniteDifference needs a constant {' and '.join(live)} of {target.family}, found one with a gradient; use LR()."
+                )
             return known.below(ops, target.p, x) if self.downwards else known.above(ops, target.p, x)
         mass = ops.stop_gradient(ops.exp(target.p0.log_prob(x)))
         if self.downwards:

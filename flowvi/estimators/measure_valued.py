@@ -83,7 +83,7 @@ class MeasureValued(Estimator):
         live = target.live(*known.parameters)
         if unknown := [name for name in live if name not in derivatives]:
             target.refuse(
-                f"MeasureValued knows no weak derivative of {target.family} in its {unknown[0]}, which is live; use RP() or LR(), "
+                f"MeasureValued knows no weak derivative of {target.family} in its {unknown[0]}, which needs one; use RP() or LR(), "
                 f"or make the {unknown[0]} a constant."
             )
         if not live:

@@ -195,9 +195,9 @@ def require_independent(couplings: Couplings, ancestors: Mapping[str, frozenset[
             if feature.site in ancestors.get(name, ()):
                 raise refusal(
                     name,
-                    f"expected it to be independent of '{feature.site}', as in the first run, since the control variate for the whole "
-                    "guide uses the noise of that site here; found that it was computed from it. Give each form of a guide its own "
-                    "objective, or use RP(control_variate=...) at its sites.",
+                    f"expected this site to be independent of '{feature.site}', as in the first run, because the control variate for "
+                    f"the whole guide uses the noise of '{feature.site}' here; found that it was computed from '{feature.site}'. Give "
+                    "each form of the guide its own objective, or use RP(control_variate=...) at its sites.",
                 )
 
 

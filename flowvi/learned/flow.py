@@ -105,8 +105,8 @@ class AdaptiveFlow(Estimator):
             raise TypeError(f"AdaptiveFlow: expected q='learned', a function q(p) or None, found {self.q!r}.")
         if self.field is not None and self.field.parts is None:
             raise TypeError(
-                f"AdaptiveFlow needs a pathwise field that is given parameter by parameter, found {self.field}; "
-                "those of flowvi.families are, combinations of fields are not."
+                f"AdaptiveFlow needs a pathwise field with a part for each parameter, found {self.field}; "
+                "those of flowvi.families have them, combinations of fields do not."
             )
 
     def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
@@ -182,8 +182,8 @@ class AdaptiveFlow(Estimator):
         for name in () if self.field is None else target.parameters:
             if name not in parts and target.is_live(getattr(target.p, name)):
                 target.refuse(
-                    f"AdaptiveFlow needs a velocity for each parameter that is live (as a traced number is), but {self.field} has none "
-                    f"for '{name}'; give it one, or make it a constant."
+                    "AdaptiveFlow needs a velocity for each parameter that may need a gradient (as a traced number may), but "
+                    f"{self.field} has none for '{name}'; add one, or make the parameter a constant."
                 )
         return parts
 

@@ -122,7 +122,7 @@ class NumPyroProgram:
         require_funsor(site)
         for found, what in ((mutable_state, "mutable state"), (self.multi_sample, "multi_sample_guide=True")):
             if found:
-                raise refusal(site, f"expected no {what} where a site of the model is summed out; draw it in the guide.")
+                raise refusal(site, f"expected no {what} if a site of the model is summed out; draw the site in the guide.")
 
     def annotations(self) -> dict[str, Estimator]:
         _, guide_trace = self._log_probs(self._seeded_guide(), self.param_map)

@@ -170,7 +170,7 @@ def _first_derivative(what, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _one(x, what):
-    """1, with a derivative that raises: it is taken where a first derivative is differentiated again."""
+    """1, with a derivative that raises an error: it is taken if a first derivative is differentiated again."""
     return jnp.ones_like(x)
 
 
@@ -208,5 +208,5 @@ def is_known_equal(x, y):
 
 
 def check(ok, message):
-    if not isinstance(ok, Tracer) and not ok:  # as in NumPyro's own validation, nothing is known of a traced value
+    if not isinstance(ok, Tracer) and not ok:  # a traced value is not known, as in NumPyro's own validation
         raise ValueError(message)

@@ -191,7 +191,7 @@ def first_order(loss, what):
 
 
 class _NoDerivative(torch.autograd.Function):
-    """The cotangent as it is, in a graph with the loss, so that a second derivative passes through here."""
+    """The unchanged cotangent, in a graph with the loss, so that a second derivative passes through here."""
 
     @staticmethod
     def forward(cotangent, loss, what):

@@ -23,13 +23,13 @@ def proposal(distribution: Any, estimators: Estimators, *, x: Any = None) -> Fig
     Args:
         distribution: The distribution p.
         estimators: One estimator, or several by label.
-        x: Where: an array, or one for each coordinate; the range of the samples of p and of every q by default.
+        x: The points: an array, or one for each coordinate. By default the range of the samples of p and of every q.
 
     Returns:
         The figure: axes of the densities and of the weights; in two dimensions p, q and w for each estimator.
 
     Raises:
-        ValueError: A shape that cannot be drawn; or as the estimator at a site 'x'.
+        ValueError: A shape that cannot be drawn, or an error of the estimator, naming a site 'x'.
 
     Example:
         >>> import pyro.distributions as dist

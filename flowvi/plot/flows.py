@@ -29,25 +29,26 @@ def flow(
 ) -> Figure:
     r"""How an estimator moves mass: dx/dt = u(x), d log m/dt = psi(x), from the parameter to the parameter plus ``by``.
 
-    For a scalar, the density before (below) is cut into slices of the same mass, whose edges follow the lines up to the density after
-    (above). Mass m is carried along a line where psi = 0, and made (orange) or lost (blue) on the way where it is not. LR leaves every
-    edge where it is; a pathwise field keeps the mass of every slice. In two dimensions: the density, arrows u and their colour psi.
+    For a scalar, the density before (below) is cut into slices of equal mass. The edges of the slices follow the flow lines up to the
+    density after (above). The mass m along a line is constant where psi = 0; elsewhere it grows (orange) or shrinks (blue). LR does not
+    move the edges; a pathwise field keeps the mass of every slice. In two dimensions: the density, and arrows u with colour psi.
 
     **Requirements**: those of the estimators; a continuous distribution of event shape () or (2,), without batch.
 
     Args:
         distribution: The distribution p.
         estimators: One estimator, or several by label.
-        parameter: Its name or ``move(t)``, see the module.
+        parameter: A name or ``move(t)``, see :mod:`flowvi.plot`.
         by: How far the parameter moves (for a scalar).
-        lines: How many slices of mass, or arrows along each axis.
-        x: The range shown: an array, or one for each coordinate; that of p's samples by default.
+        lines: The number of slices, or of arrows along each axis.
+        x: The range to show: an array, or one for each coordinate. By default the range of p's samples.
 
     Returns:
         The figure: for each estimator three axes (after, flow lines, before), or one axes in two dimensions.
 
     Raises:
-        ValueError: A shape or a parameter that cannot be drawn, a discrete distribution; or as the estimator at a site 'x'.
+        ValueError: A shape or a parameter that cannot be drawn, a discrete distribution, or an error of the estimator, naming a site
+            'x'.
 
     Example:
         >>> import pyro.distributions as dist

@@ -29,23 +29,23 @@ def gradients(
 ) -> Figure:
     r"""Histograms of the gradient of single samples, :math:`E = w\,[u\cdot\nabla\phi + \psi\,\phi]` of a cost phi.
 
-    One row for each estimator, with the mean as a line and the standard deviation as a number; the outermost hundredth is not shown.
+    One row for each estimator, with the mean as a line and the standard deviation as a number. The outermost 1% is not shown.
 
     **Requirements**: those of the estimators; a distribution without batch.
 
     Args:
         distribution: The distribution p.
         estimators: One estimator, or several by label.
-        parameter: Its name or ``move(t)``, see the module.
+        parameter: A name or ``move(t)``, see :mod:`flowvi.plot`.
         cost: ``phi(x)`` in the host's functions, from (num_samples,) + event shape to (num_samples,).
-        num_samples: How many samples.
+        num_samples: The number of samples.
         seed: The seed of the draws.
 
     Returns:
         The figure: one axes for each estimator.
 
     Raises:
-        ValueError: A parameter that cannot be drawn; or as the estimator at a site 'x'.
+        ValueError: A parameter that cannot be drawn, or an error of the estimator, naming a site 'x'.
 
     Example:
         >>> import pyro.distributions as dist
@@ -94,16 +94,16 @@ def gradient_samples(
     Args:
         distribution: The distribution p.
         estimator: The estimator.
-        parameter: Its name or ``move(t)``, see the module.
+        parameter: A name or ``move(t)``, see :mod:`flowvi.plot`.
         cost: ``phi(x)`` in the host's functions, from (num_samples,) + event shape to (num_samples,).
-        num_samples: How many samples.
+        num_samples: The number of samples.
         seed: The seed of the draws.
 
     Returns:
         An array of shape (num_samples,).
 
     Raises:
-        ValueError: A parameter that cannot be drawn; or as the estimator at a site 'x'.
+        ValueError: A parameter that cannot be drawn, or an error of the estimator, naming a site 'x'.
 
     Example:
         >>> import pyro.distributions as dist

@@ -15,10 +15,10 @@ NUM = 2000  # draws that show the field of a host's sampler
 
 
 class Reading(NamedTuple):
-    """What an estimator does at samples x, along axis 0, as its parameter moves.
+    """What an estimator does at samples x (along axis 0) as its parameter moves.
 
     Attributes:
-        drawn: Whether x are draws of the host's sampler, rather than the given points.
+        drawn: Whether x are draws of the host's sampler instead of the given points.
         x: The values of the site.
         phi: f(x).
         slope: The derivative of f along the flow: u where f is the identity, u . grad f otherwise.

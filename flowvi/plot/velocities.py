@@ -30,14 +30,14 @@ def velocity(
     Args:
         distribution: The distribution p.
         estimators: One estimator, or several by label.
-        parameter: A parameter, see the module, or a list of them; the default is every named one with a single element.
-        x: Where: an array, or one for each coordinate; the range of p's samples by default.
+        parameter: A parameter, see :mod:`flowvi.plot`, or a list of parameters. By default every one with a single element.
+        x: The points: an array, or one for each coordinate. By default the range of p's samples.
 
     Returns:
         The figure: axes of u and of psi for each parameter; in two dimensions of u_1, u_2 and psi.
 
     Raises:
-        ValueError: A shape or a parameter that cannot be drawn; or as the estimator at a site 'x'.
+        ValueError: A shape or a parameter that cannot be drawn, or an error of the estimator, naming a site 'x'.
 
     Example:
         >>> import pyro.distributions as dist
