@@ -611,7 +611,7 @@ def test_refusals(host):
             AdaptiveFlow(),
             "site 'x': a field that is learned is biased where the",
         ),
-        (MOST["Normal"][0], (0.3, 0.8), AdaptiveFlow(field=loc_only()), r"site 'x': .* but loc_only\(\) has none for 'scale'; give it"),
+        (MOST["Normal"][0], (0.3, 0.8), AdaptiveFlow(field=loc_only()), r"site 'x': .* but loc_only\(\) has none for 'scale'; add one"),
         (mvn, (0.3,), AdaptiveFlow(), "site 'x': AdaptiveFlow needs a pathwise field for each .* none for this MultivariateNormal"),
         (mixture_2d, (0.3, 0.1, 0.2), AdaptiveFlow(), "site 'x': .* flowvi.families has none for this MixtureSameFamily"),
         (
