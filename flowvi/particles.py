@@ -77,7 +77,7 @@ def require_fixed(run: Run) -> None:
             _refuse_fixed(name, f"the gradient of {site.estimator} is right only on average; use RP() here")
         if site.distribution not in SMOOTH:
             known = ", ".join(sorted(SMOOTH))
-            _refuse_fixed(name, f"the sampler of {site.distribution} may jump as a parameter moves; use one of {known}")
+            _refuse_fixed(name, f"the sampler of {site.distribution} may jump when a parameter changes; use one of {known}")
     for name in run.draws:
         _refuse_fixed(name, "a score is right only on average; use RP() here")
 

@@ -157,7 +157,7 @@ class Target(Shapes, ABC):
 
     def pull(self, y: Array) -> Array:
         """The sample of ``p`` that the transforms map to a value of the site."""
-        self.require_inverse("the sample behind a given value")
+        self.require_inverse("the base sample of a given value")
         for transform in reversed(self.transforms):
             y = transform.inv(y)
         return y

@@ -237,7 +237,7 @@ REFUSED = {
     "half of a field at a moving bound": (
         lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t),
         lambda: fields.scaled(0.5, fields.uniform()),
-        "site 'x': a Flow field that is not known to ride the moving bound is biased",
+        "site 'x': a Flow field that is not known to move with the bound is biased",
     ),
     "components that are no products": (
         lambda h, t: h.dist.MixtureSameFamily(

@@ -131,7 +131,7 @@ REFUSED = {
     "Flow on a moving support": (
         lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t),
         lambda h: Flow(high=lambda x, p: x / p.high),
-        "site 'x': a Flow field that is not known to ride the moving bound is biased",
+        "site 'x': a Flow field that is not known to move with the bound is biased",
     ),
     "generalised reparameterization on a moving support": (
         lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t),

@@ -108,7 +108,7 @@ class Flow(_FieldEstimator):
         refuse_discrete(target, "Flow")
         field = self.velocity
         if not field.rides:
-            refuse_moving_support(target, "a Flow field that is not known to ride the moving bound")
+            refuse_moving_support(target, "a Flow field that is not known to move with the bound")
         if field.elementwise is None:
             velocity, divergence = _velocity_and_divergence(ops, target, field, x)
         else:

@@ -52,7 +52,7 @@ class NumPyroHost:
         if not target.transforms or target.one_way() is None:
             return None
         if not statement.intermediates:
-            target.require_inverse("the base sample behind a value that was not drawn here")
+            target.require_inverse("the base sample of a value that was not drawn here")
         return stop_gradient(statement.intermediates[0][0])
 
     compiles = True

@@ -69,7 +69,7 @@ def bound_of(host: Host, run: Run, gradient: Gradient) -> tuple[BoundParticle, f
     at_fixed_draws = None
     for name in run.sites.biased:
         estimator = run.sites.random[name].estimator
-        _refuse(name, f"{estimator} is biased, and no bound is known for its bias here; use LR(), or TraceFlow_ELBO.")
+        _refuse(name, f"{estimator} is biased, and its bias under this objective is not known; use LR(), or TraceFlow_ELBO.")
     if gradient == "dreg":
         values = held_values(host, run)
         run = stick_the_landing(host, run, values, "gradient='dreg'")

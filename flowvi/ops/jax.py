@@ -30,7 +30,7 @@ def asarray(x, like):
 def computed_once(x):
     """On CPUs, XLA compiles cheap operations, such as random generators, into each loop that reads their result.
 
-    It does not look into a conditional, and cannot decide one whose condition is behind a barrier.
+    But XLA does not look into a conditional. The optimization barrier hides the condition, so XLA cannot remove the conditional.
     """
     return lax.platform_dependent(x, cpu=_through_a_branch, default=_same)
 

@@ -79,7 +79,7 @@ def _curves(plt: Any, host: Host, p: Any, named: Mapping[str, Estimator], moving
 
 
 def _shade(ax: Any, x: np.ndarray, p: np.ndarray, discrete: bool) -> None:
-    """The density behind the lines, without a scale."""
+    """Draw the density behind the lines, without a scale."""
     behind = ax.twinx()
     if discrete:
         behind.bar(x, p, color="0.9")

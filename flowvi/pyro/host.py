@@ -49,9 +49,9 @@ class PyroHost:
         x = statement.value
         try:
             for transform in reversed(target.transforms):
-                x = transform.inv(x)  # where it is cached
+                x = transform.inv(x)  # from the cache
         except (KeyError, NotImplementedError):
-            target.require_inverse("the base sample behind a value that its transforms have not cached")
+            target.require_inverse("the base sample of a value that its transforms have not cached")
         return x.detach()
 
     compiles = False
