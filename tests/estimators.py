@@ -126,7 +126,7 @@ FIELD = {"velocity": random(2, 6), "control": np.concatenate([random(2, 5), np.d
 MOVING = Refused(lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t), "is biased where the support moves")
 DISCRETE = Refused(lambda h, t: h.dist.Bernoulli(logits=t), "needs a continuous distribution, but Bernoulli(Logits)? is discrete")
 NO_SAMPLER = Refused(lambda h, t: h.dist.VonMises(t, h.array(1.0)), "RP needs a reparameterized sampler, but VonMises has none")
-NO_INVERSE = Refused(lambda h, t: h.dist.StudentT(4 + t, h.array(0.0), h.array(1.0)), ".*StudentT for a constant df")
+NO_INVERSE = Refused(lambda h, t: h.dist.StudentT(4 + t, h.array(0.0), h.array(1.0)), ".*StudentT only for a constant df")
 NO_MODEL = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), ".*expected Normal or MultivariateNormal, found Gamma")
 
 
@@ -137,7 +137,7 @@ NO_WEAK_DERIVATIVE = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "no
 NO_PATH = Refused(lambda h, t: h.dist.Poisson(t), "Surrogate needs one of Bernoulli, .*found Poisson")
 NO_TEMPERATURE = Refused(lambda h, t: h.dist.Normal(t, h.array(1.0)), "a temperature relaxes a discrete site, but Normal has no relax")
 NOT_RELAXED = Refused(
-    lambda h, t: h.dist.Categorical(logits=t[..., None] * h.array([0.0, 1.0])), "needs a value that can move, but that of a Categorical"
+    lambda h, t: h.dist.Categorical(logits=t[..., None] * h.array([0.0, 1.0])), "needs a value that can move, but the value of a Categorical"
 )
 
 TOY = ("bernoulli-logit-t0.45",)

@@ -232,12 +232,12 @@ def test_arguments_that_are_no_tensors():
         data_guide(y)
 
     svi = compiled_svi(model, guide)
-    with pytest.warns(UserWarning, match="or their values where they are not tensors"):
+    with pytest.warns(UserWarning, match="or the values of arguments that are not tensors"):
         losses = [svi.evaluate_loss(y=0.4, times=times) for times in (1, 1, 2, 2)]
     assert all(map(np.isfinite, losses))
     with pytest.raises(TypeError, match="hashable values as arguments of a compiled step, found ndarray"):
         svi.step(y=np.zeros(2), times=1)
-    with pytest.raises(ValueError, match="arguments without a gradient"):
+    with pytest.raises(ValueError, match="arguments that do not require a gradient"):
         svi.step(y=torch.zeros(2, requires_grad=True), times=1)
 
 

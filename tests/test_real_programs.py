@@ -54,5 +54,5 @@ def test_pyro_a_baseline_of_its_own_under_a_bound():
     def model():
         h.sample("k", h.dist.Bernoulli(h.array(0.5)))
 
-    with pytest.raises(ValueError, match="site 'k': expected no infer\\['baseline'\\] under a bound"):
+    with pytest.raises(ValueError, match="site 'k': expected no infer\\['baseline'\\] under a Rényi bound"):
         h.flow.TraceFlow_RenyiELBO().loss(model, guide)

@@ -212,7 +212,7 @@ def test_rp_with_a_proposal_for_live_degrees_of_freedom(host):
 
 def test_sticking_the_landing_on_a_moving_support(host):
     with pytest.raises(
-        ValueError, match="site 'x': entropy='stl' is biased where the support moves with a parameter, but that of Uniform"
+        ValueError, match="site 'x': entropy='stl' is biased where the support moves with a parameter, but the support of Uniform"
     ):
         run(host, lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t), RP(), entropy="stl")
 
