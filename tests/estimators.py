@@ -137,7 +137,7 @@ NO_WEAK_DERIVATIVE = Refused(lambda h, t: h.dist.Gamma(1 + t, h.array(2.0)), "no
 NO_PATH = Refused(lambda h, t: h.dist.Poisson(t), "Surrogate needs one of Bernoulli, .*found Poisson")
 NO_TEMPERATURE = Refused(lambda h, t: h.dist.Normal(t, h.array(1.0)), "a temperature relaxes a discrete site, but Normal has no relax")
 NOT_RELAXED = Refused(
-    lambda h, t: h.dist.Categorical(logits=t[..., None] * h.array([0.0, 1.0])), "needs a value that can move, but the value of a Categorical"
+    lambda h, t: h.dist.Categorical(logits=t[..., None] * h.array([0.0, 1.0])), "can move, but the value of a Categorical"
 )
 
 TOY = ("bernoulli-logit-t0.45",)
