@@ -45,7 +45,7 @@ class ParameterGradient:
 
     @property
     def snr(self) -> float:
-        """The signal-to-noise ratio of one sample: the norm of the mean, corrected for noise, over the standard deviation."""
+        """The signal-to-noise ratio of one sample, the norm of the mean (corrected for noise) over the standard deviation."""
         signal = max(float((self.mean**2).sum()) - float(self.variance.sum()) / self.num_samples, 0.0)
         return float(np.sqrt(signal)) / self.std if self.std > 0 else float("inf")
 
