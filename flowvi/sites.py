@@ -146,8 +146,7 @@ class GuideSites:
         return self.assignment.coupled(msg["name"], estimator)
 
     def settle(self, msg: Any) -> None:
-        """Record a random site as settled, if the objective alone decides for its family: a later run need not decide anything
-        there."""
+        """Record a random site as settled, if the objective alone chooses the estimator for its family."""
         name, assignment, fn = msg["name"], self.assignment, msg["fn"]
         estimator, given = self.random[name].estimator, assignment.estimators
         if callable(given) or assignment.control_variate is not None or self.random[name].source in ("guide", "model", "Estimated"):

@@ -119,7 +119,7 @@ def control_terms(draws: Mapping[str, Draw]) -> list[Term]:
 
 
 class Entry(NamedTuple):
-    """What of a statement decides which sites it depends on; the fields are those of :class:`flowvi.run.Statement`."""
+    """The fields of a :class:`flowvi.run.Statement` that determine on which sites it depends."""
 
     name: str
     frames: frozenset[Frame]
@@ -129,7 +129,7 @@ class Entry(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """What of a run decides which costs depend on which site, apart from the computation: the same at every step of most programs.
+    """The part of a run that, besides the computation, determines which costs depend on which site. It rarely changes between steps.
 
     Attributes:
         guide: The statements of the guide.
@@ -151,7 +151,7 @@ class Ancestry(NamedTuple):
         draws: For each unobserved site of the guide, the scored sites on which its value depends.
         model: The same for the log density of each statement of the model.
         guide: The same for that of each statement of the guide.
-        names: For each unobserved site of the guide, the names of those on which its value depends, its own included.
+        names: For each unobserved site of the guide, the names of those on which its value depends, including itself.
     """
 
     draws: Ancestors

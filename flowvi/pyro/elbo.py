@@ -66,8 +66,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         dependencies: Which costs a score or a weight multiplies. ``"plates"``: those that come after its site in program order and
             share its plate element. ``"graph"``: those that depend on its site. To find them, every torch function of the run is
             followed, which takes time at every step. What runs after Python has looked at a draw (``if k > 0``, ``k.item()``) counts as
-            dependent on the draw. A draw is not followed through TorchScript, ``torch.nn.Parameter(x)``, ``set_``, or code outside torch
-            (numpy, pickles).
+            dependent on the draw. A draw is not followed through TorchScript, ``torch.nn.Parameter(x)``, ``set_``, or code outside
+            torch (numpy, pickles).
         particles: ``"stratified"`` draws the particles of ``RP`` sites together, by a Latin hypercube: at each element there are as
             many strata of equal probability as particles, and each particle is in its own. ``"antithetic"`` draws the particles in
             mirrored pairs. Other sites are drawn independently; ``describe`` shows them. ``"fixed"`` draws the same numbers at every
