@@ -287,7 +287,7 @@ class PyroBench:
         return {name: leaf.detach().clone() for name, leaf in learned.items()}
 
     def _restored(self, learned: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The parameters that one candidate learns, at these values; what others have learned under any name leaves the store."""
+        """Store the learned parameters of one candidate, with these values, and delete those of other candidates from the store."""
         store: Any = pyro.get_param_store()
         for name in set(store.keys()) - self.trained - set(self.leaves):
             del store[name]
