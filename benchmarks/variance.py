@@ -153,7 +153,7 @@ def functions(smoke: bool, wants: Callable[..., bool]) -> Iterator[tuple[object,
                 for i, name_of in enumerate(("loc", "scale")):
                     (p,) = (p for p in found.parameters if p.parameter == name_of)
                     exact = make(np, k)[2](SCALE)[i], exact_variance(make, k, label)[i]
-                    cells += [f"{figure(e)} ({figure(m)})" for e, m in zip(exact, (p.mean[0], p.variance[0]), strict=True)]
+                    cells += [f"{figure(e)} ({figure(m)})" for e, m in zip(exact, (p.mean, p.variance), strict=True)]
                 yield name, figure(k), label, *cells
 
 

@@ -23,7 +23,7 @@ class ParameterGradient:
         parameter: The parameter's name.
         sites: The random sites whose distribution reads it.
         estimators: The estimator of each of these sites.
-        mean: The mean over samples, of the parameter's (unconstrained) shape.
+        mean: The mean over samples, of the parameter's (unconstrained) shape; flat where the parameter is a tree of arrays.
         variance: The variance of one sample, of the same shape.
         share: This parameter's share of the variance of the whole gradient, between 0 and 1.
         num_samples: The number of samples.
@@ -48,6 +48,12 @@ class ParameterGradient:
         """The signal-to-noise ratio of one sample, the norm of the mean (corrected for noise) over the standard deviation."""
         signal = max(float((self.mean**2).sum()) - float(self.variance.sum()) / self.num_samples, 0.0)
         return float(np.sqrt(signal)) / self.std if self.std > 0 else float("inf")
+
+    def _elements(self) -> np.ndarray:
+        """The mean, std and snr of each element, along a new first axis."""
+        std = np.sqrt(self.variance)
+        signal = np.sqrt(np.maximum(self.mean**2 - self.variance / self.num_samples, 0.0))
+        return np.stack([self.mean, std, np.divide(signal, std, out=np.full_like(std, np.inf), where=std > 0)])
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class GradientReport:
             ess = min((weights[site] for site in p.sites), default=1.0)
             yield (
                 *(p.candidate, p.parameter, ", ".join(p.sites), ", ".join(e.label for e in p.estimators)),
-                *(float(np.linalg.norm(p.mean)), p.std, p.snr, p.share, ess, 1e6 * self.seconds[p.candidate]),
+                *(float(np.sqrt((p.mean**2).sum())), p.std, p.snr, p.share, ess, 1e6 * self.seconds[p.candidate]),
             )
 
     def to_pandas(self):
@@ -90,6 +96,42 @@ class GradientReport:
         import pandas as pd
 
         return pd.DataFrame(list(self.rows()), columns=list(self._columns))
+
+    def to_xarray(self):
+        """The mean, std and snr of each element of the parameters, as an ``xarray.Dataset`` with the layout of ArviZ.
+
+        Each parameter is a variable with the dims ``candidate``, ``statistic`` and its own ``<parameter>_dim_0``, ...; its attribute
+        ``sites`` names the sites that read it. The coordinate ``seconds`` has the dim ``candidate``, and ``effective_samples`` the dims
+        ``candidate`` and ``site``.
+
+        Example:
+            >>> import numpy as np
+            >>> from flowvi import LR
+            >>> from flowvi.report import GradientReport, ParameterGradient
+            >>> loc = ParameterGradient("plain", "loc", ("x",), (LR(),), np.array([3.0, 0.0]), np.array([4.0, 1.0]), 1.0, 100)
+            >>> report = GradientReport((loc,), {"plain": {"x": 1.0}}, {"plain": 2e-5}, 100)
+            >>> report.to_xarray()["loc"].sel(candidate="plain", statistic="std").values.tolist()
+            [2.0, 1.0]
+        """
+        import xarray as xr
+
+        records: dict[str, list[ParameterGradient]] = {}
+        for p in self.parameters:
+            records.setdefault(p.parameter, []).append(p)
+        variables = {}
+        for name, of_parameter in records.items():
+            axes = (f"{name}_dim_{i}" for i in range(of_parameter[0].mean.ndim))
+            values = np.stack([p._elements() for p in of_parameter])
+            variables[name] = (("candidate", "statistic", *axes), values, {"sites": list(of_parameter[0].sites)})
+        weights = [list(of_sites.values()) for of_sites in self.effective_samples.values()]
+        coordinates = {
+            "candidate": list(self.seconds),
+            "statistic": ["mean", "std", "snr"],
+            "site": list(next(iter(self.effective_samples.values()))),
+            "seconds": ("candidate", list(self.seconds.values())),
+            "effective_samples": (("candidate", "site"), weights),
+        }
+        return xr.Dataset(variables, coordinates, {"num_samples": self.num_samples, "marginalised": list(self.marginalised)})
 
     def to_rich(self):
         """The table as a ``rich.table.Table``, for ``rich.print``."""

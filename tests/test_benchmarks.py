@@ -155,7 +155,7 @@ def test_exact_means(benchmark):
         choice = variance.OF_FUNCTIONS[label]
         found = variance.report(programs.NumPyro, variance.expectation(programs.NumPyro, make, k), choice, n, None, 0)
         exact = make(np, k)[2](variance.SCALE)
-        means = np.array([{p.parameter: p.mean[0] for p in found.parameters}[name] for name in ("loc", "scale")])
+        means = np.array([{p.parameter: p.mean for p in found.parameters}[name] for name in ("loc", "scale")])
         error = np.sqrt(variance.exact_variance(make, k, label) / n)
         assert np.all(np.abs(means - exact) < 5 * error)
         assert np.any(np.abs(means - make(np, 1.0)[2](variance.SCALE)) > 5 * error)  # the gradient of another function is told apart

@@ -11,7 +11,7 @@ from hosts import slow_in_pyro
 
 from flowvi import LR, RP, Flow
 from flowvi.assignment import Description, SiteDescription
-from flowvi.report import Measured, by_label
+from flowvi.report import GradientReport, Measured, ParameterGradient, by_label
 
 matplotlib.use("agg")
 CASE = EXACT["elbo-normal-normal-off"]
@@ -57,8 +57,8 @@ def test_against_the_exact_variances(host, program):
         for i, name in enumerate(("m", "scale")):  # the unconstrained scale is its log in both hosts
             r = records[label, name]
             assert r.sites == ("x",)
-            assert abs(-r.mean[0] - CASE["gradient"][i]) < 5 * math.sqrt(exact["variance"][i] / N)
-            assert abs(r.variance[0] / exact["variance"][i] - 1) < 0.5
+            assert abs(-r.mean - CASE["gradient"][i]) < 5 * math.sqrt(exact["variance"][i] / N)
+            assert abs(r.variance / exact["variance"][i] - 1) < 0.5
         assert records[label, "logits"].sites == ("k",)
         assert math.isclose(sum(r.share for r in found.parameters if r.candidate == label), 1)
     w = {label: weights["x"] for label, weights in found.effective_samples.items()}
@@ -90,6 +90,47 @@ def test_ways_to_show_it(host, program):
     figure = found.plot()
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
     matplotlib.pyplot.close(figure)
+
+
+def test_records_have_the_shape_of_the_parameter(host):
+    """The gradient in w is the draw itself, Normal(w, 1)."""
+    w = 10.0 * np.arange(6.0).reshape(2, 3)
+
+    def model():
+        host.sample("x", host.dist.Normal(host.array(np.zeros((2, 3))), host.array(1.0)).to_event(2))
+
+    def guide():
+        host.sample("x", host.dist.Normal(host.param("w", host.array(w)), host.array(1.0)).to_event(2))
+
+    (record,) = report(host, (model, guide), num_samples=100).parameters
+    assert record.mean.shape == record.variance.shape == (2, 3)
+    assert np.abs(record.mean - w).max() < 5 / math.sqrt(100)
+    assert np.abs(record.mean - w.reshape(3, 2).T).max() > 5 / math.sqrt(100)
+
+
+def test_as_a_dataset():
+    """Two candidates, a matrix and a number; an element without noise has an infinite ratio."""
+    pytest.importorskip("xarray", reason="an optional dependency, in the extra 'report'")
+    numbers = np.random.default_rng(0).normal(size=(2, 2, 2, 3)) ** 2
+    numbers[0, 1, 0, 0] = 0.0
+    records = [
+        ParameterGradient(label, name, sites, (LR(), RP())[: len(sites)], mean, variance, 0.5, 10)
+        for label, (means, variances) in zip(("a", "b"), numbers, strict=True)
+        for name, sites, mean, variance in (("w", ("x",), means, variances), ("m", ("x", "k"), means[1, 2], variances[1, 2]))
+    ]
+    found = GradientReport(tuple(records), {"a": {"x": 0.25, "k": 1.0}, "b": {"x": 0.5, "k": 1.0}}, {"a": 1e-3, "b": 2e-3}, 10)
+    data = found.to_xarray()
+    assert data["w"].dims == ("candidate", "statistic", "w_dim_0", "w_dim_1")
+    assert data["m"].attrs["sites"] == ["x", "k"]
+    for r in records:
+        at = data[r.parameter].sel(candidate=r.candidate)
+        np.testing.assert_array_equal(at.sel(statistic="mean"), r.mean)
+        np.testing.assert_array_equal(at.sel(statistic="std"), np.sqrt(r.variance))
+        assert float(at["seconds"]) == found.seconds[r.candidate]
+        if r.parameter == "m":  # a number: the ratio of its one element is that of the record
+            np.testing.assert_allclose(at.sel(statistic="snr"), r.snr)
+    assert data["w"].sel(candidate="a", statistic="snr", w_dim_0=0, w_dim_1=0) == np.inf
+    assert data["effective_samples"].sel(candidate="b", site="x") == 0.5
 
 
 def test_labels():

@@ -101,7 +101,7 @@ def gradient_report(
             def loss(of_program):
                 return svi.loss.loss(key, svi.constrain_fn(unconstrained | of_program), model, guide, *args, **kwargs)
 
-            return {name: ravel_pytree(g)[0] for name, g in jax.grad(loss)(of_program).items()}
+            return {name: g if isinstance(g, jax.Array) else ravel_pytree(g)[0] for name, g in jax.grad(loss)(of_program).items()}
 
         def log_weights(key):
             return {name: draw.log_weight for name, draw in run(key).draws.items() if draw.log_weight is not None}

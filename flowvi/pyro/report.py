@@ -108,7 +108,7 @@ def gradient_report(
 
 
 def _row(gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:
-    return (torch.zeros_like(leaf) if gradient is None else gradient).detach().reshape(1, -1).cpu()
+    return (torch.zeros_like(leaf) if gradient is None else gradient).detach()[None].cpu()
 
 
 def _readers(run: Run, leaves: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
