@@ -23,6 +23,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "sphinxcontrib.bibtex",
     "docstrings",
+    "listings",
     "mathml",
     "public_names",
 ]

@@ -1,0 +1,15 @@
+"""A blank line ends the examples of the pages, since doctest takes what follows for output; the site leaves it out."""
+
+from docutils.nodes import Text, literal_block
+
+
+def strip(app, doctree):
+    for block in doctree.findall(literal_block):
+        if block.rawsource == block.astext():  # otherwise it has markup inside
+            block.rawsource = block.astext().rstrip("\n")
+            block[:] = [Text(block.rawsource)]
+
+
+def setup(app):
+    app.connect("doctree-read", strip)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
