@@ -30,9 +30,10 @@ from timing import particles, use_one_thread
 from flowvi import LR, RP, Flow, fields
 from flowvi.estimators import Estimator
 
-# British coal-mining disasters with ten or more deaths in each of the years from 1851 to 1961 (Jarrett 1979)
+# British coal-mining disasters with ten or more deaths in each of the years from 1851 to 1961 (Jarrett 1979; the dates of `coal` in
+# the R package boot)
 DISASTERS = np.array(
-    [int(n) for n in "454014340633402633545314415534252234213221111300101100310322011101010002100011023311211112420014000100000100101"]
+    [int(n) for n in "454104340633402633545314415534252234213221111300101100310322011101010002100011023311211112330001400010000010010"]
 )
 YEARS = np.arange(len(DISASTERS))
 THRESHOLD, HOURS = 19.0, 8

@@ -79,6 +79,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"plot_\w+\.py$",
     "ignore_pattern": r"(^|/)(?!plot_)\w+\.py$",
     "download_all_examples": False,
+    "thumbnail_size": (640, 448),
     "write_computation_times": False,
     "show_memory": False,
     "show_signature": False,

@@ -8,7 +8,8 @@ example is NumPyro's.
 """
 
 # %%
-# British coal-mining disasters with ten or more deaths, in each of the years from 1851 to 1961 (Jarrett 1979).
+# British coal-mining disasters with ten or more deaths, in each of the years from 1851 to 1961 (Jarrett 1979; the dates of
+# ``coal`` in the R package boot).
 
 import sys
 
@@ -23,7 +24,7 @@ from numpyro.infer import SVI
 from flowvi import LR, RP, plot
 from flowvi.numpyro import TraceFlow_ELBO
 
-COUNTS = "454014340633402633545314415534252234213221111300101100310322011101010002100011023311211112420014000100000100101"
+COUNTS = "454104340633402633545314415534252234213221111300101100310322011101010002100011023311211112330001400010000010010"
 DISASTERS = np.array([int(count) for count in COUNTS])
 YEARS = 1851 + np.arange(len(DISASTERS))
 

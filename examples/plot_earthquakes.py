@@ -9,7 +9,7 @@ one. The model is a ``scan`` whose states are marked ``infer={"enumerate": "para
 
 # %%
 # Earthquakes of magnitude 7 or more in the world, in each of the years from 1900 to 2006 (Zucchini and MacDonald 2009,
-# Hidden Markov Models for Time Series, table 1.1).
+# Hidden Markov Models for Time Series, table 1.1; also in an example of hmmlearn).
 
 import sys
 

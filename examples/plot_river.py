@@ -8,7 +8,7 @@ estimators that you choose. This example is NumPyro's.
 """
 
 # %%
-# The yearly flow of the Nile at Aswan from 1871 to 1970, in 10⁸ m³ (Cobb 1978).
+# The yearly flow of the Nile at Aswan from 1871 to 1970, in 10⁸ m³ (Cobb 1978; ``nile`` in statsmodels' data sets).
 
 import sys
 
