@@ -14,10 +14,12 @@ class Arguments(NamedTuple):
     Attributes:
         tensors: The tensors in them, whose numbers may change from step to step.
         key: Everything else, and the shapes of the tensors. A graph is valid for one key.
+        spec: The containers of the tensors and of everything else.
     """
 
     tensors: list[torch.Tensor]
-    key: tuple[TreeSpec, tuple]
+    key: tuple[str, tuple]
+    spec: TreeSpec
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any]) -> Arguments:
@@ -28,13 +30,13 @@ class Arguments(NamedTuple):
             TypeError: An argument is neither a tensor nor hashable.
         """
         leaves, spec = tree_flatten((args, kwargs))
-        return cls([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], (spec, tuple(map(_fixed, leaves))))
+        key = str(spec), tuple(map(_fixed, leaves))  # in torch 2.7 a spec has no hash
+        return cls([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], key, spec)
 
     def filled(self, tensors: list[torch.Tensor]) -> tuple[tuple, dict[str, Any]]:
         """The same arguments with other tensors."""
-        spec, fixed = self.key
         of_step = iter(tensors)
-        return tree_unflatten([next(of_step) if kind is torch.Tensor else value for kind, value in fixed], spec)
+        return tree_unflatten([next(of_step) if kind is torch.Tensor else value for kind, value in self.key[1]], self.spec)
 
 
 def _fixed(leaf: Any) -> tuple[type, Any]:
