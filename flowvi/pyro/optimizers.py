@@ -143,7 +143,7 @@ class JointClippedAdam(ClippedAdam):
                 grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
             torch._foreach_mul_(means, beta1)
             torch._foreach_add_(means, grads, alpha=1 - beta1)
-            deviations = torch._foreach_sub(grads, means) if group["centered_variance"] else grads
+            deviations = torch._foreach_sub(grads, means) if group.get("centered_variance") else grads  # since Pyro 1.9.2
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, deviations, deviations, value=1 - beta2)
             scales = torch._foreach_sqrt(squares)
