@@ -152,12 +152,12 @@ def test_guidance_runs(monkeypatch, capsys):
     """The blocks on NumPyro, one after the other, with an advice that takes no time and a shorter fit."""
     advice = SimpleNamespace(estimators={"k": Enumerate()}, options={"entropy": "stl", "num_particles": 4})
     monkeypatch.setattr(flowvi.numpyro, "recommend", lambda model, guide, x, y: advice)
-    first, second, _ = re.findall(r"```python\n(.*?)```", (DOCS / "guidance.md").read_text(), re.DOTALL)
+    first, second, *_ = re.findall(r"```python\n(.*?)```", (DOCS / "guidance.md").read_text(), re.DOTALL)
     names = {}
-    for few in ("range(5)", "400, x, y,", "options=advice.options)"):
+    for few in ("range(5)", "400, x, y,", "advice.options}"):
         assert few in second
     second = second.replace("range(5)", "range(2)").replace("400, x, y,", "3, x, y, progress_bar=False,")
-    exec(first + second.replace("options=advice.options)", "options=advice.options, num_samples=5)"), names)
+    exec(first + second.replace("advice.options}", "advice.options, 'num_samples': 5}"), names)
     assert capsys.readouterr().out.count("Enumerate()") >= 2
 
 
