@@ -57,6 +57,7 @@ class Estimator(ABC):
         jumps: Where the cost jumps as the site crosses a number.
         compares: Whether it compares the cost at several values of its site, which runs the program several times.
         biased: Whether its mean differs from the gradient; tables mark such an estimator.
+        shares: Whether it learns, and all elements of its site share what it learns.
         inputs: Arrays that its functions read; they exist before the site is drawn.
         uses_sampler: Whether the derivative is that of the host's own sampler, so nothing has to be attached.
         baseline: What is subtracted from the costs that multiply the score; None for the objective's baseline.
@@ -75,6 +76,10 @@ class Estimator(ABC):
 
     @property
     def uses_sampler(self) -> bool:
+        return False
+
+    @property
+    def shares(self) -> bool:
         return False
 
     def __repr__(self) -> str:

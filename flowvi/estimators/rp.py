@@ -41,7 +41,7 @@ class RP(Estimator):
             a dim). None: no control variate.
         shared: Whether the elements of the site's plates share the coefficients of the control variate. By default they do in a plate
             that may be another mini-batch at every step: a plate that is not subsampled, if no parameter of the guide has an axis of
-            the plate's size.
+            the plate's size. Inside NumPyro's ``scan``, give this or ``features``; then all steps share them.
         features: ``features(p)``, with detached parameters: an array of the site's batch shape with a dim of features f on the right,
             such as parameters of p, or covariates of its data. The coefficients of an element are then :math:`W_0 + \sum_k f_k W_k`,
             with one learned W for all elements, so it also works for mini-batches. At first :math:`W_k = 0` for k > 0.
@@ -80,11 +80,15 @@ class RP(Estimator):
     def __post_init__(self):
         if self.control_variate not in ("cubic", "quadratic", "diagonal", None):
             raise TypeError(f"RP: expected control_variate='cubic', 'quadratic', 'diagonal' or None, found {self.control_variate!r}.")
-        if self.control_variate is None and (self.shared or self.features is not None):
+        if self.control_variate is None and self.shares:
             given = "shared=True" if self.shared else "features"
             raise TypeError(f"RP: {given} is for the coefficients of a control variate, found control_variate=None; remove it.")
         if self.control_variate is not None and self.q is not None:
             raise TypeError("RP takes a control variate or q, found both; the mean of the control variate is only known under p.")
+
+    @property
+    def shares(self) -> bool:
+        return self.shared or self.features is not None
 
     @property
     def uses_sampler(self) -> bool:

@@ -109,6 +109,10 @@ class AdaptiveFlow(Estimator):
                 "those of flowvi.families have them, combinations of fields do not."
             )
 
+    @property
+    def shares(self) -> bool:
+        return self.shared or self.features is not None
+
     def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
         parts = self._pathwise(target)
         shapes: dict[str, tuple[int, ...]] = {
@@ -118,13 +122,12 @@ class AdaptiveFlow(Estimator):
         if self.q == "learned":
             shapes["proposal"] = (len(self._moves(target)),)
         amortised = self._amortised(ops, target)
-        shared = self.shared or amortised is not None
-        of_event = () if shared else target.extra_shape
+        of_event = () if self.shares else target.extra_shape
 
         def initial(name: str) -> Array:
             zero = ops.stop_gradient(1.0 * ops.tether(next(iter(parts.values())).parameter(target.p))).sum()
             value = ops.stack([zero + self.start, *[zero] * self.bumps], -1) if name == "velocity" else zero
-            batch = () if shared else target.element_shape
+            batch = () if self.shares else target.element_shape
             return ops.broadcast_to(value, (*batch, *shapes[name]))
 
         learned = {name: Learned(partial(initial, name), (*of_event, *shape)) for name, shape in shapes.items()}

@@ -39,7 +39,7 @@ class Surrogate(Estimator):
     ``"{site}.log_temperature"``.
 
     **Requirements**: a Bernoulli, Categorical or OneHotCategorical, or a continuous scalar family (or ``to_event`` of one) with a
-    pathwise field in ``flowvi.families`` and a support that does not move, but not an angle; not inside ``scan`` or ``cond``. c must be
+    pathwise field in ``flowvi.families`` and a support that does not move, but not an angle; not inside ``cond``. c must be
     differentiable, without jumps, and must not read z at other elements of the site's batch. If c reads something random, it must be an
     input. Reverse-mode differentiation, if c has parameters.
 
@@ -91,6 +91,10 @@ class Surrogate(Estimator):
             raise TypeError(f"Surrogate: expected a function c(z), found {self.c!r}.")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"Surrogate: expected a positive temperature, found {self.temperature}.")
+
+    @property
+    def shares(self) -> bool:
+        return True
 
     def learns(self, ops: Ops, target: Target) -> dict[str, Learned]:
         values = {} if self.initial is None else dict(_flat("c", self.initial))

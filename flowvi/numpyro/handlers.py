@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro
 from jax.lax import stop_gradient
-from numpyro.handlers import seed, trace
+from numpyro.handlers import seed
 from numpyro.primitives import Messenger
 
 import flowvi.ops.jax as ops
@@ -20,11 +19,11 @@ from flowvi.flows import held_base
 from flowvi.learned.coupling import CoupledRP
 from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, propose
 from flowvi.numpyro.host import HOST
+from flowvi.numpyro.parameters import LearningInScan, Scanned, Sizes, declare, is_scan, target_of
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.special_points import with_right_derivative
 from flowvi.numpyro.threefry import is_unrolled, takes, typed_like, unrolled
 from flowvi.particles import at_uniforms, can_be_joint
-from flowvi.shapes import rows
 from flowvi.sites import GuideSites, Visit, annotation, is_masked, weight_of_density
 from flowvi.target import Target
 
@@ -45,6 +44,9 @@ class attach_estimators(Messenger):
         if msg["type"] == "sample":
             msg["fn"] = with_right_derivative(msg["fn"])
             self.sites.visit(HOST, msg, msg["name"], self._target, self._draw)
+        elif is_scan(msg) and (in_scan := LearningInScan(msg, self.sizes)).registered:
+            has_own_density = self.sites.entropy == "full"
+            msg["kwargs"]["substitute_stack"].append(("substitute", partial(in_scan.draw, has_own_density)))
 
     def postprocess_message(self, msg):
         self.sizes.read(msg)
@@ -56,7 +58,13 @@ class attach_estimators(Messenger):
         name, estimator = msg["name"], visit.estimator
         target: Any = visit.target
         if msg.get("_control_flow_done"):
-            return _drawn_in_control_flow(msg["value"], visit)
+            if not isinstance(scanned := msg["intermediates"], Scanned):
+                return _drawn_in_control_flow(msg["value"], visit)
+            if visit.choice.source != "Estimated":
+                _refuse_in_control_flow(target, estimator, visit.choice)
+            msg["intermediates"] = []
+            self.sites.learned |= dict.fromkeys(scanned.learned, name)
+            return None if scanned.draw is None else scanned.draw._replace(value=msg["value"])
         if msg["value"] is not None:
             if (base := self.sites.bases.get(name)) is not None:
                 msg["intermediates"] = target.intermediates(target.push(held_base(ops, target, base)))
@@ -101,40 +109,6 @@ class attach_estimators(Messenger):
         return Draw(msg["value"], log_weight=log_weight)
 
 
-class Sizes:
-    """The full sizes of the plates of a guide so far, and of the axes of its parameters."""
-
-    def __init__(self):
-        self.plates: dict[str, int] = {}
-        self.axes: set[int] = set()
-
-    def read(self, msg) -> None:
-        if msg["type"] == "plate":
-            self.plates[msg["name"]] = msg["args"][0]
-        elif msg["type"] == "param" and hasattr(msg["value"], "shape"):  # the parameters of a network are a tree
-            self.axes.update(msg["value"].shape)
-
-    def rows(self, frame) -> int:
-        return rows(self.plates.get(frame.name, frame.size), frame.size, self.axes)
-
-
-def target_of(msg, enters: bool, sizes: Sizes) -> NumPyroTarget:
-    """The target of a site, given the sizes in the guide so far."""
-    frames = [frame._replace(size=sizes.rows(frame)) for frame in msg["cond_indep_stack"]]
-    return NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters, frames=frames)
-
-
-def declare(msg, target: NumPyroTarget, estimator: Estimator, own_density) -> tuple[NumPyroTarget, list[str]]:
-    """Register the parameters that the estimator learns; returns the target with their values, and their names."""
-    learns = estimator.learns(ops, target)
-    with trace() as found, target.registering(learns):  # under `handlers.scope` a parameter gets another name
-        values = {
-            name: numpyro.param(f"{msg['name']}.{name}", learned.initial(), event_dim=len(learned.event_shape))
-            for name, learned in learns.items()
-        }
-    return target.with_learned(learns, values, own_density), list(found)
-
-
 def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
     """The draw of a site inside scan or cond, where only the wrapper could act when it was drawn."""
     target, estimator, choice, wrapped = visit
@@ -148,7 +122,10 @@ def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
     if not discrete_lr and (wrapped is None or choice.source != "Estimated"):
         _refuse_in_control_flow(target, estimator, choice)
     if estimator.learns(ops, target):
-        target.refuse("inside scan or cond an estimator cannot register parameters; use one that does not learn.")
+        target.refuse(
+            "inside scan or cond an estimator cannot register parameters; inside scan give it shared=True or features=, so that all steps "
+            "share them, inside cond use one that does not learn."
+        )
     if estimator.biased:  # the wrapper has attached everything
         return Draw(value)
     if estimator.baseline is not None:

@@ -8,8 +8,8 @@ from numpyro.primitives import Messenger
 
 from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import is_attaching
-from flowvi.numpyro.handlers import Sizes, declare, target_of
 from flowvi.numpyro.host import HOST
+from flowvi.numpyro.parameters import LearningInScan, Sizes, declare, is_scan, target_of
 from flowvi.numpyro.run import NumPyroProgram
 from flowvi.run import couple_sites
 from flowvi.sites import GuideSites, find_estimated, not_random
@@ -71,6 +71,8 @@ class adaptive(Messenger):
         return getattr(self.fn, name)
 
     def process_message(self, msg):
+        if is_scan(msg) and not is_attaching():
+            LearningInScan(msg, self.sizes)
         if msg["type"] != "sample" or msg.get("_control_flow_done") or not_random(HOST, msg) or is_attaching():
             return
         choice = self.assignment.choose(msg, msg["name"], find_estimated(HOST, msg["fn"]))
