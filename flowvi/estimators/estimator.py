@@ -130,6 +130,7 @@ def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
     x = ops.stop_gradient(x)
     if estimator.q is None:
         return _completed(ops, target, estimator, x, estimator.attach(ops, target, x))
+    target.at_base().require_inverse("the weight of a sample of q")
     q, leaves_support = estimator.proposal(ops, target)
     log_q = ops.stop_gradient(q.log_prob(x))
     if leaves_support:
