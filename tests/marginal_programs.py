@@ -54,16 +54,16 @@ def hidden(h, model, names):
     return h.handlers.block(model, hide=names)
 
 
-def autoguide(h, name, model, values):
+def autoguide(h, name, model, values, **options):
     """An autoguide that starts at these values, so that both hosts' draws stay where the densities are."""
     values = {key: h.array(value) for key, value in values.items()}
     if h.name == "pyro":
         init = pyro.infer.autoguide.initialization.init_to_value(values=values)
-        guide = getattr(pyro.infer.autoguide, name)(hidden(h, model, ["z"]), init_loc_fn=init)
+        guide = getattr(pyro.infer.autoguide, name)(hidden(h, model, ["z"]), init_loc_fn=init, **options)
         guide()  # the first call draws more than others
         return guide
     init = numpyro.infer.initialization.init_to_value(values=values)
-    return getattr(numpyro.infer.autoguide, name)(hidden(h, model, ["z"]), init_loc_fn=init)
+    return getattr(numpyro.infer.autoguide, name)(hidden(h, model, ["z"]), init_loc_fn=init, **options)
 
 
 def introduction(h):
@@ -96,7 +96,7 @@ def mixture(h):
     return model
 
 
-START = {"weight": [0.4, 0.6], "loc": [-1.5, 1.0], "scale": 1.2}
+START = {"weight": [0.8, 0.2], "loc": [-1.0, 0.3], "scale": 1.2}
 
 
 def mixture_by_auto_delta(h):
@@ -104,7 +104,7 @@ def mixture_by_auto_delta(h):
 
 
 def mixture_by_auto_normal(h):
-    return mixture(h), autoguide(h, "AutoNormal", mixture(h), START)
+    return mixture(h), autoguide(h, "AutoNormal", mixture(h), START, init_scale=0.5)
 
 
 def topics(h):
@@ -259,7 +259,7 @@ def annotators(h):
                 h.sample("y", h.dist.Categorical(at(h, confusion, rows, z)), obs=annotations)
 
     def guide():
-        dirichlet(h, "prevalence", np.array([2.0, 1.5]))
+        dirichlet(h, "prevalence", np.array([4.0, 1.0]))
         with h.plate("annotators", 3, dim=-2), h.plate("classes", 2, dim=-1):
             dirichlet(h, "confusion", RNG_CONFUSION)
 

@@ -209,7 +209,7 @@ def test_the_mean(host, name, num_particles):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CHOSEN if name not in ("mixture by AutoNormal", "annotators")])  # too noisy there
+@pytest.mark.parametrize("name", CHOSEN)
 def test_that_the_mean_can_fail(name, monkeypatch):
     """Without the marginal density, the mean of a score is another one."""
     for site, estimator in CHOSEN[name].items():
