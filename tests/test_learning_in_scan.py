@@ -254,7 +254,7 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="^site 'x': handlers do not reach into scan and cond"):
         loss(model, guide, TraceFlow_ELBO(estimators={"x": LR()}))
-    with pytest.raises(ValueError, match="^site 'x': a control variate has mean 0 under an ELBO only"):
+    with pytest.raises(ValueError, match="^site 'x': a control variate has mean 0 only under an ELBO"):
         loss(model, guide, TraceFlow_RenyiELBO())
     two = jnp.array([True, False])
     for around in (numpyro.handlers.mask(guide, mask=two), numpyro.handlers.scale(guide, scale=1.0 + two)):

@@ -130,7 +130,7 @@ def test_doubly_reparameterized_bounds(host, gradient):
 def test_what_needs_the_inverse_is_refused(host):
     with pytest.raises(ValueError, match=r"site 'x': LR, .*, needs the inverse of OneWayIn\w+, but the host has none; use RP\(\)"):
         gradients(host, True, default=LR())
-    with pytest.raises(ValueError, match=r"site 'x': the weight of a sample of q needs the inverse of OneWayIn\w+, and the host has"):
+    with pytest.raises(ValueError, match=r"site 'x': the weight of a sample of q needs the inverse of OneWayIn\w+, but the host has"):
         gradients(host, True, default=LR(q=lambda p: p))
     with pytest.raises(ValueError, match=r"site 'x': the density at the other values, where jumps are declared, needs the inverse"):
         gradients(host, True, default=RP(jumps=[0.5]))

@@ -462,7 +462,7 @@ def test_refused_inside_cond(initial):
 
         cond(True, branch, branch, None)
 
-    with pytest.raises(ValueError, match="^site 'x': .*(scan or|outside of) cond"):
+    with pytest.raises(ValueError, match="^site 'x': .*(scan or|outside) cond"):
         HOSTS["numpyro"].gradients(Program(guide, guide, (0.3,)), 2)
 
 

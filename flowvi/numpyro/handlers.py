@@ -123,8 +123,8 @@ def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
         _refuse_in_control_flow(target, estimator, choice)
     if estimator.learns(ops, target):
         target.refuse(
-            "inside scan or cond an estimator cannot register parameters; inside scan give it shared=True or features=, so that all steps "
-            "share them, inside cond use one that does not learn."
+            "inside scan or cond an estimator cannot register parameters; inside scan give it shared=True or features=, so that all "
+            "steps share them, inside cond use one that does not learn."
         )
     if estimator.biased:  # the wrapper has attached everything
         return Draw(value)
