@@ -70,6 +70,8 @@ class Assignment:
         seen: Names of the sites that had an estimator in an earlier run.
         compares: Whether some site has compared the cost at several values, so that the program ran several times; None before the
             first run.
+        own_rows: Whether a parameter of the guide has a row for each element of a plate of a site, by the names of site and plate, as
+            the first run of Pyro decides.
         may_change: Whether annotations, or the sites of a control variate for the whole guide, may differ from those of the last run. A
             run that finds a difference is repeated with the same random numbers; with others it might take another branch, which would
             be a bias.
@@ -92,6 +94,7 @@ class Assignment:
         self.has_read_annotations = False
         self.seen: set[str] = set()
         self.compares: bool | None = None
+        self.own_rows: dict[tuple[str, str], bool] = {}
         self.may_change = control_variate is not None
         self.marginalises = False
         self.control_variate: JointKind | None = control_variate

@@ -353,7 +353,8 @@ class Target(Shapes, ABC):
             names = ", ".join(f"'{self.name}.{name}'" for name in learns)
             self.refuse(
                 f"what the estimator learns ({names}) has a row for each element of a plate of another size ({error}); "
-                "where the plate is a mini-batch, give the estimator shared=True."
+                "where the plate is a mini-batch, give the estimator shared=True (RP(control_variate=..., shared=True) in place of a "
+                "control variate for the whole guide)."
             )
 
     def own_density_at(self, ops: Ops, x: Array) -> Array:

@@ -20,6 +20,7 @@ from flowvi.flows import held_base
 from flowvi.learned.coupling import CoupledRP
 from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, propose
 from flowvi.numpyro.host import HOST
+from flowvi.numpyro.influence import Axes
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.special_points import with_right_derivative
 from flowvi.numpyro.threefry import is_unrolled, takes, typed_like, unrolled
@@ -32,9 +33,9 @@ from flowvi.target import Target
 class attach_estimators(Messenger):
     """Draw at every random site of the guide with the site's estimator."""
 
-    def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves, together: Together | None = None):
+    def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves, own_rows: OwnRows, together: Together | None = None):
         self.sites, self.moving_leaves, self.together = sites, moving_leaves, together
-        self.sizes = Sizes()
+        self.sizes = Sizes(own_rows)
         super().__init__(fn)
 
     def __call__(self, *args, **kwargs):
@@ -101,10 +102,18 @@ class attach_estimators(Messenger):
         return Draw(msg["value"], log_weight=log_weight)
 
 
-class Sizes:
-    """The full sizes of the plates of a guide so far, and of the axes of its parameters."""
+OwnRows = Callable[[str], Axes]  # of the name of a site; see :meth:`flowvi.numpyro.run.NumPyroProgram.own_rows`
 
-    def __init__(self):
+
+class Sizes:
+    """The full sizes of the plates of a guide so far, and of the axes of its parameters.
+
+    Args:
+        own_rows: Tells which plates of a site have a row for each element in some parameter.
+    """
+
+    def __init__(self, own_rows: OwnRows):
+        self.own_rows = own_rows
         self.plates: dict[str, int] = {}
         self.axes: set[int] = set()
 
@@ -114,13 +123,16 @@ class Sizes:
         elif msg["type"] == "param" and hasattr(msg["value"], "shape"):  # the parameters of a network are a tree
             self.axes.update(msg["value"].shape)
 
-    def rows(self, frame) -> int:
-        return rows(self.plates.get(frame.name, frame.size), frame.size, self.axes)
+    def rows(self, site: str, frame) -> int:
+        def has_own() -> bool:
+            return frame.size in self.axes and (frame.dim, frame.size) in self.own_rows(site)
+
+        return rows(self.plates.get(frame.name, frame.size), frame.size, has_own)
 
 
 def target_of(msg, enters: bool, sizes: Sizes) -> NumPyroTarget:
     """The target of a site, given the sizes in the guide so far."""
-    frames = [frame._replace(size=sizes.rows(frame)) for frame in msg["cond_indep_stack"]]
+    frames = [frame._replace(size=sizes.rows(msg["name"], frame)) for frame in msg["cond_indep_stack"]]
     return NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters, frames=frames)
 
 

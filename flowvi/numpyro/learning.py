@@ -54,13 +54,13 @@ class adaptive(Messenger):
         if not hasattr(elbo, "assignment"):
             raise TypeError(f"adaptive: expected a TraceFlow_ELBO, found {type(elbo).__name__}; no other objective learns.")
         self.assignment: Assignment = elbo.assignment
-        self.sizes = Sizes()
         super().__init__(guide)
 
     def __call__(self, *args, **kwargs):
+        program = NumPyroProgram(random.key(0), {}, self.fn, self.fn, args, kwargs)
+        self.sizes = Sizes(program.own_rows)
         if self.assignment.control_variate is not None and not is_attaching():
             with block():
-                program = NumPyroProgram(random.key(0), {}, self.fn, self.fn, args, kwargs)
                 couple_sites(program, program.run(GuideSites(self.assignment), with_model=False).sites)
         return super().__call__(*args, **kwargs)
 

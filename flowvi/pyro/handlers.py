@@ -76,7 +76,7 @@ class attach_estimators(Messenger):
     def _target(self, msg, enters: bool) -> PyroTarget:
         first_use = msg["name"] not in self.sites.assignment.seen
         target = PyroTarget(msg["name"], msg["fn"], enters, frames=msg["cond_indep_stack"], first_use=first_use)
-        target.params = self.params
+        target.params, target.own_rows = self.params, self.sites.assignment.own_rows
         return target
 
     def _draw(self, msg, visit: Visit) -> Draw | None:
