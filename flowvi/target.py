@@ -338,7 +338,7 @@ class Target(Shapes, ABC):
                     f"the learned parameter '{self.name}.{name}' must have the shape {event_shape} on the right, but the program's "
                     f"parameter of that name has {found}; another estimator has registered it, or the control variate for the whole "
                     "guide, with other sites or plates. Clear the parameters or rename the site; under such a control variate keep the "
-                    "sites and plates as they are, and in NumPyro annotate no estimators in the model."
+                    "sites and plates as they are, and in NumPyro use adaptive(guide, elbo, model) if the model annotates estimators."
                 )
         return self._with(learned=values, own_density=own_density)
 

@@ -320,6 +320,16 @@ def test_refusals(host):
             host.loss_and_gradients({}, in_scan, in_scan)
 
 
+@pytest.mark.parametrize("options", [{"shared": True}, {"features": lambda p: p.loc[..., None]}, {}], ids=lambda options: "".join(options) or "own")
+def test_an_event_without_coordinates_is_that_of_rp(host, options):
+    def part():
+        host.sample("x", host.dist.Normal(host.array(np.zeros(0)), host.array(1.0)).to_event(1))
+
+    elbo = host.flow.TraceFlow_ELBO(estimators={"x": RP(control_variate="cubic", **options)})
+    assert host.loss(elbo, part, part) == 0
+    assert elbo.describe(part, part)[0].estimator == RP()
+
+
 @pytest.mark.parametrize("estimator", [RP(control_variate="quadratic"), AdaptiveFlow(), AdaptiveFlow(q="learned")], ids=repr)
 def test_outside_of_flowvi_the_start_stays(estimator):
     """In Pyro, where `Estimated` draws by itself: from p, with the derivative of RP."""

@@ -87,7 +87,7 @@ def gradient_report(
 
     def measure(choice: Estimators) -> Measured:
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
-        svi = SVI(model, adaptive(guide, elbo), numpyro.optim.SGD(1.0), elbo)
+        svi = SVI(model, adaptive(guide, elbo, model), numpyro.optim.SGD(1.0), elbo)
         unconstrained = svi.optim.get_params(svi.init(key, *args, init_params=params, **kwargs).optim_state)
         constrained = svi.constrain_fn(unconstrained)
 

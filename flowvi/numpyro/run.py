@@ -371,5 +371,6 @@ def require_known(sites: GuideSites, param_map: Mapping[str, Any]) -> None:
         raise refusal(
             site,
             f"{sites.random[site].estimator} learns the parameter '{unknown[0]}', but SVI does not know it; pass "
-            "flowvi.numpyro.adaptive(guide, elbo) to SVI as the guide, and give the estimator in the objective or in the guide.",
+            "flowvi.numpyro.adaptive(guide, elbo) to SVI as the guide, and give the estimator in the objective or in the guide; "
+            "or adaptive(guide, elbo, model), if the model annotates estimators.",
         )
