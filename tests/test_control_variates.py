@@ -320,7 +320,10 @@ def test_refusals(host):
             host.loss_and_gradients({}, in_scan, in_scan)
 
 
-@pytest.mark.parametrize("options", [{"shared": True}, {"features": lambda p: p.loc[..., None]}, {}], ids=lambda options: "".join(options) or "own")
+WITHOUT_COORDINATES = {"shared": {"shared": True}, "features": {"features": lambda p: p.loc[..., None]}, "own": {}}
+
+
+@pytest.mark.parametrize("options", WITHOUT_COORDINATES.values(), ids=list(WITHOUT_COORDINATES))
 def test_an_event_without_coordinates_is_that_of_rp(host, options):
     def part():
         host.sample("x", host.dist.Normal(host.array(np.zeros(0)), host.array(1.0)).to_event(1))

@@ -151,6 +151,13 @@ def test_refusals(host):
     refused(host.dist.Normal(number, 1.0), "expected entropy='full' or 'analytic', found 'stl'", entropy="stl")
 
 
+def test_a_report_of_their_noise_is_refused(host):
+    """Every sample of the gradient would be the same."""
+    model, guide = program(host)
+    with pytest.raises(ValueError, match="options: expected an objective that draws anew at every step, found particles='fixed'"):
+        host.flow.gradient_report(model, guide, options={"particles": "fixed"})
+
+
 def test_compiled_steps_have_no_fixed_draws():
     def part():
         pyro.sample("x", pyro.distributions.Normal(0.0, 1.0))
