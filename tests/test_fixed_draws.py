@@ -128,6 +128,36 @@ def test_the_first_loss_is_at_the_same_draws():
     assert first == second
 
 
+def normal_guide():
+    return pyro.infer.autoguide.AutoNormal(own_model, init_scale=0.3)
+
+
+def drawing_guide():
+    """Its parameter begins at a random number, so that the first run draws one more."""
+
+    def guide():
+        pyro.sample("x", pyro.distributions.Normal(pyro.param("loc", lambda: torch.randn(())), 0.3))
+
+    return guide
+
+
+def own_model():
+    x = pyro.sample("x", pyro.distributions.Normal(0.0, 1.0))
+    pyro.sample("y", pyro.distributions.Normal(x, 0.5), obs=torch.tensor(0.7))
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("make", [normal_guide, drawing_guide])
+def test_a_new_guide_has_the_same_draws_from_its_first_loss_on(make, vectorize):
+    elbo = TraceFlow_ELBO(2, vectorize_particles=vectorize, particles="fixed")
+    for clears in (True, True, False):
+        if clears:
+            pyro.clear_param_store()
+        guide = make()
+        losses = [loss(own_model, guide) for loss in (elbo.loss_and_grads, elbo.loss, elbo.loss)]
+        assert losses == losses[:1] * 3
+
+
 def test_refusals(host):
     def refused(fn, message, plate=None, **options):
         def part():
