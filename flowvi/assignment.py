@@ -9,7 +9,7 @@ from flowvi.baselines import Baseline
 from flowvi.closures import closed_over, identity
 from flowvi.estimators import Enumerate, Estimator
 from flowvi.fields.field import name_of
-from flowvi.learned.coupling import CoupledRP, Couplings, JointKind
+from flowvi.learned.coupling import Couplings, JointKind
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
 
@@ -129,9 +129,7 @@ class Assignment:
 
     def coupled(self, name: str, estimator: Estimator) -> Estimator:
         """The estimator of a site, with its part of the control variate for the whole guide."""
-        if self.couplings is None or name not in self.couplings.of:
-            return estimator
-        return CoupledRP(kind=self.couplings.kind, coupling=self.couplings.of[name])
+        return estimator if self.couplings is None else self.couplings.estimators.get(name, estimator)
 
     def remember(self, annotations: dict[str, Estimator]) -> bool:
         """Store the annotations of a run of the model; True if they have changed, and guide and model have to run again."""

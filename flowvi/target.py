@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from functools import cached_property, partial
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -193,7 +192,8 @@ class Target(Shapes, ABC):
         return base, transforms
 
     def _with(self, **attributes: Any) -> Self:
-        new = copy(self)
+        new = object.__new__(type(self))  # what copy.copy does, but faster
+        new.__dict__.update(self.__dict__)
         new.__dict__.update(attributes)
         return new
 
