@@ -94,10 +94,15 @@ def test_a_row_for_each_element_of_another_plate_is_refused(host):
     assert np.isfinite([steps.step(size) for size in SIZES]).all()
 
 
+def of_four(h, *shape):
+    return h.param("w", h.array(np.eye(4) if shape else np.full(4, 0.1)))
+
+
 MISTAKABLE = {
-    "weights": lambda h, data: data @ h.param("w", h.array(np.full(4, 0.1))),
-    "an event": lambda h, data: data * h.param("w", h.array(np.full(4, 0.1))),
-    "their sum": lambda h, data: data[:, 0] * h.param("w", h.array(np.full(4, 0.1))).sum(),
+    "weights": lambda h, data: h.dist.Normal(data @ of_four(h), h.array(0.7)),
+    "their sum": lambda h, data: h.dist.Normal(data[:, 0] * of_four(h).sum(), h.array(0.7)),
+    "an event": lambda h, data: h.dist.Normal(data * of_four(h), h.array(0.7)).to_event(1),
+    "a matrix": lambda h, data: h.dist.MultivariateNormal(data, scale_tril=h.math.tril(of_four(h, 4))),
 }
 COVERED = {
     "its own": {"estimators": {"z": RP(control_variate="diagonal")}, "default": RP()},
@@ -106,26 +111,24 @@ COVERED = {
 
 
 @each(
-    ("options", "loc"),
+    ("options", "fn"),
     {f"{what}-{how}": (COVERED[what], MISTAKABLE[how]) for what in COVERED for how in MISTAKABLE},
     slow_in_numpyro=lambda value: value != (COVERED["whole guide"], MISTAKABLE["weights"]),
 )
-def test_a_batch_of_the_size_of_a_parameter(host, options, loc):
+def test_a_batch_of_the_size_of_a_parameter(host, options, fn):
     """Its elements have no rows of their own: the parameter is that of all of them."""
 
     def guide(data):
         host.sample("g", host.dist.Normal(host.param("g_loc", host.array(0.1)), host.array(1.0)))
         with host.plate("data", len(data)):
-            p = host.dist.Normal(loc(host, data), host.array(0.7))
-            host.sample("z", p.to_event(1) if loc is MISTAKABLE["an event"] else p)
+            host.sample("z", fn(host, data))
 
     def model(data):
         g = host.sample("g", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        size = (4,) if fn in (MISTAKABLE["an event"], MISTAKABLE["a matrix"]) else ()
         with host.plate("data", len(data)):
-            p = host.dist.Normal(0.0 * loc(host, data) + host.array(1.0), host.array(1.0))
-            z = host.sample("z", p.to_event(1) if loc is MISTAKABLE["an event"] else p)
-            z = z.sum(-1) if loc is MISTAKABLE["an event"] else z
-            host.sample("y", host.dist.Normal(z * g, host.array(0.5)), obs=data[:, 0])
+            z = host.sample("z", host.dist.Normal(host.array(np.zeros(size)), host.array(1.0)).to_event(len(size)))
+            host.sample("y", host.dist.Normal((z.sum(-1) if size else z) * g, host.array(0.5)), obs=data[:, 0])
 
     steps = Steps(host, model, guide, **options)
     for size in (4, 3, 4):
@@ -283,12 +286,12 @@ def test_a_full_rank_site_shares_too(host, estimator):
 
 def test_the_first_loss_is_without_derivatives():
     """And finds all the same, in Pyro, that the elements have rows."""
-    loc, data = MISTAKABLE["weights"], PYRO.array(np.ones((4, 4)))
+    data = PYRO.array(np.ones((4, 4)))
 
     def guide():
         with PYRO.plate("data", 4):
             PYRO.sample("z", PYRO.dist.Normal(PYRO.param("loc", PYRO.array(np.zeros(4))), 0.7))
-            PYRO.sample("x", PYRO.dist.Normal(loc(PYRO, data), 0.7))
+            PYRO.sample("x", MISTAKABLE["weights"](PYRO, data))
 
     pyro.clear_param_store()
     elbo = PYRO.flow.TraceFlow_ELBO(control_variate="quadratic")

@@ -249,7 +249,7 @@ class NumPyroProgram:
                     target = NumPyroTarget(site["name"], site["fn"], True)
                     for leaf in jax.tree.leaves(target.p):
                         found.append(leaf)
-                        shifts.append((site["name"], jnp.ndim(leaf) - len(target.p.batch_shape) + target.extra_ndim))
+                        shifts.append((site["name"], max(0, jnp.ndim(leaf) - len(target.p.batch_shape)) + target.extra_ndim))
             return found
 
         params = {name: value for name, value in _values(sites(self.param_map), "param").items() if hasattr(value, "shape")}

@@ -88,13 +88,14 @@ class PyroTarget(Target):
         key = self.name, frame.name
         if key not in self.own_rows:
             candidates = [param for param in self.params if frame.size in param.shape and param.requires_grad]
-            self.own_rows[key] = any(self._depends_on_a_row(value, frame, candidates) for value in tensors_in(vars(self.p)))
+            of_family = (getattr(self.p, name) for name in self.parameters)
+            self.own_rows[key] = bool(candidates) and any(self._depends_on_a_row(value, frame, candidates) for value in of_family)
         return self.own_rows[key]
 
-    def _depends_on_a_row(self, value: torch.Tensor, frame: Any, candidates: list[torch.Tensor]) -> bool:
-        """Whether a parameter of the family, a tensor, does."""
+    def _depends_on_a_row(self, value: Any, frame: Any, candidates: list[torch.Tensor]) -> bool:
+        """Whether a parameter of the family does."""
         axis = len(self.p.batch_shape) + frame.dim - self.extra_ndim
-        if not (candidates and value.requires_grad and 0 <= axis < value.ndim and value.shape[axis] == frame.size):
+        if not (isinstance(value, torch.Tensor) and value.requires_grad and 0 <= axis < value.ndim and value.shape[axis] == frame.size):
             return False
         gradients = torch.autograd.grad(value.select(axis, 0).sum(), candidates, retain_graph=True, allow_unused=True)
         return any(_is_a_row(g.movedim(i, 0)) for g in gradients if g is not None for i in range(g.ndim) if g.shape[i] == frame.size)
