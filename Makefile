@@ -63,6 +63,7 @@ bench-adaptive: .venv/ready
 # About twenty-five minutes.
 bench-convergence: .venv/ready
 	$(BIN)/python benchmarks/convergence.py
+	$(BIN)/python benchmarks/convergence_figure.py
 
 # Ten to twenty minutes for each of four studies; one of them by STUDY="--study right".
 bench-guidance: .venv/ready

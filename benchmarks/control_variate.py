@@ -6,13 +6,15 @@ summed over the locations and over the logarithms of the scales. Beside it stand
 with its best coefficients, by least squares on samples of the exact gradient; also with scales a tenth smaller or larger. The ratio of
 step times is of training everything, the two sides in turn.
 
-A second table is of whole guides: the control variate of each site by itself, and one for the whole guide, at the end of a fit in which
-guide and coefficients are learned together with a step size that falls to a hundredth. A variance is summed over the elements of a
-parameter; the ratios are the median and the smallest over parameters, of RP's at the same guide. They are those of NumPyro, whose
-gradients Pyro has too. About six minutes:
+A second table (``--study guide``) is of whole guides: the control variate of each site by itself, and one for the whole guide, at the
+end of a fit in which guide and coefficients are learned together with a step size that falls to a hundredth. A variance is summed over
+the elements of a parameter; the ratios are the median and the smallest over parameters, of RP's at the same guide. They are those of
+NumPyro, whose gradients Pyro has too. A third one (``--study pyro``) is of the CPU times of their steps in Pyro, by SVI and by
+CompiledSVI, all sides in turn. About eight minutes:
 
     python benchmarks/control_variate.py
     python benchmarks/control_variate.py --smoke
+    python benchmarks/control_variate.py --study pyro
 """
 
 from __future__ import annotations
@@ -25,19 +27,23 @@ import numpy as np
 import numpyro.infer
 import pyro
 import pyro.infer
-from programs import HOSTS, NumPyro, Program, eight_schools, hierarchical_regression, logistic_regression
+from convergence import PyroSide, in_turn
+from programs import HOSTS, NumPyro, Program, Pyro, eight_schools, hierarchical_regression, logistic_regression
 from scipy.optimize import minimize
 from sklearn.datasets import load_breast_cancer
 from tables import figure, options, table
-from timing import STEPS, alternate, median_interval, use_one_thread, verdict
+from timing import STEPS, NumPyroSteps, alternate, median_interval, use_one_thread, verdict
+from torch._inductor.utils import fresh_cache
 
 from flowvi import RP
 from flowvi.numpyro import adaptive
+from flowvi.pyro import CompiledSVI
 
 SIZE = 31
 KINDS = ("diagonal", "quadratic", "cubic")
 RATE, FALL = 0.01, 0.01  # the step size at first, and the share of it at the end
 TIME_TARGET = 1.3
+STUDIES = ("site", "guide", "pyro")
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:
@@ -165,29 +171,57 @@ def gains(program: Program, choice: dict[str, Any], steps: int, samples: int) ->
 
 def whole_guides(options_given: Any, steps: int, samples: int, rounds: int, duration: float) -> None:
     about = "Variance of RP's gradient over that with the control variate, target 5 at the median, and times of a step, target 1.3."
-    columns = ("program", "control variate", "median gain", "smallest gain", "", *(f"{h.name}: time / RP's" for h in HOSTS))
+    columns = ("program", "control variate", "median gain", "smallest gain", "", "NumPyro: time / RP's")
     with table("joint_control_variate", options_given, columns, about) as row:
         for name, program in list(PROGRAMS.items())[: 1 if options_given.smoke else None]:
             for kind, choice in WHOLE.items():
-                found = gains(program(NumPyro, NumPyro.dist.Normal), choice, 4 * steps, samples)
-                times = []
-                for h in HOSTS:
-                    made = program(h, h.dist.Normal)
-                    sides = [h.flow.TraceFlow_ELBO(**of_side) for of_side in (choice, {})]
-                    steps_of = [
-                        STEPS[h](Program(made.model, adaptive(made.guide, elbo) if h is NumPyro else made.guide), elbo)
-                        for elbo in sides
-                    ]
-                    ratio = alternate(*steps_of, rounds, duration)
-                    times.append("{:.2f} ({:.2f} .. {:.2f})".format(*median_interval(ratio[:, 0] / ratio[:, 1])))
+                made = program(NumPyro, NumPyro.dist.Normal)
+                found = gains(made, choice, 4 * steps, samples)
+                elbos = [NumPyro.flow.TraceFlow_ELBO(**of_side) for of_side in (choice, {})]
+                times = alternate(*(NumPyroSteps(Program(made.model, adaptive(made.guide, e)), e) for e in elbos), rounds, duration)
                 met = "met" if np.median(found) >= GAIN_TARGET else "missed"
-                row(name, kind, figure(np.median(found)), figure(found.min()), met, *times)
+                row(name, kind, figure(np.median(found)), figure(found.min()), met, spread(times[:, 0] / times[:, 1]))
+
+
+def spread(ratios: np.ndarray) -> str:
+    return "{:.2f} ({:.2f} .. {:.2f})".format(*median_interval(ratios))
+
+
+def pyro_steps(options_given: Any, rounds: int, duration: float) -> None:
+    about = "CPU times of a step over those of RP by the same SVI, target 1.3; the last column is over RP's by pyro.infer.SVI."
+    columns = ("program", "control variate", "SVI: time / RP's", "CompiledSVI: time / RP's", "CompiledSVI / SVI with RP")
+    kinds = (pyro.infer.SVI, CompiledSVI)
+    with fresh_cache(), table("joint_control_variate_pyro", options_given, columns, about) as row:
+        for name, program in list(PROGRAMS.items())[: 1 if options_given.smoke else None]:
+            if not options_given.wants(name):
+                continue
+            made, choices = program(Pyro, Pyro.dist.Normal), {"": {}, **WHOLE}
+            sides = [PyroSide(made, Pyro.flow.TraceFlow_ELBO(**choice), svi) for choice in choices.values() for svi in kinds]
+            times = in_turn(sides, rounds, duration).reshape(rounds, len(choices), len(kinds))
+            for i, kind in enumerate(WHOLE, 1):
+                row(
+                    name,
+                    kind,
+                    spread(times[:, i, 0] / times[:, 0, 0]),
+                    spread(times[:, i, 1] / times[:, 0, 1]),
+                    figure(np.median(times[:, i, 1] / times[:, 0, 0])),
+                )
 
 
 def main(argv: list[str] | None = None) -> None:
-    options_given = options(__file__, __doc__, argv)
+    options_given = options(__file__, __doc__, argv, STUDIES)
     use_one_thread()
     steps, samples, rounds, duration = (20, 40, 2, 0.002) if options_given.smoke else (5000, 2000, 30, 0.05)
+    studies = {
+        "site": lambda: one_site(options_given, steps, samples, rounds, duration),
+        "guide": lambda: whole_guides(options_given, steps, samples, rounds, duration),
+        "pyro": lambda: pyro_steps(options_given, rounds // 2, duration),
+    }
+    for study in [options_given.study] if options_given.study else STUDIES:
+        studies[study]()
+
+
+def one_site(options_given: Any, steps: int, samples: int, rounds: int, duration: float) -> None:
     loc, scale = optimum()
     about = "Summed variance of the gradient at the optimum; the times are those of a step, in turn with RP's; target 1.3."
     bounds = ("of the best quadratic one", "with scales 10 % smaller", "10 % larger")
@@ -205,7 +239,6 @@ def main(argv: list[str] | None = None) -> None:
                 median, low, high = median_interval(times[:, 0] / times[:, 1])
                 met = verdict(TIME_TARGET, median, low)
                 row(h.name, kind, figure(found), figure(of_rp / found), *limits, f"{median:.2f}", f"{low:.2f} .. {high:.2f}", met)
-    whole_guides(options_given, steps, samples, rounds, duration)
 
 
 if __name__ == "__main__":

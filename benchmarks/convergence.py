@@ -3,6 +3,7 @@
     Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO   the host's own objectives; in Pyro also JitTrace_ELBO
     TraceFlow_ELBO                                     flowvi's default; in Pyro also by CompiledSVI
     best                                               options of flowvi's that are chosen by hand; in Pyro by CompiledSVI
+    recommended                                        what `recommend` chooses at the start, in half a minute; in Pyro by CompiledSVI
 
 All sides of a program start alike and have Adam, a number of particles and a grid of learning rates in common. The rate of a side is
 that of fewest steps on two seeds; three other seeds are shown. An evaluation is the host's ELBO at fixed draws, by NumPyro for both
@@ -10,7 +11,7 @@ hosts, each after a tenth more steps than the one before. The best known ELBO is
 
 Seconds are the median number of steps to the target times the CPU time of a step, which is taken of all sides in turn. So the load of
 the machine matters little. Sides whose steps have the same law share their number: it is counted by the fastest of them. "Compiling" is
-the CPU time of the first steps, which is not part of the seconds. About twenty-five minutes:
+the CPU time of the first steps, which is not part of the seconds, and neither is the time of `recommend`. About an hour:
 
     python benchmarks/convergence.py
     python benchmarks/convergence.py --smoke
@@ -44,6 +45,7 @@ from flowvi.pyro import CompiledSVI
 
 FAR = 10.0  # nats above the target, which cannot be
 TUNING, SHOWN = (101, 102), (0, 1, 2)  # seeds
+SEARCH = 30.0  # seconds that `recommend` gets
 STEPS = sorted({round(10 * 1.1**i) for i in range(70)})  # after which the ELBO is evaluated
 
 
@@ -78,11 +80,10 @@ class Case(NamedTuple):
     draws: int = 500
     compiles: bool = True
 
-    @property
-    def said(self) -> str:
-        """The best options in words."""
-        fewer = [f"num_particles={self.best_particles}"] if self.best_particles != self.particles else []
-        return ", ".join([*fewer, *(f"{key}={value!r}" for key, value in self.best.items())])
+    def in_words(self, options: dict[str, Any]) -> str:
+        """Options of flowvi's, without those that all sides share or that are the default."""
+        shared = {"num_particles": self.particles, "entropy": "full", "vectorize_particles": True, "max_plate_nesting": 1}
+        return ", ".join(f"{key}={value!r}" for key, value in options.items() if shared.get(key) != value) or "the default"
 
 
 OWN, SCORES = ("Trace_ELBO",), ("TraceGraph_ELBO",)
@@ -186,16 +187,28 @@ class PyroSide:
             return {name: value.detach().numpy() for name, value in pyro.get_param_store().items()}
 
 
-def sides(h: Any, name: str) -> dict[str, tuple[str, Any]]:
+def recommended(h: Any, program: Program, case: Case, smoke: bool) -> dict[str, Any]:
+    """The options that `recommend` chooses at the start."""
+    with pyro.get_param_store().scope():
+        found = h.flow.recommend(
+            program.model, program.guide, num_particles=case.particles, seconds=2.0 if smoke else SEARCH, progress_bar=False
+        )
+    return {**found.options, **({"estimators": dict(found.estimators)} if found.estimators else {})}
+
+
+def sides(h: Any, name: str, smoke: bool) -> dict[str, tuple[str, Any]]:
     """The sides by name, each with the one by which its steps are counted."""
     case = CASES[name]
     program, mode = case.make(h, False), particles(h, case.particles)
-    same_as_best = "best" if case.best == {"entropy": "analytic"} else ""
+    best, advice = {**particles(h, case.best_particles), **case.best}, recommended(h, program, case, smoke)
+    chosen = {f"best: {case.in_words(best)}": best, f"recommended: {case.in_words(advice)}": advice}
+    same_as_best = next(iter(chosen)) if case.best == {"entropy": "analytic"} else ""
     if h is NumPyro:
         elbos = {own: getattr(numpyro.infer, own)(**mode) for own in case.hosts_own} | {"TraceFlow_ELBO": TraceFlow_ELBO(**mode)}
         by = {"Trace_ELBO": "TraceFlow_ELBO", "TraceMeanField_ELBO": same_as_best or "TraceMeanField_ELBO"}
         found = {what: (by.get(what, what), NumPyroSide(program, elbo)) for what, elbo in elbos.items()}
-        return found | {"best": ("best", best_in_numpyro(name))}
+        made = [best_in_numpyro(name), NumPyroSide(program, TraceFlow_ELBO(**advice))]
+        return found | {what: (what, side) for what, side in zip(chosen, made, strict=True)}
     found = {}
 
     def add(what: str, elbo: Any, kind: Any = pyro.infer.SVI, counted: str = "") -> None:
@@ -212,7 +225,8 @@ def sides(h: Any, name: str) -> dict[str, tuple[str, Any]]:
     add("TraceFlow_ELBO", h.flow.TraceFlow_ELBO(**mode), counted=compiled)
     if compiled:
         add(compiled, h.flow.TraceFlow_ELBO(**mode), CompiledSVI)
-    add("best", h.flow.TraceFlow_ELBO(**particles(h, case.best_particles), **case.best), CompiledSVI if compiled else pyro.infer.SVI)
+    for what, options_of_side in chosen.items():
+        add(what, h.flow.TraceFlow_ELBO(**options_of_side), CompiledSVI if compiled else pyro.infer.SVI)
     return found
 
 
@@ -297,8 +311,8 @@ def seconds(side: Any, steps: int) -> float:
     return process_time() - start
 
 
-def in_turn(all_sides: list[Any], rounds: int, duration: float) -> list[float]:
-    """The median CPU seconds of a step of each side; the order is turned round every time."""
+def in_turn(all_sides: list[Any], rounds: int, duration: float) -> np.ndarray:
+    """CPU seconds of a step of each side in each round, of shape (rounds, sides); the order is turned round every time."""
     numbers = []
     for side in all_sides:
         steps = 1
@@ -310,7 +324,7 @@ def in_turn(all_sides: list[Any], rounds: int, duration: float) -> list[float]:
     for i in range(rounds):
         for j, (side, steps) in order if i % 2 else reversed(order):
             times[i, j] = seconds(side, steps) / steps
-    return list(np.median(times, 0))
+    return times
 
 
 class Row(NamedTuple):
@@ -328,8 +342,8 @@ class Row(NamedTuple):
 def measure(h: Any, name: str, smoke: bool) -> dict[str, Row]:
     case, target = CASES[name], target_of(name, smoke)
     most = 20 if smoke else case.most
-    found = sides(h, name)
-    times = in_turn([side for _, side in found.values()], *((2, 0.002) if smoke else (9, 0.02)))
+    found = sides(h, name, smoke)
+    times = np.median(in_turn([side for _, side in found.values()], *((2, 0.002) if smoke else (9, 0.02))), 0)
     counted: dict[str, tuple[float | None, list[float]]] = {}
     for by in dict.fromkeys(by for by, _ in found.values()):
         side = found[by][1]
@@ -346,9 +360,9 @@ def shown(x: float, most: float, form: str = ".2g") -> str:
 
 
 def rows(h: Any, name: str, smoke: bool, row: Callable[..., None]) -> dict[str, float]:
-    """Print the rows of a program; how many times sooner than the host's best flowvi's default and its best are."""
+    """Print the rows of a program; how many times sooner than the host's best flowvi's are, by kind."""
     found, most = measure(h, name, smoke), CASES[name].most
-    ours = [what for what in found if what.startswith("TraceFlow") or what == "best"]
+    ours = [what for what in found if what.startswith(OURS)]
     host = min((found[what] for what in found if what not in ours), key=lambda r: (r.seconds(), r.step))
     sooner = {}
     for what, r in found.items():
@@ -356,7 +370,7 @@ def rows(h: Any, name: str, smoke: bool, row: Callable[..., None]) -> dict[str, 
         sooner[what] = times
         row(
             name,
-            f"{what}: {CASES[name].said}" if what == "best" else what,
+            what,
             r.rate or "",
             ", ".join(shown(n, most, ".0f") for n in r.steps),
             figure(1e3 * r.step),
@@ -364,9 +378,10 @@ def rows(h: Any, name: str, smoke: bool, row: Callable[..., None]) -> dict[str, 
             ("" if math.isfinite(host.seconds()) else "> ") + figure(times, ".2g") if math.isfinite(r.seconds()) else "",
             f"{r.compiling:.1f}",
         )
-    return {"default": max(sooner[what] for what in ours if what != "best"), "best": sooner["best"]}
+    return {kind: max(sooner[what] for what in ours if what.startswith(start)) for kind, start in zip(KINDS, OURS, strict=True)}
 
 
+OURS, KINDS = ("TraceFlow", "best", "recommended"), ("default", "best", "recommendation")
 COLUMNS = (
     "Program",
     "Objective",
@@ -390,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
             for name in ("mixture guide",) if options_given.smoke else CASES:
                 if options_given.wants(h.name, name) and (h is NumPyro or "scan" not in name):
                     sooner.append(rows(h, name, options_given.smoke, row))
-            for what in ("default", "best") if sooner else ():
+            for what in KINDS if sooner else ():
                 median = figure(float(np.median([s[what] for s in sooner])), ".2g")
                 aim = f", aim: {AIMS[h.name]}" if what == "best" else ""
                 row("median over the programs", f"flowvi's {what}{aim}", "", "", "", "", median, "")

@@ -9,7 +9,7 @@ from flowvi.baselines import Baseline
 from flowvi.closures import closed_over, identity
 from flowvi.estimators import Enumerate, Estimator
 from flowvi.fields.field import name_of
-from flowvi.learned.coupling import CoupledRP, Couplings, JointKind
+from flowvi.learned.coupling import Couplings, JointKind
 
 Estimators = Mapping[str, Estimator] | Callable[[Any], Estimator | None] | None
 
@@ -70,6 +70,8 @@ class Assignment:
         seen: Names of the sites that had an estimator in an earlier run.
         compares: Whether some site has compared the cost at several values, so that the program ran several times; None before the
             first run.
+        own_rows: Whether a parameter of the guide has a row for each element of a plate of a site, by the names of site and plate, as
+            the first run of Pyro decides.
         may_change: Whether annotations, or the sites of a control variate for the whole guide, may differ from those of the last run. A
             run that finds a difference is repeated with the same random numbers; with others it might take another branch, which would
             be a bias.
@@ -92,6 +94,7 @@ class Assignment:
         self.has_read_annotations = False
         self.seen: set[str] = set()
         self.compares: bool | None = None
+        self.own_rows: dict[tuple[str, str], bool] = {}
         self.may_change = control_variate is not None
         self.marginalises = False
         self.control_variate: JointKind | None = control_variate
@@ -126,9 +129,7 @@ class Assignment:
 
     def coupled(self, name: str, estimator: Estimator) -> Estimator:
         """The estimator of a site, with its part of the control variate for the whole guide."""
-        if self.couplings is None or name not in self.couplings.of:
-            return estimator
-        return CoupledRP(kind=self.couplings.kind, coupling=self.couplings.of[name])
+        return estimator if self.couplings is None else self.couplings.estimators.get(name, estimator)
 
     def remember(self, annotations: dict[str, Estimator]) -> bool:
         """Store the annotations of a run of the model; True if they have changed, and guide and model have to run again."""

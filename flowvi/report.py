@@ -188,6 +188,15 @@ def by_label(estimators: Candidates) -> dict[str, Estimators]:
     return {"": cast(Estimators, estimators)}
 
 
+def require_noise(options: Mapping[str, Any]) -> None:
+    """Refuse to measure an objective that has none."""
+    if options.get("particles") == "fixed":
+        raise ValueError(
+            "options: expected an objective that draws anew at every step, found particles='fixed', under which every sample of the "
+            "gradient is the same; remove it to measure the noise of independent draws."
+        )
+
+
 class Measured:
     """Running moments of the gradients and weights of one candidate.
 

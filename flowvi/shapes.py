@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Mapping
 
 from flowvi.ops import Array
 
@@ -65,7 +65,7 @@ class Shapes:
         return a.sum(axis=tuple(range(-self.event_ndim, 0))) if self.event_ndim else a
 
 
-def rows(full_size: int, size: int, axes: Container[int]) -> int:
+def rows(full_size: int, size: int, has_own: Callable[[], bool]) -> int:
     """The number of elements of a plate with their own coefficients: all, or 1 if the elements share them.
 
     An element has its own coefficients if it is the same data at every step. A subsampled plate numbers its data. Another plate may be
@@ -74,9 +74,9 @@ def rows(full_size: int, size: int, axes: Container[int]) -> int:
     Args:
         full_size: The size of the plate.
         size: The size of its subsample.
-        axes: The sizes of the axes of the guide's parameters so far.
+        has_own: Whether a parameter of the guide has a row for each element, and the site depends on that row alone there.
     """
-    return full_size if full_size > size or full_size in axes else 1
+    return full_size if full_size > size or (size > 1 and has_own()) else 1
 
 
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -128,6 +128,36 @@ def test_the_first_loss_is_at_the_same_draws():
     assert first == second
 
 
+def normal_guide():
+    return pyro.infer.autoguide.AutoNormal(own_model, init_scale=0.3)
+
+
+def drawing_guide():
+    """Its parameter begins at a random number, so that the first run draws one more."""
+
+    def guide():
+        pyro.sample("x", pyro.distributions.Normal(pyro.param("loc", lambda: torch.randn(())), 0.3))
+
+    return guide
+
+
+def own_model():
+    x = pyro.sample("x", pyro.distributions.Normal(0.0, 1.0))
+    pyro.sample("y", pyro.distributions.Normal(x, 0.5), obs=torch.tensor(0.7))
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("make", [normal_guide, drawing_guide])
+def test_a_new_guide_has_the_same_draws_from_its_first_loss_on(make, vectorize):
+    elbo = TraceFlow_ELBO(2, vectorize_particles=vectorize, particles="fixed")
+    for clears in (True, True, False):
+        if clears:
+            pyro.clear_param_store()
+        guide = make()
+        losses = [loss(own_model, guide) for loss in (elbo.loss_and_grads, elbo.loss, elbo.loss)]
+        assert losses == losses[:1] * 3
+
+
 def test_refusals(host):
     def refused(fn, message, plate=None, **options):
         def part():
@@ -149,6 +179,13 @@ def test_refusals(host):
     refused(host.dist.Gamma(number, 1.0), "site 'x': .* the sampler of Gamma may jump")
     refused(host.dist.Bernoulli(number), "site 'x': .* is right only on average")
     refused(host.dist.Normal(number, 1.0), "expected entropy='full' or 'analytic', found 'stl'", entropy="stl")
+
+
+def test_a_report_of_their_noise_is_refused(host):
+    """Every sample of the gradient would be the same."""
+    model, guide = program(host)
+    with pytest.raises(ValueError, match="options: expected an objective that draws anew at every step, found particles='fixed'"):
+        host.flow.gradient_report(model, guide, options={"particles": "fixed"})
 
 
 def test_compiled_steps_have_no_fixed_draws():

@@ -541,3 +541,38 @@ def test_a_guide_that_changes_which_draw_it_computes_from_which(host):
                 host.loss(elbo, model, lambda: guide(True))
         else:
             host.loss(elbo, model, lambda: guide(False))
+
+
+@each("annotated", [LR(), RP(control_variate="quadratic")])
+def test_estimators_that_the_model_annotates(host, annotated):
+    """They act at their sites, and the control variate covers the others; in NumPyro `adaptive` gets the model."""
+
+    def guide():
+        for name in ("x", "y", "z"):
+            host.sample(name, host.dist.Normal(host.param(f"{name}_loc", host.array(0.3)), host.array(0.5)))
+
+    def model():
+        values = [
+            host.sample(name, host.dist.Normal(host.array(0.0), 1.0), infer={"estimator": annotated} if name == "y" else {})
+            for name in ("x", "y", "z")
+        ]
+        host.factor("cost", -2 * (sum(values) - 1) ** 2)
+
+    elbo = host.flow.TraceFlow_ELBO(control_variate="quadratic")
+    learned = {"x.control_variate": (1, 3), "z.control_variate": (1, 3)}
+    learned |= {} if isinstance(annotated, LR) else {"y.control_variate": (1, 2)}
+    if host.name == "numpyro":
+        svi = SVI(model, adaptive(guide, elbo, model), numpyro.optim.Adam(0.02), elbo)
+        state = jax.jit(svi.init)(jax.random.key(0))
+        jax.eval_shape(svi.update, state)
+        found = svi.get_params(state)
+        other = host.flow.TraceFlow_ELBO(control_variate="quadratic")
+        without = SVI(model, adaptive(guide, other), numpyro.optim.Adam(0.02), other)
+        with pytest.raises(ValueError, match=r"use adaptive\(guide, elbo, model\) if the model annotates estimators"):
+            jax.eval_shape(without.update, jax.eval_shape(without.init, jax.random.key(0)))
+    else:
+        pyro.clear_param_store()
+        pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo).step()
+        found = pyro.get_param_store()
+    assert {name: tuple(value.shape) for name, value in found.items() if "." in name} == learned
+    assert set(elbo.assignment.couplings.blocks) == {"x", "z"}

@@ -34,19 +34,28 @@ def programs(h, rows=None, subsample=None):
 class Steps:
     """SVI in either host, a step at a time."""
 
-    def __init__(self, host, model, guide, estimator):
+    def __init__(self, host, model, guide, estimator=None, **options):
         self.host = host
-        elbo = host.flow.TraceFlow_ELBO(2, estimators={"z": estimator})
+        pyro.clear_param_store()
+        elbo = host.flow.TraceFlow_ELBO(2, **(options or {"estimators": {"z": estimator}}))
         self.svi = host.svi(model, flowvi.numpyro.adaptive(guide, elbo) if host is NUMPYRO else guide, elbo)
         self.state = None
 
     def step(self, size):
-        data = self.host.array(np.linspace(-1, 1, size))
+        data = self.host.array(np.linspace(-1, 1, np.prod(size)).reshape(size))
         if self.host is PYRO:
             return self.svi.step(data)
         self.state = self.svi.init(jax.random.key(0), data) if self.state is None else self.state
         self.state, loss = self.svi.update(self.state, data)
         return float(loss)
+
+    def try_step(self, size):
+        """A step; in NumPyro only its shapes."""
+        if self.host is PYRO:
+            return self.step(size)
+        data = self.host.array(np.zeros(size))
+        self.state = jax.eval_shape(self.svi.init, jax.random.key(0), data) if self.state is None else self.state
+        jax.eval_shape(self.svi.update, self.state, data)
 
     def learned(self, name):
         return pyro.param(name).shape if self.host is PYRO else self.svi.get_params(self.state)[name].shape
@@ -69,17 +78,62 @@ def test_elements_that_are_the_same_data_have_their_own(host, subsample):
 
 def test_a_row_for_each_element_of_another_plate_is_refused(host):
     def guide(data):
-        host.param("rows", host.array(np.zeros(20)))  # so that the plate looks like one of rows
-        programs(host)[1](data)
+        rows = host.param("rows", host.array(np.zeros(20)))  # so that the plate is one of rows
+        with host.plate("data", len(data)):
+            host.sample("z", host.dist.Normal(rows[: len(data)] + data, 0.7))
 
     model, _ = programs(host)
-    steps = Steps(host, model, guide, RP(control_variate="diagonal"))
-    steps.step(20)
-    with pytest.raises(ValueError, match=r"site 'z': what the estimator learns \('z.control_variate'\) has a row .* shared=True"):
-        steps.step(10)
+    for options in ({"estimators": {"z": RP(control_variate="diagonal")}}, {"control_variate": "quadratic"}):
+        pyro.clear_param_store()
+        steps = Steps(host, model, guide, **options)
+        steps.try_step(20)
+        with pytest.raises(ValueError, match=r"site 'z': what the estimator learns \('z.control_variate'\) has a row .* shared=True"):
+            steps.try_step(10)
     pyro.clear_param_store()
     steps = Steps(host, model, guide, RP(control_variate="diagonal", shared=True))
     assert np.isfinite([steps.step(size) for size in SIZES]).all()
+
+
+def of_four(h, *shape):
+    return h.param("w", h.array(np.eye(4) if shape else np.full(4, 0.1)))
+
+
+MISTAKABLE = {
+    "weights": lambda h, data: h.dist.Normal(data @ of_four(h), h.array(0.7)),
+    "their sum": lambda h, data: h.dist.Normal(data[:, 0] * of_four(h).sum(), h.array(0.7)),
+    "an event": lambda h, data: h.dist.Normal(data * of_four(h), h.array(0.7)).to_event(1),
+    "a matrix": lambda h, data: h.dist.MultivariateNormal(data, scale_tril=h.math.tril(of_four(h, 4))),
+}
+COVERED = {
+    "its own": {"estimators": {"z": RP(control_variate="diagonal")}, "default": RP()},
+    "whole guide": {"control_variate": "quadratic"},
+}
+
+
+@each(
+    ("options", "fn"),
+    {f"{what}-{how}": (COVERED[what], MISTAKABLE[how]) for what in COVERED for how in MISTAKABLE},
+    slow_in_numpyro=lambda value: value != (COVERED["whole guide"], MISTAKABLE["weights"]),
+)
+def test_a_batch_of_the_size_of_a_parameter(host, options, fn):
+    """Its elements have no rows of their own: the parameter is that of all of them."""
+
+    def guide(data):
+        host.sample("g", host.dist.Normal(host.param("g_loc", host.array(0.1)), host.array(1.0)))
+        with host.plate("data", len(data)):
+            host.sample("z", fn(host, data))
+
+    def model(data):
+        g = host.sample("g", host.dist.Normal(host.array(0.0), host.array(1.0)))
+        size = (4,) if fn in (MISTAKABLE["an event"], MISTAKABLE["a matrix"]) else ()
+        with host.plate("data", len(data)):
+            z = host.sample("z", host.dist.Normal(host.array(np.zeros(size)), host.array(1.0)).to_event(len(size)))
+            host.sample("y", host.dist.Normal((z.sum(-1) if size else z) * g, host.array(0.5)), obs=data[:, 0])
+
+    steps = Steps(host, model, guide, **options)
+    for size in (4, 3, 4):
+        steps.try_step((size, 4))
+    assert len(steps.learned("z.control_variate")) == 2  # no dim of rows
 
 
 def test_shared_coefficients_get_the_sum(host):
@@ -228,3 +282,18 @@ def test_a_full_rank_site_shares_too(host, estimator):
     steps = Steps(host, model, guide, estimator)
     assert np.isfinite([steps.step(size) for size in (6, 3)]).all()
     assert steps.learned("z.control_variate") == ((2, 2) if estimator.features is None else (3, 2, 2))
+
+
+def test_the_first_loss_is_without_derivatives():
+    """And finds all the same, in Pyro, that the elements have rows."""
+    data = PYRO.array(np.ones((4, 4)))
+
+    def guide():
+        with PYRO.plate("data", 4):
+            PYRO.sample("z", PYRO.dist.Normal(PYRO.param("loc", PYRO.array(np.zeros(4))), 0.7))
+            PYRO.sample("x", MISTAKABLE["weights"](PYRO, data))
+
+    pyro.clear_param_store()
+    elbo = PYRO.flow.TraceFlow_ELBO(control_variate="quadratic")
+    assert elbo.loss(guide, guide) == 0
+    assert [pyro.param(f"{site}.control_variate").shape for site in "zx"] == [(4, 1, 3), (1, 3)]

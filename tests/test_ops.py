@@ -92,3 +92,16 @@ def test_another_term_keeps_its_second_derivative_in_torch():
     loss = cubed(flowvi.ops.torch, x) + y**3
     (of_y,) = torch.autograd.grad(loss, y, create_graph=True)
     assert torch.autograd.grad(of_y, y)[0] == 6 * y
+
+
+def test_a_pullback_inside_of_torch_func():
+    """The transforms of torch.func need another form of the function."""
+    x = torch.tensor([0.3, -0.2])
+
+    def f(x):
+        (y,) = flowvi.ops.torch.with_pullback((x.detach(),), (x,), (), lambda cotangents, inputs, _: (3 * inputs[0] * cotangents[0],))
+        return (y * y).sum()
+
+    torch.testing.assert_close(torch.func.grad(f)(x), 6 * x**2)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(f(leaf), leaf)[0], 6 * x**2)

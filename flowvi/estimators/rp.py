@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from flowvi.estimators.estimator import Draw, Estimator
@@ -97,6 +97,8 @@ class RP(Estimator):
     def resolve(self, target: Target) -> Estimator:
         if self.q is None and not self.force and (why := target.lacks_rsample()):
             target.refuse(f"RP needs a reparameterized sampler, but {why}; use LR() or ImplicitRP().")
+        if self.control_variate is not None and 0 in target.shape:  # nothing to learn
+            return replace(self, control_variate=None, shared=False, features=None)
         return self
 
     def psi_is_zero(self, target: Target) -> bool:

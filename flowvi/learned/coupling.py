@@ -23,6 +23,7 @@ from flowvi.refusals import refusal
 from flowvi.target import Target
 
 JointKind = Literal["quadratic", "cubic"]
+PLAIN = RP()
 MOST_PRODUCTS = 2**12  # with more coefficients for an element, a cubic model has squares only
 MOST = 2**18  # with more coefficients, an element sees no other site
 
@@ -133,14 +134,14 @@ class Couplings(NamedTuple):
     """What each site sees.
 
     Attributes:
-        kind: The kind of the model.
         blocks: The sites, by name.
         of: What each site sees.
+        estimators: The estimator of each site.
     """
 
-    kind: JointKind
     blocks: Mapping[str, Block]
     of: Mapping[str, Coupling]
+    estimators: Mapping[str, CoupledRP]
 
 
 def couple(blocks: Mapping[str, Block], ancestors: Mapping[str, frozenset[str]], kind: JointKind) -> Couplings:
@@ -152,7 +153,8 @@ def couple(blocks: Mapping[str, Block], ancestors: Mapping[str, frozenset[str]],
         kind: ``"quadratic"``: a site sees the noise of other sites. ``"cubic"``: also products of two such numbers, and of one with the
             site's own noise; only squares if there are too many. A site that would have too many coefficients sees no other.
     """
-    return Couplings(kind, dict(blocks), {name: _coupling(name, blocks, ancestors[name], kind) for name in blocks})
+    of = {name: _coupling(name, blocks, ancestors[name], kind) for name in blocks}
+    return Couplings(dict(blocks), of, {name: CoupledRP(kind=kind, coupling=coupling) for name, coupling in of.items()})
 
 
 def _coupling(name: str, blocks: Mapping[str, Block], ancestors: frozenset[str], kind: JointKind) -> Coupling:
@@ -209,7 +211,7 @@ def block_of(estimator: Estimator, target: Target, frames: Any) -> Block | None:
         target: Its distribution.
         frames: The host's frames of the plates around it.
     """
-    if estimator != RP() or target.family not in ("Normal", "MultivariateNormal"):
+    if estimator != PLAIN or target.family not in ("Normal", "MultivariateNormal"):
         return None
     if target.family == "MultivariateNormal" and target.extra_ndim:
         return None

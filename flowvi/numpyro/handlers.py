@@ -19,7 +19,7 @@ from flowvi.flows import held_base
 from flowvi.learned.coupling import CoupledRP
 from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, propose
 from flowvi.numpyro.host import HOST
-from flowvi.numpyro.parameters import LearningInScan, Scanned, Sizes, declare, is_scan, target_of
+from flowvi.numpyro.parameters import LearningInScan, OwnRows, Scanned, Sizes, declare, is_scan, target_of
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.special_points import with_right_derivative
 from flowvi.numpyro.threefry import is_unrolled, takes, typed_like, unrolled
@@ -31,9 +31,9 @@ from flowvi.target import Target
 class attach_estimators(Messenger):
     """Draw at every random site of the guide with the site's estimator."""
 
-    def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves, together: Together | None = None):
+    def __init__(self, fn, sites: GuideSites, moving_leaves: MovingLeaves, own_rows: OwnRows, together: Together | None = None):
         self.sites, self.moving_leaves, self.together = sites, moving_leaves, together
-        self.sizes = Sizes()
+        self.sizes = Sizes(own_rows)
         super().__init__(fn)
 
     def __call__(self, *args, **kwargs):

@@ -19,13 +19,15 @@ class adaptive(Messenger):
     """The guide together with the parameters that its estimators learn: pass it to ``SVI`` instead of the guide.
 
     NumPyro's ``SVI`` first runs guide and model without the objective, and trains the parameters that it finds in this run. This
-    handler adds the parameters of estimators that are given in the objective, in the guide or by ``Estimated``.
+    handler adds the parameters of estimators that are given in the objective, in the guide or by ``Estimated``, and of
+    those that the model annotates if it gets the model.
 
     **Requirements**: reverse-mode differentiation (no ``forward_mode_differentiation``), because learning uses the backward pass.
 
     Args:
         guide: The guide: a function or an autoguide. It is not changed; an autoguide's methods, such as ``median``, are passed on.
         elbo: The :class:`TraceFlow_ELBO` that ``SVI`` gets.
+        model: The model, where it annotates estimators and something learns; then it runs once more before the first step.
 
     Raises:
         TypeError: ``elbo`` is another objective.
@@ -50,18 +52,22 @@ class adaptive(Messenger):
         Parmas and Sugiyama 2021, eq. 19; Geffner and Domke 2020.
     """
 
-    def __init__(self, guide, elbo):
+    def __init__(self, guide, elbo, model=None):
         if not hasattr(elbo, "assignment"):
             raise TypeError(f"adaptive: expected a TraceFlow_ELBO, found {type(elbo).__name__}; no other objective learns.")
         self.assignment: Assignment = elbo.assignment
-        self.sizes = Sizes()
+        self.model = model
         super().__init__(guide)
 
     def __call__(self, *args, **kwargs):
-        if self.assignment.control_variate is not None and not is_attaching():
+        program = NumPyroProgram(random.key(0), {}, self.model or self.fn, self.fn, args, kwargs)
+        self.sizes = Sizes(program.own_rows)
+        if not is_attaching():
             with block():
-                program = NumPyroProgram(random.key(0), {}, self.fn, self.fn, args, kwargs)
-                couple_sites(program, program.run(GuideSites(self.assignment), with_model=False).sites)
+                if self.model is not None:
+                    self.assignment.remember(program.annotations())
+                if self.assignment.control_variate is not None:
+                    couple_sites(program, program.run(GuideSites(self.assignment), with_model=False).sites)
         return super().__call__(*args, **kwargs)
 
     def __getattr__(self, name):

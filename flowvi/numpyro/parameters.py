@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,15 +14,23 @@ import flowvi.ops.jax as ops
 from flowvi.estimators import Draw, Estimator
 from flowvi.numpyro.distributions import NumPyroTarget, draw
 from flowvi.numpyro.host import HOST
+from flowvi.numpyro.influence import Axes
 from flowvi.refusals import refusal
 from flowvi.shapes import rows
 from flowvi.sites import find_estimated, not_random, weight_of_density
 
+OwnRows = Callable[[str], Axes]  # of the name of a site; see :meth:`flowvi.numpyro.run.NumPyroProgram.own_rows`
+
 
 class Sizes:
-    """The full sizes of the plates of a guide so far, and of the axes of its parameters."""
+    """The full sizes of the plates of a guide so far, and of the axes of its parameters.
 
-    def __init__(self):
+    Args:
+        own_rows: Tells which plates of a site have a row for each element in some parameter.
+    """
+
+    def __init__(self, own_rows: OwnRows):
+        self.own_rows = own_rows
         self.plates: dict[str, int] = {}
         self.axes: set[int] = set()
 
@@ -31,13 +40,16 @@ class Sizes:
         elif msg["type"] == "param" and hasattr(msg["value"], "shape"):  # the parameters of a network are a tree
             self.axes.update(msg["value"].shape)
 
-    def rows(self, frame) -> int:
-        return rows(self.plates.get(frame.name, frame.size), frame.size, self.axes)
+    def rows(self, site: str, frame) -> int:
+        def has_own() -> bool:
+            return frame.size in self.axes and (frame.dim, frame.size) in self.own_rows(site)
+
+        return rows(self.plates.get(frame.name, frame.size), frame.size, has_own)
 
 
 def target_of(msg, enters: bool, sizes: Sizes) -> NumPyroTarget:
     """The target of a site, given the sizes in the guide so far."""
-    frames = [frame._replace(size=sizes.rows(frame)) for frame in msg["cond_indep_stack"]]
+    frames = [frame._replace(size=sizes.rows(msg["name"], frame)) for frame in msg["cond_indep_stack"]]
     return NumPyroTarget(msg["name"], msg["fn"].expand_by(msg["kwargs"]["sample_shape"]), enters, frames=frames)
 
 

@@ -21,7 +21,7 @@ from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.host import HOST
 from flowvi.numpyro.learning import adaptive
 from flowvi.numpyro.run import NumPyroProgram
-from flowvi.report import Candidates, GradientReport, Measured, compare
+from flowvi.report import Candidates, GradientReport, Measured, compare, require_noise
 
 BATCH = 100
 
@@ -64,7 +64,7 @@ def gradient_report(
         A :class:`flowvi.report.GradientReport`, which prints as a table.
 
     Raises:
-        ValueError: Naming the site; see the estimators.
+        ValueError: Naming the site; see the estimators. Under ``particles="fixed"``, whose gradient has no noise.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -83,11 +83,12 @@ def gradient_report(
     References:
         Parmas and Sugiyama 2021, eq. 19.
     """
+    require_noise(options or {})
     key = random.key(0) if rng_key is None else rng_key
 
     def measure(choice: Estimators) -> Measured:
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
-        svi = SVI(model, adaptive(guide, elbo), numpyro.optim.SGD(1.0), elbo)
+        svi = SVI(model, adaptive(guide, elbo, model), numpyro.optim.SGD(1.0), elbo)
         unconstrained = svi.optim.get_params(svi.init(key, *args, init_params=params, **kwargs).optim_state)
         constrained = svi.constrain_fn(unconstrained)
 

@@ -26,7 +26,7 @@ from flowvi.estimators import Estimator
 from flowvi.marginal import require_number, with_marginals
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
 from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, own_keys, read_annotations, seeded
-from flowvi.numpyro.influence import influenced
+from flowvi.numpyro.influence import Axes, by_element, influenced
 from flowvi.numpyro.marginal import (
     contract,
     enumerated_trace,
@@ -57,12 +57,14 @@ class NumPyroProgram:
     multi_sample: bool = False
     together: Together | None = None
     _moving: dict[bool, dict[tuple[str, bool], list[bool]]] = field(default_factory=dict, init=False, repr=False)
+    _own_rows: dict[str, Axes] = field(default_factory=dict, init=False, repr=False)
 
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
         guide = self._seeded_guide()
         if values:
             guide = substitute(guide, data=dict(values))
-        log_probs, guide_trace = self._log_probs(attach_estimators(guide, sites, self.moving_leaves, self.together), self.param_map)
+        guide = attach_estimators(guide, sites, self.moving_leaves, self.own_rows, self.together)
+        log_probs, guide_trace = self._log_probs(guide, self.param_map)
         _require_names(sites, guide_trace)
         for name, log_prob in sites.log_probs.items():  # NumPyro has computed them too; one derivative is enough
             log_probs[name] = scale_and_mask(log_prob, scale=guide_trace[name]["scale"])
@@ -225,6 +227,37 @@ class NumPyroProgram:
         moves = iter(influenced(leaves, movers, fixed))
         return {site: list(islice(moves, size)) for site, size in sizes.items()}
 
+    def own_rows(self, name: str) -> Axes:
+        """The plates of a site, by dim and size, for whose elements a parameter has a row each, on which it depends there alone."""
+        if not self._own_rows:
+            self._own_rows.update(self._all_own_rows())
+        return self._own_rows.get(name, frozenset())
+
+    def _all_own_rows(self) -> dict[str, Axes]:
+        """The answers of :meth:`own_rows` for all sites, from two runs of the guide."""
+
+        def sites(params):
+            with block(), attaching(None):
+                return trace(substitute(self._seeded_guide(), data=params)).get_trace(*self.args, **self.kwargs)
+
+        shifts: list[tuple[str, int]] = []  # for each array its site, and what leads from an axis of it to a dim of the site
+
+        def leaves(params):
+            found = []
+            for site in sites(self.param_map | params).values():
+                if site["type"] == "sample" and not site["is_observed"]:
+                    target = NumPyroTarget(site["name"], site["fn"], True)
+                    for leaf in jax.tree.leaves(target.p):
+                        found.append(leaf)
+                        shifts.append((site["name"], max(0, jnp.ndim(leaf) - len(target.p.batch_shape)) + target.extra_ndim))
+            return found
+
+        params = {name: value for name, value in _values(sites(self.param_map), "param").items() if hasattr(value, "shape")}
+        rows: dict[str, Axes] = {}
+        for axes, (name, shift) in zip(by_element(leaves, params), shifts, strict=True):
+            rows[name] = rows.get(name, frozenset()).union((axis + shift, size) for axis, size in axes)
+        return rows
+
     def _seeded_guide(self):
         return seeded(self.guide, split(self.rng_key)[1])
 
@@ -338,5 +371,6 @@ def require_known(sites: GuideSites, param_map: Mapping[str, Any]) -> None:
         raise refusal(
             site,
             f"{sites.random[site].estimator} learns the parameter '{unknown[0]}', but SVI does not know it; pass "
-            "flowvi.numpyro.adaptive(guide, elbo) to SVI as the guide, and give the estimator in the objective or in the guide.",
+            "flowvi.numpyro.adaptive(guide, elbo) to SVI as the guide, and give the estimator in the objective or in the guide; "
+            "or adaptive(guide, elbo, model), if the model annotates estimators.",
         )

@@ -138,22 +138,33 @@ def iterate(step, n, state):
 
 
 def with_pullback(values, inputs, fixed, pullback):
-    return _WithPullback.apply(values, fixed, pullback, *inputs)
+    function = _WithPullbackInside if torch._C._are_functorch_transforms_active() else _WithPullback
+    return function.apply(values, fixed, pullback, *inputs)
 
 
 class _WithPullback(torch.autograd.Function):
     @staticmethod
-    def forward(values, fixed, pullback, *inputs):
+    def forward(ctx, values, fixed, pullback, *inputs):
+        ctx.fixed, ctx.pullback = fixed, pullback
+        ctx.save_for_backward(*inputs)
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        return (_pull_back_once if torch.is_grad_enabled() else _pull_back)(ctx, *cotangents)
+
+
+class _WithPullbackInside(_WithPullback):
+    """The form that the transforms of torch.func need; torch takes as long to call it as for a small density."""
+
+    @staticmethod
+    def forward(values, fixed, pullback, *inputs):  # type: ignore[override]
         return tuple(value.view_as(value) for value in values)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, ctx.fixed, ctx.pullback, *live = inputs
         ctx.save_for_backward(*live)
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        return (_pull_back_once if torch.is_grad_enabled() else _pull_back)(ctx, *cotangents)
 
 
 def _pull_back(ctx, *cotangents):

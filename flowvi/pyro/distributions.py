@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -64,6 +64,7 @@ class PyroTarget(Target):
 
     Attributes:
         params: The parameters of the guide so far.
+        own_rows: See :class:`flowvi.assignment.Assignment`.
     """
 
     plain_transformed = PLAIN_TRANSFORMED
@@ -72,11 +73,32 @@ class PyroTarget(Target):
     host_validates = staticmethod(is_validation_enabled)
 
     params: Sequence[torch.Tensor] = ()
+    own_rows: dict[tuple[str, str], bool]
 
     @cached_property
     def plate_rows(self):
-        axes = {size for param in self.params for size in param.shape}
-        return {f.dim: 1 if f.name == PARTICLES else rows(f.full_size or f.size, f.size, axes) for f in self.frames if f.vectorized}
+        return {
+            f.dim: 1 if f.name == PARTICLES else rows(f.full_size or f.size, f.size, partial(self._has_own_rows, f))
+            for f in self.frames
+            if f.vectorized
+        }
+
+    def _has_own_rows(self, frame: Any) -> bool:
+        """Whether the first element of a plate depends on the first row of some parameter alone."""
+        key = self.name, frame.name
+        if key not in self.own_rows:
+            candidates = [param for param in self.params if frame.size in param.shape and param.requires_grad]
+            of_family = (getattr(self.p, name) for name in self.parameters)
+            self.own_rows[key] = bool(candidates) and any(self._depends_on_a_row(value, frame, candidates) for value in of_family)
+        return self.own_rows[key]
+
+    def _depends_on_a_row(self, value: Any, frame: Any, candidates: list[torch.Tensor]) -> bool:
+        """Whether a parameter of the family does."""
+        axis = len(self.p.batch_shape) + frame.dim - self.extra_ndim
+        if not (isinstance(value, torch.Tensor) and value.requires_grad and 0 <= axis < value.ndim and value.shape[axis] == frame.size):
+            return False
+        gradients = torch.autograd.grad(value.select(axis, 0).sum(), candidates, retain_graph=True, allow_unused=True)
+        return any(_is_a_row(g.movedim(i, 0)) for g in gradients if g is not None for i in range(g.ndim) if g.shape[i] == frame.size)
 
     def detach(self, p):
         return detached(p)
@@ -128,6 +150,11 @@ class PyroTarget(Target):
         inside = self.p0.support.check(x)
         feasible = torch.distributions.transform_to(self.p0.support)(torch.zeros_like(x))
         return inside, torch.where(inside.reshape(inside.shape + (1,) * self.event_ndim), x, feasible)
+
+
+def _is_a_row(gradient: torch.Tensor) -> bool:
+    """Whether the first row is all that is not 0."""
+    return bool(gradient[0].any()) and not gradient[1:].any()
 
 
 def draw(target: PyroTarget, estimator: Estimator) -> Draw:

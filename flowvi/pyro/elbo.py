@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pyro
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.poutine.util import prune_subsample_sites
@@ -224,14 +225,22 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _fixed_losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         """The losses at the same random numbers, whatever the state of torch's generators."""
-        if not self.assignment.has_read_annotations:  # the first run of an autoguide draws while it makes its parameters
+        is_new = getattr(guide, "prototype_trace", guide) is None  # an autoguide that draws while it makes its parameters
+        if is_new or not self.assignment.has_read_annotations:
             self._describe(model, guide, args, kwargs)
         if self.vectorize_particles and self.max_plate_nesting == float("inf"):
             with forked_generators():
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
         with forked_generators():
-            seed_generators(self.seed)
-            yield from self._drawn_losses(model, guide, args, kwargs)
+            known = set(pyro.get_param_store())
+            for is_again in (False, True):
+                seed_generators(self.seed)
+                losses = self._drawn_losses(model, guide, args, kwargs)
+                first = next(losses)
+                if is_again or known == set(pyro.get_param_store()):
+                    break  # no parameter has drawn its initial value
+            yield first
+            yield from losses
 
     def _drawn_losses(self, model, guide, args, kwargs) -> Iterator[torch.Tensor]:
         looped = []

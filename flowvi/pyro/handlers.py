@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +21,7 @@ from flowvi.pyro.distributions import PARTICLES, PyroTarget, draw, is_partly_rep
 from flowvi.pyro.host import HOST
 from flowvi.pyro.module import learned_parameters
 from flowvi.pyro.particles import uniforms
+from flowvi.pyro.provenance import not_followed
 from flowvi.pyro.special_points import SAFE, with_right_derivative
 from flowvi.sites import GuideSites, Visit, annotation, is_masked, weight_of_density
 
@@ -76,7 +78,7 @@ class attach_estimators(Messenger):
     def _target(self, msg, enters: bool) -> PyroTarget:
         first_use = msg["name"] not in self.sites.assignment.seen
         target = PyroTarget(msg["name"], msg["fn"], enters, frames=msg["cond_indep_stack"], first_use=first_use)
-        target.params = self.params
+        target.params, target.own_rows = self.params, self.sites.assignment.own_rows
         return target
 
     def _draw(self, msg, visit: Visit) -> Draw | None:
@@ -125,7 +127,9 @@ class attach_estimators(Messenger):
 
     def _attach(self, msg, target, estimator) -> Draw:
         name = msg["name"]
-        drawn = self._draw_at(self._with_learned(msg, target, estimator), estimator)
+        # a sample of CoupledRP is computed from the distribution alone, of which it gets the tags
+        with not_followed() if isinstance(estimator, CoupledRP) else nullcontext():
+            drawn = self._draw_at(self._with_learned(msg, target, estimator), estimator)
         self.sites.assignment.seen.add(name)
         if name in self.sites.replaced:  # the draw has only advanced the generators
             msg["value"], msg["done"] = self.sites.replaced[name], True

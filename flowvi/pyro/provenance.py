@@ -14,6 +14,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 Names = frozenset[str]
+not_followed = torch._C.DisableTorchFunction  # a context in which tensors get no tags
 
 # Functions of a tensor that do not reveal its numbers.
 METADATA = {
@@ -46,15 +47,19 @@ class track_provenance(TorchFunctionMode):
     Attributes:
         branched: The draws whose numbers Python has read (``if x > 0``, ``x.item()``, ``table[int(k)]``): everything that runs later
             may depend on them.
+        has_drawn: Whether anything has been drawn; before, no tensor has a tag.
     """
 
     def __init__(self):
         super().__init__()
         self.branched: Names = frozenset()
+        self.has_drawn = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if not self.has_drawn:
+            return result
         names = provenance(args) | provenance(kwargs)
         if not names:
             return result
@@ -104,6 +109,7 @@ class mark_statements(Messenger):
     def _pyro_post_sample(self, msg):
         if not msg["is_observed"] and not site_is_subsample(msg) and msg["name"] not in self.drawn:
             self.drawn.add(msg["name"])
+            self.tracker.has_drawn = True
             tag(msg["value"], frozenset({msg["name"]}) | provenance(msg["fn"]) | msg["branched"])
 
 

@@ -19,7 +19,7 @@ from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST
 from flowvi.pyro.module import unconstrained
 from flowvi.pyro.run import PyroProgram
-from flowvi.report import Candidates, GradientReport, Measured, compare
+from flowvi.report import Candidates, GradientReport, Measured, compare, require_noise
 from flowvi.run import Run
 
 
@@ -58,7 +58,7 @@ def gradient_report(
         A :class:`flowvi.report.GradientReport`, which prints as a table.
 
     Raises:
-        ValueError: Naming the site; see the estimators.
+        ValueError: Naming the site; see the estimators. Under ``particles="fixed"``, whose gradient has no noise.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -79,6 +79,7 @@ def gradient_report(
     References:
         Parmas and Sugiyama 2021, eq. 19.
     """
+    require_noise(options or {})
 
     def measure(choice: Estimators) -> Measured:
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))

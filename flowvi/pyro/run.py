@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -151,6 +151,8 @@ class PyroProgram:
         enumerates = sites.assignment.marginalises and not self._is_messenger
         validate = is_validation_enabled()
         follows = validate and sites.assignment.couplings is not None and not self.follows_tensors
+        if not sites.assignment.has_read_annotations:
+            attached = with_derivatives(attached)
         model, guide, annotations = self._traces(
             following(attached) if follows else attached, held or nullcontext(), with_model, enumerates
         )
@@ -236,6 +238,13 @@ def programs(
         elbo._guess_max_plate_nesting(model, guide, args, kwargs)
     model, guide = (elbo._vectorized_num_particles(program) for program in (model, guide))
     yield PyroProgram(model, guide, args, kwargs, elbo, follows_tensors, particles)
+
+
+@contextmanager
+def with_derivatives(inner: AbstractContextManager) -> Iterator[None]:
+    """Record derivatives in the first run of a guide, by which sites find which parameters have a row for each of their elements."""
+    with torch.enable_grad(), inner:
+        yield
 
 
 def _asks_to_sum_out(model: dict[str, Any], guide: dict[str, Any]) -> bool:
