@@ -123,14 +123,14 @@ class PyroProgram:
 
     def graph(self, run: Run, scored: frozenset[str]) -> Graph:
         assert self._graph is not None
-        if not self.follows_tensors:  # asked for in a run with another value of a site, where the graph of the first run does not do
-            known = zip((run.guide, run.model), self._graph, strict=False)
-            new = next(name for statements, graph in known for name in statements if name not in graph)
-            raise refusal(
-                new,
-                "expected the statements of the first run in one with another value of a site, as Python looks at no draw; found "
-                "a new one. Let a draw decide what the program runs, or use LR().",
-            )
+        if not self.follows_tensors:  # a run with another value of a site, for which the graph of the first run has to do
+            for statements, known in zip((run.guide, run.model), self._graph, strict=False):
+                if new := [name for name in statements if name not in known]:
+                    raise refusal(
+                        new[0],
+                        "expected the statements of the first run in one with another value of a site, as Python looks at no draw; "
+                        "found a new one. Let a draw decide what the program runs, or use LR().",
+                    )
         return self._graph
 
     def ancestors(self, sites: GuideSites) -> Mapping[str, frozenset[str]]:
