@@ -117,8 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     use_one_thread()
     checkpoints, draws = ([1, 2], 20) if options_given.smoke else ([100, 300, 1000], 1000)
     columns = ("host", "program", "estimator", "evaluations", *(f"{n} steps" for n in checkpoints), "ms a step")
-    seeds = ", ".join(f"{number} seeds in {h.name}" for h, number in SEEDS.items())
-    about = f"The ELBO after so many steps, mean and standard error over {seeds}; larger is better."
+    over = ", ".join(f"{number} seeds in {h.name}" for h, number in SEEDS.items())
+    about = f"The ELBO after so many steps, mean and standard error over {over}; larger is better."
     with table("jumps", options_given, columns, about) as row:
         for h in HOSTS:
             seeds = 2 if options_given.smoke else SEEDS[h]
@@ -161,17 +161,20 @@ def together(study: Study, elbo: Any, value: Any, checkpoints: list[int], seeds:
 
 
 def in_turn(study: Study, elbo: Any, value: Any, checkpoints: list[int], seeds: int) -> tuple[list[np.ndarray], float]:
-    """As :func:`together`, in Pyro, by a compiled objective: all seeds share its one graph."""
-    bounds, spent = np.empty((len(checkpoints), seeds)), 0.0
-    for seed in (None, *range(seeds)):  # compiled before it is timed
+    """As :func:`together`, in Pyro, where all seeds share one graph."""
+
+    def begin(seed: int) -> Any:
         pyro.clear_param_store()
         study.guide()  # makes the parameters, which the graph takes over
-        pyro.set_rng_seed(seed or 0)
-        svi = pyro.infer.SVI(study.model, study.guide, pyro.optim.Adam({"lr": study.rate}), elbo)
-        if seed is None:
-            svi.step()
-            svi.step()
-            continue
+        pyro.set_rng_seed(seed)
+        return pyro.infer.SVI(study.model, study.guide, pyro.optim.Adam({"lr": study.rate}), elbo)
+
+    svi = begin(0)
+    for _ in range(2):  # compiled before it is timed
+        svi.step()
+    bounds, spent = np.empty((len(checkpoints), seeds)), 0.0
+    for seed in range(seeds):
+        svi = begin(seed)
         for i, steps in enumerate(np.diff([0, *checkpoints])):
             start = process_time()
             for _ in range(steps):

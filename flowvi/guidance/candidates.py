@@ -120,8 +120,9 @@ def _sums(site: GuideSite, num_particles: int) -> list[Estimator]:
 
 def _pairs(site: GuideSite, num_particles: int) -> list[Estimator]:
     """One run for all elements at once, where an exact sum takes more than that."""
-    few = site.num_values is not None and site.num_values <= MANY_VALUES
-    return _if(few and (site.num_values - 1) * site.size > 1, DisARM())
+    if site.num_values is None or site.num_values > MANY_VALUES:
+        return []
+    return _if((site.num_values - 1) * site.size > 1, DisARM())
 
 
 def _control_variates(site: GuideSite, num_particles: int) -> list[Estimator]:
