@@ -596,6 +596,35 @@ def test_pyro_a_branch_whose_cost_joins_the_elements_is_refused():
         h.flow.TraceFlow_ELBO(default=Enumerate()).loss_and_grads(model, guide)
 
 
+def test_pyro_only_programs_that_branch_are_followed_again(monkeypatch):
+    """The graph of the first run holds in the others, unless Python has looked at a draw."""
+    h, followed = HOSTS["pyro"], []
+    program_of = flowvi.pyro.run.PyroProgram
+    right = program_of._followed
+    monkeypatch.setattr(program_of, "_followed", lambda self, sites: followed.append(1) or right(self, sites))
+    for model, expected in ((without_branch, 1), (with_branch, 3)):
+        followed.clear()
+        t = [torch.tensor(x, requires_grad=True) for x in (0.3, -0.4)]
+        elbo = h.flow.TraceFlow_ELBO(default=Enumerate(), dependencies="graph")
+        elbo.loss_and_grads(lambda: model(h, t), lambda: two_bernoullis(h, t))  # noqa: B023
+        assert len(followed) == expected
+
+
+def test_pyro_a_statement_that_no_draw_decides_is_refused():
+    h, runs = HOSTS["pyro"], []
+
+    def model():
+        runs.append(1)
+        k = pyro.sample("k", h.dist.Bernoulli(torch.tensor(0.5)))
+        pyro.factor(f"f{len(runs)}", 2.0 * k)
+
+    def guide():
+        pyro.sample("k", h.dist.Bernoulli(logits=torch.tensor(0.3, requires_grad=True)))
+
+    with pytest.raises(ValueError, match="site 'f2': expected the statements of the first run.*use LR"):
+        h.flow.TraceFlow_ELBO(default=Enumerate(), dependencies="graph").loss_and_grads(model, guide)
+
+
 def test_pyro_parameters_that_the_first_run_initializes_at_random():
     """They take random numbers, which the later runs do not: upstream values are held all the same."""
 

@@ -15,7 +15,7 @@ import numpyro.distributions
 import pyro.distributions
 import pytest
 import torch
-from hosts import HOSTS, Program, each, z_scores
+from hosts import HOSTS, Program, always, each, z_scores
 from quadrature import nodes
 
 from flowvi import LR, DisARM, Enumerate, FiniteDifference, MeasureValued, Surrogate
@@ -534,7 +534,7 @@ def test_values_that_are_antithetic_in_pairs(host, size):
     values, weights = map(host.numpy, draw.comparison.make(host.array(rng.random((size, n, len(p))))))
     every = np.concatenate([b[None], values])
     assert np.all(np.abs(z_scores(every[1:].reshape(-1, len(p)), p, p * (1 - p))) < 5)
-    by_hand = (values - every.mean(0)) / (size - 1) * np.log(p / (1 - p))  # times 1 / (1 - rho)
+    by_hand = (values - every.mean(0)) / (size - 1)  # times 1 / (1 - rho)
     rho = 1 - np.where(weights == 0, 0, by_hand / np.where(weights == 0, 1, weights)).max((0, 1))
     np.testing.assert_allclose(weights * (1 - rho), by_hand, atol=1e-12)
     assert np.all(rho < 0)
@@ -717,6 +717,45 @@ def test_joint_cost_of_four_bernoullis(host, name, what):
     samples = host.gradients(four_bernoullis(what == "ELBO"), 10_000, estimators={"b": PROGRAMS[name]})
     exact = exact_of_four(what == "ELBO")
     assert np.all(np.abs(z_scores(samples, exact)) < 5), (samples.mean(0), exact)
+
+
+def check_logits_of_0(host, tolerance):
+    """Two Bernoullis with logits of exactly 0: both are turned over, so that a sample has one of two gradients, equally often."""
+
+    def guide(h, t):
+        return h.sample("b", h.dist.Bernoulli(logits=h.math.stack(t, -1)).to_event(1).mask(False))
+
+    def model(h, t):
+        b = h.sample("b", h.dist.Bernoulli(logits=h.array([0.0, 0.0])).to_event(1).mask(False))
+        h.factor("cost", joint_cost(h.math, b, h.array(WEIGHTS[:2])))
+
+    samples = host.gradients(Program(guide, model, (0.0, 0.0)), 64, estimators={"b": DisARM()})
+    outcomes = np.array(list(product((0, 1), repeat=2)), float)
+    exact = (outcomes - 0.5).T @ joint_cost(np, outcomes, np.array(WEIGHTS[:2])) / 4
+    either = np.unique(samples.round(4), return_index=True, axis=0)[1]
+    assert len(either) == 2
+    np.testing.assert_allclose(samples[either].mean(0), exact, rtol=tolerance)
+
+
+def test_logits_of_0(host):
+    check_logits_of_0(host, 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")  # Pyro's, of the loss
+@pytest.mark.parametrize("logit", [0.0, 0.2])
+@each("estimator", {"Enumerate": Enumerate(), "DisARM": DisARM(), "ARMS": DisARM(num_values=4)}, slow_in_numpyro=always)
+def test_a_cost_that_is_not_finite_is_not_lost(host, estimator, logit):
+    """A value that the model excludes, at which the derivative of the expectation does not exist."""
+
+    def guide(h, t):
+        return h.sample("b", h.dist.Bernoulli(logits=t[0]).mask(False))
+
+    def model(h, t):
+        b = h.sample("b", h.dist.Bernoulli(logits=h.array(0.0)).mask(False))
+        h.factor("cost", h.math.where(b > 0, h.array(-np.inf), h.array(0.0)))
+
+    samples = host.gradients(Program(guide, model, (logit,)), 20, estimators={"b": estimator})
+    assert not np.isfinite(samples.mean())
 
 
 def test_variances_of_four_bernoullis():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import HALF_NORMAL, half_normal, one, square
 from hosts import HOSTS
+from test_alternatives_formulas import check_logits_of_0
 
 from flowvi import LR, RP, Flow, ImplicitRP, proposals
 
@@ -118,3 +119,7 @@ def test_a_mode_that_is_0_in_single_precision(host, single):
             log_prob = jax.jit(lambda scale, q=q: q(host.dist.LogNormal(0.0, scale)).log_prob(0.3))
             assert np.isfinite(log_prob(2.0))
             assert np.isnan(log_prob(11.0))
+
+
+def test_disarm_at_logits_of_0(host, single):
+    check_logits_of_0(host, 1e-5)

@@ -17,8 +17,9 @@ import flowvi.guidance
 from flowvi import LR, RP, AdaptiveFlow, Auto, DisARM, Enumerate, Flow
 from flowvi.guidance import Batch, Search, Setting, Watch
 from flowvi.guidance.bias import MeanTest
-from flowvi.guidance.candidates import ROWS
+from flowvi.guidance.candidates import ROWS, GuideSite, candidates
 from flowvi.guidance.noise import Scale, Trial
+from flowvi.host import host_of
 from flowvi.pyro.guidance import PyroBench
 
 matplotlib.use("agg")
@@ -444,6 +445,25 @@ def test_guides_of_many_kinds(host, kind, monkeypatch):
     advice = host.flow.recommend(model, guide, seconds=1, progress_bar=False)
     assert set(advice.estimators) == {one.site for one in check.sites}
     assert not advice.check.failed
+
+
+def test_antithetic_runs_are_tried_where_an_exact_sum_takes_more(host):
+    d, logits = host.dist, host.array([0.3, -0.4, 0.8])
+    tried = {
+        "a Bernoulli": (d.Bernoulli(logits=logits[0]), False),
+        "several": (d.Bernoulli(logits=logits).to_event(1), True),
+        "a Categorical": (d.Categorical(logits=logits), True),
+        "one of two": (d.Categorical(logits=logits[:2]), False),
+        "a Binomial": (d.Binomial(5, logits=logits[0]), True),
+        "many values": (d.Binomial(500, logits=logits[0]), False),
+        "a Poisson": (d.Poisson(logits[2]), False),
+        "a Normal": (d.Normal(logits, 1.0), False),
+    }
+    found = {}
+    for name, (fn, _) in tried.items():
+        site = GuideSite("k", LR(), host_of(fn).target("k", fn, True), ())
+        found[name] = DisARM() in candidates(site, 4)
+    assert found == {name: expected for name, (_, expected) in tried.items()}
 
 
 def test_what_misses_jumps():

@@ -386,6 +386,14 @@ def test_a_store_that_is_cleared_or_loaded(tmp_path):
     assert 0 < abs(pyro.param("m").item() - saved) < 0.16
 
 
+def test_a_store_that_is_cleared_before_anything_is_compiled():
+    svi = compiled_svi(data_model, data_guide)
+    svi.step(DATA)
+    pyro.clear_param_store()
+    svi.run(3, DATA, progress_bar=False)
+    assert 0 < abs(pyro.param("m").item() - 0.3) < 0.16
+
+
 def test_the_state_of_the_optimizer_is_that_of_svi():
     """Saved after compiled steps and loaded by SVI, and the other way around, the next steps are the same."""
     for optimizer in ("Adam", "ClippedAdam"):

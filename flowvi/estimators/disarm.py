@@ -92,7 +92,8 @@ class DisARM(Estimator):
             correlation = ops.where(spread > 0, (both - rare**2) / ops.where(spread > 0, spread, 0 * spread + 1), 0 * spread)
             values = ops.where((rest < level) == (probs <= 0.5), 1 + 0 * x, 0 * x)
             mean = (x + values.sum(0)) / (others + 1)
-            weights = (values - mean) / (others * (1 - correlation)) * p.logits
+            moving = 1 + ops.tether(p.logits)  # the 1 keeps a cost that is not finite
+            weights = (values - mean) / (others * (1 - correlation)) * moving
             return Alternatives(values, ops.broadcast_to(weights, values.shape))
 
         return Draw(x, comparison=Comparison(make, x, target.event_ndim, target.batch_ndim, others, others + 1, joint=True))

@@ -18,7 +18,7 @@ from flowvi.host import Host
 from flowvi.learned.flow import AdaptiveFlow
 from flowvi.run import Run
 
-MANY_VALUES = 64  # with more values, an exact sum is not tried
+MANY_VALUES = 64  # with more values, neither an exact sum nor DisARM is tried
 MANY_COORDINATES = 30  # with more coordinates, the control variate is diagonal
 
 
@@ -118,6 +118,13 @@ def _sums(site: GuideSite, num_particles: int) -> list[Estimator]:
     return [Enumerate(), *_if(site.size > 1, Enumerate(lanes="random"))]
 
 
+def _pairs(site: GuideSite, num_particles: int) -> list[Estimator]:
+    """One run for all elements at once, where an exact sum takes more than that."""
+    if site.num_values is None or site.num_values > MANY_VALUES:
+        return []
+    return _if((site.num_values - 1) * site.size > 1, DisARM())
+
+
 def _control_variates(site: GuideSite, num_particles: int) -> list[Estimator]:
     if site.family.name not in ("Normal", "MultivariateNormal"):
         return []
@@ -138,7 +145,7 @@ ROWS: tuple[Row, ...] = (
         lambda site, n: _if(bool(site.family.weak_derivatives) and not isinstance(site.family.weak_derivatives, str), MeasureValued()),
         "weak derivatives",
     ),
-    Row(lambda site, n: _if(site.family.binary, DisARM()), "one antithetic run"),
+    Row(_pairs, "one antithetic run"),
     Row(lambda site, n: _if(n > 2, LR(baseline="optimal")), "the likelihood ratio with its best baseline"),
     Row(lambda site, n: _if(bool(site.plates) and site.size > 1, LR(baseline="plate")), "the likelihood ratio less the plate's mean"),
     Row(_control_variates, "the host's path less a learned model of the cost"),

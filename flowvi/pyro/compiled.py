@@ -80,7 +80,7 @@ class CompiledLoss:
         key = arguments.key
         compiled = self._compiled.get(key)
         if compiled is None:
-            if key not in self._names:
+            if key not in self._names or not pyro.get_param_store()._params.keys() >= set(self._names[key]):
                 return None
             compiled = self._compiled[key] = self._compile(arguments)
         if not _fits(compiled):

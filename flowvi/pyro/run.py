@@ -96,6 +96,7 @@ class PyroProgram:
     def variants(
         self, run: Run, replacements: Mapping[str, Replacement], num_runs: int, reduce: Callable[[Run], dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
+        follows = self.follows_tensors and self.branches  # else the graph of the first run holds in the others
         known = {**_subsamples(self.traces[1:]), **{name: run.guide[name].value for name in run.sites.random}}
         for name in run.sites.random:
             PyroTarget(name, run.guide[name].fn, True).require_inverse("the density of another run, which another estimator compares,")
@@ -106,7 +107,7 @@ class PyroProgram:
             sites = run.sites.fresh()
             sites.replaced = {name: r.values[i - r.first] for name, r in changed.items()}
             sites.held = {name: (value, run.draws.get(name)) for name, value in known.items() if name not in downstream}
-            return reduce(replace(self).run(sites))
+            return reduce(replace(self, follows_tensors=follows).run(sites))
 
         reduced = []
         with forked_generators():
@@ -122,6 +123,14 @@ class PyroProgram:
 
     def graph(self, run: Run, scored: frozenset[str]) -> Graph:
         assert self._graph is not None
+        if not self.follows_tensors:  # a run with another value of a site, for which the graph of the first run has to do
+            for statements, known in zip((run.guide, run.model), self._graph, strict=False):
+                if new := [name for name in statements if name not in known]:
+                    raise refusal(
+                        new[0],
+                        "expected the statements of the first run in one with another value of a site, as Python looks at no draw; "
+                        "found a new one. Let a draw decide what the program runs, or use LR().",
+                    )
         return self._graph
 
     def ancestors(self, sites: GuideSites) -> Mapping[str, frozenset[str]]:
