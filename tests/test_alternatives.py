@@ -986,7 +986,7 @@ def test_pyro_an_annotated_baseline_refuses():
     def model():
         pyro.sample("k", pyro.distributions.Bernoulli(torch.tensor(0.5)))
 
-    with pytest.raises(ValueError, match=r"site 'k': Enumerate\(\) has no score.*remove it, or use LR\(\)"):
+    with pytest.raises(ValueError, match=r"site 'k': .* because Enumerate\(\) has no score; remove the baseline, or use LR\(\)"):
         flowvi.pyro.TraceFlow_ELBO(default=Enumerate()).loss_and_grads(model, guide)
 
 
