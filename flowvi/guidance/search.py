@@ -20,7 +20,7 @@ ALIKE = 0.05  # scores that differ by less than this share count as equal
 ALPHA = 0.001  # the probability that a right plate of particles is rejected
 BATCHES = 128  # the most batches of one trial in a race
 SURE, KNOWN = 8, 0.1  # the fewest batches of a confirmation, if there is time, and the error at which it ends
-FIRST = 4  # batches for the weights of the elements
+FIRST = 8  # batches for the weights of the elements
 FEWEST = 64  # samples after which the first candidates drop out
 
 
