@@ -68,7 +68,10 @@ class adaptive(Messenger):
                     self.assignment.remember(program.annotations())
                 if self.assignment.control_variate is not None:
                     couple_sites(program, program.run(GuideSites(self.assignment), with_model=False).sites)
-        return super().__call__(*args, **kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            del self.sizes  # it holds the arguments, which may be tracers
 
     def __getattr__(self, name):
         """The attributes of the guide, such as ``median``, ``quantiles`` and ``sample_posterior``."""
