@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jax import random
 from numpyro.handlers import block
 from numpyro.primitives import Messenger
@@ -57,21 +59,22 @@ class adaptive(Messenger):
             raise TypeError(f"adaptive: expected a TraceFlow_ELBO, found {type(elbo).__name__}; no other objective learns.")
         self.assignment: Assignment = elbo.assignment
         self.model = model
+        self.sizes: Any = None  # outside of a run, whose arguments may be tracers
         super().__init__(guide)
 
     def __call__(self, *args, **kwargs):
         program = NumPyroProgram(random.key(0), {}, self.model or self.fn, self.fn, args, kwargs)
-        self.sizes = Sizes(program.own_rows)
-        if not is_attaching():
-            with block():
-                if self.model is not None:
-                    self.assignment.remember(program.annotations())
-                if self.assignment.control_variate is not None:
-                    couple_sites(program, program.run(GuideSites(self.assignment), with_model=False).sites)
+        outer, self.sizes = self.sizes, Sizes(program.own_rows)  # the run of a guide may run it once more
         try:
+            if not is_attaching():
+                with block():
+                    if self.model is not None:
+                        self.assignment.remember(program.annotations())
+                    if self.assignment.control_variate is not None:
+                        couple_sites(program, program.run(GuideSites(self.assignment), with_model=False).sites)
             return super().__call__(*args, **kwargs)
         finally:
-            del self.sizes  # it holds the arguments, which may be tracers
+            self.sizes = outer
 
     def __getattr__(self, name):
         """The attributes of the guide, such as ``median``, ``quantiles`` and ``sample_posterior``."""
