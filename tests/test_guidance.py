@@ -342,6 +342,25 @@ def test_pyro_what_a_candidate_has_learned_is_kept(monkeypatch):
         assert before.var(0).max() < 1e-2 * bench.gradients(Setting())(0).gradients.var(0).max()
 
 
+def test_numpyro_knows_estimators_that_the_model_annotates():
+    """What these learn is no parameter of the program."""
+
+    def model():
+        x = numpyro.sample("x", numpyro.distributions.Normal(0.0, 1.0), infer={"estimator": RP(control_variate="quadratic")})
+        numpyro.factor("cost", -(x**2))
+
+    def guide():
+        numpyro.sample("x", numpyro.distributions.Normal(numpyro.param("m", 0.4), 1.0))
+
+    def parameters():
+        bench = flowvi.numpyro.guidance.NumPyroBench(model, guide, (), {}, None, Auto(), None, None)
+        found.append((bench.parameters, bench.learns_already))
+
+    found = []
+    jax.eval_shape(parameters)
+    assert found == [({"m": 1}, True)]
+
+
 def test_pyro_is_left_as_it_was(monkeypatch):
     """Generators, parameters and gradients; also what candidates learn."""
     from hosts import HOSTS

@@ -238,7 +238,7 @@ class NumPyroBench:
         return random.split(random.fold_in(self.key, number % 2**31), self.size)
 
     def _svi(self, elbo):
-        guide = adaptive(self.guide, elbo) if isinstance(elbo, TraceFlow_ELBO) else self.guide
+        guide = adaptive(self.guide, elbo, self.model) if isinstance(elbo, TraceFlow_ELBO) else self.guide
         svi = SVI(self.model, guide, numpyro.optim.SGD(1.0), elbo)
         state = svi.init(self.key, *self.args, init_params=self.params, **self.kwargs)
         return svi, svi.optim.get_params(state.optim_state)
