@@ -151,6 +151,8 @@ class GuideSites:
         estimator, given = self.random[name].estimator, assignment.estimators
         if callable(given) or assignment.control_variate is not None or self.random[name].source in ("guide", "model", "Estimated"):
             return
+        if 0 in fn.shape():  # here RP(control_variate=...) has become RP()
+            return
         by_host = estimator == RP() and name not in self.draws
         if by_host or any(estimator is one for one in (assignment.default, *(given or {}).values())):  # not chosen by Auto
             families = tuple(type(inside) for inside in _inside(fn))

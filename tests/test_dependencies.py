@@ -97,6 +97,12 @@ PYRO_WAYS = {
     "a derivative": lambda k: torch.func.grad(lambda x: x**2)(k),
     "a Jacobian": lambda k: torch.func.jacrev(lambda x: x**2)(k.reshape(1)).sum(),
     "the number of results": lambda k: torch.tensor(1.0 * len(torch.ones(3)[torch.ones(3) * k > 0])),
+    "the length of a slice": lambda k: torch.tensor(1.0 * len(torch.ones(3)[: k.long()])),
+    "the length of a range": lambda k: torch.tensor(1.0 * len(torch.arange(k))),
+    "a size": lambda k: torch.tensor(1.0 * torch.zeros(k.long()).numel()),
+    "the size of an expansion": lambda k: torch.tensor(1.0 * torch.ones(1).expand(k.long()).numel()),
+    "a format": lambda k: torch.tensor(1.0 * float(f"{k}")),
+    "a string": lambda k: torch.tensor(1.0 * len(str(k))),
 }
 
 

@@ -377,6 +377,20 @@ def test_pyro_is_left_as_it_was(monkeypatch):
     assert torch.equal(torch.get_rng_state(), before[0])
     assert dict(pyro.get_param_store().items()) == before[1]
     assert pyro.param("loc").unconstrained().grad is gradient
+    assert gradient == 1
+
+
+def test_pyro_what_was_learned_before_keeps_its_gradient():
+    from hosts import HOSTS
+
+    host = HOSTS["pyro"]
+    program, estimators = normal_program(host, lambda x: host.factor("cost", -(x**2))), {"x": RP(control_variate="quadratic")}
+    host.flow.TraceFlow_ELBO(estimators=estimators).loss(*program)
+    learned = [value.unconstrained() for name, value in pyro.get_param_store().items() if name.startswith("x.")]
+    assert learned
+    assert all(leaf.grad is None for leaf in learned)
+    host.flow.check_program(*program, estimators=estimators, seconds=1)
+    assert all(leaf.grad is None for leaf in learned)
 
 
 def test_pyro_modules_with_parameters_of_their_own(monkeypatch):

@@ -261,3 +261,17 @@ def test_pyro_a_program_without_sites():
     elbo = flowvi.pyro.TraceFlow_ELBO()
     for loss in (elbo.loss, elbo.differentiable_loss, elbo.loss_and_grads):
         assert loss(lambda: None, lambda: None) == 0
+
+
+def test_a_control_variate_after_an_empty_batch():
+    def model(n):
+        pyro.sample("x", pyro.distributions.Normal(torch.zeros(n), 1.0).to_event(1))
+
+    def guide(n):
+        pyro.sample("x", pyro.distributions.Normal(pyro.param("m", torch.tensor(0.3)).expand(n), 1.0).to_event(1))
+
+    estimator = RP(control_variate="quadratic", shared=True)
+    elbo = flowvi.pyro.TraceFlow_ELBO(estimators={"x": estimator})
+    for n, expected in ((0, RP()), (2, estimator)):
+        elbo.loss(model, guide, n)
+        assert elbo.describe(model, guide, n)[0].estimator == expected

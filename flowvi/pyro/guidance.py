@@ -201,13 +201,16 @@ class PyroBench:
         """A bench that restores the generators, the gradients, and the parameter store except for parameters of the program."""
         with forked_generators():
             bench = cls(*arguments)
-            gradients = {name: leaf.grad for name, leaf in bench.leaves.items()}
+            store: Any = pyro.get_param_store()
+            leaves = [*bench.leaves.values(), *(store[name].unconstrained() for name in bench.trained)]
+            gradients = [leaf.grad for leaf in leaves]
+            for leaf in leaves:
+                leaf.grad = None  # nothing is added to the user's gradients
             try:
                 yield bench
             finally:
-                for name, leaf in bench.leaves.items():
-                    leaf.grad = gradients[name]
-                store = pyro.get_param_store()
+                for leaf, gradient in zip(leaves, gradients, strict=True):
+                    leaf.grad = gradient
                 for name in set(store.keys()) - bench.trained - set(bench.leaves):
                     del store[name]
 

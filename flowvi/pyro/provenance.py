@@ -18,7 +18,7 @@ not_followed = torch._C.DisableTorchFunction  # a context in which tensors get n
 
 # Functions of a tensor that do not reveal its numbers.
 METADATA = {
-    *("__get__", "__set__", "__delete__", "__len__", "__hash__", "__repr__", "__format__", "__deepcopy__", "size", "dim", "ndimension"),
+    *("__get__", "__set__", "__delete__", "__len__", "__hash__", "__deepcopy__", "size", "dim", "ndimension"),
     *("numel", "nelement", "stride", "type", "element_size", "get_device", "storage_offset", "data_ptr"),
     *("is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg", "is_inference", "is_same_size"),
     *("register_hook", "has_names", "dtype", "broadcast_shapes", "result_type", "can_cast", "backward", "requires_grad_"),
@@ -36,6 +36,9 @@ DATA_DEPENDENT_SHAPE = {
     "bincount",
     "repeat_interleave",
 }
+# Functions of sizes, and methods whose arguments after the tensor are sizes; a draw may give these.
+OF_SIZES = {"arange", "empty", "eye", "ones", "rand", "randn", "zeros"}
+SIZES_FOLLOW = {"expand", "narrow", "new_empty", "new_ones", "new_zeros", "repeat", "tile"}
 # Modules that look at numbers to check them, not to choose what to run.
 CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.infer.", "pyro.poutine.", "pyro.util", "flowvi.")
 PASSED_THROUGH = ("torch.overrides", "torch._tensor", "torch.functional")
@@ -124,8 +127,17 @@ def _shows_numbers(name: str, args: tuple, result: Any) -> bool:
     if name in DATA_DEPENDENT_SHAPE:
         return name != "where" or len(args) == 1
     if name == "__getitem__":
-        return any(t.dtype == torch.bool and provenance(t) for t in _tensors(args[1]))
+        return any(_selects_by_numbers(index) for index in (args[1] if isinstance(args[1], tuple) else args[1:]))
+    if name in OF_SIZES:
+        return True
+    if name in SIZES_FOLLOW:
+        return bool(provenance(args[1:]))
     return name not in METADATA and result is not None and next(_tensors(result), None) is None
+
+
+def _selects_by_numbers(index: Any) -> bool:
+    """Whether an index is a mask or a slice from a draw, so that the shape of what it selects depends on the draw's numbers."""
+    return any((isinstance(index, slice) or t.dtype == torch.bool) and provenance(t) for t in _tensors(index))
 
 
 def _by_a_check() -> bool:
