@@ -394,6 +394,20 @@ def test_a_store_that_is_cleared_before_anything_is_compiled():
     assert 0 < abs(pyro.param("m").item() - 0.3) < 0.16
 
 
+def test_a_decaying_rate_starts_anew_after_the_store_is_cleared():
+    found = []
+    for make in (SVI, partial(CompiledSVI, backend="eager")):
+        svi = make(data_model, data_guide, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.5}), TraceFlow_ELBO())
+        for _ in range(4):
+            svi.step(DATA)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi.step(DATA)
+        found.append(pyro.param("m").item())
+        pyro.clear_param_store()
+    assert abs(found[0] - found[1]) < 1e-6
+
+
 def test_the_state_of_the_optimizer_is_that_of_svi():
     """Saved after compiled steps and loaded by SVI, and the other way around, the next steps are the same."""
     for optimizer in ("Adam", "ClippedAdam"):

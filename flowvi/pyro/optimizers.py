@@ -64,11 +64,11 @@ class JointOptimizer:
         options = {key: value for key, value in alone.param_groups[0].items() if key != "params"}
         if self.torch is None:
             self.torch = alone
-        elif options in self._options:
-            self.torch.param_groups[self._options.index(options)]["params"].append(leaf)
+            self._options.append(options)
+        elif (group := self._group_for(options)) is not None:
+            group["params"].append(leaf)
         else:
             self.torch.add_param_group(alone.param_groups[0])
-        if options not in self._options:
             self._options.append(options)
         if leaf in alone.state:
             self.torch.state[leaf] = alone.state[leaf]
@@ -79,6 +79,13 @@ class JointOptimizer:
         self.optim.optim_objs[leaf] = state = _StateOf(self, leaf)
         if (saved := self.optim._state_waiting_to_be_consumed.pop(name, None)) is not None:
             state.load_state_dict(saved)
+
+    def _group_for(self, options: dict[str, Any]) -> dict[str, Any] | None:
+        """The group of a new parameter with these options; its rate must not have decayed, as that of ClippedAdam does."""
+        for known, group in zip(self._options, self.torch.param_groups, strict=True):
+            if known == options and ("lrd" not in options or group["lr"] == options["lr"]):
+                return group
+        return None
 
     def _optimizer_of(self, leaf: torch.Tensor) -> torch.optim.Optimizer:
         constructor: Any = self.optim.pt_optim_constructor
