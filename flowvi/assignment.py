@@ -28,17 +28,13 @@ class Settled(NamedTuple):
 
     Attributes:
         families: The classes of the site's distribution and of those inside it, outermost first.
-        has_rsample: Whether the distribution declares a reparameterized sampler.
         alias: The name of the corresponding model site.
         description: Its description.
-        by_host: Whether the host draws and nothing has to be attached, as at a site of plain ``RP``.
     """
 
     families: tuple[type, ...]
-    has_rsample: bool
     alias: str
     description: SiteDescription
-    by_host: bool
 
 
 class MissingAnnotationError(Exception):
@@ -66,7 +62,7 @@ class Assignment:
         annotations: The estimators annotated in the model at its last run, by name. The guide runs before the model, so these
             come from the previous run; ``remember`` returns whether they have changed since.
         has_read_annotations: Whether a run of the model has been read.
-        settled: The sites at which a later run need not decide anything.
+        settled: The sites that have plain ``RP`` by default. The host draws there, and a later run need not decide anything.
         seen: Names of the sites that had an estimator in an earlier run.
         compares: Whether some site has compared the cost at several values, so that the program ran several times; None before the
             first run.

@@ -146,29 +146,16 @@ class GuideSites:
         return self.assignment.coupled(msg["name"], estimator)
 
     def settle(self, msg: Any) -> None:
-        """Record a random site as settled, if the objective alone chooses the estimator for its family."""
+        """Record a random site as settled, if its estimator is plain ``RP`` by default: a later run need not decide anything there."""
         name, assignment, fn = msg["name"], self.assignment, msg["fn"]
-        estimator, given = self.random[name].estimator, assignment.estimators
-        if callable(given) or assignment.control_variate is not None or self.random[name].source in ("guide", "model", "Estimated"):
+        description = self.random[name]
+        if (
+            description.source != "default" or callable(assignment.estimators) or 0 in fn.shape()
+        ):  # RP() at no elements stands for others
             return
-        if 0 in fn.shape():  # here RP(control_variate=...) has become RP()
-            return
-        by_host = estimator == RP() and name not in self.draws
-        if by_host or any(estimator is one for one in (assignment.default, *(given or {}).values())):  # not chosen by Auto
+        if description.estimator == RP() and name not in self.draws and name not in self.blocks:
             families = tuple(type(inside) for inside in _inside(fn))
-            assignment.settled[name] = Settled(families, fn.has_rsample, self.aliases[name], self.random[name], by_host)
-
-    def revisit(
-        self, settled: Settled, msg: Any, target_of: Callable[[Any, bool], Target], draw: Callable[[Any, Visit], Draw | None]
-    ) -> None:
-        """:meth:`visit` at a settled site."""
-        name, description = msg["name"], settled.description
-        if not settled.by_host:
-            estimator = description.estimator
-            visit = Visit(target_of(msg, estimator.enters), estimator, Choice(estimator, description.source), None)
-            if (drawn := draw(msg, visit)) is not None:
-                self.draws[name] = drawn
-        self.random[name], self.aliases[name] = description, settled.alias
+            assignment.settled[name] = Settled(families, self.aliases[name], description)
 
 
 def not_random(host: Host, msg: Any) -> str | None:

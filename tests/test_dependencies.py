@@ -101,6 +101,8 @@ PYRO_WAYS = {
     "the length of a range": lambda k: torch.tensor(1.0 * len(torch.arange(k))),
     "a size": lambda k: torch.tensor(1.0 * torch.zeros(k.long()).numel()),
     "the size of an expansion": lambda k: torch.tensor(1.0 * torch.ones(1).expand(k.long()).numel()),
+    "the size of a view": lambda k: torch.tensor(1.0 * len(torch.ones(2).view(k.long() + 1, -1))),
+    "a full tensor": lambda k: torch.tensor(1.0 * torch.full((k.long(),), 1.0).numel()),
     "a format": lambda k: torch.tensor(1.0 * float(f"{k}")),
     "a string": lambda k: torch.tensor(1.0 * len(str(k))),
 }

@@ -37,7 +37,7 @@ def _is_as_before(msg, settled: Settled) -> bool:
             return False
         fn = getattr(fn, "base_dist", None)
     return (
-        msg["fn"].has_rsample is settled.has_rsample
+        msg["fn"].has_rsample
         and msg["value"] is None  # neither observed nor held
         and _NAMES_AN_ESTIMATOR.isdisjoint(msg["infer"])
         and tuple(map(_name_of, msg["cond_indep_stack"])) == settled.description.plates
@@ -61,7 +61,7 @@ class attach_estimators(Messenger):
     def _pyro_sample(self, msg):
         settled = self.settled.get(msg["name"])
         if settled is not None and _is_as_before(msg, settled):
-            self.sites.revisit(settled, msg, self._target, self._draw)
+            self.sites.random[msg["name"]], self.sites.aliases[msg["name"]] = settled.description, settled.alias
             return
         if site_is_subsample(msg):
             if msg["name"] in self.sites.held:

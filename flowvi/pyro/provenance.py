@@ -38,7 +38,7 @@ DATA_DEPENDENT_SHAPE = {
 }
 # Functions of sizes, and methods whose arguments after the tensor are sizes; a draw may give these.
 OF_SIZES = {"arange", "empty", "eye", "ones", "rand", "randn", "zeros"}
-SIZES_FOLLOW = {"expand", "narrow", "new_empty", "new_ones", "new_zeros", "repeat", "tile"}
+SIZES_FOLLOW = {"chunk", "expand", "narrow", "new_empty", "new_ones", "new_zeros", "repeat", "reshape", "split", "tile", "view"}
 # Modules that look at numbers to check them, not to choose what to run.
 CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.infer.", "pyro.poutine.", "pyro.util", "flowvi.")
 PASSED_THROUGH = ("torch.overrides", "torch._tensor", "torch.functional")
@@ -132,6 +132,8 @@ def _shows_numbers(name: str, args: tuple, result: Any) -> bool:
         return True
     if name in SIZES_FOLLOW:
         return bool(provenance(args[1:]))
+    if name == "full":
+        return bool(provenance(args[:1]))
     return name not in METADATA and result is not None and next(_tensors(result), None) is None
 
 
