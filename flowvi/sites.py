@@ -146,7 +146,10 @@ class GuideSites:
         return self.assignment.coupled(msg["name"], estimator)
 
     def settle(self, msg: Any) -> None:
-        """Record a random site as settled, if its estimator is plain ``RP`` by default: a later run need not decide anything there."""
+        """Record a random site as settled, if its estimator is plain ``RP`` by default: a later run need not decide anything there.
+
+        Without elements a site has ``RP()`` also where ``RP(control_variate=...)`` was given.
+        """
         name, assignment, fn = msg["name"], self.assignment, msg["fn"]
         description = self.random[name]
         if (
