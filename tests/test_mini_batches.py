@@ -101,6 +101,7 @@ def of_four(h, *shape):
 MISTAKABLE = {
     "weights": lambda h, data: h.dist.Normal(data @ of_four(h), h.array(0.7)),
     "their sum": lambda h, data: h.dist.Normal(data[:, 0] * of_four(h).sum(), h.array(0.7)),
+    "one output of a layer": lambda h, data: h.dist.Normal((data @ of_four(h, 4))[:, 0], h.array(0.7)),
     "an event": lambda h, data: h.dist.Normal(data * of_four(h), h.array(0.7)).to_event(1),
     "a matrix": lambda h, data: h.dist.MultivariateNormal(data, scale_tril=h.math.tril(of_four(h, 4))),
 }

@@ -84,7 +84,7 @@ class PyroTarget(Target):
         }
 
     def _has_own_rows(self, frame: Any) -> bool:
-        """Whether the first element of a plate depends on the first row of some parameter alone."""
+        """Whether the first and the last element of a plate depend on the first and the last row of some parameter alone."""
         key = self.name, frame.name
         if key not in self.own_rows:
             candidates = [param for param in self.params if frame.size in param.shape and param.requires_grad]
@@ -97,8 +97,12 @@ class PyroTarget(Target):
         axis = len(self.p.batch_shape) + frame.dim - self.extra_ndim
         if not (isinstance(value, torch.Tensor) and value.requires_grad and 0 <= axis < value.ndim and value.shape[axis] == frame.size):
             return False
-        gradients = torch.autograd.grad(value.select(axis, 0).sum(), candidates, retain_graph=True, allow_unused=True)
-        return any(_is_a_row(g.movedim(i, 0)) for g in gradients if g is not None for i in range(g.ndim) if g.shape[i] == frame.size)
+        rows_of = []  # for each of the two elements, the parameters, by number and axis, of which it has a row
+        for element in (0, -1):
+            gradients = torch.autograd.grad(value.select(axis, element).sum(), candidates, retain_graph=True, allow_unused=True)
+            axes = ((k, i, g) for k, g in enumerate(gradients) if g is not None for i in range(g.ndim) if g.shape[i] == frame.size)
+            rows_of.append({(k, i) for k, i, g in axes if _is_a_row(g.movedim(i, 0), element)})
+        return not rows_of[0].isdisjoint(rows_of[1])
 
     def detach(self, p):
         return detached(p)
@@ -152,9 +156,9 @@ class PyroTarget(Target):
         return inside, torch.where(inside.reshape(inside.shape + (1,) * self.event_ndim), x, feasible)
 
 
-def _is_a_row(gradient: torch.Tensor) -> bool:
-    """Whether the first row is all that is not 0."""
-    return bool(gradient[0].any()) and not gradient[1:].any()
+def _is_a_row(gradient: torch.Tensor, row: int) -> bool:
+    """Whether this row is all that is not 0."""
+    return bool(gradient[row].any()) and bool(torch.count_nonzero(gradient) == torch.count_nonzero(gradient[row]))
 
 
 def draw(target: PyroTarget, estimator: Estimator) -> Draw:
