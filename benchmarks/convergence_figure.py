@@ -1,4 +1,4 @@
-"""The figure of the tables of ``convergence.py``: seconds until the ELBO is close to the best known, the host's best beside flowvi's.
+"""The figure of the tables of ``convergence.py``: seconds until the ELBO is close to the best known, by side.
 
 It reads docs/tables/convergence_numpyro.md and convergence_pyro.md, and writes docs/figures/convergence.png:
 
@@ -20,7 +20,7 @@ SIDES = {"best objective of the host": "o", "flowvi's default": "^", "flowvi's b
 
 
 class Time(NamedTuple):
-    """How long a side takes to the target; a lower bound where it is not reached."""
+    """The seconds that a side takes to the target, or a lower bound if it never reaches the target."""
 
     is_bound: bool
     seconds: float
@@ -45,7 +45,7 @@ def times(table: str) -> dict[str, dict[str, Time]]:
 
 
 def draw(tables: dict[str, str], path: Path) -> None:
-    """Draw the tables of both hosts, one beside the other."""
+    """Draw the tables of both hosts side by side."""
     with plt.rc_context(plot.STYLE):
         picture, axes = plt.subplots(1, len(tables), figsize=(9.0, 3.8))
         for ax, (host, table) in zip(axes, tables.items(), strict=True):
