@@ -2,13 +2,14 @@
 From LR to RP
 =============
 
-The fields u = a u_RP lead from ``LR`` (a = 0) to ``RP`` (a = 1) and beyond, and each of them is unbiased. Which has the
-least variance depends on the cost. This example draws the gradients of single samples along the blend, in both hosts.
+The fields u = a u_RP go from ``LR`` (a = 0) to ``RP`` (a = 1) and beyond, and each of them is unbiased. The cost
+decides which a has the least variance. This example shows the gradients of single samples for several a, in Pyro and
+NumPyro.
 """
 
 # %%
-# The parameter is the location of a Normal, and there are two costs: a smooth one, and one with ripples, whose
-# derivative varies far more than the cost itself.
+# The parameter is the location of a Normal. There are two costs: a smooth one, and one with ripples, whose derivative
+# varies far more than the cost itself.
 
 import sys
 
@@ -41,14 +42,14 @@ def samples(a, cost, host):
 
 
 # %%
-# Histograms of the gradient of the smooth cost, whose mean is -2. LR has a long tail; towards RP it gets shorter.
+# Histograms of the gradient of the smooth cost, whose mean is -2. LR has a long tail, which gets shorter towards RP.
 
 p, _ = HOSTS["Pyro"]
 plot.gradients(p, {f"a = {a:g}": blend(a) for a in (0.0, 0.25, 0.5, 0.75, 1.0)}, "loc", lambda x: (x - 1) ** 2, num_samples=NUM_SAMPLES)
 
 # %%
-# The standard deviation of one sample along the blend, for both costs. The lines are NumPyro's; the dots are Pyro's, on
-# its own draws. The variance is a parabola in a, so that three values tell where it is least.
+# The standard deviation of one sample as a function of a, for both costs. The lines are NumPyro, and the dots are Pyro,
+# with its own draws. The variance is a parabola in a, so three values give its minimum.
 
 plt.rcParams.update(plot.STYLE)
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.0, 3.2))
@@ -77,5 +78,5 @@ if "--save" in sys.argv:
 plt.show()
 
 # %%
-# RP is better than LR for the smooth cost and worse for the rippled one, and the best field is neither: for the first
-# it lies beyond RP, for the second close to LR.
+# RP is better than LR for the smooth cost, and worse for the rippled one. The best field is neither: it is beyond RP for
+# the first cost, and close to LR for the second.
