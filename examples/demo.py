@@ -129,7 +129,7 @@ class Pyro:
     def gradients(self, problem, estimators, params, draws):
         """Gradients of the loss, each from one particle, by parameter; the draws are the first axis.
 
-        Every particle has its own copy of the parameters, so that one backward pass keeps their gradients apart.
+        Every particle has its own copy of the parameters, so one backward pass gives the gradient of each.
         """
         pyro.clear_param_store()
         pyro.set_rng_seed(1)
@@ -310,7 +310,7 @@ def logistic_regression(assignments, steps, draws):
     best_elbo = float(logistic_elbo(best))
     print("1. Bayesian logistic regression: breast cancer, 569 patients, 31 weights, mean-field Normal guide\n")
     print(f"The best ELBO of this guide, by quadrature and L-BFGS, is {best_elbo:.4f} (-67.4635 is quoted for mc_gradients' model).")
-    print(f"The exact ELBO that each fit reached in {steps} steps of Adam, and how far that is below the best:\n")
+    print(f"The exact ELBO of each fit after {steps} steps of Adam, and its distance to the best:\n")
     rows = [("estimator of w", "particles", *(heading for host in HOSTS for heading in (type(host).__name__, "below")))]
     for title, estimators in assignments.items():
         for particles in (20, 100) if title == "LR" else (20,):
@@ -325,8 +325,8 @@ def eight_schools(assignments, steps, draws):
     evidence, probability = schools_posterior()
     print("2. Eight schools, with a switch between complete and partial pooling\n")
     print(f"By quadrature, the posterior probability of complete pooling is {probability:.4f} and the log evidence {evidence:.4f}.")
-    print("The guide takes mu, tau and eta as independent given the switch; the last row is the best that it can then do.")
-    print(f"The exact ELBO and the probability that each fit reached in {steps} steps of Adam with 20 particles:\n")
+    print("In the guide, mu, tau and eta are independent given the switch; the last row is the best guide of this kind.")
+    print(f"The exact ELBO and the probability of each fit after {steps} steps of Adam with 20 particles:\n")
 
     def row(title, fits):
         elbos, probabilities = [schools_elbo(fit) for fit in fits], [expit(fit["pooled_logits"]) for fit in fits]
