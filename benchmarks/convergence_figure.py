@@ -45,9 +45,9 @@ def times(table: str) -> dict[str, dict[str, Time]]:
 
 
 def draw(tables: dict[str, str], path: Path) -> None:
-    """Draw the tables of both hosts side by side."""
+    """Draw the tables of both hosts, one below the other, so that a phone shows them large enough."""
     with plt.rc_context(plot.STYLE):
-        picture, axes = plt.subplots(1, len(tables), figsize=(9.0, 3.8))
+        picture, axes = plt.subplots(len(tables), 1, figsize=(5.2, 7.2))
         for ax, (host, table) in zip(axes, tables.items(), strict=True):
             of_host = times(table)
             for y, of_program in enumerate(of_host.values()):
@@ -58,7 +58,8 @@ def draw(tables: dict[str, str], path: Path) -> None:
             ax.margins(x=0.12)
             ax.grid(axis="x", color="0.9")
             ax.set_axisbelow(True)
-            ax.set(title=host, xlabel="seconds of training")
+            ax.set_title(host)
+        axes[-1].set_xlabel("seconds of training")
         handles = [plt.Line2D([], [], ls="", marker=marker, color=f"C{i}") for i, marker in enumerate(SIDES.values())]
         picture.legend(handles, list(SIDES), loc="outside lower center", ncols=len(SIDES))
         picture.savefig(path, dpi=150)
