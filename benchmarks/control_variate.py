@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def one_site(options_given: Any, steps: int, samples: int, rounds: int, duration: float) -> None:
     loc, scale = optimum()
-    about = "Summed variance of the gradient at the optimum; the times are those of a step, in turn with RP's; target 1.3."
+    about = "Variance of the gradient at the optimum, summed over the parameters; time of a step, in turn with RP; target 1.3."
     bounds = ("of the best quadratic one", "with scales 10 % smaller", "10 % larger")
     columns = ("host", "control variate", "variance", "RP's / variance", *bounds, "time / RP's", "95% interval", "")
     with table("control_variate", options_given, columns, about) as row:

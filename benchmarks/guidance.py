@@ -60,7 +60,7 @@ def check(h: Any, planted: Planted, seconds: float) -> tuple[Any, float]:
 
 
 def biases(asked: Options) -> None:
-    about = f"A planted bias: the sites that `check_program` names in {CHECK:.0f} seconds at most, and what it says."
+    about = f"Planted biases: the sites and the findings that `check_program` reports in at most {CHECK:.0f} seconds."
     with table("guidance_biases", asked, ("Host", "Bias", "Planted at", "Found at", "It says", "Samples", "Seconds"), about) as row:
         for h in HOSTS[:1] if asked.smoke else HOSTS:
             for name, planted in list(BIASES.items())[: 1 if asked.smoke else None]:
@@ -81,7 +81,7 @@ def check_right(h: Any, seed: int, seconds: float, compiled: dict[int, dict]) ->
 
 
 def false_alarms(asked: Options) -> None:
-    about = f"Random programs whose estimators are right, each checked for {RIGHT:g} seconds at most: false alarms."
+    about = f"False alarms on random programs whose estimators are right, each checked for at most {RIGHT:g} seconds."
     columns = ("Host", "Seeds", "Programs", "Sites compared", "False alarms", "Median detectable bias, of the gradient")
     with table("guidance_right", asked, columns, about) as row:
         for h in HOSTS[1:] if asked.smoke else HOSTS:
@@ -225,9 +225,9 @@ def over_the_best(search: Search, seconds: float) -> tuple[float, str, int]:
 
 def choices(asked: Options) -> None:
     about = (
-        f"What `recommend` chooses in {in_seconds()}; its noise x time over that of the best objective of all that it tried, "
-        f"measured again in turn for {TRUTH:.0f} seconds; and how many times as much the default and the host's own objective need, "
-        "with 95% intervals."
+        f"The choice of `recommend` in {in_seconds()}. Over the best: its noise x time over that of the best objective that it tried, "
+        f"measured again in turn for {TRUTH:.0f} seconds. Default, host's own: noise x time of the default and of the host's own "
+        "objective over that of the choice, with 95% intervals."
     )
     columns = ("Host", "Program", "Choice", "Tried", "Over the best", "Which is", "Default", "Host's own", "Seconds")
     with table("guidance_choices", asked, columns, about) as row:
