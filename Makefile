@@ -1,7 +1,7 @@
-# Everything needs only git, Python (3.11 or newer) and make; the virtual environment is made once.
+# You need git, make and Python 3.11 or newer. The first target creates the virtual environment.
 PYTHON ?= python3
 BIN := .venv/bin
-# The tests run one process per core; each keeps to one thread.
+# The tests run one process per core, so each process gets one thread.
 export OMP_NUM_THREADS := 1
 
 .PHONY: demo test test-slow test-oldest lint bench bench-adaptive bench-convergence bench-guidance bench-gpu docs package clean
@@ -14,13 +14,13 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
-# A core of the tests, with the oldest versions of the host libraries.
+# The core tests, with the oldest versions of the host libraries.
 test-oldest:
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[numpyro,pyro,test]'
 	build/oldest/bin/python -m pytest -n auto tests/test_drop_in.py tests/test_estimated.py tests/test_report.py tests/test_bounds.py tests/test_numpyro_svi.py tests/test_pyro_svi.py
 
-# The wheel and the sdist, into dist/. The tests of the sdist then run on the wheel, in an environment of its own.
+# Builds the wheel and the sdist in dist/, and tests the wheel with the tests of the sdist, in a clean environment.
 package:
 	rm -rf dist build/package
 	$(PYTHON) -m venv build/package
@@ -36,7 +36,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Each command writes its tables to docs/tables, every table as soon as it is whole.
+# More than half an hour. Each command writes a table to docs/tables as soon as it is complete.
 bench: .venv/ready
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/draws.py
@@ -65,15 +65,15 @@ bench-convergence: .venv/ready
 	$(BIN)/python benchmarks/convergence.py
 	$(BIN)/python benchmarks/convergence_figure.py
 
-# Ten to twenty minutes for each of four studies; one of them by STUDY="--study right".
+# Four studies of ten to twenty minutes. STUDY="--study right" runs one of them.
 bench-guidance: .venv/ready
 	$(BIN)/python benchmarks/guidance.py $(STUDY)
 
-# About five minutes; without a GPU it says so and stops.
+# About five minutes. Without a GPU it prints a message and stops.
 bench-gpu: .venv/ready
 	$(BIN)/python benchmarks/gpu.py
 
-# Several minutes: it runs the examples of the gallery.
+# Several minutes, because it runs the examples of the gallery.
 docs: .venv/ready
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 

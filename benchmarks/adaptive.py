@@ -1,7 +1,7 @@
 """What AdaptiveFlow gains: variances of the gradient at fixed variational parameters, and ELBOs after a fixed time, in NumPyro.
 
-Prints tables in Markdown, which docs/performance.md shows, and writes them to docs/tables/adaptive.md. All of it takes about ten
-minutes; a part by name is written to standard output only:
+The tables go to docs/tables/adaptive.md, which docs/performance.md includes. All of them take about ten minutes. Parts that
+you name are only printed:
 
     python benchmarks/adaptive.py
     python benchmarks/adaptive.py costs latents jump binary modes schools overhead
@@ -58,7 +58,7 @@ def table(title: str, header: list[str], rows: list[list[Any]]) -> str:
 
 
 def learn(loss: Callable, fixed: dict, learned: dict, steps: int, step_size: float | Callable = 0.02, seed: int = 0) -> dict:
-    """``learned`` after so many steps of Adam on its own gradient of ``loss(key, parameters)``."""
+    """``learned`` after ``steps`` steps of Adam on its own gradient of ``loss(key, parameters)``."""
     optimizer = Adam(step_size)
 
     def step(state, key):
@@ -86,7 +86,7 @@ def moments(loss: Callable, fixed: dict, learned: dict, n: int, batch: int = 10_
 
 
 def one_site(title: str, problems: dict[str, tuple[float, float, Callable, bool]], steps: int, n: int) -> str:
-    """For each of (loc, scale, cost, is_elbo): the variance with what was learned, against the best estimator without."""
+    """For each of (loc, scale, cost, is_elbo): the variance of the best other estimator over that of the learned ones."""
     rows = []
     for name, (loc, scale, cost, is_elbo) in problems.items():
         theta = {"loc": jnp.asarray(loc), "scale": jnp.asarray(scale)}
@@ -153,7 +153,7 @@ LIKELIHOODS: dict[str, Callable] = {
 
 
 def off_the_optimum(likelihood: Callable) -> tuple[float, float, Callable, bool]:
-    """The best Normal for a N(0, 1) prior and the likelihood, moved by 0.2 and stretched by 1.15; its cost less the mean."""
+    """The best Normal for a N(0, 1) prior and the likelihood, shifted by 0.2 and stretched by 1.15, and its cost minus the mean."""
 
     def target(x):
         return likelihood(x) + log_normal(x, 0.0, 1.0)
@@ -185,7 +185,7 @@ def latents(smoke: bool) -> str:
 
 
 def jump(smoke: bool) -> str:
-    """A cost that jumps: the mean gradient in loc of what was learned, without and with a mask that holds the field to 0 there."""
+    """At a cost that jumps: the mean learned gradient in loc, without and with a mask that keeps the field at 0 there."""
     loc, scale, steps, n = 0.5, 0.74, 20 if smoke else 4000, 1000 if smoke else 1_000_000
     theta = {"loc": jnp.asarray(loc), "scale": jnp.asarray(scale)}
 
@@ -233,14 +233,14 @@ EVERYWHERE = MappingProxyType(
 
 
 class Problem(NamedTuple):
-    """A model and a guide, how the ELBO of the guide's parameters is known, and which sites are drawn.
+    """A model and a guide, and how to compute the ELBO of the guide's parameters.
 
     Attributes:
         model: The model.
         guide: The guide.
         elbo: From constrained parameters to the ELBO, by quadrature or from many samples.
-        pathwise: What stands for RP at this guide.
-        adaptive: The learned flows that serve it, by name.
+        pathwise: The pathwise estimators, by site.
+        adaptive: The learned flows to compare, by name.
         host: Whether NumPyro's own objective has a gradient here.
     """
 
@@ -264,7 +264,7 @@ def methods(problem: Problem) -> dict[str, Trace_ELBO]:
 
 
 def binary_data() -> Problem:
-    """500 local latents z ~ N(0, 1), each seen through one Bernoulli(sigmoid(10 (z - 0.3))), and a Normal for each."""
+    """500 local latents z ~ N(0, 1), each observed through a Bernoulli(sigmoid(10 (z - 0.3))), with a Normal guide for each."""
     size = 500
     rng = np.random.default_rng(0)
     y = jnp.asarray(rng.random(size) < 1 / (1 + np.exp(-10 * (rng.normal(size=size) - 0.3))), float)
@@ -293,7 +293,7 @@ def binary_data() -> Problem:
 
 
 def two_modes() -> Problem:
-    """One latent with the density (0.5 N(-1, 0.5) + 0.5 N(1.2, 0.6)) exp(-|x|), up to a factor, and a mixture of two Normals."""
+    """One latent with a density proportional to (0.5 N(-1, 0.5) + 0.5 N(1.2, 0.6)) exp(-|x|), and a mixture guide of two Normals."""
 
     def log_density(x):
         return jnp.logaddexp(log_normal(x, -1.0, 0.5), log_normal(x, 1.2, 0.6)) - jnp.log(2.0) - jnp.abs(x)
@@ -353,7 +353,7 @@ def prepared(problem: Problem, elbo: Trace_ELBO):
 
 
 def descend(loss: Callable, step_size: float, u: dict, key: jax.Array, steps: int) -> dict:
-    """The parameters after so many steps; the loss is kept, as ``SVI.run`` does, so that its value is computed too."""
+    """The parameters after ``steps`` steps. The loss is kept, as in ``SVI.run``, so that XLA computes its value too."""
     optimizer = Adam(step_size)
 
     def step(i, carry):
@@ -376,9 +376,10 @@ def svi(name: str, smoke: bool) -> str:
 
 
 def noise(title: str, problem: Problem, ways: dict, setups: dict, runs: dict, smoke: bool) -> str:
-    """The variance of each method's gradient where the pathwise one has come to after some steps.
+    """The variance of each method's gradient, at the parameters that pathwise steps have reached.
 
-    What is learned is learned there, by a step size that falls to 0: at a constant one it keeps a noise of its own.
+    The learned estimators learn at these parameters, with a step size that falls to 0. At a constant step size they would keep a noise
+    of their own.
     """
     steps, n = (5, 20) if smoke else (1000, 1000)
     at = runs["pathwise"](0.03, setups["pathwise"][0], jax.random.key(5), steps)
@@ -404,7 +405,7 @@ def race(title: str, problem: Problem, setups: dict, runs: dict, smoke: bool) ->
     """ELBOs after equal times, at the best of several step sizes, from several seeds."""
     steps, seeds, step_sizes = (5, 1, [0.01]) if smoke else (2000, 3, [0.003, 0.01, 0.03, 0.1])
     times = dict.fromkeys(runs, math.inf)
-    for _ in range(2 if smoke else 12):  # by turns, so that what else the machine does meets all of them
+    for _ in range(2 if smoke else 12):  # in turn, so that other load on the machine affects all methods alike
         for name, run in runs.items():
             start = perf_counter()
             jax.block_until_ready(run(0.01, setups[name][0], jax.random.key(0), 100))
@@ -427,7 +428,7 @@ def race(title: str, problem: Problem, setups: dict, runs: dict, smoke: bool) ->
 
 
 def held_fixed(number: int, q: Callable | None = None) -> Flow:
-    """The flow that AdaptiveFlow with so many bumps is at some values of what it learns."""
+    """The flow that AdaptiveFlow with ``bumps`` bumps equals at given learned values, held fixed."""
 
     def m(x, p):
         z, exp = (x - p.loc) / p.scale, (torch if isinstance(x, torch.Tensor) else jnp).exp
@@ -451,10 +452,9 @@ IDLE = "13,000 parameters more"
 
 
 def overhead(smoke: bool) -> str:
-    """Step times of AdaptiveFlow over those of the flow with the same field (and q) held fixed, by turns.
+    """Step times of AdaptiveFlow over those of the flow with the same field (and q) held fixed, taken in turn.
 
-    The last column is the flow with five bumps and, beside it, as many parameters as AdaptiveFlow() learns with nothing to do: what
-    the optimizer takes.
+    The last column shows what the optimizer takes: the fixed flow with five bumps, and as many idle parameters as it learns.
     """
     rows = []
     for host, stepper in (("NumPyro", in_numpyro), ("Pyro", in_pyro)):
@@ -473,7 +473,7 @@ def overhead(smoke: bool) -> str:
 
 
 def overhead_of_regression(smoke: bool) -> str:
-    """The same where the model is a logistic regression, 569 cases by 31 weights."""
+    """The same on a logistic regression with 569 cases and 31 weights."""
 
     def side(h: Any, estimator: Any) -> Any:
         model, guide, _ = logistic_regression(h, h.dist.Normal)

@@ -1,10 +1,10 @@
-"""What a program costs before its first step: flowvi against the hosts' own ELBOs.
+"""The time before the first step of a program: flowvi against the hosts' own ELBOs.
 
-For NumPyro: the seconds of tracing `SVI.update` and of compiling what was traced. With sites that have a score, both sides trace the
-program twice, once to find out what depends on what. For Pyro, which compiles nothing: the seconds of the first `SVI.step`.
+For NumPyro, the seconds to trace `SVI.update` and to compile the trace. If sites have a score, both sides trace the program twice, once
+to find the dependencies. For Pyro, which compiles nothing, the seconds of the first `SVI.step`.
 
-A row holds the median over rounds of time / time with the lowest and the highest of them, the target, and the medians of the times.
-The two sides are measured in turn, each round with new objects. About three minutes:
+A row has the median over rounds of the ratio of times, the lowest and the highest ratio, the target, and the median times. The two
+sides are measured in turn, with new objects in each round. About three minutes:
 
     python benchmarks/compile_time.py
     python benchmarks/compile_time.py --smoke
@@ -45,11 +45,11 @@ COLUMNS = (
     "Tracing, s / s",
     "Compiling, s / s",
 )
-ABOUT = "For Pyro, which compiles nothing, the first step. IWAE with 10 particles, all else with one."
+ABOUT = "In Pyro, which compiles nothing: the first step. IWAE has 10 particles, all other rows have one."
 
 
 def measure(h: Any, program: Program, elbo: Any) -> tuple[float, float]:
-    """Seconds of tracing a step and of compiling it; in Pyro, of the first step and none."""
+    """The seconds to trace a step and to compile it; in Pyro those of the first step."""
     side = STEPS[h](program, elbo)
     start = perf_counter()
     if h is Pyro:
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
                     program = PROGRAMS[name](h, comparison.normal)
                     mode = particles(h, 10 if what == "IWAE" else 1)
                     times = np.empty((1 if options_given.smoke else ROUNDS[h.name], 2, 2))
-                    measure(h, program, comparison.theirs(**mode))  # what both share is warm
+                    measure(h, program, comparison.theirs(**mode))  # warms up what both sides share
                     for i in range(len(times)):
                         for j in (0, 1) if i % 2 else (1, 0):
                             times[i, j] = measure(h, program, (comparison.ours, comparison.theirs)[j](**mode))

@@ -1,14 +1,14 @@
 """Time of compiled steps in Pyro against steps of SVI with its own Trace_ELBO, ten particles at once, and the time to compile.
 
     CompiledSVI         flowvi's step: loss, gradient and one fused Adam
-    backend="eager"     the same without a compiler: the operations of the graph one after the other
+    backend="eager"     the same without a compiler: it runs the operations of the graph one by one
     JitTraceFlow_ELBO   flowvi's compiled loss and gradient in Pyro's SVI, with its Adam
     JitTrace_ELBO       Pyro's own compiled objective in its SVI
 
-A row holds the median over rounds of time / time, where the denominator is a step of SVI with Trace_ELBO and Pyro's validation on (its
-default), the 95% bootstrap interval, the target, and the microseconds of one step. Times are CPU times. Both sides run in one process
-and in turn, the order swapped every round. "Compiling" is the time of the step that compiles, the compiler's included, with an empty
-cache, and again with the cache of the first time; in the first row the C++ compiler also prepares its headers. About two minutes:
+A row has the median over rounds of the ratio of CPU times, its 95% bootstrap interval, the target, and the microseconds of one step.
+The denominator is a step of SVI with Trace_ELBO and with Pyro's validation on, its default. Both sides run in one process and in turn.
+The order changes every round. "Compiling" is the time of the step that compiles, with an empty cache and then with the filled one. In
+the first row the C++ compiler also prepares its headers. About two minutes:
 
     python benchmarks/compiled_pyro.py
     python benchmarks/compiled_pyro.py --smoke
@@ -45,7 +45,7 @@ def eight_schools(h: Any, normal: Any) -> Program:
 
 
 def autoencoder(h: Any, normal: Any) -> Program:
-    """Pyro's own compiled objectives take tensors only."""
+    """The autoencoder with tensors as arguments: Pyro's own compiled objectives take nothing else."""
     model, guide, (images, batch) = PROGRAMS["autoencoder"](h, normal)
     return Program(lambda images: model(images, batch), lambda images: guide(images, batch), (images,))
 
@@ -86,7 +86,7 @@ ABOUT = "The CPU time of a step over that of `SVI.step` with `Trace_ELBO(num_par
 
 
 def cpu_seconds() -> float:
-    """The CPU time of this process and of those that it has waited for."""
+    """The CPU time of this process and of the child processes that have ended."""
     return sum(os.times()[:4])
 
 
@@ -104,7 +104,7 @@ def alternate_cpu(a: Any, b: Any, rounds: int, duration: float) -> np.ndarray:
 
 
 def seconds_to_compile(program: Program) -> Iterator[float]:
-    """The CPU time of the second step, which compiles; then that of another one like it, which finds the first in the cache."""
+    """The CPU time of the second step, which compiles; with an empty cache, and then with the filled one."""
     for _ in range(2):
         torch.compiler.reset()
         steps = CompiledSteps(program)

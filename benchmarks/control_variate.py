@@ -1,16 +1,16 @@
-"""Variance and cost of RP with its learned control variates, at the optimum of a mean-field guide.
+"""Variance and time of RP with learned control variates, at the optimum of a mean-field guide.
 
-Logistic regression on breast cancer, 31 weights. The optimum of the guide is found by quadrature (scipy); there the coefficients of
-the control variate are learned, with the guide held fixed and a step size that falls to a hundredth. The variance of the gradient is
-summed over the locations and over the logarithms of the scales. Beside it stands the largest ratio that any quadratic model can reach:
-with its best coefficients, by least squares on samples of the exact gradient; also with scales a tenth smaller or larger. The ratio of
-step times is of training everything, the two sides in turn.
+The program is a logistic regression on breast cancer with 31 weights. The optimum of the guide comes from quadrature (scipy). There the
+coefficients of the control variate are learned, with a fixed guide and a step size that falls to a hundredth. The variance of the
+gradient is summed over the locations and the logarithms of the scales. The table also has the largest ratio that a quadratic model can
+reach, with the best coefficients by least squares on samples of the exact gradient; also with scales a tenth smaller or larger. The
+step times include all training, and the two sides run in turn.
 
-A second table (``--study guide``) is of whole guides: the control variate of each site by itself, and one for the whole guide, at the
-end of a fit in which guide and coefficients are learned together with a step size that falls to a hundredth. A variance is summed over
-the elements of a parameter; the ratios are the median and the smallest over parameters, of RP's at the same guide. They are those of
-NumPyro, whose gradients Pyro has too. A third one (``--study pyro``) is of the CPU times of their steps in Pyro, by SVI and by
-CompiledSVI, all sides in turn. About eight minutes:
+The second table (``--study guide``) has whole guides, with a control variate for each site or one for the whole guide. Guide and
+coefficients are learned together, with a step size that falls to a hundredth. A variance is summed over the elements of a parameter.
+The gains are the median and the smallest over the parameters, relative to RP at the same guide. They are from NumPyro; Pyro has the
+same gradients. The third table (``--study pyro``) has the CPU times of steps in Pyro, by SVI and by CompiledSVI, all sides in turn.
+About eight minutes:
 
     python benchmarks/control_variate.py
     python benchmarks/control_variate.py --smoke
@@ -41,7 +41,7 @@ from flowvi.pyro import CompiledSVI
 
 SIZE = 31
 KINDS = ("diagonal", "quadratic", "cubic")
-RATE, FALL = 0.01, 0.01  # the step size at first, and the share of it at the end
+RATE, FALL = 0.01, 0.01  # the initial step size, and the final one relative to it
 TIME_TARGET = 1.3
 STUDIES = ("site", "guide", "pyro")
 
@@ -52,7 +52,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 
 def optimum() -> tuple[np.ndarray, np.ndarray]:
-    """The loc and scale of the mean-field guide of largest ELBO, by quadrature over each case's logit."""
+    """The loc and scale of the mean-field guide with the largest ELBO, by quadrature over the logit of each case."""
     x, y = data()
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
     weights = weights / weights.sum()
@@ -75,13 +75,13 @@ def optimum() -> tuple[np.ndarray, np.ndarray]:
 
 
 def largest_ratio(loc: np.ndarray, scale: np.ndarray, diagonal: bool, samples: int) -> float:
-    """RP's variance over that with the best b and B: by least squares on half of the samples, measured on the others."""
+    """RP's variance over that with the best b and B, by least squares on half of the samples, measured on the other half."""
     x, y = data()
     eps = np.random.default_rng(0).normal(size=(2 * samples, SIZE))
     through = scale * ((y - 1 / (1 + np.exp(-(loc + scale * eps) @ x.T))) @ x - (loc + scale * eps))
     gradient = np.concatenate([through / scale, through * eps + 1], 1)
     left = []
-    for i in range(SIZE):  # row i of B and b_i meet only the gradients of loc_i and of scale_i
+    for i in range(SIZE):  # row i of B and b_i only affect the gradients of loc_i and scale_i
         columns = [i] if diagonal else range(SIZE)
         of_loc = np.column_stack([np.zeros(2 * samples), *(eps[:, j] / scale[i] for j in columns)])
         of_scale = np.column_stack([eps[:, i], *(eps[:, j] * eps[:, i] - (i == j) for j in columns)])
@@ -96,7 +96,7 @@ def largest_ratio(loc: np.ndarray, scale: np.ndarray, diagonal: bool, samples: i
 
 
 def learn(h: Any, estimator: RP, model: Any, loc: np.ndarray, scale: np.ndarray, steps: int) -> dict[str, Any]:
-    """The guide's parameters, and the coefficients that were learned with the guide held fixed."""
+    """The guide's parameters, and the coefficients that were learned at the fixed guide."""
     params = {"w_loc": h.array(loc), "w_scale": h.array(scale)}
 
     def fixed():
@@ -155,7 +155,7 @@ GAIN_TARGET = 5
 
 
 def gains(program: Program, choice: dict[str, Any], steps: int, samples: int) -> np.ndarray:
-    """RP's variance over that under an objective with the options ``choice``, for each parameter, after a fit."""
+    """RP's variance over that of an objective with the options ``choice``, for each parameter, after a fit."""
     model, guide, _ = program
     elbo = NumPyro.flow.TraceFlow_ELBO(**choice)
     optimizer = numpyro.optim.Adam(lambda i: RATE * FALL ** (i / steps))
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def one_site(options_given: Any, steps: int, samples: int, rounds: int, duration: float) -> None:
     loc, scale = optimum()
-    about = "Summed variance of the gradient at the optimum; the times are those of a step, in turn with RP's; target 1.3."
+    about = "Variance of the gradient at the optimum, summed over the parameters; time of a step, in turn with RP; target 1.3."
     bounds = ("of the best quadratic one", "with scales 10 % smaller", "10 % larger")
     columns = ("host", "control variate", "variance", "RP's / variance", *bounds, "time / RP's", "95% interval", "")
     with table("control_variate", options_given, columns, about) as row:

@@ -2,16 +2,17 @@
 
     Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO   the host's own objectives; in Pyro also JitTrace_ELBO
     TraceFlow_ELBO                                     flowvi's default; in Pyro also by CompiledSVI
-    best                                               options of flowvi's that are chosen by hand; in Pyro by CompiledSVI
-    recommended                                        what `recommend` chooses at the start, in half a minute; in Pyro by CompiledSVI
+    best                                               options of flowvi that are chosen by hand; in Pyro by CompiledSVI
+    recommended                                        the choice of `recommend` at the start, in half a minute; in Pyro by CompiledSVI
 
-All sides of a program start alike and have Adam, a number of particles and a grid of learning rates in common. The rate of a side is
-that of fewest steps on two seeds; three other seeds are shown. An evaluation is the host's ELBO at fixed draws, by NumPyro for both
-hosts, each after a tenth more steps than the one before. The best known ELBO is that of a longer run with a falling rate.
+All sides of a program have the same start, Adam, the same number of particles and the same grid of learning rates. A side gets the rate
+with the fewest steps on two seeds; the table has three other seeds. An evaluation is the host's ELBO at fixed draws, by NumPyro for
+both hosts. Each comes after ten per cent more steps than the one before. The best known ELBO is that of a longer run with a falling
+rate.
 
-Seconds are the median number of steps to the target times the CPU time of a step, which is taken of all sides in turn. So the load of
-the machine matters little. Sides whose steps have the same law share their number: it is counted by the fastest of them. "Compiling" is
-the CPU time of the first steps, which is not part of the seconds, and neither is the time of `recommend`. About an hour:
+Seconds are the median number of steps to the target times the CPU time of a step. The steps of all sides are timed in turn, so the load
+of the machine matters little. Sides whose steps have the same distribution share the number of steps, which the fastest of them counts.
+"Compiling" is the CPU time of the first steps. It is not part of the seconds, and neither is the time of `recommend`. About an hour:
 
     python benchmarks/convergence.py
     python benchmarks/convergence.py --smoke
@@ -43,25 +44,25 @@ from flowvi import LR, RP, DisARM, Enumerate, ImplicitRP
 from flowvi.numpyro import TraceFlow_ELBO, adaptive
 from flowvi.pyro import CompiledSVI
 
-FAR = 10.0  # nats above the target, which cannot be
+FAR = 10.0  # nats above the target, which is impossible
 TUNING, SHOWN = (101, 102), (0, 1, 2)  # seeds
 SEARCH = 30.0  # seconds that `recommend` gets
 STEPS = sorted({round(10 * 1.1**i) for i in range(70)})  # after which the ELBO is evaluated
 
 
 class Case(NamedTuple):
-    """A program with its sides.
+    """A program and its sides.
 
     Attributes:
         make: The program.
         best: flowvi's best options.
         hosts_own: The host's objectives, by their names in NumPyro.
-        particles: Their number.
-        best_particles: That of the best options.
-        images: Of how many images the ELBO is an average.
+        particles: The number of particles.
+        best_particles: The number of particles of the best options.
+        images: The number of images over which the ELBO is averaged.
         rates: The grid of learning rates.
-        most: The most steps.
-        tolerance: The target is this share of the best known ELBO below it, or 0.1 nats where that is more.
+        most: The maximal number of steps.
+        tolerance: The target is below the best known ELBO by this share of it, or by 0.1 nats if that is more.
         reference: The rates at the start and at the end of the run that finds the best known ELBO.
         draws: The particles of an evaluation.
         compiles: Whether a compiled step can draw its sites.
@@ -107,7 +108,7 @@ CASES: dict[str, Case] = {
 }
 
 
-# One side in either host: it can start anew with a rate and a seed, run so many steps, and show its parameters.
+# A side in each host: it can start with a rate and a seed, run some steps, and return its parameters.
 
 
 def seconds_to_compile(side: Any) -> float:
@@ -119,7 +120,7 @@ def seconds_to_compile(side: Any) -> float:
 
 
 def cpu_seconds() -> float:
-    """The CPU time of this process and of those that it has waited for."""
+    """The CPU time of this process and of the child processes that have ended."""
     return sum(os.times()[:4])
 
 
@@ -150,7 +151,7 @@ class NumPyroSide:
 
 
 class PyroSide:
-    """Steps of Pyro's SVI or of CompiledSVI, with a store of parameters of its own; what is compiled serves all rates and seeds."""
+    """Steps of Pyro's SVI or of CompiledSVI, with its own parameter store. All rates and seeds share the compiled graph."""
 
     def __init__(self, program: Program, elbo: Any, kind: Any):
         self.program, self.elbo, self.kind = program, elbo, kind
@@ -197,7 +198,7 @@ def recommended(h: Any, program: Program, case: Case, smoke: bool) -> dict[str, 
 
 
 def sides(h: Any, name: str, smoke: bool) -> dict[str, tuple[str, Any]]:
-    """The sides by name, each with the one by which its steps are counted."""
+    """The sides by name, each with the side that counts its steps."""
     case = CASES[name]
     program, mode = case.make(h, False), particles(h, case.particles)
     best, advice = {**particles(h, case.best_particles), **case.best}, recommended(h, program, case, smoke)
@@ -234,7 +235,7 @@ def sides(h: Any, name: str, smoke: bool) -> dict[str, tuple[str, Any]]:
 
 
 class Target(NamedTuple):
-    """An ELBO to reach, and how that of parameters is computed."""
+    """An ELBO to reach, and a function that computes the ELBO of parameters."""
 
     elbo: float
     evaluate: Callable[[dict[str, Any]], float]
@@ -242,14 +243,14 @@ class Target(NamedTuple):
 
 @cache
 def best_in_numpyro(name: str) -> NumPyroSide:
-    """flowvi's best options, which also find the best known ELBO."""
+    """flowvi's best options in NumPyro, which also find the best known ELBO."""
     case = CASES[name]
     return NumPyroSide(case.make(NumPyro, False), TraceFlow_ELBO(case.best_particles, **case.best))
 
 
 @cache
 def target_of(name: str, smoke: bool) -> Target:
-    """A little below the best ELBO of a long run with flowvi's best options and a falling rate."""
+    """The target: a little below the best ELBO of a long run with flowvi's best options and a falling rate."""
     case = CASES[name]
     model, guide, _ = case.make(NumPyro, True)
     own = numpyro.infer.Trace_ELBO(case.draws)
@@ -273,7 +274,7 @@ def target_of(name: str, smoke: bool) -> Target:
 
 
 def steps_to(target: Target, side: Any, rate: float, seed: int, most: float) -> float:
-    """The steps after which the target is first reached; infinity where more than ``most`` are needed."""
+    """The number of steps to the target; infinity if it takes more than ``most``."""
     side.restart(rate, seed)
     done = 0
     for at in STEPS:
@@ -281,10 +282,10 @@ def steps_to(target: Target, side: Any, rate: float, seed: int, most: float) -> 
             break
         try:
             side.run(at - done)
-        except ValueError:  # Pyro's validation, where a rate is so large that parameters are lost
+        except ValueError:  # Pyro's validation, if a rate is so large that the fit diverges
             break
         done, elbo = at, target.evaluate(side.params())
-        if not elbo < target.elbo + FAR:  # rounding, at parameters that are lost
+        if not elbo < target.elbo + FAR:  # rounding, if the fit has diverged
             break
         if elbo >= target.elbo:
             return at
@@ -292,7 +293,7 @@ def steps_to(target: Target, side: Any, rate: float, seed: int, most: float) -> 
 
 
 def tune(target: Target, side: Any, rates: tuple[float, ...], most: int) -> float | None:
-    """The rate of fewest steps, on two seeds together; None where no rate reaches the target."""
+    """The rate with the fewest steps on two seeds together; None if no rate reaches the target."""
     fewest, best = 2.0 * most, None
     for rate in rates:
         steps = 0.0
@@ -312,7 +313,7 @@ def seconds(side: Any, steps: int) -> float:
 
 
 def in_turn(all_sides: list[Any], rounds: int, duration: float) -> np.ndarray:
-    """CPU seconds of a step of each side in each round, of shape (rounds, sides); the order is turned round every time."""
+    """CPU seconds of a step of each side, of shape (rounds, sides). The order is reversed in every round."""
     numbers = []
     for side in all_sides:
         steps = 1
@@ -360,7 +361,7 @@ def shown(x: float, most: float, form: str = ".2g") -> str:
 
 
 def rows(h: Any, name: str, smoke: bool, row: Callable[..., None]) -> dict[str, float]:
-    """Print the rows of a program; how many times sooner than the host's best flowvi's are, by kind."""
+    """Print the rows of a program, and return by kind how many times sooner flowvi's sides are than the host's best."""
     found, most = measure(h, name, smoke), CASES[name].most
     ours = [what for what in found if what.startswith(OURS)]
     host = min((found[what] for what in found if what not in ours), key=lambda r: (r.seconds(), r.step))

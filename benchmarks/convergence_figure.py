@@ -1,4 +1,4 @@
-"""The figure of the tables of ``convergence.py``: seconds until the ELBO is close to the best known, the host's best beside flowvi's.
+"""The figure of the tables of ``convergence.py``: seconds until the ELBO is close to the best known, by side.
 
 It reads docs/tables/convergence_numpyro.md and convergence_pyro.md, and writes docs/figures/convergence.png:
 
@@ -20,7 +20,7 @@ SIDES = {"best objective of the host": "o", "flowvi's default": "^", "flowvi's b
 
 
 class Time(NamedTuple):
-    """How long a side takes to the target; a lower bound where it is not reached."""
+    """The seconds that a side takes to the target, or a lower bound if it never reaches the target."""
 
     is_bound: bool
     seconds: float
@@ -45,9 +45,9 @@ def times(table: str) -> dict[str, dict[str, Time]]:
 
 
 def draw(tables: dict[str, str], path: Path) -> None:
-    """Draw the tables of both hosts, one beside the other."""
+    """Draw the tables of both hosts, one below the other, so that a phone shows them large enough."""
     with plt.rc_context(plot.STYLE):
-        picture, axes = plt.subplots(1, len(tables), figsize=(9.0, 3.8))
+        picture, axes = plt.subplots(len(tables), 1, figsize=(5.2, 7.2))
         for ax, (host, table) in zip(axes, tables.items(), strict=True):
             of_host = times(table)
             for y, of_program in enumerate(of_host.values()):
@@ -58,7 +58,8 @@ def draw(tables: dict[str, str], path: Path) -> None:
             ax.margins(x=0.12)
             ax.grid(axis="x", color="0.9")
             ax.set_axisbelow(True)
-            ax.set(title=host, xlabel="seconds of training")
+            ax.set_title(host)
+        axes[-1].set_xlabel("seconds of training")
         handles = [plt.Line2D([], [], ls="", marker=marker, color=f"C{i}") for i, marker in enumerate(SIDES.values())]
         picture.legend(handles, list(SIDES), loc="outside lower center", ncols=len(SIDES))
         picture.savefig(path, dpi=150)

@@ -1,7 +1,7 @@
 """The programs of ``convergence.py``, each written once for both hosts.
 
-``program(h, whole)`` is the program as it is trained, in minibatches where it has them, or as it is evaluated: with all data, or with
-those held out. All parameters are named arrays, the same in both hosts.
+``program(h, whole)`` is the program for training, with minibatches if it has them, or for evaluation (``whole``), with all data or with
+the held-out data. All parameters are named arrays, with the same names in both hosts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def logistic_full_rank(h: Any, whole: bool) -> Program:
 
 
 def poisson_full_rank(h: Any, whole: bool) -> Program:
-    """Counts by their mean of eight correlated features: 400 cases, generated."""
+    """A Poisson regression on eight correlated features: 400 generated cases."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 8)) @ (np.eye(8) + 0.4)
     x = np.column_stack([np.ones(400), x / x.std(0)])
@@ -60,7 +60,7 @@ def poisson_full_rank(h: Any, whole: bool) -> Program:
 
 
 def student_t(h: Any, whole: bool) -> Program:
-    """The progression of diabetes by ten features, with errors of a StudentT: 442 cases, mean field."""
+    """A regression with StudentT errors, mean field: the progression of diabetes by ten features, 442 cases."""
     x, y = load_diabetes(return_X_y=True)
     features = h.array(np.column_stack([np.ones(len(x)), x / x.std(0)]).T)
     y = h.array((y - y.mean()) / y.std())
@@ -79,7 +79,7 @@ def student_t(h: Any, whole: bool) -> Program:
 
 
 def hierarchical(h: Any, whole: bool) -> Program:
-    """An intercept for each of 40 groups, and a slope; 2,000 cases, generated, in minibatches of 100."""
+    """An intercept for each of 40 groups, and a common slope: 2,000 generated cases, in minibatches of 100."""
     rng = np.random.default_rng(0)
     groups, x = rng.integers(40, size=2000), rng.normal(size=2000)
     y = h.array(rng.normal(0.5, 0.7, 40)[groups] + 0.8 * x + rng.normal(0.0, 0.5, 2000))
@@ -106,7 +106,7 @@ def hierarchical(h: Any, whole: bool) -> Program:
 
 
 def binary(h: Any, whole: bool) -> Program:
-    """The petals of 150 irises have one of two lengths: a Bernoulli for each, and the two lengths."""
+    """A mixture of two lengths for the petals of 150 irises, with a Bernoulli for each petal."""
     lengths = h.array(load_iris().data[:, 2])
 
     def model():
@@ -127,7 +127,7 @@ def binary(h: Any, whole: bool) -> Program:
 
 
 def mixture(h: Any, whole: bool) -> Program:
-    """A posterior with two modes under a mixture of three Normals."""
+    """A posterior with two modes, and a guide that is a mixture of three Normals."""
     return mixture_guide(h, h.dist.Normal)
 
 
@@ -179,7 +179,7 @@ def gaussian_autoencoder(h: Any, whole: bool) -> Program:
 
 
 def directions(h: Any, whole: bool) -> Program:
-    """The mean directions of 20 groups of five angles, generated, and a common one, each a VonMises."""
+    """The mean directions of 20 groups of five generated angles, and a common direction, each a VonMises."""
     rng = np.random.default_rng(0)
     centres = rng.vonmises(0.8, 2.0, 20)
     angles = h.array(rng.vonmises(centres, 3.0, (5, 20)).T)
@@ -203,7 +203,7 @@ def directions(h: Any, whole: bool) -> Program:
 
 
 def volatility(h: Any, whole: bool) -> Program:
-    """A state space model in ``scan``: the volatility of 100 returns, generated; NumPyro only."""
+    """A state space model in ``scan``: the volatility of 100 generated returns; NumPyro only."""
     rng, x, states = np.random.default_rng(0), 0.0, []
     for _ in range(100):
         x = 0.95 * x + 0.4 * rng.normal()

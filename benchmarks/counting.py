@@ -1,16 +1,16 @@
 """Attend, infer, repeat: an autoencoder that counts the digits in an image, in both hosts.
 
-A canvas of 16 x 16 pixels holds no digit, one or two of scikit-learn's. Two Bernoulli sites say whether there is a first and a second
-object; each object has a place and a code, Normals, and a network paints it. The guide finds the places in the image, and the codes in
-a glimpse at each place. The discrete sites differ in their estimators, all else is reparameterized:
+A canvas of 16 x 16 pixels has none, one or two of scikit-learn's digits. Two Bernoulli sites say whether there is a first and a second
+object. Each object has a place and a code, both Normal, and a network paints it. The guide finds the places in the image, and the codes
+in a glimpse at each place. The methods differ in their estimators. Sites that are not listed are reparameterized:
 
     LR + baseline    LR at the discrete sites, with a network of the image as its baseline
-    Enumerate        both values of either discrete site
-    MeasureValued    weak derivatives at the discrete sites, which at a Bernoulli are that sum
-    hybrid           Enumerate at the discrete sites, MeasureValued at the places, in random lanes
+    Enumerate        the exact sum over both values of each discrete site
+    MeasureValued    weak derivatives at the discrete sites; at a Bernoulli they are the exact sum
+    hybrid           Enumerate at the discrete sites, MeasureValued at the places, one lane at random
 
-A row holds the share of images whose number of digits is right after so many steps, on images that were not trained on, and the
-milliseconds of processor time of a step. Batches of 64, Adam with step size 0.001. About fifteen minutes:
+A row has the share of held-out images whose number of digits is right, after a number of steps, and the CPU milliseconds of a step.
+Batches have 64 images, and Adam has the step size 0.001. About fifteen minutes:
 
     python benchmarks/counting.py
     python benchmarks/counting.py --smoke
@@ -38,7 +38,7 @@ TRAINED, HELD_OUT = 4096, 1024
 NOISE = 0.25  # the standard deviation of a pixel
 
 METHODS: dict[str, dict[str, Any]] = {
-    "LR + baseline": {},  # it has a network, which is made with the program
+    "LR + baseline": {},  # its baseline network is made with the program
     "Enumerate": {"present": Enumerate()},
     "MeasureValued": {"present": MeasureValued()},
     "hybrid": {"present": Enumerate(), "place": MeasureValued(lanes="random")},
@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def canvases(number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images with zero, one or two digits that do not overlap by much, and how many there are."""
+    """Images with zero, one or two digits that overlap little, and the number of digits in each."""
     rng, digits = np.random.default_rng(seed), load_digits().images / 16
     counts = rng.integers(0, 3, number)
     images = np.zeros((number, CANVAS, CANVAS))
@@ -59,14 +59,14 @@ def canvases(number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def program(h: Any, images: np.ndarray, method: str) -> Program:
-    """Model and guide with their arguments: the images, and how many of them make a batch."""
+    """Model and guide, and their arguments: the images and the batch size."""
     encoder, glimpse = h.network("encoder", CANVAS**2, 2 * 5, 0), h.network("glimpse", PATCH**2, 2 * CODE, 1)
     painter, critic = h.network("painter", CODE, PATCH**2, 2), h.network("critic", CANVAS**2, 1, 3)
     mask = handlers.mask if h is NumPyro else pyro.poutine.mask
     given = METHODS[method]
 
     def window(place):
-        """For each axis the weights, canvas by patch, with which a patch is put at its place, between pixels linearly."""
+        """For each axis, the canvas-by-patch weights that put a patch at its place, with linear interpolation between pixels."""
         start = (CANVAS - PATCH) / (1 + h.xp.exp(-2 * place))
         pixels = h.array(np.arange(CANVAS)[:, None] - np.arange(PATCH))
         return h.xp.clip(1 - abs(pixels - start[..., None, None]), 0)
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     (images, _), (others, counts) = canvases(size, 0), canvases(HELD_OUT, 1)
     checkpoints = sorted({steps // 10, steps // 4, steps // 2, steps})
     right = f"The share of {HELD_OUT} held-out images whose number of digits is right"
-    about = f"{right}, after so many steps of training; processor time of a step."
+    about = f"{right}, by steps of training, and the CPU time of a step."
     with table("counting", options_given, ("Method", "Host", *(f"{n} steps" for n in checkpoints), "ms a step"), about) as row:
         for method in list(METHODS)[1 if options_given.smoke else 0 : 2 if options_given.smoke else None]:
             for h in HOSTS:
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
                     continue
                 built = program(h, images, method)
                 side = STEPS[h](built, h.flow.TraceFlow_ELBO(), rate=1e-3)
-                side.run(0 if h is NumPyro else 1)  # compiled before it is timed, or warm
+                side.run(0 if h is NumPyro else 1)  # compiles or warms up before the timing
                 spent, shares = 0.0, []
                 for n in np.diff([0, *checkpoints]):
                     start = process_time()

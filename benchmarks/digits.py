@@ -1,9 +1,9 @@
-"""An autoencoder of digits with Bernoulli latents: the ELBO against the time of training, by the library's objective and by flowvi's.
+"""An autoencoder of digits with Bernoulli latents: the ELBO against the time of training, with two objectives.
 
-The library's own is TraceGraph_ELBO in NumPyro and, in Pyro, Trace_ELBO, which is the faster of its two here. flowvi's TraceFlow_ELBO
-has the same arguments, five particles. The program is that of benchmarks/vae.py. The two train in turn, some steps at a time. The ELBO
-is that of all images with twenty particles, in nats per image, and the seconds are the processor's, in training alone. The figure is
-docs/figures/digits.png. About two minutes:
+The library's own objective is TraceGraph_ELBO in NumPyro. In Pyro it is Trace_ELBO, the faster of Pyro's two here. flowvi's
+TraceFlow_ELBO has the same arguments, five particles. benchmarks/vae.py trains the same program. The two fits train in turn, some steps
+at a time. The ELBO is over all images, with twenty particles, in nats per image. The seconds are the CPU time of training. The command
+also draws docs/figures/digits.png. About two minutes:
 
     python benchmarks/digits.py
     python benchmarks/digits.py --smoke
@@ -37,20 +37,20 @@ def objectives(h: Any) -> dict[str, Any]:
     name, own = ("TraceGraph_ELBO", numpyro.infer) if h is NumPyro else ("Trace_ELBO", pyro.infer)
     five = particles(h, 5)
     return {
-        f"{name} of {h.name}": getattr(own, name)(**five),
+        f"{h.name}'s {name}": getattr(own, name)(**five),
         "TraceFlow_ELBO": h.flow.TraceFlow_ELBO(**five),
     }
 
 
 class Fit:
-    """The training of one autoencoder: the seconds that it has taken, and the ELBO that it has reached, after each part."""
+    """The training of one autoencoder: the seconds spent and the ELBO reached after each part."""
 
     def __init__(self, h: Any, elbo: Any):
         self.h, self.store = h, {"params": {}, "constraints": {}}
         with self.parameters():
             self.program = autoencoder(h, h.dist.Normal, "Bernoulli")
             self.side = STEPS[h](self.program, elbo, rate=3e-3)
-            self.side.run(0 if h is NumPyro else 1)  # compiles it, or makes its parameters
+            self.side.run(0 if h is NumPyro else 1)  # compiles the loop in NumPyro, creates the parameters in Pyro
             all_images = h.flow.TraceFlow_ELBO(**particles(h, 20))
             model, guide, (images, _) = self.program
 
@@ -61,7 +61,7 @@ class Fit:
             self.seconds, self.elbos = [0.0], [self.elbo()]
 
     def parameters(self) -> Any:
-        """In Pyro, a store of parameters for this fit alone."""
+        """In Pyro, a parameter store for this fit alone."""
         return nullcontext() if self.h is NumPyro else pyro.get_param_store().scope(self.store)
 
     def elbo(self) -> float:
@@ -79,7 +79,7 @@ class Fit:
             self.elbos.append(self.elbo())
 
     def seconds_to(self, elbo: float) -> float:
-        """When the ELBO was first reached, between two evaluations by a straight line; infinity if it was not."""
+        """When the ELBO was first reached, by linear interpolation between evaluations; infinity if never."""
         if max(self.elbos) < elbo:
             return math.inf
         i = next(i for i, reached in enumerate(self.elbos) if reached >= elbo)
@@ -87,14 +87,14 @@ class Fit:
 
 
 def draw(fits: dict[str, dict[str, Fit]]) -> None:
-    with plt.rc_context(plot.STYLE):
-        picture, axes = plt.subplots(1, len(fits), figsize=(9.0, 3.2), sharey=True)
+    with plt.rc_context({**plot.STYLE, "font.size": 10.0}):
+        picture, axes = plt.subplots(len(fits), 1, figsize=(4.6, 4.6))  # stacked, so that a phone shows it large enough
         for ax, (host, of_host) in zip(axes, fits.items(), strict=True):
             for (label, fit), style in zip(of_host.items(), ("--", "-"), strict=True):
                 ax.plot(fit.seconds, fit.elbos, style, label=label)
-            ax.set(title=host, xlabel="seconds of training", ylim=(-27, -16))
+            ax.set(title=host, ylabel="ELBO in nats per image", ylim=(-26.5, -16.5))
             ax.legend(loc="lower right")
-        axes[0].set_ylabel("ELBO in nats per image")
+        axes[-1].set_xlabel("seconds of training")
         picture.savefig(FIGURE, dpi=150)
 
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     options_given = options(__file__, __doc__, argv)
     use_one_thread()
     about = "An autoencoder of digits with 20 Bernoulli latents: the ELBO after 3000 steps with five particles, in nats per image."
-    columns = ("library", "objective", "seconds of training", "ELBO", "seconds to the ELBO of the first row", "times as fast")
+    columns = ("library", "objective", "seconds of training", "ELBO", "seconds to the final ELBO of the library's own", "times as fast")
     fits: dict[str, dict[str, Fit]] = {}
     with table("digits", options_given, columns, about) as row:
         for h in HOSTS:

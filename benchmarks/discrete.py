@@ -1,9 +1,10 @@
 """Variance and cost of the estimators at discrete sites, and at a jump of the cost.
 
-The gradient is that of the guide's logits (at the jump: of the location and of the scale), with four particles at discrete sites and
-one at the jump. Where the name of the program says so, all estimators take two or four evaluations of it instead, by fewer particles,
-or there are 64 particles, which in Pyro are a plate. LR has the leave-one-out baseline where there are several particles. The ratio of
-step times is that to LR, the two sides in turn; in NumPyro all steps run in one compiled loop. About five minutes:
+The gradient is that of the guide's logits, with four particles. At the jump it is that of the location and of the scale, with one
+particle. Some names of programs say otherwise. "Two evaluations" or "four evaluations": the number of particles is chosen such that
+every estimator takes as many evaluations. "64 particles": there are so many, in a plate in Pyro. LR has the leave-one-out baseline if
+there are several particles. Step times are relative to LR, the two sides in turn. In NumPyro all steps run in one compiled loop. About
+five minutes:
 
     python benchmarks/discrete.py
     python benchmarks/discrete.py --smoke
@@ -27,9 +28,9 @@ THETA = [0.3, -0.4, 0.8, 0.1]
 
 
 def mixed_cone(h: Any, loc: float = 1.5, scale: float = 0.3) -> Program:
-    """The noisy cone, seen from one of two branches: the noise is small on the one, and grows with the distance on the other.
+    """The noisy cone with two branches: the noise is small on one branch, and grows with the distance on the other.
 
-    The point is near the observed distance at the default ``loc``; it is learned too, by RP.
+    At the default ``loc`` the point is near the observed distance. The point is learned too, with RP.
     """
 
     def model():
@@ -49,7 +50,7 @@ def mixed_cone(h: Any, loc: float = 1.5, scale: float = 0.3) -> Program:
 
 
 def joint(h: Any) -> Program:
-    """Four Bernoullis that enter one cost."""
+    """Four Bernoullis that share one cost."""
 
     def model():
         b = h.ppl.sample("k", h.dist.Bernoulli(h.array([0.5] * 4)).to_event(1))
@@ -62,7 +63,7 @@ def joint(h: Any) -> Program:
 
 
 def categories(h: Any) -> Program:
-    """Four Categoricals of three values that enter one cost."""
+    """Four Categoricals of three values that share one cost."""
     logits = np.array([[0.3, -0.4, 0.8], [0.1, 0.5, -0.9], [0.0, 0.2, 0.1], [1.0, -0.3, 0.4]])
     scores = h.array([[1.0, -0.6, 0.2], [0.4, 0.8, -1.0], [-0.5, 0.9, 0.0], [0.3, -0.7, 0.6]])
 
@@ -93,7 +94,7 @@ def local(h: Any) -> Program:
 
 
 def counts(h: Any) -> Program:
-    """A Poisson in front of a Normal observation."""
+    """A Normal observation whose mean is a Poisson site."""
 
     def model():
         k = h.ppl.sample("k", h.dist.Poisson(h.array(3.0)))
@@ -120,9 +121,9 @@ def jump(h: Any) -> Program:
     return Program(model, guide)
 
 
-PARAMETERS = ("logits", "rate", "loc", "scale")  # those of the site
+PARAMETERS = ("logits", "rate", "loc", "scale")  # of the site whose estimator is measured
 FINITE = {"LR": LR(), "Enumerate": flowvi.Enumerate()}
-# each with its particles: as many evaluations for all of them
+# with the number of particles that gives every estimator the same number of evaluations
 EQUAL = {"LR": (4, LR()), "DisARM": (2, flowvi.DisARM()), "DisARM, four values": (1, flowvi.DisARM(num_values=4))}
 TWO = {"LR": (2, LR()), "DisARM": (1, flowvi.DisARM()), "Enumerate, random lane": (1, flowvi.Enumerate("random"))}
 ROWS: dict[str, tuple[Any, int, dict[str, Any]]] = {
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     options_given = options(__file__, __doc__, argv)
     use_one_thread()
     samples, rounds, duration = (50, 2, 0.002) if options_given.smoke else (2000, 20, 0.05)
-    about = "Variance of the gradient, summed over its elements, and the time of a step over that with LR."
+    about = "Variance of the gradient, summed over its elements, and time of a step relative to LR."
     columns = ("host", "program", "estimator", "evaluations", "mean", "variance", "LR's / variance", "time / LR's", "95% interval")
     with table("discrete", options_given, columns, about) as row:
         for h in HOSTS:

@@ -1,7 +1,7 @@
-"""What the unrolled random generator saves in NumPyro on CPUs: the time of a step over that of the host's own objective.
+"""How much the unrolled random generator saves in NumPyro on CPUs: the time of a step relative to NumPyro's own objective.
 
-Each side makes the same draws. Times are those of the processor; the two sides run in one process and in turn, the order swapped every
-round. The compilation is that of one step; the last row is the median over the others. About three minutes:
+Both sides make the same draws. Times are CPU times. The two sides run in one process and in turn, and the order changes every round.
+The compilation is that of one step. The last row is the median over the others. About three minutes:
 
     python benchmarks/draws.py
     python benchmarks/draws.py --smoke
@@ -24,9 +24,9 @@ PLAN = [
     *[(name, what, 1) for name in ("plate of 1,000", "scan of 100") for what in ("RP", "LR")],
     ("noisy cone", "RP", 64),
 ]
-TARGETS = {64: 0.5}  # by the number of particles; of others 0.6, as a median over programs
+TARGETS = {64: 0.5}  # by number of particles; otherwise 0.6, for the median over programs
 COLUMNS = ("Program", "Particles", "Ratio of times", "Median", "95% interval", "Target", "Verdict", "µs / µs", "Compilation, s / s")
-ABOUT = "A step is one turn of a jitted loop over `SVI.update`. Times of the processor."
+ABOUT = "A step is one iteration of a jitted loop over `SVI.update`. Times are CPU times."
 
 
 def seconds(side: NumPyroSteps, steps: int) -> float:
@@ -36,7 +36,7 @@ def seconds(side: NumPyroSteps, steps: int) -> float:
 
 
 def measure(sides: list[NumPyroSteps], rounds: int, duration: float) -> np.ndarray:
-    """Seconds of a step of each side in each round."""
+    """Seconds of a step of each side, by round."""
     steps = 2
     while (spent := seconds(sides[1], steps)) < duration / 2:
         steps *= 2

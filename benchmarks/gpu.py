@@ -1,8 +1,8 @@
 """On a GPU, in both hosts: the gradient against its exact value, and the time of a step against the host's own ELBO.
 
-The first table draws many gradients of every kind of estimator on a program with a Normal and a Bernoulli site whose gradient is
-known, and prints by how many standard errors their mean misses it. The second is a part of `step_time.py`. Without a GPU the command
-says so and stops; with `--smoke` it runs on whatever is there. About five minutes, most of it compilation:
+The first table has many gradients of every kind of estimator, on a program with a Normal and a Bernoulli site whose exact gradient is
+known. The column z is the error of their mean in standard errors. The second table is a part of `step_time.py`. Without a GPU the
+command prints a message and stops; with `--smoke` it runs on CPUs too. About five minutes, most of it compilation:
 
     python benchmarks/gpu.py
 """

@@ -1,9 +1,8 @@
-"""How time grows: with particles, sites, the size of a plate, and the size of an event.
+"""How the time of a step grows with particles, sites, the size of a plate, and the size of an event.
 
-A row holds, for each size, the median over rounds of the time of one step with half the width of its 95% bootstrap interval, and the
-exponent a of time ~ size^a that fits the medians of the last decade of sizes, with its interval. Linear growth is aimed at: an exponent
-of at most 1.1 is "met", "noise" if only the interval reaches it, else "missed". Rows of a host's own ELBO are there to compare with.
-About four minutes:
+For each size, a row has the median over rounds of the time of one step, with half the width of its 95% bootstrap interval. The exponent
+a of time ~ size^a is fitted to the medians of the last decade of sizes. The target is linear growth: an exponent of at most 1.1 is
+"met", "noise" if only its interval reaches 1.1, else "missed". Rows of a host's own ELBO are for comparison. About four minutes:
 
     python benchmarks/growth.py
     python benchmarks/growth.py --smoke
@@ -30,7 +29,7 @@ TARGET = 1.1
 
 
 class Line(NamedTuple):
-    """One row: a size leads to a program and an objective."""
+    """One row: functions from a size to a program and to an objective."""
 
     h: Any
     what: str
@@ -103,7 +102,7 @@ def vector(h: Any, size: int) -> Program:
 
 
 def velocity(x, p, dtheta):
-    """Every coordinate reads all others."""
+    """A velocity whose every coordinate depends on all others."""
     return dtheta.loc * (1 + x.sum(-1)[..., None] ** 2)
 
 
@@ -124,11 +123,11 @@ def by_event(h: Any) -> list[Line]:
 
 
 def trace(line: Line, size: int, rounds: int) -> np.ndarray:
-    """Seconds of tracing a step, in each round."""
+    """Seconds to trace a step, by round."""
     side = STEPS[line.h](line.program(size), line.elbo(size))
     times = []
     for _ in range(rounds):
-        jax.clear_caches()  # or the second trace would be that of the first
+        jax.clear_caches()  # so that each round traces anew
         start = perf_counter()
         side.lower()
         times.append(perf_counter() - start)
@@ -148,18 +147,18 @@ GROWTHS = (
         "particles",
         by_particles,
         (1, 10, 100, 1000, 10_000, 30_000, 100_000),
-        "Eight schools, by the number of particles at once (in Pyro a plate): µs of a step. VIMCO is the bound with LR at every site.",
+        "Eight schools: µs of a step, by the number of vectorized particles. VIMCO is the bound with LR at every site.",
     ),
     Growth(
         "sites",
         by_sites,
         (1, 4, 13, 40, 130, 400),
-        "A chain, by its number of sites: µs of a step in Pyro; in NumPyro µs of tracing a step, as the compiler's time, shared by all "
-        "of them, would hide the rest.",
+        "A chain, by its number of sites. Pyro: µs of a step. NumPyro: µs to trace a step, because XLA's part of the compilation is "
+        "about the same on every side.",
         True,
     ),
-    Growth("plate", by_plate, (10, 100, 1000, 10_000, 30_000, 100_000), "A plate of latents, by its size: µs of a step."),
-    Growth("event", by_event, (1, 8, 26, 81, 256), "One latent vector, a MultivariateNormal, by its size: µs of a step."),
+    Growth("plate", by_plate, (10, 100, 1000, 10_000, 30_000, 100_000), "A plate of latents: µs of a step, by its size."),
+    Growth("event", by_event, (1, 8, 26, 81, 256), "One MultivariateNormal site: µs of a step, by its size."),
 )
 
 

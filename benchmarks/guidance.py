@@ -1,10 +1,11 @@
-"""What `check_program` finds, what `recommend` chooses, and how soon a fit by it is done.
+"""The findings of `check_program`, the choices of `recommend`, and the time of fits with these choices.
 
-Four studies, each with a table. `biases`: a bias is planted at one site of a small program (`planted.py`): whether it is found, at
-which site, and where. `right`: false alarms on random programs whose estimators are right. `choices`: what `recommend` chooses for
-programs of many kinds, its noise times time over that of the best objective of all that it tried, measured again in turn, and gains.
-`races`: how soon fits by the choice and by the default come close to the best ELBO (`races.py`). All seconds are those of the CPU, so
-that a busy machine changes nothing. Ten to twenty minutes each; the rows of one host, study and program by `--only`:
+There are four studies, each with a table. `biases`: small programs with a bias planted at one site (`planted.py`), and whether
+`check_program` finds it at the right site. `right`: false alarms on random programs whose estimators are right. `choices`: the choices
+of `recommend` for many kinds of programs, their noise times time relative to the best of everything that it tried, measured again in
+turn, and the gains. `races`: how soon fits with the choice and with the default come close to the best ELBO (`races.py`). All seconds
+are CPU time, so a busy machine changes nothing. Each study takes ten to twenty minutes. `--only` selects the rows of a host, study or
+program:
 
     python benchmarks/guidance.py
     python benchmarks/guidance.py --smoke
@@ -48,7 +49,7 @@ from flowvi.pyro.guidance import PyroBench
 
 CHECK, RIGHT, CHOICE, TRUTH = 10.0, 1.5, {"NumPyro": 40.0, "Pyro": 20.0}, 4.0  # seconds
 NUM_RIGHT, CONFIDENCE = 100, 0.999  # in each host
-SETTLED = 200  # steps of the default before a fit is advised
+SETTLED = 200  # steps of the default before `recommend`
 
 
 def check(h: Any, planted: Planted, seconds: float) -> tuple[Any, float]:
@@ -59,7 +60,7 @@ def check(h: Any, planted: Planted, seconds: float) -> tuple[Any, float]:
 
 
 def biases(asked: Options) -> None:
-    about = f"A planted bias: the sites that `check_program` names in {CHECK:.0f} seconds at most, and what it says."
+    about = f"Planted biases: the sites and the findings that `check_program` reports in at most {CHECK:.0f} seconds."
     with table("guidance_biases", asked, ("Host", "Bias", "Planted at", "Found at", "It says", "Samples", "Seconds"), about) as row:
         for h in HOSTS[:1] if asked.smoke else HOSTS:
             for name, planted in list(BIASES.items())[: 1 if asked.smoke else None]:
@@ -72,7 +73,7 @@ def biases(asked: Options) -> None:
 
 
 def check_right(h: Any, seed: int, seconds: float, compiled: dict[int, dict]) -> Any:
-    """The check of a right program; in NumPyro those of one structure share what is compiled."""
+    """The check of a right program. In NumPyro programs of one structure share compiled code."""
     model, guide, estimators = right(seed).make(h)
     with bench_of(h, Program(model, guide), estimators) as (bench, particles), Watch(seconds, False) as clock:
         bench.compiled = compiled.setdefault(seed % NUM_STRUCTURES, {})
@@ -80,7 +81,7 @@ def check_right(h: Any, seed: int, seconds: float, compiled: dict[int, dict]) ->
 
 
 def false_alarms(asked: Options) -> None:
-    about = f"Random programs whose estimators are right, each checked for {RIGHT:g} seconds at most: false alarms."
+    about = f"False alarms on random programs whose estimators are right, each checked for at most {RIGHT:g} seconds."
     columns = ("Host", "Seeds", "Programs", "Sites compared", "False alarms", "Median detectable bias, of the gradient")
     with table("guidance_right", asked, columns, about) as row:
         for h in HOSTS[1:] if asked.smoke else HOSTS:
@@ -100,7 +101,7 @@ def false_alarms(asked: Options) -> None:
 
 
 def one_site(prior: Callable, guide: Callable, mean: Callable = lambda h, x: x) -> Callable[[Any], Program]:
-    """A latent site in front of one observation."""
+    """A latent site with one observation."""
 
     def make(h):
         def model():
@@ -113,7 +114,7 @@ def one_site(prior: Callable, guide: Callable, mean: Callable = lambda h, x: x) 
 
 
 def mixed(h: Any) -> Program:
-    """A discrete and a continuous site in one mean, and local sites of a plate."""
+    """A discrete and a continuous site in one mean, and local sites in a plate."""
     y = h.array(np.array([0.3, 1.8, -0.4, 1.1]))
 
     def model():
@@ -184,13 +185,13 @@ CHOICES: dict[str, Callable[[Any], Program]] = {
 
 @contextmanager
 def bench_of(h: Any, program: Program, estimators: Any = None, steps: int = 0) -> Iterator[tuple[Any, int]]:
-    """The bench of a program after so many steps of the default, and the number of particles of a check."""
+    """The bench of a program after some steps of the default, and the number of particles of a check."""
     pyro.clear_param_store()
     params = None
     if steps:
         side = STEPS[h](program, h.flow.TraceFlow_ELBO(), rate=0.02)
         side.run(steps)
-        params = side.svi.get_params(side.state) if h is NumPyro else None  # in Pyro they are in the store
+        params = side.svi.get_params(side.state) if h is NumPyro else None  # in Pyro the store has them
     if h is NumPyro:
         yield NumPyroBench(program.model, program.guide, program.args, {}, estimators, Auto(), params, None), OF_NUMPYRO
     else:
@@ -199,7 +200,7 @@ def bench_of(h: Any, program: Program, estimators: Any = None, steps: int = 0) -
 
 
 def chosen(advice: Recommendation) -> str:
-    """The estimators and the entropy."""
+    """The chosen estimators and entropy, as text."""
     return ", ".join(f"`{site}`: {e}" for site, e in advice.estimators.items()) + f"; {advice.options['entropy']!r}"
 
 
@@ -208,7 +209,7 @@ def in_seconds() -> str:
 
 
 def over_the_best(search: Search, seconds: float) -> tuple[float, str, int]:
-    """The score of the search's choice over the best one of all that it tried, measured again in turn; that one; how many there are."""
+    """The score of the choice relative to the best of everything tried, measured again in turn; the best; the number tried."""
     trials = {setting: replace(trial, deviations=[], times=[]) for setting, trial in search.trials.items()}
     start = perf_counter()
     for _ in range(BATCHES):
@@ -224,9 +225,9 @@ def over_the_best(search: Search, seconds: float) -> tuple[float, str, int]:
 
 def choices(asked: Options) -> None:
     about = (
-        f"What `recommend` chooses in {in_seconds()}; its noise x time over that of the best objective of all that it tried, "
-        f"measured again in turn for {TRUTH:.0f} seconds; and how many times as much the default and the host's own objective need, "
-        "with 95% intervals."
+        f"The choice of `recommend` in {in_seconds()}. Over the best: its noise x time over that of the best objective that it tried, "
+        f"measured again in turn for {TRUTH:.0f} seconds. Default, host's own: noise x time of the default and of the host's own "
+        "objective over that of the choice, with 95% intervals."
     )
     columns = ("Host", "Program", "Choice", "Tried", "Over the best", "Which is", "Default", "Host's own", "Seconds")
     with table("guidance_choices", asked, columns, about) as row:
@@ -244,7 +245,7 @@ def choices(asked: Options) -> None:
 
 
 def in_steps(side: Side) -> str:
-    """The steps that a side takes, and at which step size."""
+    """The steps of a side and its step size, as text."""
     return f"{figure(side.steps)} at {side.step_size}" if np.isfinite(side.steps) else f"more than {EVERY * (CHECKPOINTS - 1)}"
 
 

@@ -1,11 +1,10 @@
 """Training where the cost jumps: the year in which coal mines became safer, and a thermostat.
 
 In the change point, the likelihood jumps at each of 111 years. In the thermostat, each temperature decides whether the heater is on. A
-row holds the ELBO after a number of steps, in nats, as its mean over some seeds with the standard error, each from 1000 draws (larger
-is better), and the milliseconds of processor time of one step. All take four particles and Adam. In NumPyro, where all seeds run at
-once, there are five of them; in Pyro, where they run one after the other, there are two. Pyro's steps are those of
-JitTraceFlow_ELBO(backend="eager"), whose operations are torch's own: so the 223 evaluations of the change point take no Python, and
-nobody has to wait for a compiler. About eight minutes; NumPyro alone takes two:
+row has the ELBO in nats after a number of steps (larger is better), as its mean and standard error over seeds, each from 1000 draws. It
+also has the CPU milliseconds of one step. Every fit has four particles and Adam. NumPyro runs five seeds at once; Pyro runs two, one
+after the other. Pyro's steps are those of JitTraceFlow_ELBO(backend="eager"), which runs torch operations only: the 223 evaluations of
+the change point take no Python, and no compiler. About eight minutes; NumPyro alone takes two:
 
     python benchmarks/jumps.py
     python benchmarks/jumps.py --smoke
@@ -50,7 +49,7 @@ OBJECTIVES: dict[Any, Callable[..., Any]] = {
 
 
 class Study(NamedTuple):
-    """A program, the sites at which its cost jumps, where it does, and a mask that is 0 there."""
+    """A program, its sites with a jump of the cost, where the jumps are, and a mask that is 0 there."""
 
     model: Callable[[], Any]
     guide: Callable[[], Any]
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints, draws = ([1, 2], 20) if options_given.smoke else ([100, 300, 1000], 1000)
     columns = ("host", "program", "estimator", "evaluations", *(f"{n} steps" for n in checkpoints), "ms a step")
     over = ", ".join(f"{number} seeds in {h.name}" for h, number in SEEDS.items())
-    about = f"The ELBO after so many steps, mean and standard error over {over}; larger is better."
+    about = f"The ELBO by steps of training: mean and standard error over {over}; larger is better."
     with table("jumps", options_given, columns, about) as row:
         for h in HOSTS:
             seeds = 2 if options_given.smoke else SEEDS[h]
@@ -138,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def together(study: Study, elbo: Any, value: Any, checkpoints: list[int], seeds: int) -> tuple[list[np.ndarray], float]:
-    """In NumPyro, for each checkpoint the ELBO of each seed, and the seconds of one step of one seed."""
+    """In NumPyro: the ELBO of each seed at each checkpoint, and the seconds of one step of one seed."""
     svi = numpyro.infer.SVI(study.model, study.guide, numpyro.optim.Adam(study.rate), elbo)
 
     def advance(state: Any, steps: int) -> Any:
@@ -150,7 +149,7 @@ def together(study: Study, elbo: Any, value: Any, checkpoints: list[int], seeds:
 
     run = jax.jit(jax.vmap(advance, (0, None)))
     state = jax.vmap(svi.init)(random.split(random.key(0), seeds))
-    jax.block_until_ready(run(state, 1))  # compiled before it is timed
+    jax.block_until_ready(run(state, 1))  # compiles before the timing
     bounds, spent = [], 0.0
     for steps in np.diff([0, *checkpoints]):
         start = process_time()
@@ -161,16 +160,16 @@ def together(study: Study, elbo: Any, value: Any, checkpoints: list[int], seeds:
 
 
 def in_turn(study: Study, elbo: Any, value: Any, checkpoints: list[int], seeds: int) -> tuple[list[np.ndarray], float]:
-    """As :func:`together`, in Pyro, where all seeds share one graph."""
+    """The same in Pyro, where all seeds share one graph."""
 
     def begin(seed: int) -> Any:
         pyro.clear_param_store()
-        study.guide()  # makes the parameters, which the graph takes over
+        study.guide()  # creates the parameters that the graph uses
         pyro.set_rng_seed(seed)
         return pyro.infer.SVI(study.model, study.guide, pyro.optim.Adam({"lr": study.rate}), elbo)
 
     svi = begin(0)
-    for _ in range(2):  # compiled before it is timed
+    for _ in range(2):  # traces before the timing
         svi.step()
     bounds, spent = np.empty((len(checkpoints), seeds)), 0.0
     for seed in range(seeds):

@@ -1,16 +1,16 @@
-"""Whether a linear model of the cost beside the leave-one-out mean pays: the Bernoulli autoencoder of digits, four particles, in JAX.
+"""Does a linear model of the cost help, in addition to the leave-one-out mean? The Bernoulli autoencoder of digits, in JAX.
 
-From the cost f of each particle, c . (z - mu) is subtracted, and the exact gradient of its mean is added (the double control variate of
+c . (z - mu) is subtracted from the cost f of each particle, and the exact gradient of its mean is added (the double control variate of
 Titsias and Shi 2022). The slope c is
 
-    at the mean of the others     the gradient of f where the other particles have their mean
-    mean of the others            the mean of the gradients of f at the other particles, which the backward pass has anyway
+    at the mean of the others     the gradient of f at the mean of the other particles
+    mean of the others            the mean gradient of f at the other particles, which the backward pass computes anyway
     learned                       minus the logits, which is exact for the guide's density, plus a network of the image
 
-All of them, and "none", leave out the score of the guide's own density, whose mean is 0, as ``entropy="stl"`` does. A row holds the
+All of them, and "none", leave out the score of the guide's own density, as ``entropy="stl"`` does; its mean is 0. A row has the
 variance of the gradient in the encoder's logits with leave-one-out alone over that with the baseline, after some steps of training with
-leave-one-out, and the time of a gradient over that with leave-one-out alone. The slopes by a gradient are multiplied by the number for
-which the variance is least, found on the same samples: more they cannot reach. About two minutes:
+leave-one-out, and the same ratio of times. Each slope by a gradient is multiplied by the factor of least variance, found on the same
+samples, so these rows are upper bounds. About two minutes:
 
     python benchmarks/linear_baseline.py
     python benchmarks/linear_baseline.py --smoke
@@ -48,7 +48,7 @@ def log_bernoulli(logits: jax.Array, z: jax.Array) -> jax.Array:
 
 
 def gradients(params: dict[str, Any], x: jax.Array, key: jax.Array, slope: str | None, share: Any = 1.0) -> tuple[dict[str, Any], Any]:
-    """Minus the gradient in all parameters, and that of the ELBO in the logits alone, averaged over the particles."""
+    """Minus the gradient in all parameters, and the gradient of the ELBO in the logits, averaged over the particles."""
     logits, of_encoder = jax.vjp(lambda p: apply(p, x), params["encoder"])
     mu = jax.nn.sigmoid(logits)
     z = jax.random.bernoulli(key, mu, (K, *mu.shape)).astype(float)
@@ -71,7 +71,7 @@ def gradients(params: dict[str, Any], x: jax.Array, key: jax.Array, slope: str |
         c, of_network = jax.vjp(lambda p: apply(p, x), params["slope"])
         rest = f - ((c - logits) * centred).sum(-1)
         rest = rest - without_own(rest)
-        (of_slope,) = of_network((-rest[..., None] * centred).mean(0))  # of half the squared rest
+        (of_slope,) = of_network((-rest[..., None] * centred).mean(0))  # the gradient of half the squared residual
         of_logits = of_logits + (c - logits) * mu * (1 - mu)
     else:
         if slope == "mean of the others":
@@ -89,7 +89,7 @@ def gradients(params: dict[str, Any], x: jax.Array, key: jax.Array, slope: str |
 
 @partial(jax.jit, static_argnums=1)
 def trained(params: dict[str, Any], steps: int) -> dict[str, Any]:
-    """After steps of Adam: autoencoder under leave-one-out, and the learned slope beside it."""
+    """The autoencoder after steps of Adam with leave-one-out, and the slope learned at the same time."""
 
     def step(carry, i):
         params, m, v = carry
@@ -112,7 +112,7 @@ def of_logits(params: dict[str, Any], slope: str | None, share: float, samples: 
 
 
 def gain(params: dict[str, Any], slope: str, samples: int) -> float:
-    """The variance with leave-one-out alone over that with the slope; a slope by a gradient has its best share."""
+    """The variance with leave-one-out alone over that with the slope, where a slope by a gradient has its best factor."""
     usual, none, whole = (np.asarray(of_logits(params, s, 1.0, samples)) for s in (None, "none", slope))
     usual, none, change = (a - a.mean(0) for a in (usual, none, whole - none))
     share = 1.0 if slope in ("none", "learned") else -(none * change).sum() / (change**2).sum()
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     start = {"encoder": network(PIXELS, SIZE, 0), "decoder": network(SIZE, PIXELS, 1), "slope": network(PIXELS, SIZE, 2)}
     points = [trained(start, steps) for steps in ((2, 3) if smoke else AT)]
     columns = ("Slope", *(f"{steps} steps" for steps in (AT[:2] if smoke else AT)), "Time")
-    about = f"The variance with leave-one-out alone over that with a linear baseline too, and the ratio of times; {K} particles."
+    about = f"The variance with leave-one-out alone over that with a linear baseline as well, and the ratio of times; {K} particles."
     ratios = time_ratios(points[-1], 2 if smoke else 21)
     with table("linear_baseline", options_given, columns, about) as row:
         for slope, ratio in zip(SLOPES, ratios, strict=True):

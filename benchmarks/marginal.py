@@ -1,7 +1,7 @@
 """Time of a step with sites that the model sums out: flowvi against the hosts' TraceEnum_ELBO.
 
-Every site of the guide is reparameterized, so that both sides compute the same loss and the same gradient. A row holds the median over
-rounds of time / time, its 95% bootstrap interval, the target, and the microseconds of one step; the two sides run in turn. About two
+Every site of the guide is reparameterized, so both sides compute the same loss and the same gradient. A row has the median over rounds
+of the ratio of times, its 95% bootstrap interval, the target, and the microseconds of one step. The two sides run in turn. About two
 minutes:
 
     python benchmarks/marginal.py
@@ -88,13 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     options_given = options(__file__, __doc__, argv)
     use_one_thread()
     rounds, duration = (2, 0.002) if options_given.smoke else (25, 0.02)
-    about = "Time of a step over that of the host's TraceEnum_ELBO."
+    about = "Time of a step relative to the host's TraceEnum_ELBO."
     with table("marginal", options_given, COLUMNS, about) as row:
         for h in HOSTS:
             for name, program in PROGRAMS.items():
                 for k in (
                     (1, 10) if h is NumPyro and program is mixture and not options_given.smoke else (1,)
-                ):  # in Pyro they are a loop
+                ):  # several particles run in a loop in Pyro
                     if (options_given.smoke and h is NumPyro and program is chain) or not options_given.wants(h.name, name, k):
                         continue
                     how = {"num_particles": k} if h is NumPyro else {"num_particles": k, "max_plate_nesting": 1}

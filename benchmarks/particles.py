@@ -1,8 +1,8 @@
 """Particles that are drawn together: the noise of the gradient and the time of a step, against independent ones.
 
-With 64 particles and every site RP: the variance of the gradient under independent particles over that under joint ones, the median
-over the parameters called loc and over those called scale (unconstrained), at the start and after 3,000 steps; and the time of a step
-over that with independent particles, in either host. About three minutes:
+There are 64 particles, and RP at every site. A row has the variance of the gradient with independent particles over that with joint
+ones: the median over the parameters called loc, and over those called scale (unconstrained), at the start and after 3,000 steps. It
+also has the time of a step over that with independent particles, in each host. About three minutes:
 
     python benchmarks/particles.py
     python benchmarks/particles.py --smoke
@@ -23,7 +23,7 @@ K = 64
 NAMES = ("noisy cone", "eight schools", "logistic regression")
 HOW = ("independent", "stratified", "antithetic")
 COLUMNS = ("Program", "Where", "Particles", "Less variance, loc", "Less variance, scale", "Time, NumPyro", "Time, Pyro")
-ABOUT = "64 particles, every site RP. Above 1 there is less noise; a time of 1 is that of independent particles."
+ABOUT = "64 particles, every site RP. Factors against independent particles: less variance, time of a step."
 
 
 def side(h: Any, program: Program, how: str, rate: float) -> Any:
@@ -31,7 +31,7 @@ def side(h: Any, program: Program, how: str, rate: float) -> Any:
 
 
 def variances(of: NumPyroSteps, program: Program, points: list[dict], n: int) -> list[dict[str, float]]:
-    """At each point the variance of the gradient in each parameter, as the mean over its elements."""
+    """The variance of the gradient in each parameter, as the mean over its elements, at each point."""
 
     @jax.jit
     def gradients(params, keys):
@@ -49,7 +49,7 @@ def params_of(of: NumPyroSteps) -> dict:
 
 
 def gain(independent: dict[str, float], joint: dict[str, float], kind: str) -> str:
-    with np.errstate(divide="ignore"):  # mirrored pairs have no noise at all where the cost is symmetric
+    with np.errstate(divide="ignore"):  # mirrored pairs have no noise if the cost is symmetric
         ratios = [np.divide(independent[name], joint[name]) for name in joint if name.endswith(kind)]
     return figure(float(np.median(ratios)), ".2g")
 

@@ -1,4 +1,4 @@
-"""Programs with a bias that is planted at one site, and programs without one, each written once for both hosts."""
+"""Programs with a bias planted at one site, and programs without a bias, each written once for both hosts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Planted(NamedTuple):
 
     Attributes:
         make: ``make(h)`` is the model, the guide and the estimators.
-        site: The site whose estimator is biased; None where none is.
-        statement: The statement of the model whose cost shows it; empty where none does.
+        site: The site whose estimator is biased, or None.
+        statement: The statement of the model whose cost shows the bias, or an empty string.
     """
 
     make: Callable[[Any], tuple[Callable, Callable, dict]]
@@ -49,7 +49,7 @@ def stopped(h: Any, x: Any) -> Any:
 
 
 def one_normal(cost: Callable[[Any, Any], Any], estimator: Any = None, detached: bool = False):
-    """A Normal site x under a Normal prior, and ``cost(h, x)``; where it is ``detached`` its sampler has no derivative."""
+    """A Normal site x under a Normal prior, and ``cost(h, x)``. If ``detached``, the sampler has no derivative."""
 
     def make(h):
         def model():
@@ -92,7 +92,7 @@ def angle(h, read: Callable[[Any, Any], Any] = identity):
 
 
 def across(h):
-    """A field that moves mass through the end of the support, where the density is not 0."""
+    """A field that moves mass across the end of the support, where the density is not 0."""
 
     def model():
         x = h.ppl.sample("x", h.dist.Exponential(h.array(1.0)))
@@ -105,7 +105,7 @@ def across(h):
 
 
 def neighbours(estimator: Any, reads: bool = True):
-    """Bernoullis of a plate, each cost of which may read its neighbour too."""
+    """Bernoullis in a plate, where each cost may also read its neighbour."""
 
     def make(h):
         y = h.array(np.array([1.0, 0.2, 1.4, -0.3, 0.8]))
@@ -127,7 +127,7 @@ def neighbours(estimator: Any, reads: bool = True):
 
 
 def two_sites(hide: bool, jumps: bool):
-    """x, and z around it, which the model reads: through a stop_gradient, or with a jump."""
+    """x, and z with mean x. The model reads z through a stop_gradient, or with a jump."""
 
     def make(h):
         def model():
@@ -147,7 +147,7 @@ def two_sites(hide: bool, jumps: bool):
 
 
 def local_jump(h):
-    """Local sites of a plate, in each of which the cost jumps."""
+    """Local sites in a plate, each with a cost that jumps."""
     y = h.array(np.array([0.5, -0.5, 1.0]))
 
     def model():
@@ -199,7 +199,7 @@ BIASES: dict[str, Planted] = {
 }
 
 
-# Right programs, at random.
+# Random programs without a bias.
 
 
 class Site(NamedTuple):
@@ -262,9 +262,9 @@ NUM_STRUCTURES = 10
 
 
 def right(seed: int) -> Planted:
-    """A random program whose estimators are right: one to three sites, which one mean reads, and in some a plate below them.
+    """A random program whose estimators are right: one mean reads one to three sites, and some programs have a plate below them.
 
-    Programs whose seeds differ by multiples of `NUM_STRUCTURES` differ in the initial values of their parameters only.
+    If two seeds differ by a multiple of `NUM_STRUCTURES`, their programs differ only in the initial values of their parameters.
     """
     structure = seed % NUM_STRUCTURES
     of_structure, of_values = np.random.default_rng(structure), np.random.default_rng(seed)

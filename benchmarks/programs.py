@@ -1,7 +1,7 @@
 """The programs that are measured, each written once for both hosts.
 
-A program is a function of a host ``h``, :class:`NumPyro` or :class:`Pyro` (the few names that it is written with), and of ``normal``,
-the family of the guide's continuous sites: the host's Normal unless a comparison asks for one without a reparameterized sampler.
+A program is a function of a host and of a family. The host ``h`` is :class:`NumPyro` or :class:`Pyro`, the few names that programs use.
+``normal`` is the family of the guide's continuous sites: the host's Normal, or one without a reparameterized sampler.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class NumPyro:
 
     @staticmethod
     def network(name: str, inputs: int, outputs: int, seed: int) -> Callable[[], Callable]:
-        """A network with one hidden layer; the function that is returned registers its parameters where it is called."""
+        """A network with one hidden layer. A call of the returned function registers its parameters."""
         module = equinox.nn.MLP(inputs, outputs, HIDDEN, 1, jax.nn.tanh, key=jax.random.key(seed))
         return lambda: jnp.vectorize(numpyro.contrib.module.eqx_module(name, module), signature="(i)->(o)")
 
@@ -86,14 +86,14 @@ HOSTS: tuple[Any, ...] = (NumPyro, Pyro)
 
 
 def mean_field(h, normal, name: str, size: int | None = None, scale: float = 0.1):
-    """The two parameters of one site of a guide, within the plates around it, and their distribution."""
+    """A mean-field site of a guide: its two parameters, in the plates around it, and its distribution."""
     shape = () if size is None else (size,)
     loc = h.ppl.param(f"{name}_loc", h.array(np.zeros(shape)))
     return normal(loc, h.ppl.param(f"{name}_scale", h.array(np.full(shape, scale)), constraint=h.dist.constraints.positive))
 
 
 def noisy_cone(h, normal) -> Program:
-    """A point in the plane whose squared distance from 0 is observed, with noise that grows with it."""
+    """A point in the plane. Its squared distance from 0 is observed, with noise that grows with the distance."""
 
     def model():
         x = h.ppl.sample("x", h.dist.Normal(0.0, 10.0))
@@ -146,7 +146,7 @@ def logistic_regression(h, normal) -> Program:
 
 
 def hierarchical_regression(h, normal, groups: int = 20, cases: int = 15) -> Program:
-    """Groups with an intercept and a slope each, non-centred, below their means and scales; generated."""
+    """An intercept and a slope for each group, non-centred, with common means and scales; the data are generated."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(cases, groups))
     mean, spread = np.array([[1.0], [-0.5]]), np.array([[0.8], [0.4]])
@@ -187,7 +187,7 @@ def autoencoder(h, normal, kind: str = "Gaussian", size: int | None = None, esti
         normal: The family of Gaussian latents.
         kind: ``"Gaussian"`` or ``"Bernoulli"`` latents.
         size: How many.
-        estimator: ``estimator(critic, images)`` is that of the latents; ``critic()`` is a network that maps an image to a number.
+        estimator: ``estimator(critic, images)`` gives that of the latents; ``critic()`` is a network from an image to a number.
     """
     size = size or LATENTS[kind]
     encoder = h.network("encoder", PIXELS, size * (2 if kind == "Gaussian" else 1), 0)
@@ -234,7 +234,7 @@ def mixture_guide(h, normal) -> Program:
 
 
 def chain(h, normal, sites: int = 50) -> Program:
-    """Every site leads to the next one and to an observation; the statements are unrolled."""
+    """A chain of sites, each with an observation; the statements are unrolled."""
     observed = h.array(np.linspace(-1, 1, sites))
 
     def model():
@@ -251,7 +251,7 @@ def chain(h, normal, sites: int = 50) -> Program:
 
 
 def plate(h, normal, size: int = 1000, subsample: int | None = 50) -> Program:
-    """A plate of local latents below a global one, in minibatches or whole."""
+    """A plate of local latents below a global one, with or without minibatches."""
     data = h.array(np.linspace(-2, 2, size))
 
     def model():
@@ -271,7 +271,7 @@ def plate(h, normal, size: int = 1000, subsample: int | None = 50) -> Program:
 
 
 def scan(h, normal, steps: int = 100) -> Program:
-    """A state-space model whose time runs inside ``scan``; NumPyro only."""
+    """A state space model in ``scan``; NumPyro only."""
     observed = h.array(np.linspace(-1, 1, steps))
 
     def model():
@@ -288,7 +288,7 @@ def scan(h, normal, steps: int = 100) -> Program:
 
         def step(x, at):
             fn = normal(at[0] + 0.5 * x, at[1])
-            if normal is h.score_normal:  # no handler reaches the draws inside scan
+            if normal is h.score_normal:  # handlers do not reach the draws inside scan
                 fn = h.flow.Estimated(fn, LR())
             return h.ppl.sample("x", fn), None
 

@@ -1,8 +1,8 @@
-"""How soon a fit comes close to the best ELBO: with what `recommend` chooses, and with the default.
+"""How soon a fit comes close to the best ELBO: with the choice of `recommend`, and with the default.
 
-For each side, the steps to the best ELBO less `CLOSE` nats are counted, as a mean over seeds and at the best step size. They are
-multiplied by the CPU times of a step, which are taken in turn, so that a busy machine hardly matters. All ELBOs are computed by
-NumPyro from the parameters of the fit, which have the same names in both hosts, with the same draws.
+For each side, the steps to the best ELBO minus `CLOSE` nats are counted, as a mean over seeds and at the best step size. They are
+multiplied by the CPU time of a step. The steps are timed in turn, so a busy machine hardly matters. NumPyro computes all ELBOs from the
+parameters of the fit, which have the same names in both hosts, with the same draws.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from flowvi.numpyro import TraceFlow_ELBO, adaptive
 
 CLOSE = 0.1  # nats
 STEP_SIZES, SEEDS = (0.02, 0.05, 0.15), (0, 1)
-EVERY, CHECKPOINTS = 20, 100  # steps between two evaluations, and how many there are
+EVERY, CHECKPOINTS = 20, 100  # steps between two evaluations, and their number
 PARTICLES = 2000  # of an evaluation
-ROUNDS, ROUND = 21, 0.02  # how often the two steps are timed in turn, and for how many seconds each
+ROUNDS, ROUND = 21, 0.02  # rounds of timing in turn, and the seconds of each
 
 
 PROGRAMS: dict[str, Callable[[Any], Program]] = {
@@ -46,7 +46,7 @@ class Side(NamedTuple):
 
     Attributes:
         steps: The number of steps to the target, at the best step size; infinity if no fit reached it.
-        step_size: That step size.
+        step_size: The best step size.
     """
 
     steps: float
@@ -70,15 +70,15 @@ class Race(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """How many times as long the default takes."""
+        """The time of the default over that of the recommendation."""
         return self.default.steps / (self.advised.steps * self.time[0])
 
 
 def race(h: Any, make: Callable[[Any], Program], elbos: tuple[Any, ...], checkpoints: int = CHECKPOINTS) -> Race:
-    """Fit a program by the default and by the recommended objective, or by the default alone where both are the same."""
+    """Fit a program with the default and with the recommended objective, or only once if both are the same."""
     program, evaluate = make(h), evaluator(make)
     programs = [program._replace(guide=adaptive(program.guide, elbo)) if h is NumPyro else program for elbo in elbos]
-    curves: list[dict[float, np.ndarray]] = [{} for _ in elbos]  # of the mean ELBO over the seeds
+    curves: list[dict[float, np.ndarray]] = [{} for _ in elbos]  # the mean ELBO over the seeds
     for of_side, one, elbo in zip(curves, programs, elbos, strict=True):
         for step_size in STEP_SIZES:
             side = STEPS[h](one, elbo, rate=step_size)
@@ -93,7 +93,7 @@ def race(h: Any, make: Callable[[Any], Program], elbos: tuple[Any, ...], checkpo
 
 
 def step_times(a: Any, b: Any) -> np.ndarray:
-    """CPU seconds of equally many steps of two sides in each round, of shape (rounds, 2); who goes first is swapped every round."""
+    """CPU seconds of equally many steps of two sides, of shape (rounds, 2). The side that goes first changes every round."""
     a.run(2)
     steps, times = steps_lasting(b, ROUND), np.empty((ROUNDS, 2))
     for i in range(ROUNDS):
@@ -105,14 +105,14 @@ def step_times(a: Any, b: Any) -> np.ndarray:
 
 
 def fit(h: Any, side: Any, program: Program, seed: int, checkpoints: int) -> list[dict[str, np.ndarray]]:
-    """The parameters at the start and after every few steps."""
+    """The parameters at the start and after every `EVERY` steps."""
     if h is NumPyro:
         side.state = side.svi.init(jax.random.key(seed), *program.args)
     else:
         pyro.clear_param_store()
         side.svi.optim = pyro.optim.Adam(side.svi.optim.pt_optim_args)
         pyro.set_rng_seed(seed)
-        side.svi.evaluate_loss(*program.args)  # registers the parameters
+        side.svi.evaluate_loss(*program.args)  # creates the parameters
     at = []
     for _ in range(checkpoints):
         found = side.svi.get_params(side.state) if h is NumPyro else dict(pyro.get_param_store().items())
@@ -122,7 +122,7 @@ def fit(h: Any, side: Any, program: Program, seed: int, checkpoints: int) -> lis
 
 
 def evaluator(make: Callable[[Any], Program]) -> Callable[[list[dict[str, np.ndarray]]], np.ndarray]:
-    """The ELBO at each of some parameters."""
+    """A function that computes the ELBO at each of several parameters."""
     program = make(NumPyro)
     elbo = numpyro.infer.Trace_ELBO(PARTICLES)
     svi = numpyro.infer.SVI(program.model, program.guide, numpyro.optim.SGD(1.0), TraceFlow_ELBO())
@@ -146,7 +146,7 @@ def best_side(curves: dict[float, np.ndarray], target: float) -> Side:
 
 
 def reached(elbos: np.ndarray, target: float) -> float:
-    """The step at which the ELBO first reached the target, between two evaluations by a straight line; infinity if it did not."""
+    """The step at which the ELBO first reached the target, by linear interpolation; infinity if it never did."""
     if not (elbos >= target).any():
         return float("inf")
     i = int((elbos >= target).argmax())

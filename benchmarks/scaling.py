@@ -1,7 +1,7 @@
-"""Steps of NumPyro's SVI with the particles on several devices: the same particles on more devices, and more particles with them.
+"""Steps of NumPyro's SVI with the particles on several devices: the same number of particles, or one that grows with the devices.
 
 The program is the logistic regression of benchmarks/programs.py. Without accelerators, eight devices are forced on the CPU. They share
-its cores, so that the times show what it costs to divide the work, and not what devices of their own gain. About a minute:
+its cores. So the times show the overhead of dividing the work, and not the gain of real devices. About a minute:
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --smoke
@@ -26,7 +26,7 @@ DEVICES = [n for n in (1, 2, 4, 8) if n <= len(jax.devices())]
 
 
 def on_devices(number: int):
-    """How to map a particle over the keys on so many devices."""
+    """How to map a particle over the keys on several devices."""
     split = PartitionSpec("devices")
     mesh = Mesh(jax.devices()[:number], ("devices",))
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             base = None
             for number in DEVICES:
                 elbo = NumPyro.flow.TraceFlow_ELBO(particles_on(number), on_devices(number))
-                least = 1e3 * repeat(NumPyroSteps(program, elbo), rounds, duration).min()  # other processes only add to it
+                least = 1e3 * repeat(NumPyroSteps(program, elbo), rounds, duration).min()  # the rest is other processes
                 base = base or least
                 row(scaling, number, particles_on(number), figure(least), figure(least / base))
 

@@ -2,15 +2,14 @@
 
     RP / Trace_ELBO                every site RP in flowvi, against the host
     Flow / RP                      the pathwise field of the Normal as an elementwise Flow, against RP, both in flowvi
-    LR / TraceGraph_ELBO           every site LR in flowvi, against the host, where the Normal has no reparameterized sampler
-    LR, graph / TraceGraph_ELBO    likewise with dependencies="graph", which is the default in NumPyro
+    LR / TraceGraph_ELBO           every site LR in flowvi, against the host with a Normal that has no reparameterized sampler
+    LR, graph / TraceGraph_ELBO    the same with dependencies="graph", the default in NumPyro
     IWAE / RenyiELBO               the importance-weighted bound with every site RP, against the host
 
-A row holds the median over rounds of time / time, its 95% bootstrap interval, the target, and the microseconds of one step. The
-two sides run in one process and in turn, the order swapped every round. Where NumPyro's two sides are the same instructions (RP),
-each is compiled several times, since two compilations of one program differ by a few per cent. A target is "met" if the median is
-within it, "noise" if only the interval reaches it, else "missed". PLAN says which comparisons are made on which program. About
-eight minutes:
+A row has the median over rounds of the ratio of times, its 95% bootstrap interval, the target, and the microseconds of one step. The
+two sides run in one process and in turn. The order changes every round. If NumPyro's two sides have the same instructions (RP), each is
+compiled several times, because two compilations of one program differ by a few per cent. A target is "met" if the median is within it,
+"noise" if only the interval reaches it, else "missed". PLAN lists the comparisons on each program. About eight minutes:
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --smoke
@@ -58,7 +57,7 @@ def comparisons(h: Any) -> dict[str, Comparison]:
     }
 
 
-# On each program: which comparisons, with how many particles. In a bound they are at least two.
+# The comparisons on each program, and their numbers of particles. A bound needs at least two.
 PLAN: dict[str, list[tuple[tuple[str, ...], tuple[int, ...]]]] = {
     "noisy cone": [(("RP", "Flow", "LR"), (1, 10))],
     "eight schools": [(("RP", "Flow", "LR", "IWAE"), (1, 10, 100)), (("LR, graph",), (1, 10))],
@@ -70,23 +69,23 @@ PLAN: dict[str, list[tuple[tuple[str, ...], tuple[int, ...]]]] = {
     "scan of 100": [(("RP", "LR"), (1, 10)), (("IWAE",), (10,))],
 }
 
-# In this program, with ten particles, also: calls of `SVI.update` instead of a loop inside JAX; without Pyro's validation; particles in
-# a loop.
+# With ten particles, this program also runs with calls of `SVI.update` instead of a loop inside JAX, without Pyro's validation, and
+# with particles in a loop.
 IN_DETAIL = "eight schools"
 KINDS = {NumPyro: ("loop", "call"), Pyro: ("validated", "plain")}
 
-COMPILATIONS = 3  # of either side, where they are the same program; but not of the longest, which is compiled once
+COMPILATIONS = 3  # of each side, if both are the same program; the longest is compiled once
 LONG = "chain of 50"
 
 COLUMNS = ("Program", "Particles", "Step", "Ratio of times", "Median", "95% interval", "Target", "Verdict", "µs / µs")
 ABOUT = {
-    NumPyro: "A step is one turn of a jitted loop over `SVI.update`, or a call of it. HLO: the instructions that XLA makes of a step.",
-    Pyro: "A step is a call of `SVI.step`, with Pyro's validation on (the default) or off. Particles are a plate, or a loop.",
+    NumPyro: "A step is one iteration of a jitted loop over `SVI.update`, or a call of it. HLO: the instructions of a compiled step.",
+    Pyro: "A step is a call of `SVI.step`, with Pyro's validation on (the default) or off. Particles are in a plate, or in a loop.",
 }
 
 
 def rows(h: Any, smoke: bool) -> Iterator[tuple[str, str, int, bool, str]]:
-    """Program, comparison, number of particles, whether they are a loop, and the kind of step."""
+    """Program, comparison, number of particles, whether they run in a loop, and the kind of step."""
     for i, name in enumerate(names(h)):
         if smoke and h is NumPyro and name not in ("noisy cone", "mixture guide", "scan of 100"):  # others take longer to compile
             continue

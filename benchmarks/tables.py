@@ -15,7 +15,7 @@ TABLES = Path(__file__).parent.parent / "docs" / "tables"
 
 
 class Options(NamedTuple):
-    """What the command was asked for; a table is written only where that is all of it."""
+    """The options of a command. A table is written only if all of its rows were computed."""
 
     command: str
     smoke: bool
@@ -23,16 +23,16 @@ class Options(NamedTuple):
     study: str | None = None
 
     def wants(self, *words: object) -> bool:
-        """Whether a row that is known by these words is asked for."""
+        """Whether ``--only`` selects a row with these words."""
         return set(self.only) <= set(map(str, words))
 
 
 def options(file: str, doc: str | None, argv: Sequence[str] | None, studies: Sequence[str] = ()) -> Options:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a few short rows, printed and not written, to see that it runs")
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="the rows of this host, program, ...; not written")
+    parser.add_argument("--smoke", action="store_true", help="print a few short rows, to see that the command runs, and write nothing")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="print the rows of this host or program; write nothing")
     if studies:
-        parser.add_argument("--study", choices=studies, help="this one only")
+        parser.add_argument("--study", choices=studies, help="run only this study")
     return Options(f"python benchmarks/{Path(file).name}", **vars(parser.parse_args(argv)))
 
 
@@ -42,7 +42,7 @@ def figure(x: float, form: str = ".3g") -> str:
 
 @contextmanager
 def table(name: str, options_given: Options, columns: Sequence[str], about: str) -> Iterator[Callable[..., None]]:
-    """Print a table row by row; once it is whole, write it to docs/tables, in place of one that is there.
+    """Print a table row by row. When it is complete, write it to docs/tables, in place of the old one.
 
     Yields:
         A function that takes the cells of a row.

@@ -1,4 +1,4 @@
-"""How times are taken: steps of SVI in either host, two sides in turn, medians with their spread, verdicts."""
+"""How times are measured: steps of SVI in both hosts, two sides in turn, medians with their intervals, verdicts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from programs import NumPyro, Program, Pyro
 class NumPyroSteps:
     """Steps of NumPyro's SVI.
 
-    Each is a call of the jitted ``SVI.update`` (kind ``"call"``), or one turn of a jitted loop over it (``"loop"``, as in ``SVI.run``:
-    no time goes to the calls). The loss is kept, as ``SVI.run`` does, so that its value is computed too.
+    A step is a call of the jitted ``SVI.update`` (kind ``"call"``), or one iteration of a jitted loop over it (``"loop"``, as in
+    ``SVI.run``; the calls then take no time). The loss is kept, as in ``SVI.run``, so that XLA computes its value too.
     """
 
     def __init__(self, program: Program, elbo: Any, kind: str = "loop", rate: float = 1e-3):
@@ -60,10 +60,10 @@ class NumPyroSteps:
 
 
 class PyroSteps:
-    """Calls of Pyro's ``SVI.step``, with the host's validation on (kind ``"validated"``, the default there) or off (``"plain"``)."""
+    """Calls of Pyro's ``SVI.step``, with validation on (kind ``"validated"``, Pyro's default) or off (``"plain"``)."""
 
     def __init__(self, program: Program, elbo: Any, kind: str = "validated", rate: float = 1e-3):
-        pyro.clear_param_store()  # two sides of one program then share its parameters
+        pyro.clear_param_store()  # so that two sides of one program share its parameters
         pyro.set_rng_seed(0)
         self.svi = pyro.infer.SVI(program.model, program.guide, pyro.optim.Adam({"lr": rate}), elbo)
         self.args, self.validate = program.args, kind == "validated"
@@ -82,7 +82,7 @@ def use_one_thread() -> None:
 
 
 def particles(h: Any, number: int, loop: bool = False) -> dict[str, Any]:
-    """The options of an objective for so many particles at once, or in a loop."""
+    """The options of an objective for a number of particles, vectorized or in a loop."""
     if number == 1 or h is NumPyro:
         return {"num_particles": number}
     return {"num_particles": number} if loop else {"num_particles": number, "vectorize_particles": True, "max_plate_nesting": 1}
@@ -95,7 +95,7 @@ def seconds(side: Any, steps: int) -> float:
 
 
 def steps_lasting(side: Any, duration: float) -> int:
-    """How many steps take about so many seconds, after a warm-up."""
+    """The number of steps that take about ``duration`` seconds, after a warm-up."""
     side.run(2)
     steps = 1
     while (spent := seconds(side, steps)) < duration / 2:
@@ -104,13 +104,13 @@ def steps_lasting(side: Any, duration: float) -> int:
 
 
 def repeat(side: Any, rounds: int, duration: float) -> np.ndarray:
-    """Seconds of a step, in each round."""
+    """Seconds of a step, by round."""
     steps = steps_lasting(side, duration)
     return np.array([seconds(side, steps) / steps for _ in range(rounds)])
 
 
 def alternate(a: Any, b: Any, rounds: int, duration: float) -> np.ndarray:
-    """Seconds of a step of the two sides in each round, of shape (rounds, 2); who goes first is swapped every round."""
+    """Seconds of a step of both sides, of shape (rounds, 2). The side that goes first changes every round."""
     a.run(2)
     steps = steps_lasting(b, duration)
     times = np.empty((rounds, 2))

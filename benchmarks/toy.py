@@ -1,7 +1,7 @@
-"""Mean and variance of the gradient in a logit: the toy problem of REBAR and RELAX, and four Bernoullis that enter one cost.
+"""Mean and variance of the gradient in a logit: the toy problem of REBAR and RELAX, and four Bernoullis that share one cost.
 
-The toy problem is the cost (b - t)^2 of one Bernoulli; the gradients are those of the cost, without densities. What an estimator learns
-is learned first, at fixed logits. A row is one estimate, of one particle, or of two for the leave-one-out mean. About a minute:
+The toy problem is the cost (b - t)^2 of one Bernoulli. The gradients are those of the cost, without densities. Estimators that learn
+are trained first, at fixed logits. An estimate has one particle, or two for the leave-one-out mean. About a minute:
 
     python benchmarks/toy.py
     python benchmarks/toy.py --smoke
@@ -31,7 +31,7 @@ WEIGHTS = np.array([1.0, -0.6, 0.8, 0.4])
 
 
 class Problem(NamedTuple):
-    """Independent Bernoullis with ``logits``, and ``cost(b)``, of a whole array of them along the last axis."""
+    """Independent Bernoullis with ``logits``. ``cost(b)`` takes an array whose last axis is the Bernoullis."""
 
     logits: np.ndarray
     cost: Callable[[Any], Any]
@@ -84,9 +84,9 @@ def program(problem: Problem, logits: Callable[[], Any]) -> tuple[Callable, Call
 
 
 def learn(problem: Problem, estimator: Estimator, steps: int) -> dict[str, Any]:
-    """What the estimator learns at the fixed logits."""
+    """The parameters that the estimator learns at the fixed logits."""
     model, guide = program(problem, lambda: jnp.asarray(problem.logits))
-    elbo = TraceFlow_ELBO(20, estimators={"b": estimator}, baseline=None)  # as with one particle, for which it is measured
+    elbo = TraceFlow_ELBO(20, estimators={"b": estimator}, baseline=None)  # as in the measurement, with one particle
     svi = numpyro.infer.SVI(model, adaptive(guide, elbo), numpyro.optim.Adam(0.01), elbo)
     return svi.run(jax.random.key(0), steps, progress_bar=False).params
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     options_given = options(__file__, __doc__, argv)
     use_one_thread()
     samples, steps = (50, 5) if options_given.smoke else (40_000, 3000)
-    about = f"Gradient of the cost in the logits, summed over them; {samples} estimates in NumPyro."
+    about = f"Gradient of the cost, summed over the logits; {samples} estimates in NumPyro."
     columns = ("problem", "estimator", "evaluations", "exact", "mean", "variance")
     with table("toy", options_given, columns, about) as row:
         for name, problem in PROBLEMS.items():

@@ -1,11 +1,11 @@
 """Training a variational autoencoder of scikit-learn's digits, with Bernoulli and with Gaussian latents, in both hosts.
 
-Minibatches hold 64 of 1,500 images; 297 are held out. Encoder and decoder have one hidden layer of 100 units; Adam with step size
+Minibatches have 64 of 1,500 images; 297 are held out. Encoder and decoder have one hidden layer of 100 units. Adam has the step size
 0.003.
 
-A row holds the importance-weighted bound with 50 particles, in nats per image (larger is better): that of the images of the training
-after a number of steps, that of those held out after all of them, and that of those held out after the time that "LR + leave-one-out"
-or "RP" took for all of its steps. Then the milliseconds of one step. The 200 latents are in NumPyro only. About eight minutes:
+A row has the importance-weighted bound with 50 particles, in nats per image (larger is better): on the training images after a number
+of steps, on the held-out images after all steps, and on the held-out images after the time that "LR + leave-one-out" or "RP" took for
+all of its steps. The last column is the milliseconds of one step. The 200 latents run in NumPyro only. About eight minutes:
 
     python benchmarks/vae.py
     python benchmarks/vae.py --smoke
@@ -34,7 +34,7 @@ STEPS_OF_TRAINING, PARTICLES = 3000, 50
 
 @dataclass(frozen=True)
 class Method:
-    """An objective with its particles and options, and the estimator of the latents for a host, their number, critic and images."""
+    """An objective with its particles and options, and a function that gives the estimator of the latents."""
 
     objective: str = "TraceFlow_ELBO"
     particles: int = 1
@@ -48,7 +48,7 @@ def network_baseline(h, size, critic, images) -> LR:
 
 
 def relax(h, size, critic, images) -> Surrogate:
-    """A network with one hidden layer, of latents and image."""
+    """A network with one hidden layer, from latents and image to a number."""
     rng, hidden = np.random.default_rng(0), 100
     initial = {
         "w": rng.normal(size=(size, hidden)) / 10,
@@ -63,7 +63,7 @@ def relax(h, size, critic, images) -> Surrogate:
     return Surrogate(c, {name: h.array(value) for name, value in initial.items()}, inputs=(images,))
 
 
-BERNOULLI = {  # the first one gives the others their time
+BERNOULLI = {  # the time of the first is the "equal time" of the others
     "LR + leave-one-out, 5 particles": Method(particles=5),
     "LR + network baseline": Method(estimator=network_baseline),
     "DisARM": Method(estimator=lambda *_: DisARM()),
@@ -79,7 +79,7 @@ GAUSSIAN = {
     "IWAE, 5 particles": Method("TraceFlow_RenyiELBO", 5),
     "DReG, 5 particles": Method("TraceFlow_RenyiELBO", 5, {"gradient": "dreg"}),
 }
-# For each table: the latents, how many, the methods and the hosts; the longest in one host.
+# For each table: the latents, their number, the methods and the hosts. The longest runs in one host.
 TABLES: dict[str, list[tuple[str, int, dict[str, Method], tuple]]] = {
     "vae_bernoulli": [("Bernoulli", 20, BERNOULLI, HOSTS), ("Bernoulli", 200, BERNOULLI, HOSTS[:1])],
     "vae_gaussian": [("Gaussian", 10, GAUSSIAN, HOSTS)],
@@ -87,7 +87,7 @@ TABLES: dict[str, list[tuple[str, int, dict[str, Method], tuple]]] = {
 
 
 class Training:
-    """A training: the seconds that it has taken so far, and the bounds at some of these times."""
+    """A training run: the seconds so far, and the bound at some of these times."""
 
     def __init__(self, h: Any, kind: str, size: int, method: Method, number: int):
         estimator = method.estimator and (lambda critic, images: method.estimator(h, size, critic, images))
@@ -97,7 +97,7 @@ class Training:
         model, guide, args = self.program
         learning = flowvi.numpyro.adaptive(guide, elbo) if h is NumPyro and method.estimator is relax else guide
         self.side = STEPS[h](Program(model, learning, args), elbo, rate=3e-3)
-        self.side.run(0 if h is NumPyro else 1)  # compiled before it is timed, or warm
+        self.side.run(0 if h is NumPyro else 1)  # compiles or warms up before the timing
         wide = h.flow.TraceFlow_RenyiELBO(estimators={"z": Auto()}, **particles(h, number))
 
         def loss(*first):
@@ -118,7 +118,7 @@ class Training:
         self.held_out.append((self.spent, self.bound(HELD_OUT)))
 
     def held_out_after(self, time: float) -> float:
-        """The bound of the images held out after so many seconds; between two points linearly."""
+        """The bound on the held-out images after some seconds, by linear interpolation."""
         while self.spent < time:
             self.run(max(1, round(min(time - self.spent, time / 4) * self.steps / self.spent) + 1))
         return float(np.interp(time, *zip(*self.held_out, strict=True)))

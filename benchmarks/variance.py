@@ -1,10 +1,10 @@
 """Variance, time, and variance x time of the gradient estimators.
 
-Two tables, both by `gradient_report`. The first is of expectations E[f(x)] under a Normal with loc 1 and scale 1, with functions f of
-varying steepness k, as in Mohamed, Rosca, Figurnov and Mnih 2020. Beside the measured mean and variance stand the exact ones: means in
-closed form, variances by Gauss-Hermite quadrature of eq. 19 of Parmas and Sugiyama 2021. The second is of the gradient of the ELBO of
-whole programs after some steps of training, its variance summed over all parameters. Every gradient is a mean over 10 particles; the
-smaller variance x time is, the sooner an accuracy is reached. About four minutes:
+Two tables, both by `gradient_report`. The first has expectations E[f(x)] under a Normal with loc 1 and scale 1, for functions f of
+varying steepness k, as in Mohamed, Rosca, Figurnov and Mnih 2020. It has the measured mean and variance, and the exact ones: means in
+closed form, variances by Gauss-Hermite quadrature of eq. 19 of Parmas and Sugiyama 2021. The second has the gradient of the ELBO of
+whole programs after some steps of training, with its variance summed over all parameters. Every gradient is a mean over 10 particles.
+The smaller variance x time, the sooner a fit reaches a given accuracy. About four minutes:
 
     python benchmarks/variance.py
     python benchmarks/variance.py --smoke
@@ -29,7 +29,7 @@ from flowvi import LR, RP, Auto, Flow, ImplicitRP, fields, proposals
 K = 10  # particles
 HALF = Flow(loc=lambda x, p: 0.5, scale=lambda x, p: 0.5 * (x - p.loc) / p.scale)
 
-# Each estimator and its options. A q is wider the fewer sites share its weight.
+# The options of each estimator. With fewer sites to share the weight, q can be wider.
 ESTIMATORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "LR": (LR(), {"baseline": None}),
     "LR + leave-one-out": (LR(), {}),
@@ -47,7 +47,7 @@ OF_MIXTURES = {
 }
 
 
-# Expectations under Normal(LOC, SCALE): f, its derivative, and its expectation's derivatives in loc and in scale.
+# Expectations under Normal(LOC, SCALE): f, its derivative, and the derivatives of its expectation in loc and in scale.
 
 LOC, SCALE = 1.0, 1.0
 Function = tuple[Callable, Callable, Callable[[float], tuple[float, float]]]
@@ -78,7 +78,7 @@ FUNCTIONS = {"(x - k)^2": (square, (-3.0, 0.0, 3.0)), "exp(-k x^2)": (bump, (0.1
 
 
 def expectation(h: Any, make: Callable[..., Function], k: float) -> Program:
-    """A program whose loss is E[f(x)]: the one site counts in neither of the two densities."""
+    """A program whose loss is E[f(x)]: neither density of its only site counts."""
     f, _, _ = make(h.xp, k)
 
     def model():
@@ -94,13 +94,13 @@ def expectation(h: Any, make: Callable[..., Function], k: float) -> Program:
 
 @cache
 def quadrature() -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of expectations under a standard Normal; weights that vanish are dropped, where a cost might overflow."""
+    """Nodes and weights for a standard Normal, without those of weight 0, at which a cost might overflow."""
     z, mass = np.polynomial.hermite_e.hermegauss(300)
     return z[mass > 1e-280], mass[mass > 1e-280] / mass.sum()
 
 
 def exact_variance(make: Callable[..., Function], k: float, estimator: str) -> np.ndarray:
-    """Of a mean over K particles, in loc and in scale: E = w (u f' + psi f) with x drawn from q."""
+    """The variance, in loc and in scale, of a mean over K particles of E = w (u f' + psi f), with x drawn from q."""
     z, mass = quadrature()
     f, slope, gradient = make(np, k)
     wide = 2.0 if estimator.startswith("LR, q") else 1.0  # the variance of q
@@ -140,7 +140,7 @@ def report(h: Any, program: Program, choice: tuple[Any, dict[str, Any]], samples
 
 
 def functions(smoke: bool, wants: Callable[..., bool]) -> Iterator[tuple[object, ...]]:
-    """The rows of the first table: in loc and in scale, mean and variance, each exact and measured."""
+    """The rows of the first table: exact and measured mean and variance, in loc and in scale."""
     h, samples = NumPyro, 200 if smoke else 10_000
     for name, (make, steepness) in FUNCTIONS.items():
         for k in steepness[1:2] if smoke else steepness:
@@ -169,7 +169,7 @@ def wrapped(h: Any, estimator: Any) -> Callable[..., Any]:
 
 
 def programs(smoke: bool, wants: Callable[..., bool]) -> Iterator[tuple[object, ...]]:
-    """The rows of the second table: medians over rounds of variance, time, and their product with its lowest and highest."""
+    """The rows of the second table: medians over rounds of variance, time and their product, and the range of the product."""
     for h in HOSTS:
         samples, rounds = (20, 1) if smoke else (SAMPLES[h.name], 3)
         for name in names(h)[: 1 if smoke else None]:
@@ -188,7 +188,7 @@ def programs(smoke: bool, wants: Callable[..., bool]) -> Iterator[tuple[object, 
             for seed in range(rounds):
                 for label, choice in choices.items():
                     wrapped_program = program
-                    if name == "scan of 100":  # no handler reaches the draws inside scan, only the wrapper does
+                    if name == "scan of 100":  # inside scan only the wrapper Estimated works
                         wrapped_program = PROGRAMS[name](h, wrapped(h, choice[0]))
                     seen = report(h, wrapped_program, choice, samples, params, seed)
                     found[label].append((sum(p.variance.sum() for p in seen.parameters), seen.seconds[""]))
@@ -201,7 +201,7 @@ def programs(smoke: bool, wants: Callable[..., bool]) -> Iterator[tuple[object, 
 
 
 def keep_compiled(folder: str) -> None:
-    """Let JAX keep there what it compiles: the rounds of a row compile the same programs."""
+    """Let JAX cache compiled programs in a folder, because the rounds of a row compile the same ones."""
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -210,7 +210,7 @@ def keep_compiled(folder: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     options_given = options(__file__, __doc__, argv)
     use_one_thread()
-    each = "Each cell: exact (measured, over 10,000 gradients of 10 particles). x is Normal with loc 1 and scale 1."
+    each = "Each cell: the exact value (and that of 10,000 gradients of 10 particles). x is Normal with loc 1 and scale 1."
     columns = ("f", "k", "Estimator", "Mean in loc", "Variance in loc", "Mean in scale", "Variance in scale")
     with table("variance_functions", options_given, columns, each) as row:
         for cells in functions(options_given.smoke, options_given.wants):

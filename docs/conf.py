@@ -30,7 +30,7 @@ extensions = [
 exclude_patterns = ["_build", "_templates", "_measured", "tables", "gallery/*.ipynb", "gallery/*.py", "gallery/*.md5"]
 templates_path = ["_templates"]
 nitpicky = True
-# Types of the hosts, and of the signatures; what docstrings refer to within flowvi has to be there.
+# References to types of the hosts and in signatures may be missing. References within flowvi may not.
 nitpick_ignore_regex = [
     (r"py:.*", r"(jax|numpyro|torch|pyro|numpy|np|pandas|matplotlib|rich|collections|typing|abc)\..*"),
     (r"py:data", r"flowvi\..*"),  # constants are not in the reference
@@ -55,19 +55,19 @@ myst_heading_anchors = 3
 
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings say what the arguments are
+autodoc_typehints = "none"  # the docstrings describe the arguments
 autodoc_preserve_defaults = True
 autosummary_ignore_module_all = False
 autosummary_imported_members = False
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_use_ivar = True  # attributes are described with their class, not twice
+napoleon_use_ivar = True  # describes attributes once, with their class
 
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"
 bibtex_reference_style = "author_year"
 
-copybutton_selector = "div:not(.highlight-diff) > div.highlight pre"  # a diff is not to be copied
+copybutton_selector = "div:not(.highlight-diff) > div.highlight pre"  # no copy button at a diff
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

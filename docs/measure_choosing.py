@@ -2,8 +2,8 @@
 
 python docs/measure_choosing.py [--smoke]
 
-Every program is small and the exact gradient of its loss is known; a mean that is off by more than five standard errors and is not
-announced as biased is an error. The samples are those of ``gradient_report`` in NumPyro. Tables go to docs/_measured/ and are printed.
+Every program is small, with a known exact gradient. A mean that is off by more than five standard errors is an error, unless the
+estimator is marked as biased. The samples come from ``gradient_report`` in NumPyro. Tables are printed and written to docs/_measured/.
 """
 
 import sys
@@ -36,7 +36,7 @@ class Study:
         guide: The guide.
         parameter: The parameter whose gradient is measured, over all of its elements.
         exact: Its exact gradient.
-        candidates: By label: an estimator for every site, or a pair of one and of options of ``TraceFlow_ELBO``.
+        candidates: By label, an estimator for every site, or a pair of an estimator and options of ``TraceFlow_ELBO``.
         biased: The labels of the candidates that are known to be biased.
     """
 
@@ -75,7 +75,7 @@ def markdown(head, rows):
 
 
 def normal_guide(loc=0.3, scale=1.0, shape=(), plate=False):
-    """A Normal site x with a parameter ``loc`` of the given shape; its elements are a plate or one event."""
+    """A Normal site x with a parameter ``loc`` of the given shape; its elements are in a plate or are one event."""
 
     def guide():
         m = numpyro.param("loc", jnp.full(shape, loc))
@@ -232,7 +232,7 @@ def moving():
 
 
 def refusal(study):
-    """The error of LR where it would be biased."""
+    """The error of LR at a site where it would be biased."""
     try:
         gradient_report(study.model, study.guide, default=LR(), num_samples=1)
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""The outputs on docs/guidance.md: what recommend, check_program and gradient_report say about a regression on scikit-learn's data.
+"""The outputs on docs/guidance.md: recommend, check_program and gradient_report on a regression on scikit-learn's data.
 
 python docs/measure_guidance.py [--smoke]
 
-They go to docs/_measured/ and are printed. About three minutes.
+They are printed and written to docs/_measured/. About three minutes.
 """
 
 import sys

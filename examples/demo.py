@@ -3,14 +3,14 @@
     python examples/demo.py            # one to two minutes
     python examples/demo.py --smoke    # seconds: one assignment of each model, too few steps to converge
 
-The estimators are defined once, below the imports, and go unchanged into NumPyro and into Pyro. The models are
+The estimators are defined once, below the imports, and used unchanged in NumPyro and in Pyro. The models are
 
 1. a Bayesian logistic regression (scikit-learn's breast cancer data) under a mean-field Normal guide, and
 2. the eight schools, with a discrete switch between complete and partial pooling.
 
-Both ELBOs have a closed form (in the first, up to an integral in one dimension), so that the best value that the guide can
-reach is known, and what each fit reached is printed without Monte Carlo noise. At that optimum, the variance of the
-gradient from a single particle is then measured, site by site, in both hosts.
+Both ELBOs have a closed form, up to an integral in one dimension in the first. So the best ELBO of the guide is known, and the
+ELBO of each fit is printed without Monte Carlo noise. Then the variance of the gradient from a single particle is measured at
+the optimum, site by site, in both hosts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from flowvi import LR, RP, Flow, ImplicitRP
 numpyro.enable_x64()
 torch.set_default_dtype(torch.float64)
 
-# The estimators. No function here knows its host: p is the site's distribution, and type(p) makes another one of its kind.
+# The estimators. They work in both hosts: p is the site's distribution, and type(p) makes another one of the same family.
 
 
 def standardize(x, p):
@@ -72,17 +72,17 @@ SCHOOLS = {
     "one of each kind": {"pooled": LR(q=tempered), "mu": HALFWAY, "tau": ImplicitRP(), "eta": RP()},
 }
 
-STEP_SIZE = 0.1  # of Adam, at its first step
+STEP_SIZE = 0.1  # the initial step size of Adam
 
 
 class Problem(NamedTuple):
-    """A model and a guide for either host, and what is known about them."""
+    """A model and a guide for both hosts, with the exact ELBO."""
 
     model: Callable[[Any], None]
     guide: Callable[[Any], None]
     elbo: Callable[[dict], jax.Array]  # exact, as a function of the variational parameters
     initial: dict[str, np.ndarray]
-    plates: int  # how deep they are nested
+    plates: int  # the number of nested plates
 
 
 # The hosts. Models and guides are written once, with a host's own primitives in host.ppl and its distributions in host.dist.
@@ -129,7 +129,7 @@ class Pyro:
     def gradients(self, problem, estimators, params, draws):
         """Gradients of the loss, each from one particle, by parameter; the draws are the first axis.
 
-        Every particle has its own copy of the parameters, so that one backward pass keeps their gradients apart.
+        Every particle has its own copy of the parameters, so one backward pass gives the gradient of each.
         """
         pyro.clear_param_store()
         pyro.set_rng_seed(1)
@@ -174,9 +174,9 @@ def logistic_guide(host):
 
 
 def logistic_elbo(params):
-    """Each logit is Normal under the guide, so that each term of the likelihood is an integral in one dimension."""
+    """The exact ELBO. Each logit is Normal under the guide, so each term of the likelihood is an integral in one dimension."""
     loc, log_scale = params["w_loc"], params["w_log_scale"]
-    z = jnp.linspace(-9.0, 9.0, 301)  # the trapezoid rule; Gauss-Hermite of 64 nodes is off by 3e-5 where a logit's scale is 11
+    z = jnp.linspace(-9.0, 9.0, 301)  # the trapezoid rule; 64 Gauss-Hermite nodes have an error of 3e-5 if a logit's scale is 11
     weights = jax.nn.softmax(-0.5 * z**2)
     logits = (FEATURES @ loc)[:, None] + jnp.sqrt(FEATURES**2 @ jnp.exp(2 * log_scale))[:, None] * z
     log_likelihood = jnp.sum(jax.nn.log_sigmoid((2 * LABELS - 1)[:, None] * logits) @ weights)
@@ -191,7 +191,7 @@ def kl_normal(loc, log_scale, prior_scale=1.0):
 
 LOGISTIC = Problem(logistic_model, logistic_guide, logistic_elbo, LOGISTIC_INITIAL, plates=0)
 
-# Second problem: eight schools. With pooled = 1 they share one effect mu; otherwise school j has the effect mu + tau * eta[j].
+# Second problem: eight schools. With pooled = 1 all have the effect mu; otherwise school j has the effect mu + tau * eta[j].
 
 EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -220,7 +220,7 @@ SCHOOLS_INITIAL = {
 
 
 def schools_guide(host):
-    """Under complete pooling the data do not depend on tau and eta, and the guide draws them from their priors."""
+    """Under complete pooling the data do not depend on tau and eta, so the guide draws them from their priors."""
     param = {name: host.ppl.param(name, host.array(value)) for name, value in SCHOOLS_INITIAL.items()}
     free = 1 - host.ppl.sample("pooled", host.dist.Bernoulli(logits=param["pooled_logits"]))
     host.ppl.sample("mu", host.dist.Normal(param["mu_loc"], host.exp(param["mu_log_scale"])))
@@ -237,7 +237,7 @@ def schools_elbo(params):
     tau_mean, tau_square = jnp.exp(tau_loc + tau_variance / 2), jnp.exp(2 * tau_loc + 2 * tau_variance)
     eta_loc, eta_square = params["eta_loc"], params["eta_loc"] ** 2 + jnp.exp(2 * params["eta_log_scale"])
 
-    def log_likelihood(mean, variance):  # expected, for school effects of this mean and variance
+    def log_likelihood(mean, variance):  # its expectation, for school effects with this mean and variance
         return jnp.sum(-0.5 * ((EFFECTS - mean) ** 2 + variance) / ERRORS**2 - jnp.log(ERRORS) - 0.5 * jnp.log(2 * jnp.pi))
 
     shift_mean, shift_square = tau_mean * eta_loc, tau_square * eta_square
@@ -249,7 +249,7 @@ def schools_elbo(params):
 
 
 def schools_posterior():
-    """The log evidence and the probability of the switch: given tau the data are jointly Normal, and tau is summed on a grid."""
+    """The log evidence and the probability of the switch. Given tau the data are jointly Normal; tau is summed on a grid."""
 
     def log_density(tau):
         covariance = MU_SCALE**2 * np.ones((8, 8)) + np.diag(tau**2 + ERRORS**2)
@@ -263,7 +263,7 @@ def schools_posterior():
 
 EIGHT_SCHOOLS = Problem(schools_model, schools_guide, schools_elbo, SCHOOLS_INITIAL, plates=1)
 
-# What is done with each problem.
+# The runs and the tables.
 
 
 def optimum(problem):
@@ -275,7 +275,7 @@ def optimum(problem):
 
 
 def variances(host, problem, estimators, params, draws):
-    """The variance of each site's gradient: summed over the components of the site's parameters."""
+    """The variance of each site's gradient, summed over the elements of its parameters."""
     gradients = host.gradients(problem, estimators, params, draws)
     of_site = dict.fromkeys(estimators, 0.0)
     for name, gradient in gradients.items():
@@ -284,7 +284,7 @@ def variances(host, problem, estimators, params, draws):
 
 
 def table(*rows):
-    """Print rows of cells, the first of them a heading: words to the left, numbers to the right."""
+    """Print rows of cells below a heading; words are aligned to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numeric = [rows[-1][i][-1:].isdigit() for i in range(len(rows[0]))]
     for i, row in enumerate(rows):
@@ -310,7 +310,7 @@ def logistic_regression(assignments, steps, draws):
     best_elbo = float(logistic_elbo(best))
     print("1. Bayesian logistic regression: breast cancer, 569 patients, 31 weights, mean-field Normal guide\n")
     print(f"The best ELBO of this guide, by quadrature and L-BFGS, is {best_elbo:.4f} (-67.4635 is quoted for mc_gradients' model).")
-    print(f"The exact ELBO that each fit reached in {steps} steps of Adam, and how far that is below the best:\n")
+    print(f"The exact ELBO of each fit after {steps} steps of Adam, and its distance to the best:\n")
     rows = [("estimator of w", "particles", *(heading for host in HOSTS for heading in (type(host).__name__, "below")))]
     for title, estimators in assignments.items():
         for particles in (20, 100) if title == "LR" else (20,):
@@ -325,8 +325,8 @@ def eight_schools(assignments, steps, draws):
     evidence, probability = schools_posterior()
     print("2. Eight schools, with a switch between complete and partial pooling\n")
     print(f"By quadrature, the posterior probability of complete pooling is {probability:.4f} and the log evidence {evidence:.4f}.")
-    print("The guide takes mu, tau and eta as independent given the switch; the last row is the best that it can then do.")
-    print(f"The exact ELBO and the probability that each fit reached in {steps} steps of Adam with 20 particles:\n")
+    print("In the guide, mu, tau and eta are independent given the switch; the last row is the best guide of this kind.")
+    print(f"The exact ELBO and the probability of each fit after {steps} steps of Adam with 20 particles:\n")
 
     def row(title, fits):
         elbos, probabilities = [schools_elbo(fit) for fit in fits], [expit(fit["pooled_logits"]) for fit in fits]
@@ -344,7 +344,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="one assignment of each model, a few steps and draws")
     start = time.perf_counter()
     if parser.parse_args().smoke:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the work
+        jax.config.update("jax_disable_most_optimizations", True)  # compilation takes most of the time
         logistic_regression(dict([list(WEIGHTS.items())[-1]]), steps=5, draws=20)
         eight_schools(dict([list(SCHOOLS.items())[-1]]), steps=5, draws=20)
     else:

@@ -1,6 +1,6 @@
 """Particles and data on several devices, in NumPyro.
 
-On one machine without accelerators, eight devices can be forced on the CPU to try it (they share its cores):
+To try it on a machine without accelerators, force eight devices on the CPU. They share its cores:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/numpyro_devices.py [--smoke]
 """
@@ -39,7 +39,7 @@ def guide(y):
 
 
 def particles_on_devices(particle, keys):
-    """In place of ``jax.vmap``: each device computes its share of the particles."""
+    """Replaces ``jax.vmap``: each device computes its share of the particles."""
     return jax.shard_map(jax.vmap(particle), mesh=MESH, in_specs=SPLIT, out_specs=SPLIT, check_vma=False)(keys)
 
 

@@ -2,14 +2,14 @@
 Learning u and q
 ================
 
-Between LR and RP, and beyond, there is a best field for each cost, and nobody knows it beforehand. ``AdaptiveFlow``
-learns it while SVI runs, with a control variate, and with ``q="learned"`` the sampling density too. What it has learned
-so far changes the variance of the gradient and never its mean. This example is Pyro's; in NumPyro the guide is passed
-to ``SVI`` through ``flowvi.numpyro.adaptive``.
+For each cost there is a best field, somewhere between LR and RP or beyond, and it is not known beforehand.
+``AdaptiveFlow`` learns it while SVI runs, together with a control variate. With ``q="learned"`` it learns the sampling
+density too. Learning changes the variance of the gradient and never its mean. This example uses Pyro; in NumPyro, pass
+``flowvi.numpyro.adaptive(guide, elbo)`` to ``SVI`` as the guide.
 """
 
 # %%
-# A posterior with ripples: their derivative makes RP noisy, and the slope of the rest makes LR noisy.
+# A posterior with ripples. Their derivative makes RP noisy, and the overall slope makes LR noisy.
 
 import sys
 
@@ -36,7 +36,7 @@ def guide():
 
 
 # %%
-# The candidates. With no bumps, the field is u = a u_RP with a number a for each parameter, which starts at 1; with
+# The candidates. Without bumps, the field is u = a u_RP with a number a for each parameter, which starts at 1. With
 # bumps, a depends on x.
 
 CANDIDATES = {
@@ -49,9 +49,9 @@ CANDIDATES = {
 STEPS, NUM_SAMPLES = (10, 20) if "--smoke" in sys.argv else (800, 1000)
 
 # %%
-# The learned coefficients are parameters, ``"x.velocity"`` and others, which the optimizer finds. Here the guide's own
-# parameters are held fixed (a step size of 0), so that the variances can be compared. The rows of ``"x.velocity"`` are
-# for the parameters loc and scale.
+# The learned coefficients are parameters, such as ``"x.velocity"``, and the optimizer trains them. Here the guide's own
+# parameters stay fixed (a step size of 0), so that the variances can be compared. The rows of ``"x.velocity"`` belong
+# to loc and scale.
 
 
 def step_size(name):
@@ -72,7 +72,7 @@ for label, estimator in CANDIDATES.items():
     variances[label] = [float(p.variance.sum()) for p in report.parameters if p.parameter in ("loc", "scale")]
 
 # %%
-# Left: the numbers of the blend as they are learned. Right: the variance of the gradient from one particle after that.
+# Left: the coefficients a while they are learned. Right: the variance of the gradient from one particle afterwards.
 
 plt.rcParams.update(plot.STYLE)
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2))
@@ -93,5 +93,5 @@ right.legend(title="gradient in")
 plt.show()
 
 # %%
-# The blend settles between LR and RP, at another place for each parameter. Letting a depend on x lowers the variance
-# again, and a learned q does so most for the scale.
+# The blend settles between LR and RP, at a different place for each parameter. If a depends on x, the variance falls
+# further, and a learned q lowers it again, most of all for the scale.

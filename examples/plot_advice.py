@@ -2,14 +2,14 @@
 Ask which estimator to take
 ===========================
 
-``recommend`` measures what each site could have on your own program, and chooses what needs the least noise times time.
-``gradient_report`` shows what the choice changes, parameter by parameter. This example is NumPyro's; Pyro's calls are
-the same, without a key.
+``recommend`` measures the estimators that each site can have, on your own program, and chooses those with the least
+product of noise and time. ``gradient_report`` shows the noise of each parameter's gradient. This example uses NumPyro;
+the calls in Pyro are the same, without a key.
 """
 
 # %%
-# Which one of ten measurements tells the most about the progression of diabetes? A Categorical chooses the measurement, a
-# Normal is the slope. 442 patients, from scikit-learn.
+# Which of ten measurements predicts the progression of diabetes best? A Categorical chooses the measurement, and a
+# Normal is the slope. The data are 442 patients, from scikit-learn.
 
 import sys
 
@@ -41,15 +41,15 @@ def guide():
 
 
 # %%
-# Ask. The table has a line for each site, and below it the options of the objective. The more seconds it has, the more
-# candidates it tries, and the closer it looks.
+# Ask for a recommendation. The table has a row for each site, and the options of the objective below. With more seconds,
+# it tries more candidates and measures them more exactly.
 
 SECONDS, STEPS, NUM_SAMPLES = (1, 3, 5) if "--smoke" in sys.argv else (25, 1000, 1000)
 advice = recommend(model, guide, seconds=SECONDS, progress_bar=False)
 print(advice)
 
 # %%
-# Fit with what it says. ``adaptive`` is for estimators that learn, and does nothing for others.
+# Fit with the recommendation. ``adaptive`` registers the parameters of estimators that learn, if there are any.
 
 elbo = TraceFlow_ELBO(estimators=advice.estimators, **advice.options)
 svi = SVI(model, adaptive(guide, elbo), numpyro.optim.Adam(0.02), elbo)
@@ -59,7 +59,7 @@ for name, probability in zip(DATA.feature_names, jax.nn.softmax(fitted["logits"]
         print(f"{name} with probability {probability:.2f}")
 
 # %%
-# The noise of the gradient before the fit: with LR at both sites, with the default, and as recommended.
+# The noise of the gradient before the fit: with LR at both sites, with the default, and with the recommendation.
 
 CANDIDATES = {"LR() everywhere": {"measurement": LR(), "slope": LR()}, "default": {}, "recommended": advice.estimators}
 report = gradient_report(model, guide, estimators=CANDIDATES, num_samples=NUM_SAMPLES, options=advice.options)
@@ -71,6 +71,6 @@ ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 plt.show()
 
 # %%
-# The exact sum takes the noise of the logits down by four orders of magnitude, for a step that is little longer: NumPyro
-# evaluates all ten measurements at once. The default leaves it at ``LR()``, as it takes an exact sum only up to three
-# values by itself.
+# The exact sum lowers the noise of the logits by four orders of magnitude, and a step takes little longer: NumPyro
+# evaluates all ten measurements at once. The default is ``LR()`` here, because it takes an exact sum only over up to
+# three values.

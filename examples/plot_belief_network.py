@@ -2,9 +2,9 @@
 A sigmoid belief network of digits
 ==================================
 
-Two layers of Bernoullis generate the pixels of a digit, and the guide infers both from the image. 48 discrete values
-enter one cost, which is too many for an exact sum. This example compares ``LR()`` with ``DisARM()``, which runs the
-program once more with mirrored draws. It is NumPyro's.
+Two layers of Bernoullis generate the pixels of a digit, and the guide infers both layers from the image. 48 discrete
+values share one cost, too many for an exact sum. This example compares ``LR()`` with ``DisARM()``, which runs the
+program once more with mirrored draws. It uses NumPyro.
 """
 
 # %%
@@ -29,7 +29,7 @@ TOP, BOTTOM, PIXELS, BATCH = 16, 32, 64, 64
 STEPS = 3 if "--smoke" in sys.argv else 3000
 
 # %%
-# A layer is a Bernoulli whose logits are linear in the layer above it; in the guide, in the layer below it.
+# The logits of each layer are linear in the layer above it, and in the guide in the layer below it.
 
 
 def linear(name, inputs, outputs):
@@ -61,8 +61,8 @@ def guide(images):
 
 
 # %%
-# ``LR()`` with one particle, ``LR()`` with three, whose baseline is the mean of the other two, and ``DisARM()`` with one
-# particle: three evaluations of the program, one for itself and one for each of the two sites.
+# ``LR()`` with one particle; ``LR()`` with three, whose baseline is the mean of the other two; and ``DisARM()`` with one
+# particle. ``DisARM()`` takes three evaluations of the program, one of them for each of the two sites.
 
 RUNS = {
     "LR(), one particle": (1, LR()),
@@ -78,7 +78,7 @@ for label, (particles, estimator) in RUNS.items():
     losses[label], fitted = np.array(result.losses) / len(IMAGES), result.params
 
 # %%
-# Left: the losses. Right: digits, and what the network of the last fit draws by itself.
+# Left: the losses. Right: digits, and samples from the network of the last fit.
 
 draw = numpyro.handlers.seed(numpyro.handlers.substitute(numpyro.handlers.uncondition(model), fitted), 1)
 bottom = numpyro.handlers.trace(draw).get_trace(IMAGES)["bottom"]["value"][:32]
@@ -99,5 +99,5 @@ for row, (title, images) in zip(right.subplots(2), {"digits": IMAGES[:32], "draw
 plt.show()
 
 # %%
-# One particle, which has no baseline, learns slowly. At three evaluations a step, DisARM and the leave-one-out baseline
-# are as good as each other, two nats below; DisARM needs only one particle for it.
+# With one particle there is no baseline, and the fit is slow. At three evaluations per step, DisARM and the
+# leave-one-out baseline are equally good, two nats below; DisARM needs only one particle.

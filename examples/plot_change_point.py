@@ -2,9 +2,9 @@
 A cost that jumps: when did coal mines become safer?
 ====================================================
 
-The year of a change is a continuous site, and the likelihood jumps wherever it passes from one year to the next. ``RP``
-sees only the slope between the jumps, and is silently wrong. ``RP(jumps=[...])`` adds what the jumps contribute. This
-example is NumPyro's.
+The year of a change is a continuous site, and the likelihood jumps from one year to the next. ``RP`` sees only the
+slope between the jumps, and is silently wrong. ``RP(jumps=[...])`` adds the contribution of the jumps. This example
+uses NumPyro.
 """
 
 # %%
@@ -29,7 +29,7 @@ DISASTERS = np.array([int(count) for count in COUNTS])
 YEARS = 1851 + np.arange(len(DISASTERS))
 
 # %%
-# One rate before the change and another one after it. Every year is a place where the cost jumps.
+# One rate before the change and another one after it. The cost jumps at every year.
 
 
 def model():
@@ -51,7 +51,7 @@ ESTIMATORS = {"RP()": RP(), "LR()": LR(), "RP(jumps=...)": RP(jumps=[float(year)
 STEPS = 3 if "--smoke" in sys.argv else 1500
 
 # %%
-# Fit with each of them, from the same start and with the same keys.
+# Fit with each estimator, from the same start and with the same keys.
 
 fitted = {}
 for label, estimator in ESTIMATORS.items():
@@ -61,7 +61,7 @@ for label, estimator in ESTIMATORS.items():
     print(f"{label:13}  change in {fitted[label]['change_loc']:.0f} ± {fitted[label]['change_scale']:.1f}")
 
 # %%
-# For comparison the exact posterior of the year, with each rate summed over a grid.
+# For comparison: the exact posterior of the year, with each rate summed over a grid.
 
 log_rates = np.linspace(-3.0, 3.0, 601)
 prior = -0.5 * log_rates**2
@@ -77,7 +77,7 @@ log_posterior = [evidence(DISASTERS[:i]) + evidence(DISASTERS[i:]) for i in rang
 exact = np.exp(log_posterior - np.logaddexp.reduce(log_posterior))
 
 # %%
-# Left: the data, and the rates of the last fit. Right: the exact posterior of the year, and what each fit found.
+# Left: the data, and the rates of the last fit. Right: the exact posterior of the year, and that of each fit.
 
 plt.rcParams.update(plot.STYLE)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.4))
@@ -96,5 +96,5 @@ right.legend(loc="upper right")
 plt.show()
 
 # %%
-# With RP the year stays where it starts, and its scale runs away. With the jumps, and with LR, it finds the years in
-# which the exact posterior lies.
+# With RP the year stays at its start, and its scale grows without limit. With the jumps, and with LR, the fits find the
+# years of the exact posterior.

@@ -2,14 +2,14 @@
 Attend, infer, repeat: counting digits
 ======================================
 
-How many digits are in the image, and where? The guide decides for each of two objects whether it is there, then where,
-then what it looks like, and a network paints it. ``Enumerate()`` compares the image with and without each object, so
-that no score is left; places and codes are ``RP``. This example is NumPyro's; benchmarks/counting.py compares
+How many digits are in the image, and where? The guide decides for each of two objects whether it exists, then where it
+is, then what it looks like, and a network paints it. ``Enumerate()`` compares the image with and without each object,
+so there is no score; places and codes have ``RP``. This example uses NumPyro. ``benchmarks/counting.py`` compares
 estimators, in both libraries.
 """
 
 # %%
-# Images of 16 x 16 pixels with no, one or two of scikit-learn's digits. Nothing says how many.
+# Images of 16 x 16 pixels with none, one or two of scikit-learn's digits. The number is not in the data.
 
 import sys
 
@@ -34,7 +34,7 @@ CHUNKS, STEPS, TRAINED = (1, 3, 128) if "--smoke" in sys.argv else (6, 500, 4096
 
 
 def canvases(number, seed):
-    """Images, and how many digits each of them holds."""
+    """Images, and the number of digits in each."""
     rng, digits = np.random.default_rng(seed), load_digits().images / 16
     counts, images = rng.integers(0, 3, number), np.zeros((number, CANVAS, CANVAS))
     for image, count in zip(images, counts, strict=True):
@@ -46,8 +46,8 @@ def canvases(number, seed):
 
 
 # %%
-# Four parts: an encoder that looks at the whole image, a window that cuts a patch out and puts it back, an encoder and a
-# decoder of patches.
+# Four parts: an encoder of the whole image, a window that cuts a patch out and puts it back, and an encoder and a decoder
+# of patches.
 
 
 def network(name, inputs, outputs, number):
@@ -64,7 +64,7 @@ def corner(place):
 
 
 def window(place):
-    """For each axis the weights, canvas by patch, with which a patch is put at its place, between pixels linearly."""
+    """For each axis, the canvas-by-patch weights that put a patch at its place, with linear interpolation."""
     pixels = np.arange(CANVAS)[:, None] - np.arange(PATCH)
     return jnp.clip(1 - abs(pixels - corner(place)[..., None, None]), 0)
 
@@ -114,7 +114,7 @@ others, counts = canvases(512, 1)
 
 
 def look(params, images):
-    """What the guide sees in images: for each object whether it is there, and the corner of its window."""
+    """The guide's inference: for each object whether it exists, and the corner of its window."""
     found = trace(seed(substitute(guide, params), 0)).get_trace(images, None)
     there = np.cumprod([found[f"present{i}"]["fn"].base_dist.logits > 0 for i in range(2)], axis=0)
     return there, [np.asarray(corner(found[f"place{i}"]["value"])) for i in range(2)]
@@ -136,8 +136,8 @@ for _ in range(CHUNKS):
 print(f"counted right: {right[-1]:.0%}")
 
 # %%
-# Left: the share of images whose digits are counted right. Right: images that were not trained on, with the windows of
-# the objects that the guide sees.
+# Left: the share of images with the right count. Right: held-out images, with the windows of the objects that the guide
+# finds.
 
 plt.rcParams.update(plot.STYLE)
 figure = plt.figure(figsize=(9.0, 3.6))
@@ -156,5 +156,5 @@ for i, ax in enumerate(grid.subplots(3, 5).ravel()):
 plt.show()
 
 # %%
-# Nobody tells the guide how many digits there are: it counts because an object that is there has to be painted, and one
-# that is not there costs less.
+# The guide learns to count without labels: the image needs an object for each digit, and an object that does not exist
+# costs less.

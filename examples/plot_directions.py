@@ -2,9 +2,9 @@
 A VonMises guide for directions
 ===============================
 
-Where do turtles go after laying their eggs? A guide for an angle should know that 359° is next to 1°: a VonMises does,
-but in NumPyro its sampler has no derivative in the concentration, so that the default is ``LR``.
-``Flow(fields.von_mises())`` is pathwise in both of its parameters. This example is NumPyro's.
+Where do turtles go after laying their eggs? A guide for an angle should know that 359° is next to 1°. A VonMises does,
+but in NumPyro its sampler has no derivative in the concentration, so the default is ``LR``. ``Flow(fields.von_mises())``
+is pathwise in both parameters. This example uses NumPyro.
 """
 
 # %%
@@ -30,12 +30,12 @@ DEGREES = [
     *(64, 65, 65, 68, 70, 73, 78, 78, 78, 83, 83, 88, 88, 88, 90, 92, 92, 93, 95, 96, 98, 100, 103, 106, 113, 118, 138, 153),
     *(153, 155, 204, 215, 223, 226, 237, 238, 243, 244, 250, 251, 257, 268, 285, 319, 343, 350),
 ]
-ANGLES = (jnp.radians(jnp.array(DEGREES, float)) + math.pi) % (2 * math.pi) - math.pi  # from -π to π, as VonMises has them
+ANGLES = (jnp.radians(jnp.array(DEGREES, float)) + math.pi) % (2 * math.pi) - math.pi  # from -π to π, like the support of VonMises
 
 # %%
-# The model: a direction, nearly uniform on the circle; a share of the turtles that follow it, while the others go the
-# opposite way; and how closely they keep to it. The guide has a VonMises for the direction, whose cost is periodic as
-# the field asks for.
+# The model has a direction, nearly uniform on the circle, the share of the turtles that follow it, and a concentration.
+# The other turtles go the opposite way. The guide of the direction is a VonMises. Its cost is periodic, as the field
+# needs.
 
 
 def directions(direction, concentration, share):
@@ -61,7 +61,7 @@ def guide():
 
 
 # %%
-# Fit with the field at the direction; the other sites get the default, ``RP``.
+# Fit with the field at the direction. The other sites get the default, ``RP``.
 
 STEPS, NUM_SAMPLES = (10, 20) if "--smoke" in sys.argv else (1500, 1000)
 ESTIMATORS = {"LR": {"direction": LR()}, "Flow(fields.von_mises())": {"direction": Flow(fields.von_mises())}}
@@ -73,9 +73,8 @@ print(f"direction: {degrees:.0f} ± {math.degrees(1 / math.sqrt(fitted['directio
 print(f"share that follows it: {fitted['share_a'] / (fitted['share_a'] + fitted['share_b']):.2f}")
 
 # %%
-# Left: the turtles, what the fit expects of them (at the medians or means of the guide), and the guide's density of the
-# direction, scaled to fit in. Right: the noise of the gradient from one particle at this fit, with either estimator of
-# the direction.
+# Left: the turtles, the fitted density (at the medians or means of the guide), and the guide's density of the direction,
+# rescaled. Right: the noise of the gradient from one particle at this fit, with both estimators of the direction.
 
 plt.rcParams.update(plot.STYLE)
 figure = plt.figure(figsize=(9.0, 3.8))
@@ -97,5 +96,5 @@ bars.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=2)
 plt.show()
 
 # %%
-# The field takes the variance of both parameters of the direction down by four orders of magnitude, and leaves the
-# other sites as they are.
+# The field lowers the variance of both parameters of the direction by four orders of magnitude. The other sites do not
+# change.

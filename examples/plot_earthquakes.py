@@ -2,9 +2,9 @@
 A hidden Markov model: years of many earthquakes
 ================================================
 
-Some decades have more large earthquakes than others. A hidden state of each year says whether it is a calm or a lively
-one. The model is a ``scan`` whose states are marked ``infer={"enumerate": "parallel"}``: flowvi sums over all of their
-2¹⁰⁷ paths, exactly. NumPyro's own ``TraceEnum_ELBO`` does not sum over a ``scan``. This example is NumPyro's.
+Some decades have more large earthquakes than others. A hidden state says for each year whether it is a calm or a lively
+one. The model is a ``scan`` whose states have ``infer={"enumerate": "parallel"}``: flowvi sums over all 2¹⁰⁷ paths of
+the states, exactly. NumPyro's own ``TraceEnum_ELBO`` does not sum over a ``scan``. This example uses NumPyro.
 """
 
 # %%
@@ -35,7 +35,8 @@ YEARS, Y = 1900 + np.arange(len(COUNTS)), jnp.array(COUNTS)
 STEPS = 3 if "--smoke" in sys.argv else 600
 
 # %%
-# The rate of each state, and the probability of staying in it. The guide has these and no hidden states.
+# The model has a rate for each state, and the probability of staying in it. The guide has these sites and no hidden
+# states.
 
 
 def model():
@@ -70,7 +71,7 @@ print(elbo.describe(model, guide))
 fitted = SVI(model, guide, numpyro.optim.Adam(0.05), elbo).run(jax.random.key(0), STEPS, progress_bar=False).params
 
 # %%
-# The probability of a lively year, by the forward and the backward recursion at the medians and means of the guide.
+# The probability of a lively year, from the forward and backward recursions at the medians and means of the guide.
 
 rates = np.exp(fitted["rate_loc"])
 stay = np.asarray(fitted["stay_a"] / (fitted["stay_a"] + fitted["stay_b"]))
@@ -101,5 +102,5 @@ lower.set(xlabel="year", ylabel="P(lively)", ylim=(0.0, 1.0))
 plt.show()
 
 # %%
-# The lively years are those before 1918, from 1934 to 1951, and around 1970. The sum over the states is exact; what is
-# drawn at each step are two rates and two probabilities.
+# The lively years are those before 1918, from 1934 to 1951, and around 1970. The sum over the states is exact. Each step
+# draws only two rates and two probabilities.

@@ -3,12 +3,12 @@ One estimator per site: eight schools
 =====================================
 
 Eight schools measured the effect of coaching. Is it one effect for all (complete pooling), or does each school have its
-own, around a common mean? A discrete site decides. It needs ``LR``; what the other sites get is a choice, made site
-by site. This example fits a guide and shows where the noise of the gradient is under three choices, in both hosts.
+own, around a common mean? A discrete site decides. It has ``LR``, and you choose an estimator for each of the other
+sites. This example fits a guide, and shows the noise of each gradient under three choices, in Pyro and NumPyro.
 """
 
 # %%
-# Model and guide are written once, with a host's primitives in ``ppl`` and its distributions in ``dist``.
+# Model and guide are written once, with a library's primitives in ``ppl`` and its distributions in ``dist``.
 
 import sys
 
@@ -72,8 +72,8 @@ def guide_of(host, initial):
 
 
 # %%
-# The choices, the same for both hosts: ``LR`` everywhere; ``LR`` for the switch and the schools; ``LR`` for the switch
-# only.
+# The choices are the same in both libraries: ``LR`` everywhere; ``LR`` for the switch and the schools; ``LR`` for the
+# switch only.
 
 CHOICES = {
     "LR everywhere": {"pooled": LR(), "mu": LR(), "tau": LR(), "eta": LR()},
@@ -83,7 +83,7 @@ CHOICES = {
 STEPS, NUM_SAMPLES = (5, 10) if "--smoke" in sys.argv else (1000, 200)
 
 # %%
-# A fit in NumPyro, with the last choice and ten particles, whose mean is the baseline of the score terms.
+# A fit in NumPyro with the last choice. With ten particles, the baseline of each is the mean over the others.
 
 elbo = flowvi.numpyro.TraceFlow_ELBO(num_particles=10, estimators=CHOICES["LR for the switch"])
 svi = numpyro.infer.SVI(model_of(NumPyro), guide_of(NumPyro, INITIAL), numpyro.optim.Adam(0.02), elbo)
@@ -91,7 +91,7 @@ fitted = {name: np.array(value) for name, value in svi.run(random.key(0), STEPS,
 print(f"probability of complete pooling under the guide: {1 / (1 + np.exp(-fitted['pooled_logits'])):.2f}")
 
 # %%
-# Where the noise is after the fit: the variance of the gradient from one particle, by parameter.
+# The noise after the fit: the variance of the gradient from one particle, by parameter.
 
 plt.rcParams.update(plot.STYLE)
 figure, axes = plt.subplots(1, 2, figsize=(8.0, 3.8))
@@ -107,5 +107,5 @@ figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols
 plt.show()
 
 # %%
-# Each site's noise follows its own estimator: going from LR to RP at mu and tau takes off a factor of a hundred or more
-# there and nothing elsewhere, and with RP for eta, too, what is left is mostly the noise of the one discrete site.
+# The noise of a site depends on its own estimator. RP instead of LR at mu and tau divides the variance there by a hundred
+# or more, and changes nothing elsewhere. With RP at eta too, most of the remaining noise is that of the discrete site.

@@ -2,14 +2,14 @@
 Sampling from q, and heavy tails
 ================================
 
-Every estimator can draw its samples from another density q and weigh them by w = p/q. A good q lowers the
-variance. A q whose tails are lighter than those of p makes it infinite, which a finite sample may not show. This
-example draws densities and weights, and what becomes of the variance, in both hosts.
+Every estimator can draw its samples from another density q and weight them by w = p/q. A good q lowers the variance. A
+q with lighter tails than p can make it infinite, and a finite sample may not show that. This example shows densities,
+weights and variances, in Pyro and NumPyro.
 """
 
 # %%
-# First a guide with a Normal p, and LR for its location. ``tempered(tau)`` multiplies the variance by tau;
-# ``slice_by_height()`` draws where the score is large, mixed with one fifth of p so that the weights are below 5.
+# First a guide with a Normal p, and LR for its location. ``tempered(tau)`` multiplies the variance by tau.
+# ``slice_by_height()`` draws where the score is large, mixed with one fifth of p, which keeps the weights below 5.
 
 import sys
 
@@ -34,9 +34,9 @@ PROPOSALS = {
 plot.proposal(pyro.distributions.Normal(0.0, 1.0), PROPOSALS, x=np.linspace(-5.0, 5.0, 401))
 
 # %%
-# Only ``tempered(0.6)`` has lighter tails than p: its weights grow without bound. With a bounded cost the second moment
-# of LR is tau²/(2 tau - 1)^1.5 times that of q = p, least at tau = 2 and infinite from tau = 1/2 down. The dots are
-# what each host's samples show.
+# Only ``tempered(0.6)`` has lighter tails than p, so its weights grow without bound. With a bounded cost, the second
+# moment of LR is tau²/(2 tau - 1)^1.5 times that of q = p. It is least at tau = 2, and infinite at and below tau = 1/2.
+# The dots are estimates from each library's samples.
 
 taus = np.array([0.55, 0.6, 0.7, 0.85, 1.0, 1.5, 2.0, 3.0, 4.0])
 
@@ -59,9 +59,9 @@ left.legend()
 plt.show()
 
 # %%
-# Now a p with heavy tails, a Student's t with 4 degrees of freedom, the cost φ = x, and a q that is a Normal. The
-# running mean of the second moment never settles: every now and then a sample far out in the tail has a huge weight. A
-# q with heavier tails than p is safe.
+# Now p has heavy tails, a Student's t with 4 degrees of freedom, the cost is φ = x, and q is a Normal. The running mean
+# of the second moment never settles, because now and then a sample far out in the tail has a huge weight. A q with
+# heavier tails than p is safe.
 
 
 def candidates(dist):
@@ -86,5 +86,5 @@ right.legend()
 plt.show()
 
 # %%
-# At tau = 0.55 the samples miss about half of the second moment, and under the Normal q it only looks finite between two
-# jumps: let q have tails at least as heavy as those of p.
+# At tau = 0.55 the samples miss about half of the second moment. Under the Normal q, the second moment only looks finite
+# between two jumps. So choose a q whose tails are at least as heavy as those of p.

@@ -2,13 +2,13 @@
 Labels that nobody draws: a mixture of petals
 =============================================
 
-The length of a petal depends on the species of the iris, which is not in the data. A site that the model marks
-``infer={"enumerate": "parallel"}`` is summed out by the library, and the guide leaves it out. The other way is a guide
-that draws each label. This example is Pyro's, and works the same way in NumPyro.
+The length of a petal depends on the species of the iris, which is not in the data. The library sums out a site with
+``infer={"enumerate": "parallel"}`` in the model, and the guide has no such site. Alternatively, the guide draws each
+label. This example uses Pyro, and works the same way in NumPyro.
 """
 
 # %%
-# The petals of 150 flowers of three species, in centimetres, as scikit-learn has them.
+# The petals of 150 flowers of three species, in centimetres, from scikit-learn.
 
 import sys
 
@@ -27,7 +27,7 @@ LENGTHS = torch.tensor(load_iris().data[:, 2], dtype=torch.float32)
 STEPS = 5 if "--smoke" in sys.argv else 600
 
 # %%
-# The model is written once; ``infer`` says what becomes of the labels.
+# The model is written once; ``infer`` decides whether the labels are summed out.
 
 
 def model_with(infer):
@@ -98,5 +98,5 @@ right.legend()
 plt.show()
 
 # %%
-# Summed out, the labels add no noise and no parameter, and the fit is there after a hundred steps. Drawn one by one,
-# each label needs a posterior of its own, which is learned from noisy scores.
+# If the labels are summed out, they add no noise and no parameters, and the fit converges in a hundred steps. If they are
+# drawn, each label needs a posterior of its own, learned from noisy scores.

@@ -2,10 +2,10 @@
 A mixture guide for a posterior with two modes
 ==============================================
 
-It is θ² that is measured, so that the posterior of θ has two modes. A mixture of two Normals fits it, but neither host
-has a reparameterized sampler for the weights of a mixture. ``Flow(fields.mixture())`` makes up for that: mass flows
-from one component to the other along the line, with ψ = 0 (in one dimension ``ImplicitRP()`` has the same field, from
-the cdf). This example compares it with ``LR()``, in both hosts.
+We measure θ², so the posterior of θ has two modes. A mixture of two Normals fits it, but neither Pyro nor NumPyro has a
+reparameterized sampler for the weights of a mixture. ``Flow(fields.mixture())`` is pathwise: mass flows from one
+component to the other along the line, with ψ = 0. (In one dimension ``ImplicitRP()`` has the same field, from the cdf.)
+This example compares it with ``LR()``, in both libraries.
 """
 
 # %%
@@ -85,7 +85,7 @@ posterior = np.exp(-(theta**2) / 8 - (4 - theta**2) ** 2 / 8 - (0.5 - theta) ** 
 posterior /= posterior.sum() * (theta[1] - theta[0])
 
 # %%
-# Fit and draw. How far a guide is from the posterior is their Kullback-Leibler divergence, on the grid.
+# Fit and plot. The Kullback-Leibler divergence on the grid says how far a guide is from the posterior.
 
 
 def density(params):
@@ -110,9 +110,9 @@ left.legend(loc="upper left")
 plt.show()
 
 # %%
-# The flow has a price. Mass that goes from one mode to the other has to cross the gap between them, where p is small
-# and u, which is (F_1 - F_2)/p up to a factor, is large. The standard deviation of the gradient in the first logit, for
-# the cost φ = θ and modes of scale 1:
+# The flow has a price. Mass that moves from one mode to the other must cross the gap between them. There p is small, and
+# u, which is (F_1 - F_2)/p up to a factor, is large. The figure has the standard deviation of the gradient in the first
+# logit, for the cost φ = θ and modes of scale 1:
 
 _, right = plt.subplots(figsize=(5.5, 3.4))
 distances = np.linspace(1.0, 8.0, 8)
@@ -130,5 +130,5 @@ right.set(xlabel="distance of the modes, in scales", ylabel="std of the gradient
 plt.show()
 
 # %%
-# Both estimators fit the two modes. For the weights of a mixture the pathwise gradient is the better one where the
-# modes overlap; where they are more than about three scales apart, LR is.
+# Both estimators fit the two modes. For the weights of a mixture the pathwise gradient is better if the modes overlap. If
+# they are more than about three scales apart, LR is better.

@@ -2,13 +2,13 @@
 A Bayesian neural network, and what the entropy costs
 =====================================================
 
-The weights of a small network get a posterior, so that it says where it does not know. The ELBO contains the entropy of
-the guide, and there are three ways to differentiate it: totally (``"full"``, the default), along the path only
-(``"stl"``, sticking the landing), or in closed form (``"analytic"``). This example is NumPyro's.
+The weights of a small network get a posterior, so the network knows where it is uncertain. The ELBO contains the entropy
+of the guide, and there are three ways to differentiate it: in full (``"full"``, the default), along the path only
+(``"stl"``, sticking the landing), or in closed form (``"analytic"``). This example uses NumPyro.
 """
 
 # %%
-# Is a tumour benign? Two features of scikit-learn's 569 patients, so that the answer can be drawn.
+# Is a tumour benign? We take two features of scikit-learn's 569 patients, so that the answer fits into a plot.
 
 import sys
 
@@ -51,7 +51,7 @@ guide = AutoNormal(model, init_scale=0.1)
 STEPS, NUM_SAMPLES = (3, 5) if "--smoke" in sys.argv else (2000, 300)
 
 # %%
-# Fit, and measure the noise that each way has at the same fit.
+# Fit, and measure the noise of each way at the same fit.
 
 elbo = TraceFlow_ELBO(num_particles=4, entropy="stl")
 svi = SVI(model, guide, numpyro.optim.Adam(0.01), elbo)
@@ -91,6 +91,6 @@ axes[2].legend(title="entropy")
 plt.show()
 
 # %%
-# The networks disagree along the border between the classes, and more the farther it is from the patients. Sticking the
-# landing takes the noise in the scales down by a third; most of the noise in loc comes from the likelihood, which is the
-# same under all three.
+# The networks disagree along the border between the classes, and more so far from the patients. Sticking the landing
+# lowers the noise in the scales by a third. Most of the noise in loc comes from the likelihood, which is the same in all
+# three.

@@ -2,9 +2,9 @@
 A state space model in scan: the flow of the Nile
 =================================================
 
-The level of a river changes a little from year to year. Model and guide are each one ``scan`` over a hundred years, and
-go to ``TraceFlow_ELBO`` as they are: the draws inside keep their own derivatives, and the sites outside get the
-estimators that you choose. This example is NumPyro's.
+The level of a river changes a little from year to year. Model and guide are each one ``scan`` over a hundred years.
+``TraceFlow_ELBO`` takes them as they are: draws inside the ``scan`` are pathwise, and sites outside get the estimators
+that you choose. This example uses NumPyro.
 """
 
 # %%
@@ -35,11 +35,11 @@ YEARS, Y = 1871 + np.arange(len(FLOW)), jnp.array(FLOW) / 100.0
 STEPS, NUM_SAMPLES = (3, 5) if "--smoke" in sys.argv else (2000, 200)
 
 # %%
-# The level is a random walk. The guide is a chain as well: each level depends on the one before it.
+# The level is a random walk. The guide is a chain too: each level depends on the one before it.
 
 
 def model():
-    drift = numpyro.sample("drift", dist.LogNormal(-1.0, 0.5))  # how much the level changes in a year
+    drift = numpyro.sample("drift", dist.LogNormal(-1.0, 0.5))  # the size of the change in a year
     noise = numpyro.sample("noise", dist.LogNormal(0.0, 0.5))
 
     def year(level, y):
@@ -56,7 +56,7 @@ def guide():
 
     numpyro.sample("drift", dist.LogNormal(numpyro.param("drift_loc", -1.0), param("drift_scale", 0.2)))
     numpyro.sample("noise", dist.LogNormal(numpyro.param("noise_loc", 0.0), param("noise_scale", 0.2)))
-    kept = numpyro.param("kept", jnp.full(len(Y), 0.5))  # of the level of the year before
+    kept = numpyro.param("kept", jnp.full(len(Y), 0.5))  # the weight of the previous level
     added, scale = numpyro.param("added", 0.5 * Y), param("scale", jnp.full(len(Y), 0.5))
 
     def year(level, of_year):
@@ -68,7 +68,7 @@ def guide():
 
 
 # %%
-# Fit it. ``describe`` lists the site inside the scan like the others.
+# Fit it. ``describe`` also lists the site inside the scan.
 
 elbo = TraceFlow_ELBO(num_particles=4)
 print(elbo.describe(model, guide))
@@ -79,7 +79,7 @@ for name in ("drift", "noise"):
 
 # %%
 # Left: the data, and paths of the level under the guide. Right: the noise of the gradient with RP everywhere, and with LR
-# at the two sites outside of the scan.
+# at the two sites outside the scan.
 
 draw = numpyro.handlers.substitute(guide, fitted)
 paths = jax.vmap(lambda key: numpyro.handlers.seed(draw, key)())(jax.random.split(jax.random.key(1), 1000))
@@ -98,5 +98,6 @@ right.set_xlabel("variance of one sample of the gradient")
 plt.show()
 
 # %%
-# The level falls around 1899, when the dam at Aswan was begun. LR at the two sites outside raises the noise of their own
-# parameters by four orders of magnitude, because every year's cost multiplies their scores, and leaves the rest alone.
+# The level falls around 1899, when work on the dam at Aswan began. LR at the two sites outside raises the noise of their
+# own parameters by four orders of magnitude, because their scores multiply the cost of every year. The other parameters
+# do not change.

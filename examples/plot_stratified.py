@@ -2,9 +2,9 @@
 Particles that are drawn together
 =================================
 
-Four times as many independent particles halve the noise of the gradient. Particles that are drawn together do better:
-``particles="stratified"`` puts one of them into each of K strata of equal probability, for every element of every
-``RP`` site, and ``"antithetic"`` draws them in mirrored pairs. This example is Pyro's, and works the same way in NumPyro.
+Four times as many independent particles halve the noise of the gradient. Particles that are drawn together do better.
+``particles="stratified"`` puts one particle into each of K strata of equal probability, for every element of every
+``RP`` site. ``"antithetic"`` draws mirrored pairs. This example uses Pyro, and works the same way in NumPyro.
 """
 
 # %%
@@ -39,7 +39,7 @@ def guide():
 
 
 # %%
-# Some steps of a fit, so that the noise is that of a fit under way.
+# Some steps of a fit, because noise matters during a fit.
 
 STEPS, NUM_SAMPLES, COUNTS = (2, 5, (4, 8)) if "--smoke" in sys.argv else (300, 100, (4, 8, 16, 32, 64))
 pyro.clear_param_store()
@@ -73,6 +73,6 @@ axes[1].legend()
 plt.show()
 
 # %%
-# Strata cut the noise in loc by a factor of three at four particles and of eight at 64, at the same number of evaluations.
-# Mirrored pairs do about as well there, and make the noise in scale larger: the two of a pair lie equally far out, so that
-# they say the same about a scale.
+# Strata lower the noise in loc by a factor of three at four particles and of eight at 64, at the same number of
+# evaluations. Mirrored pairs are about as good in loc, but raise the noise in scale: both particles of a pair are equally
+# far from the mean, so the second adds nothing about the scale.

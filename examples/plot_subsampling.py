@@ -3,13 +3,13 @@ A hierarchical regression on mini-batches
 =========================================
 
 How strongly does a share follow the market? Each company has a slope of its own, and the slopes have a common mean. The
-gradient of a mini-batch is noisy for two reasons: the draws of the guide, which the estimator decides, and the choice of
-the batch, which it does not. A report tells which of them counts. This example is Pyro's.
+gradient of a mini-batch has noise from the draws of the guide, which the estimator can lower, and from the choice of
+the batch, which it cannot. A report shows which of them matters. This example uses Pyro.
 """
 
 # %%
-# Monthly returns of eight companies and of the S&P 500 from 1990 to 2019, which matplotlib ships. Each observation is one
-# company in one month.
+# Monthly returns of eight companies and of the S&P 500 from 1990 to 2019; the data come with matplotlib. Each observation
+# is one company in one month.
 
 import sys
 
@@ -34,7 +34,7 @@ month, company = (torch.tensor(index) for index in np.nonzero(~np.isnan(returns[
 Y = torch.tensor(returns[:, :8], dtype=torch.float32)[month, company]
 
 # %%
-# The plate of observations is subsampled; flowvi scales scores and costs as Pyro scales log densities.
+# The plate of observations is subsampled; flowvi scales costs as Pyro scales log densities.
 
 
 def model(batch):
@@ -83,7 +83,7 @@ for label, estimator in (("LR()", LR()), ("RP()", RP())):
         variances[label] += [p.std**2 for p in report.parameters if p.parameter == "slope_loc"]
 
 # %%
-# Left: the slope of each company under the guide, and by least squares on its own. Right: the variances.
+# Left: the slope of each company under the guide, and by least squares for each company alone. Right: the variances.
 
 loc, scale = (pyro.param(f"slope_{part}").detach().numpy() for part in ("loc", "scale"))
 own = [float((MARKET[month[company == c]] @ Y[company == c]) / (MARKET[month[company == c]] ** 2).sum()) for c in range(len(NAMES))]
@@ -104,5 +104,5 @@ right.legend()
 plt.show()
 
 # %%
-# With RP the noise falls as the batch grows: nearly all of it is the choice of the batch, and no other estimator would help.
-# With LR it is the noise of the draws, which stays, however large the batch is.
+# With RP the noise falls as the batch grows: nearly all of it comes from the choice of the batch, and no other estimator
+# would help. With LR it comes from the draws, and stays the same for every size of the batch.

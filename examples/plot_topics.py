@@ -2,14 +2,14 @@
 A topic model with whole numbers
 ================================
 
-How many words of a text belong to each topic? A whole number: a Poisson site for each topic and text, and a Poisson for
-the counts of the words. A Poisson has no pathwise gradient. ``MeasureValued()`` compares the cost at each number with
-that at the next one. This example is NumPyro's.
+How many words of a text belong to each topic? There is a Poisson site for each topic and text, and a Poisson for the
+counts of the words. A Poisson has no pathwise gradient. ``MeasureValued()`` compares the cost at each number with the
+cost at the next one. This example uses NumPyro.
 """
 
 # %%
-# The texts are the docstrings of SciPy's functions, in seven of its modules. A word counts if it is in at least 20 of
-# them and in no more than a fifth.
+# The texts are the docstrings of functions in seven of SciPy's modules. A word counts if it is in at least 20 of them, and
+# in at most a fifth.
 
 import inspect
 import re
@@ -40,7 +40,7 @@ COUNTS = jnp.array([[words[word] for word in WORDS] for words in documents.value
 print(f"{len(documents)} texts, {len(WORDS)} words")
 
 # %%
-# The topics are parameters; the numbers of each text, z, come from a network in the guide.
+# The topics are parameters. A network in the guide gives the rates of z, the numbers of each text.
 
 TOPICS, BATCH = 7, 32
 STEPS = 3 if "--smoke" in sys.argv else 1200
@@ -81,7 +81,7 @@ for label, estimator in RUNS.items():
     losses[label], fitted = np.array(result.losses) / len(COUNTS), result.params
 
 # %%
-# Left: the losses. Right: the share of each topic in each module, and the words that tell the topic from the others.
+# Left: the losses. Right: the share of each topic in each module, and the words that are typical of the topic.
 
 share = jax.nn.softmax(jnp.log1p(COUNTS) @ fitted["weights"])
 of_module = np.array([share[np.array([name.startswith(module) for name in documents])].mean(0) for module in MODULES]).T
@@ -103,4 +103,4 @@ plt.show()
 
 # %%
 # MeasureValued gets 40 nats per text lower than LR, whose score has no baseline with one particle. Most topics belong to
-# one of SciPy's modules, which the model has not seen; one holds what all texts share.
+# one of SciPy's modules, although the model does not know the modules. One topic has the words of all texts.

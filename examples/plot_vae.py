@@ -3,8 +3,8 @@ Variational autoencoders with discrete and with continuous latents
 ==================================================================
 
 A variational autoencoder of handwritten digits, in Pyro. With Gaussian latents the default is ``RP``. With Bernoulli
-latents it is ``LR``, whose noise depends on its baseline: none here, or the mean over the other particles.
-(benchmarks/vae.py trains longer, in both hosts, with more kinds of baselines.)
+latents it is ``LR``, whose noise depends on the baseline: none, or the mean over the other particles.
+(``benchmarks/vae.py`` trains longer, in both libraries, with more kinds of baselines.)
 """
 
 # %%
@@ -72,7 +72,7 @@ def train(kind, estimator, baseline):
 
 
 # %%
-# Train them, and draw the losses, and what they make of some digits.
+# Train them, and plot the losses and the reconstructions of some digits.
 
 plt.rcParams.update(plot.STYLE)
 figure = plt.figure(figsize=(9.0, 3.6))
@@ -93,5 +93,5 @@ for row, (label, images) in zip(right.subplots(len(shown)), shown.items(), stric
 plt.show()
 
 # %%
-# After so few steps the Bernoulli latents without a baseline tell the digits apart hardly at all; with the mean over
-# the other particles as baseline they do, and the Gaussian latents, whose gradient is pathwise, are ahead of both.
+# After so few steps, Bernoulli latents without a baseline hardly distinguish the digits. With the mean over the other
+# particles as the baseline they do. The Gaussian latents, whose gradient is pathwise, are ahead of both.

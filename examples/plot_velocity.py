@@ -2,16 +2,15 @@
 u and psi of one Gaussian
 =========================
 
-At a site with density p(x; θ), an estimator of flowvi is a velocity field u: the speed dx/dθ with which it lets a
-sample move as the parameter moves. What u leaves over of the change of p is made up by the score term ψ = ∇·u + u·∇ log
-p + ∂ log p/∂θ. This example draws both for four estimators of a Normal, in both hosts, and then the mass that they
-move.
+At a site with density p(x; θ), an estimator of flowvi is a velocity field u: the speed dx/dθ of a sample as the
+parameter changes. The score term ψ = ∇·u + u·∇ log p + ∂ log p/∂θ accounts for the change of p that u does not. This
+example plots both for four estimators of a Normal, in Pyro and NumPyro, and then the mass that they move.
 """
 
 # %%
-# The estimators are defined once and know no host. ``LR`` has u = 0 and leaves everything to ψ. ``RP`` has the velocity
-# of the sampler and nothing is left. ``Flow`` takes any field: here half of that of ``RP``, and one that is 0 at x = 0,
-# for a cost that jumps there.
+# The estimators are defined once for both libraries. ``LR`` has u = 0 and leaves everything to ψ. ``RP`` has the velocity
+# of the sampler, and ψ = 0. ``Flow`` takes any field: here half of that of ``RP``, and one that is 0 at x = 0, for a cost
+# that jumps there.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,9 +34,9 @@ ESTIMATORS = {
 }
 
 # %%
-# u and ψ are read off the estimators: each is attached to the distribution at given x, and the draw is differentiated
-# in ``loc`` and in ``scale``. The lines are NumPyro's and the dots are Pyro's. (``RP`` is the host's own sampler, so
-# that its x are draws.)
+# To compute u and ψ, each estimator is attached to the distribution at given x, and the result is differentiated in
+# ``loc`` and in ``scale``. The lines are NumPyro, and the dots are Pyro. (``RP`` uses the library's own sampler, so its x
+# are draws.)
 
 x = np.linspace(-3.0, 3.0, 241)
 figure = plot.velocity(numpyro.distributions.Normal(0.0, 1.0), ESTIMATORS, x=x)
@@ -48,15 +47,15 @@ for ax, other in zip(figure.axes[:4], in_pyro.axes[:4], strict=True):
 plt.close(in_pyro)
 
 # %%
-# The farther u is from that of the sampler, the more is left to ψ. Where the third field is 0, its ψ is that of LR,
-# with a correction for the slope of the field, without which the gradient would be biased.
+# The farther u is from the velocity of the sampler, the larger is ψ. Where the third field is 0, its ψ is that of LR with
+# a correction for the slope of the field. Without the correction the gradient would be biased.
 #
-# The same as a flow. Below, p is cut into slices of the same mass; the lines carry their edges while ``loc`` goes from
-# 0 to 1; above are the same slices under the new p.
+# The next figure shows the flow. At the bottom, p is cut into slices of equal mass. The lines follow the edges of the
+# slices while ``loc`` goes from 0 to 1. At the top are the same slices under the new p.
 
 plot.flow(pyro.distributions.Normal(0.0, 1.0), ESTIMATORS, "loc")
 plt.show()
 
 # %%
-# RP moves every slice and keeps its mass. LR leaves the slices where they are and changes their mass: it is lost to the
-# left (blue) and made to the right (orange). The others do some of both, and all four end up with the same density.
+# RP moves every slice and keeps its mass. LR keeps the slices in place and changes their mass: the left loses mass (blue)
+# and the right gains mass (orange). The other two do some of both. All four end with the same density.

@@ -1,4 +1,4 @@
-"""SVI in several processes, in Pyro: each has a part of the data, and every step averages their gradients.
+"""SVI in several processes, in Pyro. Each process has a part of the data, and every step averages the gradients.
 
 torchrun --nproc-per-node 2 examples/pyro_processes.py [--smoke]
 """
@@ -25,7 +25,7 @@ class Model(PyroModule):
     def forward(self, y):
         on = pyro.sample("on", dist.Bernoulli(0.5))
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", NUM_DATA, subsample_size=len(y)):  # the part of this process stands for all of the data
+        with pyro.plate("data", NUM_DATA, subsample_size=len(y)):  # scales the part of this process to all of the data
             pyro.sample("y", dist.Normal(mean + 2.0 * on, 1.0), obs=y)
 
 
@@ -47,7 +47,7 @@ def main():
     data = 2.0 + torch.randn(NUM_DATA)
     part = data[rank::processes]
 
-    pyro.set_rng_seed(1 + rank)  # other draws in each process
+    pyro.set_rng_seed(1 + rank)  # different draws in each process
     elbo = TraceFlow_ELBO(num_particles=4, estimators={"on": LR()})
     loss = DistributedDataParallel(elbo(Model(), Guide()))
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)

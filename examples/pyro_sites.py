@@ -1,4 +1,4 @@
-"""One gradient estimator per site in Pyro: given in the model under an autoguide, and in a guide written by hand.
+"""One gradient estimator per site in Pyro: in the model under an autoguide, and in a guide of your own.
 
 python examples/pyro_sites.py [--smoke]
 """
@@ -18,9 +18,9 @@ pyro.set_rng_seed(0)
 X = torch.linspace(-1.0, 1.0, 40)
 Y = 0.5 + 1.5 * X + 0.3 * torch.randn(40)
 
-# 1. A continuous model under AutoNormal. The annotation at the model's statement names the estimator of the guide's draw;
-#    a site without one gets the default, Auto(): RP where the distribution is reparameterized,
-#    the exact sum over a discrete site where that is cheap, else LR.
+# 1. A continuous model under AutoNormal. An annotation in the model gives the estimator of the guide's draw. A site without an
+#    annotation gets the default, Auto(): RP if the distribution is reparameterized, the exact sum over a discrete site if that is
+#    cheap, else LR.
 
 
 def line(x, y):
@@ -31,7 +31,7 @@ def line(x, y):
         pyro.sample("y", dist.Normal(intercept + slope * x, noise), obs=y)
 
 
-# 2. The same line with a discrete site, whether x matters at all, and a guide written by hand.
+# 2. The same line with a discrete site, which says whether x matters at all, and a guide of your own.
 
 
 def line_or_not(x, y):
@@ -42,7 +42,7 @@ def line_or_not(x, y):
         pyro.sample("y", dist.Normal(intercept + matters * slope * x, 0.3), obs=y)
 
 
-# A velocity for each parameter: the scale's is that of RP, the loc's is halfway between LR (0) and RP (1).
+# A velocity for each parameter: that of RP for the scale, and halfway between LR (0) and RP (1) for the loc.
 HALFWAY = Flow(loc=lambda x, p: 0.5, scale=lambda x, p: (x - p.loc) / p.scale)
 
 

@@ -1,4 +1,4 @@
-"""What an estimator attaches to a given x, and its derivatives, without a program around it."""
+"""Attach an estimator to a given x, without a program, and differentiate the result."""
 
 import numpy as np
 

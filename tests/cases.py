@@ -1,7 +1,7 @@
 """The programs of ``exact.json`` and the estimators of its rows, written once for both hosts.
 
-``CASES[id]`` holds the program, the estimators by the row's name and the proposals by the row's name; ``ELSEWHERE`` says of every
-other row why it is not estimated here.
+``CASES[id]`` has the program, and its estimators and proposals by the name of the row. ``ELSEWHERE`` says why the other rows are not
+estimated here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Case:
         program: The program, with theta at the case's value.
         estimators: For a row's ``estimator``: a function ``(h, q) -> estimators``, the argument of the objective.
         proposals: For a row's ``q``: a function ``h -> q``, or None for q = p.
-        refused: Row names whose estimator is refused at this program, with a part of the message.
-        dependencies: The objective's option, where the row asks for one.
-        heavy: Names of proposals under which the estimate has no fourth moment, so that its sample variance says little.
+        refused: The rows whose estimator is refused at this program, with a part of the message.
+        dependencies: The option of the objective, if the row has one.
+        heavy: The proposals under which the estimate has no fourth moment, so that its sample variance means little.
     """
 
     program: Program
@@ -42,7 +42,7 @@ class Case:
 
 
 def at_x(estimator):
-    """A row's estimator for the only site."""
+    """The estimator of a row, at the only site."""
     return lambda h, q: {"x": estimator(h, q)}
 
 
@@ -146,7 +146,7 @@ def linear_flow(size):
 
 
 def gamma_field(h, factor):
-    """``factor`` times the implicit field of the concentration, with the divergence that its transport equation gives."""
+    """``factor`` times the implicit field of the concentration, with its divergence from the transport equation."""
 
     def implicit(x, p):
         return h.random_gamma_grad(p.concentration + 0 * x, x * p.rate) / p.rate
@@ -181,7 +181,7 @@ def g_rep(h):
 def gamma_rp(h, q):
     if q is None:
         return RP()
-    # torch's cdf has no derivative in the concentration: there the field is written out
+    # torch's cdf has no derivative in the concentration, so there the field is written out
     if h.name == "numpyro":
         return RP(q)
     velocity, divergence = gamma_field(h, 1)
@@ -222,7 +222,7 @@ def optimal_transport(h):
 
 
 def best_null(h):
-    """The antisymmetric A with which u . grad cos(omega . x) is a function of omega . x: of least variance."""
+    """The antisymmetric A that makes u . grad cos(omega . x) a function of omega . x, which gives the least variance."""
     omega = h.array([0.5, 0.75, 0.4])
 
     def null(p, dtheta):
@@ -272,12 +272,12 @@ KINDS = {"LR": lambda q: LR(q=q), "RP": lambda q: RP(q), "half": lambda q: Flow(
 
 
 def pair(first, second, names=("x1", "x2")):
-    """A row of two sites; where the row has proposals, they are wider by 1.2 and 1.15."""
+    """A row of two sites. Its proposals, if any, are wider by 1.2 and 1.15."""
     return lambda h, q: {name: KINDS[kind](q and widen(w)) for name, kind, w in zip(names, (first, second), (1.2, 1.15), strict=True)}
 
 
 def rao_blackwell(costs) -> Program:
-    """Three sites, with a cost each: recorded after its ``"own"`` site, ``"summed"`` at the end, or ``"apart"`` at the end."""
+    """Three sites with a cost each. The costs come after their ``"own"`` sites, ``"summed"`` at the end, or ``"apart"`` at the end."""
 
     def normal_at(loc):
         return lambda h, t, v: h.dist.Normal(loc(h, t, v), h.array(0.7))
@@ -366,7 +366,7 @@ def discrete(theta, distribution, cost, **baselines) -> Case:
 
 
 def baselines(case, probs, costs):
-    """The rows with a constant baseline, for a discrete site with these probabilities and costs of its values."""
+    """The rows with a constant baseline, at a discrete site with these probabilities and costs."""
     mean = sum(p * cost for p, cost in zip(probs, costs, strict=True))
     return {"LR optimal baseline": EXACT[case]["optimal_baseline"], "LR baseline E[phi]": mean}
 
@@ -627,7 +627,7 @@ ELSEWHERE: dict[tuple[str, str], str] = {
 
 
 def elsewhere(case: str, row: dict) -> str | None:
-    """Why a row of exact.json is no test of :func:`test_exact.test_row`, or None."""
+    """Why :func:`test_exact.test_row` does not test this row of exact.json, or None."""
     name = row["estimator"]
     if reason := ELSEWHERE.get((case, name)) or ELSEWHERE.get((case, "")):
         return reason

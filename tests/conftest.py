@@ -1,12 +1,12 @@
-"""Double precision everywhere, a ``host`` fixture that runs a test in both hosts, and what NumPyro leaves to the slow tests."""
+"""Double precision, a ``host`` fixture that runs a test in both hosts, and the choice of NumPyro's slow rows."""
 
 import os
 from collections import defaultdict
 from importlib.metadata import version
 
-# Most of the time of the tests goes into compilation: with these and `jax_disable_most_optimizations` it is half as long.
+# The tests spend most of their time in compilation. These flags and `jax_disable_most_optimizations` halve it.
 QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-if version("jaxlib").startswith("0.10."):  # a version that does not know a flag ends the process
+if version("jaxlib").startswith("0.10."):  # other versions do not know these flags and end the process
     os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax  # noqa: E402
@@ -36,9 +36,9 @@ def host(request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test with more than four rows NumPyro runs every fourth one; the others are slow tests.
+    """If a test has more than four rows, NumPyro runs every fourth one; the others are slow tests.
 
-    In NumPyro a row is mostly compilation. It tests mostly the core, of which Pyro runs every row; the hosts agree at the same x.
+    In NumPyro a row is mostly compilation. The rows test mostly the core, and Pyro runs all of them.
     """
     rows = defaultdict(list)
     for item in items:

@@ -1,7 +1,7 @@
-"""A program with every kind of estimator in two processes under DistributedDataParallel, run by test_scaling.py.
+"""A program with every kind of estimator in two processes under DistributedDataParallel, which test_scaling.py runs.
 
-Each process has half of the data. The first one prints the largest relative difference of the gradients from the mean of those of the
-two halves, computed in one process, and from those of the other half alone.
+Each process has half of the data. The first process prints the largest relative difference of the gradients from the mean gradients of
+both halves, computed in one process. It also prints the difference from the gradients of the other half alone.
 """
 
 import multiprocessing
@@ -50,11 +50,11 @@ class Guide(PyroModule):
 
 
 def gradients(rank, together):
-    """Those of all parameters by name, for the half of the data of a rank; ``together`` averages them over the processes."""
+    """The gradients by name, for the half of the data of a rank; ``together`` averages them over the processes."""
     pyro.clear_param_store()
     module = TraceFlow_ELBO(4, estimators=ESTIMATORS)(Model(), Guide())
     data = torch.linspace(-2.0, 2.0, 8).reshape(2, 4)[rank]
-    module(data)  # makes what the estimators learn
+    module(data)  # creates the parameters of the estimators that learn
     own = {id(parameter) for parameter in module.parameters()}
     loss = DistributedDataParallel(module) if together else module
     pyro.set_rng_seed(rank)

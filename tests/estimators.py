@@ -1,6 +1,6 @@
-"""Every estimator at a Normal, or a Bernoulli, one row each: ``test_every_estimator.py`` holds all of them to the same.
+"""Every estimator at a Normal or a Bernoulli, one row each. ``test_every_estimator.py`` checks the same properties of all.
 
-A new estimator is one row.
+A new estimator needs one row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from flowvi.estimators import Estimator
 
 
 class Refused(NamedTuple):
-    """A site at which an estimator raises: its distribution ``(h, t) -> p``, and a part of the message."""
+    """A site at which an estimator raises an error: its distribution ``(h, t) -> p``, and a part of the message."""
 
     distribution: Callable[[Any, Any], Any]
     message: str
@@ -53,15 +53,15 @@ class Row:
     """One estimator.
 
     Attributes:
-        make: Makes the estimator, out of functions that have a name in this module, so that its repr can be evaluated here.
-        refused: Where it is refused.
+        make: Makes the estimator from named functions of this module, so that its repr can be evaluated here.
+        refused: Sites at which it is refused.
         cases: The programs of exact.json, of one site x, at which it is unbiased.
         particles: The numbers of particles with which it runs.
-        learned: What it learns, by name, with values away from the start for an element of a plate.
-        shared: Whether the elements of a plate share what is learned.
-        draws: The density that it draws from, where that is not its ``q``.
-        by_value: Whether two that are made alike are equal. A Baseline may hold arrays, and is equal to itself only.
-        site: ``site(h, loc, scale)`` is the distribution at which it acts, where that is no Normal.
+        learned: Its learned parameters by name, with values away from the start, for one element of a plate.
+        shared: Whether the elements of a plate share the learned parameters.
+        draws: The density that it draws from, if that is not its ``q``.
+        by_value: Whether two calls of ``make`` give equal estimators. A Baseline may hold arrays and is equal only to itself.
+        site: ``site(h, loc, scale)`` is the distribution at which it acts, if that is not a Normal.
     """
 
     make: Callable[[], Estimator]
@@ -75,16 +75,16 @@ class Row:
     site: Callable[[Any, Any, Any], Any] = normal
 
     def coefficients(self, *batch):
-        """What it learns by the name that it has at the site x, for each element of a batch."""
+        """The learned parameters under their names at the site x, for each element of a batch."""
         batch = () if self.shared else batch
         return {f"x.{name}": np.broadcast_to(value, (*batch, *np.shape(value))).copy() for name, value in self.learned.items()}
 
 
-# ---- what the rows are made of
+# ---- parts of the rows
 
 
 def wide(p):
-    """A wider Normal; at another family, of which only what is refused is tested, p."""
+    """A wider Normal. At other families, where only refusals are tested, it returns p."""
     return type(p)(p.loc, 1.4 * p.scale) if type(p).__name__ == "Normal" else p
 
 
@@ -101,7 +101,7 @@ def to_the_right(p):
 
 
 def mixed(p):
-    """The proposal that AdaptiveFlow learns, with the values of PROPOSAL."""
+    """The proposal of AdaptiveFlow at the values of PROPOSAL."""
     return proposals.defensive(to_the_right, 0.1)(p)
 
 
@@ -120,7 +120,7 @@ def toy(b):
 POLYNOMIAL = {"c.a": np.array([0.3, -0.1])}
 RELAXED = {"scale": np.array(1.4), "log_temperature": np.array(-0.2)}
 PROPOSAL = np.array([0.5, 0.0])
-# The control variate of a parameter reads the scores of those that are live: here only its own, so that one may be held fixed.
+# The control variate of a parameter reads the scores of all live parameters. Here it reads its own, so that the other can be fixed.
 FIELD = {"velocity": random(2, 6), "control": np.concatenate([random(2, 5), np.diag([0.4, -0.3])], 1)}
 
 MOVING = Refused(lambda h, t: h.dist.Uniform(h.array(0.0), 1 + t), "is biased where the support moves")
@@ -181,12 +181,12 @@ ROWS = {
     ),
     "GumbelSoftmax": Row(lambda: GumbelSoftmax(0.5), NOT_RELAXED, (), site=bernoulli),
     "StraightThrough": Row(StraightThrough, NOT_RELAXED, (), site=bernoulli),
-    "ReinMax": Row(ReinMax, NOT_RELAXED, TOY, site=bernoulli),  # the cost is quadratic
-    "Auto": Row(Auto, None, WITH_DISCRETE),  # only what it chooses refuses
+    "ReinMax": Row(ReinMax, NOT_RELAXED, TOY, site=bernoulli),  # which is right, because the cost is quadratic
+    "Auto": Row(Auto, None, WITH_DISCRETE),  # only the estimator that it chooses can refuse
 }
 
 
-# ---- wrong estimators, each with the one property that it lacks
+# ---- wrong estimators, each with the property that it violates
 
 
 def no_divergence(x, p, dtheta):
@@ -194,7 +194,7 @@ def no_divergence(x, p, dtheta):
 
 
 def uneven(x, p, dtheta):
-    """Along loc, and twice as far where scale moves too: each of the two alone is a velocity."""
+    """A step along loc, doubled if scale moves too: right for each parameter alone, but not linear in dtheta."""
     both = dtheta.of(lambda p: p.loc) is not None and dtheta.of(lambda p: p.scale) is not None
     return (2 if both else 1) * half_velocity(x, p, dtheta)
 

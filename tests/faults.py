@@ -1,4 +1,4 @@
-"""Estimators and distributions with a fault each, and how check_estimator has to name it."""
+"""Estimators and distributions with one fault each, and the condition that check_estimator must name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ BOTH = ("numpyro", "pyro")
 
 
 class CutNormal(numpyro.distributions.Normal):
-    """Its log_prob forgets that it depends on the scale."""
+    """Its log_prob ignores the derivative in the scale."""
 
     def log_prob(self, value, intermediates=None):
         return numpyro.distributions.Normal(self.loc, jax.lax.stop_gradient(self.scale)).log_prob(value)
@@ -33,7 +33,7 @@ class CutNormalPyro(pyro.distributions.Normal):
 
 
 class Unnormalized(numpyro.distributions.Normal):
-    """Its log_prob lacks the logarithm of the scale."""
+    """A Normal whose log_prob lacks the logarithm of the scale."""
 
     def log_prob(self, value, intermediates=None):
         return -(((value - self.loc) / self.scale) ** 2) / 2
@@ -45,7 +45,7 @@ class UnnormalizedPyro(pyro.distributions.Normal):
 
 
 class CutSampler(numpyro.distributions.Normal):
-    """Its sampler forgets that it depends on the scale."""
+    """Its sampler ignores the derivative in the scale."""
 
     def sample(self, key, sample_shape=()):
         return (
@@ -106,7 +106,7 @@ def away_from_zero(x, p):
 
 
 def naive_mask():
-    """The mixture m RP + (1 - m) LR, without u_RP . grad m."""
+    """The mixture m RP + (1 - m) LR without its term u_RP . grad m."""
     return fields.Field(
         lambda x, p, dtheta: away_from_zero(x, p) * (dtheta.loc + (x - p.loc) / p.scale * dtheta.scale),
         lambda x, p, dtheta: away_from_zero(x, p) * dtheta.scale / p.scale,
@@ -128,21 +128,21 @@ def wrong_proposal(p):
 
 
 def push(x, p, dtheta):
-    """Tangent to the simplex, but through its faces."""
+    """A field tangent to the simplex that crosses its faces."""
     d = dtheta.concentration.sum(-1)[..., None]
     return d * (0.1 * dtheta.ops.cos(0 * x) - dtheta.ops.asarray([0.3, 0.0, 0.0], x))
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, and how it has to be told.
+    """A fault, and the finding that check_estimator must report.
 
     Attributes:
         distribution: ``h -> p``, or ``h -> (function, parameters)``.
         estimator: ``h -> estimator``.
-        condition: The condition that has to be named.
-        message: A part of what is said of it.
-        parameters: Which are live.
+        condition: The condition that must be named.
+        message: A part of the message.
+        parameters: The live parameters.
         hosts: The hosts that have the family.
     """
 

@@ -1,4 +1,4 @@
-"""Families with the library's fields for them, one row for each parameter, and for vectors."""
+"""The fields of flowvi.fields at their families: one row for each parameter, and rows for vectors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ class Row:
 
     Attributes:
         distribution: ``(h, t) -> p``, of the batch shape of t.
-        theta: Where the derivative is taken.
+        theta: The value of t.
         field: The field.
         support: ``t -> (low, high)``.
-        x: Where the field is looked at; interior points.
+        x: Interior points at which the field is evaluated.
         hosts: The hosts that have the family.
-        digits: To how many digits the transport equation holds: less than 8 where the host's own log_prob has fewer.
-        kink: ``t -> x``, where the density has a kink.
-        cost: A smooth cost, periodic where it has to be.
+        digits: The digits of the transport equation; fewer than 8 if the host's log_prob is less accurate.
+        kink: ``t -> x``, a kink of the density.
+        cost: A smooth cost, periodic if the field needs that.
     """
 
     distribution: Callable[[Any, Any], Any]
@@ -66,7 +66,7 @@ REALS, POSITIVES, UNITS = (-2.1, -0.4, 0.3, 1.7), (0.11, 0.6, 1.3, 3.9), (0.08, 
 
 
 def family(name, field, support, x, theta, hosts=BOTH, **more):
-    """A row for each parameter of a family, with the others held."""
+    """A row for each parameter of a family, with the others fixed."""
 
     def row(parameter, value):
         def distribution(h, t):
@@ -203,7 +203,7 @@ MVN_X = np.array([[0.3, -0.2, 0.5], [1.1, 0.4, -1.2]])
 
 
 def along_tril(h, t):
-    """Cholesky factors that all move."""
+    """A field along the Cholesky factor, all of whose entries move."""
     return h.array(TRIL) + t[..., None, None] * h.array([[0.3, 0.0, 0.0], [1.0, 0.2, 0.0], [-0.5, 0.7, 0.4]])
 
 
@@ -219,7 +219,7 @@ def mvn(said):
 
 
 def turn(p, dtheta):
-    """An antisymmetric part that reads the parameters and is linear in dtheta."""
+    """An antisymmetric matrix that depends on the parameters and is linear in dtheta."""
     d = dtheta.of(lambda p: p.scale_tril)
     return d @ p.scale_tril.mT + 2 * d
 
@@ -230,7 +230,7 @@ def dirichlet(h, t):
 
 def product_mixture(h, t):
     logits = h.array([0.3, -0.2, 0.1]) + t[..., None] * h.array([1.0, -0.4, 0.2])
-    logits = logits - h.math.log(h.math.exp(logits).sum(-1))[..., None]  # as Pyro normalises them
+    logits = logits - h.math.log(h.math.exp(logits).sum(-1))[..., None]  # Pyro normalises logits too
     locs = h.array([[-1.0, 0.4, 0.2], [0.8, -0.6, 0.0], [0.1, 1.2, -0.5]]) + t[..., None, None] * h.array([[1.0], [0.5], [-0.5]])
     scales = h.array([[1.3, 1.1, 0.8], [0.9, 1.5, 1.0], [0.7, 0.6, 1.2]]) + 0 * locs
     return h.dist.MixtureSameFamily(h.dist.Categorical(logits=logits), h.dist.Normal(locs, scales).to_event(1))

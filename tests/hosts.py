@@ -1,4 +1,4 @@
-"""Both hosts behind one face, so that a program and its test are written once."""
+"""Both hosts behind one interface, so that a program and its test are written once."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Program:
     Attributes:
         guide: ``guide(h, t)``.
         model: ``model(h, t)``.
-        theta: Where the gradient is taken.
-        plates: The number of plate dims inside.
+        theta: The values at which the gradient is taken.
+        plates: The number of plate dims of the program.
     """
 
     guide: Callable[[Any, list], None]
@@ -62,7 +62,7 @@ def chain(theta, sites: Mapping[str, Callable], costs: Mapping[str, Callable]) -
 
 
 class ScoreNormal(numpyro.distributions.Normal):
-    """A Normal that NumPyro does not take to be reparameterized."""
+    """A Normal that NumPyro treats as not reparameterized."""
 
     reparametrized_params: ClassVar = []
 
@@ -95,7 +95,7 @@ class NumPyroHost:
 
     @staticmethod
     def index(k):
-        """Draws of a discrete site as an index."""
+        """The draws of a discrete site as an integer index."""
         return k
 
     @staticmethod
@@ -117,7 +117,7 @@ class NumPyroHost:
         return fn
 
     def substitute(self, values):
-        """A handler that gives parameters these values."""
+        """A handler that sets parameters to these values."""
         return numpyro.handlers.substitute(data={name: self.array(value) for name, value in values.items()})
 
     @staticmethod
@@ -125,7 +125,7 @@ class NumPyroHost:
         return fn.sample(jax.random.key(seed), shape)
 
     def value_and_gradient(self, f, parameters, has_aux=False):
-        """As ``jax.value_and_grad``, at named parameters; the gradient as arrays of NumPy."""
+        """Like ``jax.value_and_grad`` at named parameters, with the gradient as NumPy arrays."""
         parameters = {name: self.array(value) for name, value in parameters.items()}
         value, gradient = jax.value_and_grad(f, has_aux=has_aux)(parameters)
         return value, {name: np.asarray(gradient[name]) for name in parameters}
@@ -139,14 +139,14 @@ class NumPyroHost:
         return elbo.loss(jax.random.key(seed), {}, model, guide)
 
     def loss_and_gradients(self, params, model, guide, seed=0, plates=None, **options):
-        """The loss and its gradients, by name; what is not among ``params`` has its initial value. The plates are ``plates`` deep."""
+        """The loss and its gradients by name, with ``plates`` plate dims. A parameter not in ``params`` has its initial value."""
         elbo = self.flow.TraceFlow_ELBO(**options)
         loss, gradients = self.value_and_gradient(lambda params: elbo.loss(jax.random.key(seed), params, model, guide), params)
         return float(loss), gradients
 
     @staticmethod
     def evaluate(elbos, model, guide, seed=0):
-        """Loss and gradients at the initial parameters under each of the objectives, from the same random numbers."""
+        """Loss and gradients of each objective, at the initial parameters and with the same random numbers."""
         traces = [numpyro.handlers.trace(numpyro.handlers.seed(part, 0)).get_trace() for part in (guide, model)]
         params = {name: site["value"] for trace in traces for name, site in trace.items() if site["type"] == "param"}
 
@@ -161,17 +161,17 @@ class NumPyroHost:
 
     @staticmethod
     def fit(svi, steps, **options):
-        """The losses and the final parameters; the first state is compiled, because that is faster."""
+        """The losses and the final parameters. Compiling the initialization is faster."""
         state = jax.jit(svi.init)(jax.random.key(0))
         result = svi.run(jax.random.key(1), steps, **{"progress_bar": False, "init_state": state, **options})
         return np.asarray(result.losses), result.params
 
     def gradients(self, program, n, seed=0, particles=1, vectorize=True, value=False, **options):
-        """``n`` estimates of the gradient of the ELBO, of shape (n, len(theta)); with ``value`` those of the ELBO, (n,)."""
+        """``n`` estimates of the gradient of the ELBO, of shape (n, len(theta)); with ``value`` also of the ELBO, (n,)."""
         return self.gradients_of(self.flow.TraceFlow_ELBO(particles, vectorize, **options), program, n, seed, value)
 
     def bound_gradients(self, program, n, seed=0, alpha=0.0, particles=2, vectorize=True, value=False, **options):
-        """As ``gradients``, of the Rényi bound."""
+        """Like ``gradients``, for the Rényi bound."""
         bound = self.flow.TraceFlow_RenyiELBO(alpha, particles, vectorize_particles=vectorize, **options)
         return self.gradients_of(bound, program, n, seed, value)
 
@@ -187,7 +187,7 @@ class NumPyroHost:
         return np.asarray(jax.jit(jax.vmap(jax.grad(estimate, 1), (0, None)))(keys, jnp.array(program.theta)))
 
     def gradients_of(self, elbo, program, n, seed=0, value=False):
-        """As ``gradients``, by any objective, also one of the host's own."""
+        """Like ``gradients``, for any objective, also the host's own."""
 
         def estimate(key, theta):
             def objective(theta):
@@ -201,7 +201,7 @@ class NumPyroHost:
 
 
 def taken_gradients():
-    """The gradients of Pyro's parameters by name, which are None afterwards: those of a module outlive the parameter store."""
+    """The gradients of Pyro's parameters by name. It resets them to None, because those of a module outlive the parameter store."""
     found = {}
     for name, parameter in pyro.get_param_store().named_parameters():
         found[name], parameter.grad = parameter.grad.numpy(), None
@@ -248,7 +248,7 @@ class PyroHost:
 
     @staticmethod
     def over_plate(x):
-        """The plate's dim is kept, for the replicates to its left."""
+        """The sum keeps the plate's dim, because the replicates are to its left."""
         return x.sum(-1, keepdims=True)
 
     @staticmethod
@@ -311,13 +311,13 @@ class PyroHost:
         return losses, {name: p.detach().clone() for name, p in pyro.get_param_store().items()}
 
     def gradients(self, program, n, seed=0, particles=1, vectorize=True, value=False, **options):
-        """As in NumPyro, each estimate an element of an outermost plate with its own copy of theta."""
+        """Like in NumPyro; each estimate is an element of an outermost plate with its own copy of theta."""
         nesting = 1 + program.plates
         elbo = self.flow.TraceFlow_ELBO(particles, max_plate_nesting=nesting, vectorize_particles=vectorize, **options)
         return self.gradients_of(elbo, program, n, seed, value)
 
     def bound_gradients(self, program, n, seed=0, alpha=0.0, particles=2, vectorize=True, value=False, **options):
-        """As ``gradients``, of the Rényi bound; the replicates are a plate that every statement shares."""
+        """Like ``gradients``, for the Rényi bound; the replicates are a plate that every statement shares."""
         nesting = 1 + program.plates
         bound = self.flow.TraceFlow_RenyiELBO(alpha, particles, nesting, vectorize_particles=vectorize, **options)
         return self.gradients_of(bound, program, n, seed, value)
@@ -344,7 +344,7 @@ class PyroHost:
                 part(self, t)
 
         pyro.set_rng_seed(seed)
-        evaluate = getattr(elbo, "differentiable_loss", elbo.loss_and_grads)  # Pyro's TraceGraph_ELBO has only the latter
+        evaluate = getattr(elbo, "differentiable_loss", elbo.loss_and_grads)  # Pyro's TraceGraph_ELBO has no differentiable_loss
         loss = evaluate(lambda: run(program.model), lambda: run(program.guide))
         if value:
             return np.full(n, -float(torch.as_tensor(loss).detach()) / n)
@@ -359,7 +359,7 @@ HOSTS = {"numpyro": NumPyroHost(), "pyro": PyroHost()}
 def each(argnames, values, slow_in_numpyro=lambda value: False, hosts=lambda value: HOSTS):
     """Parametrizes a test by ``host`` and by ``values``, a sequence or a mapping whose keys are the ids.
 
-    In NumPyro most of the time of a test is compilation: what is slow there is tested in Pyro, and the hosts agree at the same x.
+    In NumPyro a test spends most of its time in compilation. Rows that are slow there run in Pyro only, unless slow tests are selected.
     """
     named = values.items() if isinstance(values, Mapping) else ((str(value), value) for value in values)
     parameters = [
@@ -377,11 +377,11 @@ def each(argnames, values, slow_in_numpyro=lambda value: False, hosts=lambda val
 
 slow_in_numpyro = pytest.mark.parametrize(
     "host", [pytest.param(HOSTS["numpyro"], id="numpyro", marks=pytest.mark.slow), pytest.param(HOSTS["pyro"], id="pyro")]
-)  # of a test that has no other values; see :func:`each`
+)  # for a test without other values; see :func:`each`
 
 slow_in_pyro = pytest.mark.parametrize(
     "host", [pytest.param(HOSTS["numpyro"], id="numpyro"), pytest.param(HOSTS["pyro"], id="pyro", marks=pytest.mark.slow)]
-)  # where it draws one sample after the other
+)  # for a test that draws one sample after the other in Pyro
 
 
 def always(value):
@@ -389,7 +389,7 @@ def always(value):
 
 
 def z_scores(samples, exact, variance=None):
-    """Of the mean of ``samples`` (n, dim), with the exact ``variance`` or the standard error that they show, in double precision."""
+    """z-scores of the mean of ``samples`` (n, dim), with the exact ``variance`` or the sample variance, in double precision."""
     samples = np.asarray(samples, np.float64)
     if variance is None:
         standard_error = samples.std(0) / np.sqrt(len(samples)) + 1e-12
@@ -399,7 +399,7 @@ def z_scores(samples, exact, variance=None):
 
 
 def expected_under(program, host, exact, n=40_000, **options):
-    """The mean of ``n`` estimates is the exact gradient."""
+    """Assert that the mean of ``n`` estimates is the exact gradient."""
     samples = host.gradients(program, n, **options)
     assert np.all(np.abs(z_scores(samples, exact)) < 5), (samples.mean(0), exact)
     return samples

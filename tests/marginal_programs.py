@@ -1,4 +1,4 @@
-"""Programs whose model has discrete sites for the host to sum out, small ones of ten common kinds, and how a chain is written."""
+"""Ten small programs of common kinds, whose model has discrete sites that the host sums out."""
 
 import numpy as np
 import numpyro.contrib.control_flow
@@ -14,12 +14,12 @@ POINTS = np.array([-1.9, -2.3, 1.7, 2.2, 1.4])
 
 
 def markov(h, steps, history=1):
-    """Steps of a chain, for the host's enumeration."""
+    """The steps of a chain, in the form that the host's enumeration needs."""
     return pyro.markov(steps, history) if h.name == "pyro" else numpyro.contrib.funsor.markov(steps, history)
 
 
 def at(h, array, *index):
-    """Entries of an array, the indices broadcast; Pyro's Vindex."""
+    """Entries of an array at indices that broadcast, like Pyro's Vindex."""
     index = tuple(h.index(i) for i in index)
     return pyro.ops.indexing.Vindex(array)[index] if h.name == "pyro" else array[index]
 
@@ -55,12 +55,12 @@ def hidden(h, model, names):
 
 
 def autoguide(h, name, model, values, **options):
-    """An autoguide that starts at these values, so that both hosts' draws stay where the densities are."""
+    """An autoguide that starts at these values, so that the draws of both hosts are likely under the model."""
     values = {key: h.array(value) for key, value in values.items()}
     if h.name == "pyro":
         init = pyro.infer.autoguide.initialization.init_to_value(values=values)
         guide = getattr(pyro.infer.autoguide, name)(hidden(h, model, ["z"]), init_loc_fn=init, **options)
-        guide()  # the first call draws more than others
+        guide()  # the first call draws more than later ones
         return guide
     init = numpyro.infer.initialization.init_to_value(values=values)
     return getattr(numpyro.infer.autoguide, name)(hidden(h, model, ["z"]), init_loc_fn=init, **options)
@@ -108,7 +108,7 @@ def mixture_by_auto_normal(h):
 
 
 def topics(h):
-    """Latent Dirichlet allocation: 2 topics, 3 documents of 4 words, of a vocabulary of 5."""
+    """Latent Dirichlet allocation: 2 topics, 3 documents of 4 words, a vocabulary of 5."""
     words = h.integers(RNG_WORDS)
 
     def model():
@@ -179,7 +179,7 @@ def regressions(h):
 
 
 def counts(h):
-    """Counts that a switch sets to 0; half of them are missing."""
+    """Zero-inflated counts; half of them are missing."""
     observed = h.array([0.0, 3.0, 0.0, 5.0, 0.0, 2.0])
     seen = h.integers([True, True, False, True, True, False])
 
@@ -198,7 +198,7 @@ def counts(h):
 
 
 def autoencoder(h):
-    """Codes by a guide that reads the data, and labels that are summed out."""
+    """Codes from a guide that reads the data, and labels that are summed out."""
     x = h.array(RNG_X)
     weights = h.array(RNG_W)
 
@@ -222,7 +222,7 @@ RNG_X, RNG_W, RNG_E = RNG.normal(size=(4, 3)), RNG.normal(size=(3, 3, 2)), RNG.n
 
 
 def captures(h):
-    """Capture and recapture: who is alive at each of four occasions is a chain for each of three animals."""
+    """Capture and recapture: whether each of three animals is alive at each of four occasions, as a chain."""
     caught = RNG_CAUGHT
 
     def model():
@@ -271,7 +271,7 @@ RNG_CONFUSION = RNG.uniform(1, 3, (3, 2, 2))
 
 
 def nested(h):
-    """A discrete site for each group, and one for each member that depends on it; a global one; one that nothing else touches."""
+    """A discrete site for each group and one for each of its members, a global one, and an isolated one."""
     values = h.array(RNG_Y)
 
     def model():

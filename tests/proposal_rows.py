@@ -1,4 +1,4 @@
-"""Families with the library's sampling densities for them, one row for each pair."""
+"""The sampling densities of flowvi.proposals at their families, one row for each pair."""
 
 import numpy as np
 

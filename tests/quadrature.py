@@ -1,4 +1,4 @@
-"""Quadrature rules and differences, against which estimates are compared."""
+"""Quadrature rules and finite differences for exact answers."""
 
 import math
 
@@ -8,7 +8,7 @@ STENCIL = {1: 4 / 5, 2: -1 / 5, 3: 4 / 105, 4: -1 / 280}  # first derivative to 
 
 
 def nodes(low, high, n=201):
-    """A double-exponential rule for an interval with one finite end at least."""
+    """A double-exponential rule for an interval with at least one finite end."""
     s = np.linspace(-3.6, 3.6, n)
     inner, slope = np.pi / 2 * np.sinh(s), np.pi / 2 * np.cosh(s) * (s[1] - s[0])
     if np.isinf(high):

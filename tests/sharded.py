@@ -1,6 +1,6 @@
-"""A program with RP and several other estimators on eight forced devices of a CPU: run by test_scaling.py in a process of its own.
+"""A program with RP and several other estimators on eight forced CPU devices, which test_scaling.py runs in a separate process.
 
-It prints the largest relative difference of the gradients from those on one device, with the particles and then with the data on all.
+It prints the largest relative difference of the gradients from those on one device: with the particles on all devices, then the data.
 """
 
 import os
@@ -42,7 +42,7 @@ def guide(y):
 
 
 def particles_over_devices(particle, keys):
-    """Each device maps its share of the particles; JAX's check does not know derivatives of our own, as that of a control variate."""
+    """Each device maps its share of the particles. JAX's check is off, because it does not know flowvi's custom derivatives."""
     share = jax.shard_map(jax.vmap(particle), mesh=MESH, in_specs=OVER_DEVICES, out_specs=OVER_DEVICES, check_vma=False)
     return share(keys)
 
@@ -62,7 +62,7 @@ def gradients(vectorize_particles, place):
 
 
 def spread(x):
-    """Over the devices, if it has an element for each observation."""
+    """Spread an array over the devices if it has an element for each observation."""
     return jax.device_put(x, NamedSharding(MESH, OVER_DEVICES if jnp.shape(x)[:1] == DATA.shape else PartitionSpec()))
 
 

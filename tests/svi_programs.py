@@ -1,4 +1,4 @@
-"""Programs that run under the hosts' own objectives and under flowvi's, and how they are run and compared."""
+"""Programs that run under the hosts' own objectives and under flowvi's, and functions that run and compare them."""
 
 import jax
 import numpy as np
@@ -90,7 +90,7 @@ def nested():
 
 
 def handled(effect):
-    """A scale or a mask over a global site and over some of six local ones."""
+    """A scale or a mask around a global site and around some of six local ones."""
 
     def guide(h):
         with effect(h, True):
@@ -151,7 +151,7 @@ def assert_same(theirs, ours, rtol=1e-10):
         np.testing.assert_allclose(b, a, rtol=rtol, atol=1e-14)
 
 
-# A program in which every kind of estimator serves a site.
+# A program with a site for every kind of estimator.
 
 
 def mixed_guide(h):

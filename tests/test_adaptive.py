@@ -1,4 +1,4 @@
-"""AdaptiveFlow: exactly RP, LR and every blend where its coefficients say so; unbiased for all of them; trained by E[g^2]."""
+"""AdaptiveFlow: it equals RP, LR and their blends at the right coefficients, is unbiased at all of them, and descends E[g^2]."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ from flowvi.estimators import attach
 
 NUMPYRO, PYRO = HOSTS["numpyro"], HOSTS["pyro"]
 
-# For each family: how it is made of its parameters, their values, and how many sites' parameters have a field.
+# For each family: a function that makes it, the values of its parameters, and how many of them have a field.
 FAMILIES = {
     "Normal": (lambda h, t: h.dist.Normal(t[0], t[1]), (0.4, 0.8), 2),
     "StudentT": (lambda h, t: h.dist.StudentT(t[0], t[1], t[2]), (3.5, 0.2, 0.9), 3),
@@ -65,12 +65,12 @@ def start_values(size, start, bumps=5, batch=()):
 
 
 def at(h, learned):
-    """A handler that gives what is learned these values."""
+    """A handler that sets the learned parameters to these values."""
     return h.substitute(learned)
 
 
 def one(family, learned, cost=cost):
-    """The site x of a family, a factor, and what is learned held fixed."""
+    """One site x of a family and a factor, with fixed learned parameters."""
     make, theta, _ = FAMILIES[family]
     program = chain(theta, {"x": lambda h, t, v: make(h, t)}, {"x": lambda h, t, v: cost(h, v["x"])})
 
@@ -88,7 +88,7 @@ def scaled(a, family):
 
 @each("family", list(FAMILIES), slow_in_numpyro=lambda family: family not in ("Normal", "mixture"))
 def test_the_start_is_a_blend_of_rp_and_lr(host, family):
-    """At the start values every sample is that of LR, of the family's field, and of the field scaled."""
+    """Every sample is that of LR, of the family's field, or of the scaled field, depending on the start value."""
     size, atol = FAMILIES[family][2], 1e-10
     if family == "VonMises" and host.name == "pyro":  # torch's log density is a polynomial approximation
         atol = 1e-7
@@ -108,7 +108,7 @@ def test_the_start_is_rp(host):
 
 
 def of_formula(z, scale, learned, phi, dphi, mask=(1.0, 0.0)):
-    """g of a Normal's loc and scale, from the docstring of AdaptiveFlow; the mask and its derivative in x."""
+    """The gradient in loc and scale of a Normal, by the formula of AdaptiveFlow's docstring, with a mask and its derivative in x."""
     centres, width = np.array([-2.0, -1, 0, 1, 2]), 0.7
     bumps = np.exp(-(((z[..., None] - centres) / width) ** 2) / 2)
     dbumps = -(z[..., None] - centres) / width**2 * bumps / scale
@@ -122,7 +122,7 @@ def of_formula(z, scale, learned, phi, dphi, mask=(1.0, 0.0)):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_sample_has_the_formula(host, masked):
-    """The derivative in a third parameter, of value 0, shows x."""
+    """Every sample has the gradient of the formula. A third parameter of value 0 reveals x by its derivative."""
 
     def away(x, p):
         return x**2 / (1 + x**2)
@@ -151,7 +151,7 @@ def test_every_sample_has_the_formula(host, masked):
 
 
 def truth(family, n=200_001):
-    """The gradient of E[cost], by quadrature in z of a family of the torch distributions."""
+    """The gradient of E[cost] at a torch distribution, by quadrature in z."""
     make, theta, _ = FAMILIES[family]
     low, high = {"Normal": (-8.0, 8.0), "Gamma": (1e-9, 40.0), "VonMises": (-math.pi, math.pi), "mixture": (-9.0, 9.0)}[family]
     x = torch.linspace(low, high, n)
@@ -182,14 +182,14 @@ def test_unbiased_for_every_coefficient(host, family, particles):
 def test_unbiased_under_a_learned_proposal(host, family, epsilon):
     learned = coefficients(FAMILIES[family][2], proposal=2)
     if family == "Gamma" and epsilon == 0:
-        learned["x.proposal"] = np.array([-0.3, -0.2])  # heavier at both ends
+        learned["x.proposal"] = np.array([-0.3, -0.2])  # makes q heavier at both ends
     estimators = {"x": AdaptiveFlow(q="learned", epsilon=epsilon)}
     samples = host.gradients(one(family, learned), 20_000, estimators=estimators)
     assert np.all(np.abs(z_scores(samples, truth(family))) < 5)
 
 
 def test_a_jump_needs_a_mask(host):
-    """A step under the pathwise field is biased, which the z-score sees; LR, and a field held to 0 at the jump, are right."""
+    """At a jump the z-score rejects the pathwise field. LR, and a field that a mask keeps at 0 at the jump, are right."""
 
     def step(h, x):
         return h.math.where(x > 0.5, 1.0, 0.0) + 0 * x
@@ -207,7 +207,7 @@ def test_a_jump_needs_a_mask(host):
 
 
 def attached(host, family, learned, estimator):
-    """The derivatives of a sum of the value, the score and the control at three given x, in the parameters and in what is learned."""
+    """Derivatives of the sum of value, score and control at three given x, in the parameters and in the learned parameters."""
     make, theta, _ = FAMILIES[family]
 
     def total(values):
@@ -224,10 +224,10 @@ def attached(host, family, learned, estimator):
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_hosts_agree(family):
-    """At the same x, for every coefficient."""
+    """Both hosts give the same derivatives at the same x, for every coefficient."""
     moves = 0 if family == "mixture" else len(families.FAMILIES[family].moves)
     learned = coefficients(FAMILIES[family][2], proposal=0 if family == "VonMises" else moves)
-    if family == "mixture":  # Pyro normalises logits, so that they are to move alike
+    if family == "mixture":  # Pyro normalises the logits, so all get the same coefficients
         learned = {name: 0 * value + value[0] for name, value in learned.items()}
         learned["x.control"][:, 5:] = 0
     estimator = AdaptiveFlow(q="learned" if "x.proposal" in learned else None)
@@ -236,12 +236,12 @@ def test_the_hosts_agree(family):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-10)
 
 
-# ---- what is learned
+# ---- learning
 
 
 @each("entropy", ["full", "stl"], slow_in_numpyro=lambda entropy: entropy == "full")
 def test_coefficients_descend_the_second_moment(host, entropy):
-    """The derivative of the squared gradient in loc and scale, by differences: it is quadratic in the coefficients."""
+    """The coefficients get the derivative of the squared gradient in loc and scale (by differences, exact for a quadratic)."""
     params = {"loc": 0.4, "scale": 0.8}
 
     def guide():
@@ -279,9 +279,9 @@ def test_coefficients_descend_the_second_moment(host, entropy):
 
 @each("batch", {"scalar": (), "event": (2,)}, slow_in_numpyro=bool)
 def test_the_proposal_descends_the_second_moment(host, batch):
-    """Its derivative is -g^2 d log q / d eta at each sample; two more parameters, of value 0, show the weight and x.
+    """The derivative in q is -g^2 d log q / d eta at each sample. Two more parameters of value 0 reveal the weight and x.
 
-    The coordinates of an event share one weight, and each answers for the noise of all.
+    The coordinates of an event share one weight, so each of them descends the noise of all.
     """
     loc, scale, learned = np.full(batch, 0.4), np.full(batch, 0.8), coefficients(2, proposal=2, batch=batch)
 
@@ -307,7 +307,7 @@ def test_the_proposal_descends_the_second_moment(host, batch):
 
     x = g["first"] / g["one"]
     np.testing.assert_allclose(-g["one"], weight(x).prod(), rtol=1e-10)
-    share = 1 - 0.2 * weight(x)  # of q in the mixture
+    share = 1 - 0.2 * weight(x)  # the share of q in the mixture
     z = (x - moved_loc) / moved_scale
     dlog_q = np.stack([share * z / moved_scale * scale, share * (z**2 - 1)], -1)
     np.testing.assert_allclose(g["x.proposal"], -(g["loc"] ** 2 + g["scale"] ** 2).sum() * dlog_q, rtol=1e-8)
@@ -315,7 +315,7 @@ def test_the_proposal_descends_the_second_moment(host, batch):
 
 @slow_in_numpyro
 def test_nothing_else_changes(host):
-    """The loss and the gradients of other parameters are those of the field itself, bit for bit, whatever the coefficients."""
+    """Learning changes neither the loss nor the gradients of other parameters, bit for bit, at any coefficients."""
 
     def guide():
         with host.plate("i", 3):
@@ -378,7 +378,7 @@ def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
 
 @pytest.mark.parametrize("wrap", ["to_event", "transformed"])
 def test_events_and_transforms(host, wrap):
-    """Two coordinates, and a base sample pushed through a transform with a live parameter, are what the scalar sites are."""
+    """Two coordinates of an event, and a base sample under a live transform, behave like scalar sites."""
     learned = coefficients(2, batch=(2,))
     shift = [0.4, -0.3]
 
@@ -406,7 +406,7 @@ def test_events_and_transforms(host, wrap):
 
 
 def gradient_of_two(wrap, shift):
-    """By quadrature: the cost is a sum over coordinates, and a product."""
+    """The exact gradient by quadrature, for a cost that is a sum over coordinates plus their product."""
     z = torch.linspace(-9, 9, 20_001)
     p = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     loc, scale = (torch.tensor(v, requires_grad=True) for v in (0.1, 0.5))
@@ -423,7 +423,7 @@ def wave(h, x):
 
 @pytest.mark.slow
 def test_learned_in_numpyro():
-    """The noise of an autoguide's gradient falls; forward mode is refused."""
+    """Under an autoguide the noise of the gradient falls, and forward mode is refused."""
 
     def model():
         with numpyro.plate("i", 3):
@@ -474,7 +474,7 @@ def test_forward_mode_is_refused(estimator):
 
 @pytest.mark.parametrize("estimator", [AdaptiveFlow(), RP(control_variate="diagonal")], ids=repr)
 def test_scope_and_integers_in_numpyro(estimator):
-    """Parameters under a scope have longer names; a family whose loc is an integer still has coefficients that are floats."""
+    """Under a scope the learned parameters have longer names. If loc is an integer, the coefficients are still floats."""
 
     def model():
         numpyro.factor("cost", -((numpyro.sample("x", numpyro_dist.Normal(0, 1)) - 0.5) ** 2))
@@ -520,7 +520,7 @@ def test_learned_in_pyro():
     assert variance(AdaptiveFlow()).sum() < 0.3 * variance(RP()).sum()
 
 
-# ---- every continuous program of exact.json over one dimension that has rows of LR or RP, in NumPyro
+# ---- every one-dimensional continuous program of exact.json that has rows of LR or RP, in NumPyro
 
 ROWS = {
     **dict.fromkeys(("normal-loc-square", "normal-scale-square", "normal-loc-cos"), AdaptiveFlow()),
@@ -533,7 +533,7 @@ ROWS = {
 
 
 def learned_at(program, estimator, entropy, steps=2000):
-    """What is learned at fixed parameters of the program."""
+    """The learned parameters after training at fixed parameters of the program."""
     elbo = flowvi.numpyro.TraceFlow_ELBO(64, default=estimator, entropy=entropy, baseline=None)
     t = [jnp.asarray(v) for v in program.theta]
     guide = flowvi.numpyro.adaptive(lambda: program.guide(NUMPYRO, t), elbo)
@@ -554,13 +554,13 @@ def learned_at(program, estimator, entropy, steps=2000):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(ROWS))
 def test_every_row(name):
-    """What is learned is unbiased, and of less variance than the better of LR and RP."""
+    """After training, the gradient is unbiased and has less variance than the better of LR and RP."""
     case, exact = CASES[name], EXACT[name]
     entropy = "stl" if name.startswith("elbo") else "full"
     kinds = ("LR STL", "RP STL") if entropy == "stl" else ("LR", "RP")
     rows = [row for row in exact["estimators"] if row["estimator"].startswith(kinds) and row["q"] == "p" and row["unbiased"]]
     variances = [np.atleast_1d(row["variance"]) for row in rows]
-    best = np.maximum(np.min(variances, 0), 1e-6 * np.max(variances, 0))  # where the best is 0, the optimizer's last steps show
+    best = np.maximum(np.min(variances, 0), 1e-6 * np.max(variances, 0))  # the optimizer's last steps leave some noise
     learned = learned_at(case.program, ROWS[name], entropy)
     fixed = Program(lambda h, t: with_learned(h, learned, case.program.guide, t), case.program.model, case.program.theta)
     samples = NUMPYRO.gradients(fixed, 40_000, default=ROWS[name], entropy=entropy)

@@ -1,4 +1,4 @@
-"""Sites whose cost is compared at several values: means, values, runs, and the faults that they must not have."""
+"""Sites whose cost is compared at several values: means, values, number of runs, and wrong rules that the tests reject."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ NORMAL = list(zip(NODES, WEIGHTS / WEIGHTS.sum(), strict=True))
 
 
 def binary(*shape):
-    """All values of Bernoullis of some shape, each with the weight 1."""
+    """All values of Bernoullis of a given shape, each with weight 1."""
     return [(np.reshape(bits, shape).astype(float), 1.0) for bits in itertools.product((0, 1), repeat=int(np.prod(shape)))]
 
 
 def exact(program, **sites):
-    """The gradient of the ELBO: a sum over the values of the sites, each with its weight; those of a Normal are standardized."""
+    """The gradient of the ELBO as a weighted sum over the values of the sites. Values of a Normal are standardized."""
     h = HOSTS["numpyro"]
 
     def family(fn):
@@ -71,18 +71,18 @@ def exact(program, **sites):
 
 
 def sampled(host, program, truth, n=4000, **options):
-    """The mean meets ``truth``; the samples."""
+    """Assert that the mean is ``truth``, and return the samples."""
     samples = host.gradients(program, n, **options)
     assert np.all(np.abs(z_scores(samples, truth)) < 5), (samples.mean(0), truth)
     return samples
 
 
 def without_noise(host, program, truth, n=5, rtol=1e-9, **options):
-    """Every sample meets ``truth``."""
+    """Assert that every sample is ``truth``."""
     np.testing.assert_allclose(host.gradients(program, n, **options), np.broadcast_to(truth, (n, len(truth))), rtol, atol=1e-9)
 
 
-# ---- one site and a deterministic rest: no noise at all
+# ---- one site and a deterministic rest: the gradient has no noise
 
 
 def of_prior(h):
@@ -90,7 +90,7 @@ def of_prior(h):
 
 
 def lone(distribution, theta):
-    """A site k, the same family with other parameters as its prior, and a cost."""
+    """A site k, a prior of the same family with other parameters, and a cost."""
 
     def guide(h, t):
         h.sample("k", distribution(h, t))
@@ -141,7 +141,7 @@ def test_one_value_at_random(host, distribution, theta, size):
 
 
 def by_differences(distribution, theta, size):
-    """Central differences, which do not know how the hosts differentiate log densities."""
+    """Central differences, which are independent of the hosts' derivatives of log densities."""
     h, k = HOSTS["pyro"], torch.arange(float(size))
 
     def elbo(theta):
@@ -159,7 +159,7 @@ def evaluations(host, program, **options):
 
 
 def test_logits_of_exactly_0(host):
-    """Where NumPyro's own log densities of a Bernoulli have a wrong derivative."""
+    """The gradient is right at logits of 0, where NumPyro's log density of a Bernoulli has a wrong derivative."""
 
     def model(h, t):
         k = h.sample("k", h.dist.Bernoulli(h.array(0.5)))
@@ -209,7 +209,7 @@ def test_numpyro_a_uniform_law_without_parameters():
 
 
 def chain_of(h, t, sample, side):
-    """a -> x -> b, as the guide or the model has them."""
+    """The chain a -> x -> b, for the guide or the model."""
     a = sample("a", h.dist.Bernoulli(logits=t[0] if not side else 0.2 + 0.0 * t[0]))
     x = sample("x", h.dist.Normal(t[1] + (0.8 - side) * a, h.array(0.9)))
     b = sample("b", h.dist.Bernoulli(logits=t[2] + (1.0 - 0.5 * side) * x))
@@ -261,7 +261,7 @@ def test_a_chain_of_sites(host, options, exact_chain):
 
 
 def locals_of(h, t, side, size=3):
-    """Local Bernoullis, masked and scaled in another way in the guide and in the model."""
+    """Local Bernoullis, with different masks and scales in the guide and in the model."""
     shift, mask = (0.4 + 0.0 * t[0], [0.0, 1.0, 1.0]) if side else (t[0], [1.0, 0.0, 1.0])
     logits = shift + h.array([0.0, 0.3, -0.2])[:size]
     return h.sample("k", h.dist.Bernoulli(logits=logits).mask(h.array(mask)[:size] > 0))
@@ -302,7 +302,7 @@ TWO = (0.3, -0.4)
 
 
 def event_program(rows):
-    """Bernoullis as one event, before a Normal: one such pair, or one for each row in a plate."""
+    """Bernoullis as one event and a Normal that depends on them: one such pair, or one for each row of a plate."""
 
     def part(h, t, side):
         plate = h.plate("n", len(rows)) if len(rows) > 1 else nullcontext()
@@ -362,7 +362,7 @@ LOGITS = (0.3, -0.4, 0.8, 0.1)
 
 
 def subsampled_program(size):
-    """Four local sites, each with a logit of its own, of which ``size`` are seen at a time."""
+    """Four local sites with a logit each, in a plate that takes ``size`` of them at a time."""
     data = [1.0, -2.0, 0.5, 1.5]
 
     def joined(h, t):
@@ -382,7 +382,7 @@ def subsampled_program(size):
 
 @slow_in_numpyro
 def test_a_subsampled_plate(host):
-    """Without noise but for the subsample: an element of it has twice its own gradient, the others none."""
+    """The subsample is the only noise: its elements have twice their own gradient, the others none."""
     truth = exact(subsampled_program(4), k=binary(4))
     samples = np.concatenate([host.gradients(subsampled_program(2), 1, seed, default=Enumerate()) for seed in range(5)])
     seen = samples != 0
@@ -416,7 +416,7 @@ def test_single_precision(host):
     np.testing.assert_allclose(samples, np.broadcast_to(truth, (5, 1)), rtol=1e-4)
 
 
-# ---- what stays as it is
+# ---- what does not change
 
 
 def beside_each_other(h, t, side):
@@ -436,7 +436,7 @@ BESIDE = Program(lambda h, t: beside_each_other(h, t, 0), beside_model, (0.4, -0
 
 @each("options", [{}, {"entropy": "stl"}, {"particles": 4}, {"dependencies": "graph"}])
 def test_other_sites_take_their_gradients_from_the_first_run(host, options):
-    """At the same draws; and the value is that without alternatives, bit by bit (compiled: but for the order of sums)."""
+    """At the same draws, other sites keep their gradients and the loss its value (bit by bit unless compiled)."""
     lr, enumerated = ({"estimators": {"k": e}, **options} for e in (LR(), Enumerate()))
     before, after = (host.gradients(BESIDE, 7, **one) for one in (lr, enumerated))
     np.testing.assert_allclose(after[:, [0, 2]], before[:, [0, 2]], rtol=1e-12)
@@ -451,7 +451,7 @@ def test_other_sites_take_their_gradients_from_the_first_run(host, options):
 
 
 def counting(host, program, **options):
-    """How often one step runs guide and model for one particle: counted."""
+    """Count how often one step runs guide and model for one particle."""
     t = [host.array(x) for x in program.theta]
     elbo = host.flow.TraceFlow_ELBO(**options)
     if host.name == "pyro":
@@ -487,7 +487,7 @@ def counting(host, program, **options):
 
 
 def apart(n):
-    """So many sites, which share no cost."""
+    """``n`` sites that share no cost."""
 
     def part(h, t, side):
         for i in range(n):
@@ -530,7 +530,7 @@ def test_describe_prints_the_evaluations(host):
 def test_sites_that_share_no_cost_share_a_run(host, n):
     program = apart(n)
     assert evaluations(host, program, default=Enumerate(), dependencies="graph") == 2
-    if n == 32 and host.name == "numpyro":  # most of the time of the test would be compilation
+    if n == 32 and host.name == "numpyro":  # takes too long to compile
         return
 
     def elbo(t):
@@ -541,11 +541,11 @@ def test_sites_that_share_no_cost_share_a_run(host, n):
     without_noise(host, program, [float(jax.grad(elbo)(0.3))], n=2, default=Enumerate(), dependencies="graph")
 
 
-# ---- programs that are another one at another value, and runs that consume other random numbers
+# ---- programs that branch on a value, and runs that use other random numbers
 
 
 def with_branch(h, t):
-    """The last cost is there only where a is 1."""
+    """A program whose last cost exists only if a is 1."""
     a = h.sample("a", h.dist.Bernoulli(h.array(0.4)))
     b = h.sample("b", h.dist.Bernoulli(h.array(0.6)))
     if a > 0:
@@ -591,13 +591,13 @@ def test_pyro_a_branch_whose_cost_joins_the_elements_is_refused():
         if k.sum() > 1:
             pyro.factor("f", k.sum() ** 2)
 
-    pyro.set_rng_seed(0)  # none of them is 1, all of them in the next run
+    pyro.set_rng_seed(0)  # with this seed no value is 1; in the next run all are
     with pytest.raises(ValueError, match="site 'k': its elements change in one run.*'f' depends on all of them"):
         h.flow.TraceFlow_ELBO(default=Enumerate()).loss_and_grads(model, guide)
 
 
 def test_pyro_only_programs_that_branch_are_followed_again(monkeypatch):
-    """The graph of the first run holds in the others, unless Python has looked at a draw."""
+    """Later runs use the graph of the first, unless Python has looked at a draw."""
     h, followed = HOSTS["pyro"], []
     program_of = flowvi.pyro.run.PyroProgram
     right = program_of._followed
@@ -626,7 +626,7 @@ def test_pyro_a_statement_that_no_draw_decides_is_refused():
 
 
 def test_pyro_parameters_that_the_first_run_initializes_at_random():
-    """They take random numbers, which the later runs do not: upstream values are held all the same."""
+    """Such a parameter uses random numbers in the first run only; upstream values still stay the same in later runs."""
 
     def guide():
         w = pyro.param("w", lambda: 1.0 + 0.0 * torch.randn(()))
@@ -641,7 +641,7 @@ def test_pyro_parameters_that_the_first_run_initializes_at_random():
 
     elbo = flowvi.pyro.TraceFlow_ELBO(default=RP(), estimators={"k": Enumerate()})
     gradients = []
-    for _ in range(2):  # the second time the parameter is there, and the generator is where x is drawn
+    for _ in range(2):  # the second time the parameter exists, so the generator is where x is drawn
         pyro.set_rng_seed(0)
         if gradients:
             torch.randn(())
@@ -713,7 +713,7 @@ def test_pyro_a_guide_messenger_runs_again(options):
 
 
 def test_pyro_a_program_that_takes_a_derivative_itself():
-    """The runs in which nothing is differentiated let the guide differentiate."""
+    """A guide may differentiate by itself, also in the runs without gradients."""
     host = HOSTS["pyro"]
 
     def model():
@@ -747,7 +747,7 @@ def test_the_wrapper_enumerates(host):
 
 
 def test_a_site_that_compares_from_the_second_step_on():
-    """In Pyro the first step has shown that the program runs once, so the generator's state was not kept."""
+    """In Pyro the first step shows that the program runs once, so the state of the generator is not kept then."""
     compares = []
 
     def guide():
@@ -793,7 +793,7 @@ def test_numpyro_a_scan_downstream():
 
 
 def test_numpyro_a_guide_of_many_samples():
-    """Each sample is a lane, whose gradient is that of one sample."""
+    """Each sample is a lane with the gradient of one sample."""
     h = HOSTS["numpyro"]
 
     def guide(h, t):
@@ -807,11 +807,11 @@ def test_numpyro_a_guide_of_many_samples():
     assert np.all(np.abs(z_scores(samples, 3 * truth)) < 5)
 
 
-# ---- faults
+# ---- wrong rules, which the tests must reject
 
 
 def upstream_part(h, t, side):
-    """x decides the odds of k, and the cost joins the two."""
+    """The probability of k depends on x, and the cost depends on both."""
     x = h.sample("x", h.dist.Normal(t[0] * (1 - side), h.array(1.0)))
     k = h.sample("k", h.dist.Bernoulli(logits=(t[1] + 2.0 * x) * (1 - side)))
     if side:
@@ -830,7 +830,7 @@ def of_parts(part):
 
 
 def drawn_anew(host, patch):
-    """What is upstream is drawn again, with other random numbers."""
+    """A wrong rule: later runs draw upstream sites again, with other random numbers."""
     if host.name == "numpyro":
         program = flowvi.numpyro.run.NumPyroProgram
         right = program.variants
@@ -841,7 +841,7 @@ def drawn_anew(host, patch):
 
 
 def kept(host, patch):
-    """What is downstream keeps its value, without a weight."""
+    """A wrong rule: downstream sites keep their values, without a weight."""
     if host.name == "numpyro":
         program = flowvi.numpyro.run.NumPyroProgram
         right = program.run
@@ -863,12 +863,12 @@ def kept(host, patch):
 
 
 def in_one_run(host, patch):
-    """All lanes change in one run."""
+    """A wrong rule: all lanes change in one run."""
     patch.setattr(comparison, "_lane_axes", lambda *args: [])
 
 
 def in_parallel(host, patch):
-    """All plates are taken to be local to the site."""
+    """A wrong rule: every plate counts as local to the site."""
     right = comparison.plan
 
     def plan(tape, branches):
@@ -881,7 +881,7 @@ def in_parallel(host, patch):
 
 
 def both(h, t, side):
-    """A cost of two local sites that is there where both are 1."""
+    """A cost of two local sites that is 0 unless both are 1."""
     with h.plate("n", 2):
         k = h.sample("k", h.dist.Bernoulli(logits=(t[0] + h.array([0.0, 1.0])) * (1 - side)))
     if side:
@@ -1017,7 +1017,7 @@ OPS = {"numpyro": flowvi.ops.jax, "pyro": flowvi.ops.torch}
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_one_lane_is_drawn_whatever_is_rounded(host, dtype):
-    """At uniform numbers on the border between two lanes, and beside it."""
+    """At uniform numbers on the border between two lanes and next to it, exactly one lane is drawn."""
     size = 500
     borders = np.cumsum(np.full(size, (1 - comparison.FLOOR) / size + comparison.FLOOR / size, dtype))
     uniforms = np.concatenate([borders, np.nextafter(borders, dtype(0)), np.nextafter(borders, dtype(2)), np.zeros(1, dtype)])

@@ -1,7 +1,7 @@
-"""What FiniteDifference, MeasureValued and DisARM compare, at given draws and uniform numbers, against formulas of other making.
+"""FiniteDifference, MeasureValued and DisARM at given draws and uniform numbers, against independent formulas.
 
-The derivative of an expectation is exact, by a complex step. That of an estimator is the sum, or the quadrature, over the draw and the
-uniform numbers, of p(x) times the derivatives of the weights times the differences of a function.
+The exact derivative of an expectation comes from a complex step. The mean of an estimator is a sum or a quadrature over the draw and
+the uniform numbers: p(x) times the derivatives of the weights times the differences of a function.
 """
 
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ def softmax(logits):
 
 
 def by_complex_step(f, theta):
-    """The derivatives of an array f(theta) in each number of theta, along the first axis."""
+    """The derivatives of an array f(theta) in each element of theta, along the first axis."""
     found = {}
     for name, value in theta.items():
         steps = np.eye(np.size(value)).reshape(-1, *np.shape(value)) * 1e-30j
@@ -47,7 +47,7 @@ def by_complex_step(f, theta):
 
 @dataclass(frozen=True)
 class Compared:
-    """The values (M, N) at N draws, and the derivatives of the weights (d, M, N) and the score (d, N) in each parameter of size d."""
+    """The values (M, N) at N draws; the derivatives of the weights (d, M, N) and of the score (d, N) in each parameter of size d."""
 
     values: np.ndarray
     weights: dict[str, np.ndarray]
@@ -55,7 +55,7 @@ class Compared:
 
 
 def compared(host, distribution, theta, estimator, x, uniform=0.5, event_shape=()):
-    """Of N draws, each of which has parameters of its own. The uniform numbers are the same for all values."""
+    """The comparison at N draws, each with its own parameters. All values get the same uniform numbers."""
     x = np.asarray(x)
     n = len(x)
     parameters = {name: np.broadcast_to(value, (n, *np.shape(value))).copy() for name, value in theta.items()}
@@ -86,7 +86,7 @@ def compared(host, distribution, theta, estimator, x, uniform=0.5, event_shape=(
 
 
 def expected(found, f, x, masses):
-    """The derivatives of the expectation of f that the estimator has, in each parameter."""
+    """The mean of the estimator: its derivative of the expectation of f in each parameter."""
     difference = f(found.values.astype(float)) - f(np.asarray(x, float))
     return {
         name: (weights * difference * masses).sum((-1, -2)) + (found.scores[name] * f(np.asarray(x, float)) * masses).sum(-1)
@@ -98,7 +98,7 @@ def expected(found, f, x, masses):
 
 
 class DiscreteWeibull:
-    """P(x >= k) = q^(k^b), with a cdf: a family that flowvi does not know."""
+    """P(x >= k) = q^(k^b): a family with a cdf that flowvi does not know."""
 
     arg_constraints: ClassVar = {}
 
@@ -131,7 +131,7 @@ class DiscreteWeibullInPyro(DiscreteWeibull, pyro.distributions.TorchDistributio
 
 
 class Counts(numpyro.distributions.Poisson):
-    """A Poisson under another name, of which only the cdf is known."""
+    """A Poisson under another name, so that flowvi has only its cdf."""
 
 
 def discrete_weibull(h, q, b):
@@ -140,7 +140,7 @@ def discrete_weibull(h, q, b):
 
 @dataclass(frozen=True)
 class Integers:
-    """A family of integers: ``make(h, **theta)``, its probabilities at ``x``, and whether those are all of its support."""
+    """A family of integers: ``make(h, **theta)``, its probabilities at ``x``, and whether ``x`` is the whole support."""
 
     make: object
     masses: object
@@ -164,7 +164,7 @@ def negative_binomial(p, r, k):
 
 
 TWO, SIX, THREE, MANY = np.arange(2), np.arange(6), np.arange(3), np.arange(90)
-FLOATS = {"Bernoulli", "Binomial", "Geometric", "NegativeBinomial", "Poisson"}  # of which Pyro's draws are
+FLOATS = {"Bernoulli", "Binomial", "Geometric", "NegativeBinomial", "Poisson"}  # Pyro draws these as floats
 INTEGERS = {
     "Bernoulli, logits": Integers(
         lambda h, logits: h.dist.Bernoulli(logits=logits), lambda logits: binomial(sigmoid(logits), 1, TWO), {"logits": 0.7}, TWO
@@ -242,7 +242,7 @@ OF_INTEGERS = [
     for name, row in INTEGERS.items()
     for way, estimator in WAYS.items()
     for h in row.hosts
-    if not (h == "numpyro" and name.endswith("logits 0") and estimator.share != 1)  # its log densities have a wrong derivative there
+    if not (h == "numpyro" and name.endswith("logits 0") and estimator.share != 1)  # NumPyro's log density has a wrong derivative there
 ]
 
 
@@ -264,7 +264,7 @@ def check_integers(host, row, estimator):
     for name, slope in slopes.items():
         cdf = slope.cumsum(-1)
         a = (cdf - slope) / masses if estimator.downwards else -cdf / masses  # dF(k - 1) or -dF(k), over p(k)
-        likely = masses > 1e-5  # elsewhere a difference of cdfs has few digits
+        likely = masses > 1e-5  # a difference of cdfs has few digits elsewhere
         np.testing.assert_allclose(found.weights[name][:, 0, likely], estimator.share * a[:, likely], rtol=1e-10, atol=1e-10)
         np.testing.assert_array_equal(found.weights[name][:, 0, row.x == end], 0)
     for f in FUNCTIONS.values():
@@ -278,7 +278,7 @@ def test_finite_difference(host, row, estimator):
     check_integers(host, row, estimator)
 
 
-# ---- parts of the table that are other estimators, and the Poisson
+# ---- rows that equal other estimators, and the Poisson
 
 
 @pytest.mark.parametrize("name", ["Bernoulli, logits", "Bernoulli, probs", "Categorical, logits", "Categorical, probs", "Poisson"])
@@ -301,7 +301,7 @@ def test_sums(host, name, estimator):
 
 @dataclass(frozen=True)
 class Numbers:
-    """A continuous family: ``make(h, **theta)`` with its other parameters fixed, its density, and a point where its halves meet."""
+    """A continuous family: ``make(h, **theta)`` with its other parameters fixed, its density, and the point that splits it in two."""
 
     make: object
     density: object
@@ -353,7 +353,7 @@ NUMBERS = {
 
 
 def grid(row):
-    """Draws and uniform numbers with the weights of their quadrature, the numbers so large that the density is 0 left out."""
+    """Draws and uniform numbers with their quadrature weights, without draws so large that the density is 0."""
     x, q = nodes(row.middle, np.inf)
     if row.both:
         left, q_left = nodes(-np.inf, row.middle)
@@ -386,7 +386,7 @@ def test_measure_valued(host, name):
 
 
 def test_measure_valued_at_given_numbers(host):
-    """Per draw: the values and the derivatives of the weights, by hand."""
+    """At each draw, the values and the derivatives of the weights are those of the formulas."""
     x, u = np.array([0.1, 0.9]), np.array([0.2, 0.7])
     found = compared(host, NUMBERS["Normal"].make, LOC_SCALE, MeasureValued(), x, u)
     r = 0.8 * np.sqrt(-2 * np.log(1 - u))
@@ -409,8 +409,8 @@ LOGITS = {"below and above": [-0.8, 0.9, 0.2], "0": [0.0, 0.0, -1.2], "one eleme
 
 
 def cells(p, b):
-    """The uniform numbers of one element, one for each outcome of b', and their probabilities."""
-    at = (1 - p) / p if b else (1 - 2 * p) / (1 - p)  # above it b' is 1
+    """The uniform numbers of one element, one for each outcome of b', and the probabilities of the outcomes."""
+    at = (1 - p) / p if b else (1 - 2 * p) / (1 - p)  # the threshold above which b' is 1
     at = min(max(at, 0.0), 1.0)
     return [(at / 2, at), ((1 + at) / 2, 1 - at)]
 
@@ -458,7 +458,7 @@ def test_disarm(host, name, by):
 
 
 def opposites(p, x):
-    """All that can become of x: the opposite value, the two uniform numbers, and the probability."""
+    """All outcomes for x: the opposite value, the two uniform numbers, and the probability."""
     found, up_to = [], 0.0
     for y, mass in enumerate(p):
         if y != x:
@@ -470,7 +470,7 @@ def opposites(p, x):
 
 
 def check_categories(host, logits, size, one_hot, estimator):
-    """All that can happen at two elements, or at one with three values."""
+    """Check all outcomes at two elements, or at one element with three values."""
     logits = np.array(logits)
     p, categories = np.stack([softmax(row) for row in logits]), np.arange(logits.shape[1])
     of_element = []
@@ -494,7 +494,7 @@ def check_categories(host, logits, size, one_hot, estimator):
     others = found.values.argmax(-1) if one_hot else found.values
     np.testing.assert_array_equal(np.moveaxis(others, 0, -1), values[..., 1:])
     for k in range(size):
-        np.testing.assert_allclose(masses @ unit[values[:, 0, k]], p[0], atol=1e-12)  # each has the law of the draw
+        np.testing.assert_allclose(masses @ unit[values[:, 0, k]], p[0], atol=1e-12)  # each value has the law of the draw
     f = lambda x: np.sin(1.3 * (x @ np.arange(1, len(p) + 1))) + x[..., 0] ** 2
     mean = (found.weights["theta"] * (f(others) - f(x)) * masses).sum((-1, -2))
     outcomes = np.array(list(product(categories, repeat=len(p))))
@@ -525,7 +525,7 @@ def test_disarm_of_categories(host, logits, size, one_hot):
 
 @pytest.mark.parametrize("size", [3, 5])
 def test_values_that_are_antithetic_in_pairs(host, size):
-    """Each has the law of the draw, any two have the correlation by which the weights are divided, which bounds it from below."""
+    """Each value has the law of the draw. Any two have the least possible correlation, by which the weights are divided."""
     n, p = 100_000, sigmoid(np.array([-1.5, -0.3, 0.1, 0.4, 2.5]))
     rng = np.random.default_rng(size)
     b = (rng.random((n, len(p))) < p).astype(float)
@@ -544,11 +544,11 @@ def test_values_that_are_antithetic_in_pairs(host, size):
         assert np.all(np.abs(z_scores(products, rho)) < 5)
 
 
-# ---- a wrong sign is seen
+# ---- a wrong sign is rejected
 
 
 def turned(draw):
-    """The same draw with the sign of its weights turned over."""
+    """The same draw with weights of the opposite sign."""
 
     def wrong(uniforms):
         values, weights = draw.comparison.make(uniforms)
@@ -583,7 +583,7 @@ def test_a_wrong_sign_is_rejected(host):
             wrong()
 
 
-# ---- what is refused
+# ---- refusals
 
 
 REFUSED = {
@@ -713,14 +713,14 @@ PROGRAMS = {
 @pytest.mark.parametrize("what", ["cost", "ELBO"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_joint_cost_of_four_bernoullis(host, name, what):
-    """The mean against the exact gradient; under the ELBO the site's own density is a cost too, and it is made from ``probs``."""
+    """The mean is the exact gradient, also under the ELBO, where the site's own density (made from ``probs``) is a cost too."""
     samples = host.gradients(four_bernoullis(what == "ELBO"), 10_000, estimators={"b": PROGRAMS[name]})
     exact = exact_of_four(what == "ELBO")
     assert np.all(np.abs(z_scores(samples, exact)) < 5), (samples.mean(0), exact)
 
 
 def check_logits_of_0(host, tolerance):
-    """Two Bernoullis with logits of exactly 0: both are turned over, so that a sample has one of two gradients, equally often."""
+    """At two Bernoullis with logits of exactly 0 both values flip, so a sample has one of two gradients, equally often."""
 
     def guide(h, t):
         return h.sample("b", h.dist.Bernoulli(logits=h.math.stack(t, -1)).to_event(1).mask(False))
@@ -741,11 +741,11 @@ def test_logits_of_0(host):
     check_logits_of_0(host, 1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")  # Pyro's, of the loss
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")  # Pyro warns about the loss
 @pytest.mark.parametrize("logit", [0.0, 0.2])
 @each("estimator", {"Enumerate": Enumerate(), "DisARM": DisARM(), "ARMS": DisARM(num_values=4)}, slow_in_numpyro=always)
 def test_a_cost_that_is_not_finite_is_not_lost(host, estimator, logit):
-    """A value that the model excludes, at which the derivative of the expectation does not exist."""
+    """If the model excludes a value, the derivative of the expectation does not exist. The estimate must not be finite then."""
 
     def guide(h, t):
         return h.sample("b", h.dist.Bernoulli(logits=t[0]).mask(False))
@@ -759,7 +759,7 @@ def test_a_cost_that_is_not_finite_is_not_lost(host, estimator, logit):
 
 
 def test_variances_of_four_bernoullis():
-    """Of the four coordinates together. In 40,000 samples: LR 3.43, a random lane 3.32, GO 1.71, DisARM 1.57, all lanes 0.52."""
+    """Variances summed over four coordinates. In 40,000 samples: LR 3.43, a random lane 3.32, GO 1.71, DisARM 1.57, all lanes 0.52."""
     host = HOSTS["pyro"]
     variance = {name: host.gradients(four_bernoullis(), 10_000, estimators={"b": e}).var(0).sum() for name, e in PROGRAMS.items()}
     assert variance["Enumerate"] < 0.4 * variance["DisARM"]
@@ -779,7 +779,7 @@ IN_A_PLATE = {
 @pytest.mark.parametrize("outside", [False, True], ids=["cost inside", "cost outside"])
 @pytest.mark.parametrize("name", IN_A_PLATE)
 def test_pairs_in_a_plate(host, name, outside):
-    """Three pairs of Bernoullis, whose cost is that of each pair, or one for all."""
+    """Three pairs of Bernoullis in a plate, with a cost for each pair or one cost for all."""
     pairs = np.array([[1.0, -0.5], [0.7, 1.5], [-1.2, 0.4]])
 
     def guide(h, t):
@@ -808,7 +808,7 @@ def test_pairs_in_a_plate(host, name, outside):
 
 
 def test_no_derivative_of_constants(host):
-    """A parameter that is fixed has no evaluations of its own: the gradient in the other is the same."""
+    """A fixed parameter takes no evaluations, and the gradient in the other one stays the same."""
 
     def scale_only(h, t):
         return h.sample("x", h.dist.Normal(h.array(0.3), t[0]).mask(False))
@@ -825,7 +825,7 @@ def test_no_derivative_of_constants(host):
 
 
 def test_constants_that_are_traced():
-    """Under ``jit`` constants are traced like parameters, and are told from them by what has an influence on them."""
+    """Under ``jit`` constants are traced like parameters; they are recognized because no parameter influences them."""
     host = HOSTS["numpyro"]
 
     def gamma_of(h, t):

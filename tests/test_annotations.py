@@ -1,4 +1,4 @@
-"""Where an estimator is named: the mapping, an annotation in the guide or the model, the wrapper, the default."""
+"""The places to give an estimator: the mapping, an annotation in the guide or the model, the wrapper, the default."""
 
 import numpyro
 import pytest
@@ -25,7 +25,7 @@ def annotated(host, guide_infer=None, model_infer=None, wrapper=None):
 
 
 def test_precedence(host):
-    """1. the mapping or function, 2. the guide's annotation, 3. the wrapper, 4. the model's annotation, 5. the default."""
+    """The order is: the mapping or function, the guide's annotation, the wrapper, the model's annotation, the default."""
     everything = {"guide_infer": {"estimator": LR()}, "model_infer": {"estimator": ImplicitRP()}, "wrapper": HALF}
     places = [
         ({"estimators": {"x": RP()}}, {}, "RP", "estimators['x']"),
@@ -119,7 +119,7 @@ def test_a_joint_site_is_named(host, annotate):
 
 
 def test_a_site_that_was_plain_is_chosen_anew_where_it_changes(host):
-    """One objective, whose guide is another program at each step: each time the site gets what a fresh objective gives it."""
+    """If the guide changes from step to step, an objective chooses the same estimators as a new objective would."""
 
     def normal():
         return host.dist.Normal(host.param("m", host.array(0.1)), host.array(1.0))
@@ -161,7 +161,7 @@ def test_a_model_that_starts_to_annotate_a_plain_site(host):
 
 @pytest.mark.parametrize("options", [{}, {"control_variate": "quadratic"}], ids=["annotations", "control variate"])
 def test_a_program_that_runs_again_takes_the_same_branch(options):
-    """Where a branch annotates other sites, or has others for a control variate; with other draws, branches would be chosen anew."""
+    """The second run takes the branch of the first, also if branches differ in annotations or in the sites of a control variate."""
     host = HOSTS["pyro"]
 
     def part(**infer):
@@ -181,7 +181,7 @@ def test_a_program_that_runs_again_takes_the_same_branch(options):
 
 
 def test_an_annotation_that_first_appears_later():
-    """It belongs to a branch that the second run, with other draws, need not take."""
+    """An annotation may first appear in a branch that a second run, with other draws, would not take."""
     host = HOSTS["pyro"]
 
     def guide():

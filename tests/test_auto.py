@@ -1,4 +1,4 @@
-"""What the default estimator chooses, and that the choice is no bias."""
+"""What the default estimator chooses, and that its choice is unbiased."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ GRAPH = {"dependencies": "graph"}
 
 
 def chosen(host, program):
-    """What ``describe`` tells of each site, and the number of evaluations."""
+    """The estimator of each site by ``describe``, and the number of evaluations."""
     t = [host.array(x) for x in program.theta]
     elbo = host.flow.TraceFlow_ELBO(**GRAPH)
     description = elbo.describe(lambda: program.model(host, t), lambda: program.guide(host, t))

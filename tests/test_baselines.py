@@ -1,4 +1,4 @@
-"""Baselines of a site's own: they stay out of every gradient but their own, and Pyro's way to say them keeps its meaning."""
+"""Baselines of a site: they change no gradient but their own, and Pyro's annotation for baselines keeps its meaning."""
 
 import pickle
 from dataclasses import FrozenInstanceError, replace
@@ -31,7 +31,7 @@ THETA = (0.4, -0.3, 0.7, 0.2)  # m, l, w, b
 
 
 def upstream(b_of, estimator=LR):
-    """x ~ N(m, 1) by RP, then y by an estimator whose baseline reads x; the baseline is w x + b."""
+    """x ~ N(m, 1) with RP, then y with an estimator whose baseline is w x + b."""
 
     def guide(h, t):
         x = h.sample("x", h.dist.Normal(t[0], h.array(1.0)), infer={"estimator": RP()})
@@ -65,11 +65,11 @@ def test_the_squared_error_reaches_nothing_but_the_baseline(host, estimator, par
     np.testing.assert_allclose(live[:, :2], fixed[:, :2], rtol=1e-12)
     assert np.all(fixed[:, 2:] == 0)
     assert np.all(live[:, 2:] != 0)
-    assert np.all(np.abs(leaking[:, 0] - fixed[:, 0]) > 1e-6)  # a closure is not detached, and the test sees it
+    assert np.all(np.abs(leaking[:, 0] - fixed[:, 0]) > 1e-6)  # a closure is not detached, and the test detects it
 
 
 def test_the_baseline_descends_its_squared_error(host):
-    """The derivative in b is the mean of C - b, with C the cost of the score of y."""
+    """The derivative in b is the mean of C - b, where C is the cost that the score of y multiplies."""
     n, (m, logit, w, b) = 40_000, THETA
     gradients = host.gradients(LIVE, n)[:, 3]
     x, weights = np.polynomial.hermite_e.hermegauss(60)
@@ -83,7 +83,7 @@ def test_the_baseline_descends_its_squared_error(host):
 
 
 def test_a_baseline_for_each_plate_element(host):
-    """Constant costs c_i under LR: with the baseline c_i of its own element no gradient is left, in every sample."""
+    """With constant costs c_i under LR, the baselines c_i leave no gradient in any sample."""
     costs = [1.0, -2.0, 0.5]
 
     def program(baseline):
@@ -107,7 +107,7 @@ def test_a_baseline_for_each_plate_element(host):
 
 
 def local(baseline, shared=0.0):
-    """Four local Normals under LR with a cost of their own, and a cost that reads all of them."""
+    """Four local Normals under LR, each with its own cost, and a cost that depends on all of them."""
 
     def guide(h, t):
         with h.plate("i", 4):
@@ -125,7 +125,7 @@ def local(baseline, shared=0.0):
 @pytest.mark.parametrize("particles", [1, 3])
 @pytest.mark.parametrize("shared", [0.0, 0.3])
 def test_the_mean_over_a_plate(host, shared, particles):
-    """The other elements' own costs are a baseline; the shared cost, which every element moves, stays out of it."""
+    """The baseline is the mean of the other elements' own costs, without the shared cost, which depends on every element."""
     exact = 4 * (2 * 0.5) + shared * 2 * (4 * 0.5) * 4
     plain, plate = (host.gradients(local(b, shared), 40_000, particles=particles, baseline=None) for b in (None, "plate"))
     for samples in (plain, plate):
@@ -136,7 +136,7 @@ def test_the_mean_over_a_plate(host, shared, particles):
         assert np.all(np.abs(looped.mean(0) - exact) < 5 * looped.std(0) / np.sqrt(len(looped)))
 
 
-# ---- trained by the user's own optimizer, networks through the hosts' own modules
+# ---- trained by the user's optimizer, with networks from the hosts' modules
 
 TARGET = np.array([-1.0, 0.5, 2.0])
 
@@ -194,7 +194,7 @@ def test_a_network_trained_in_pyro():
     np.testing.assert_allclose([network.weight.item(), network.bias.item()], [3, -1], atol=0.02)
 
 
-# ---- what cannot be seen to be upstream, or is inside scan, is refused
+# ---- refusals: inputs that are not known to be upstream, and baselines inside scan
 
 
 def test_refused_baselines(host):
@@ -257,9 +257,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("said", OPTIONS)
 def test_a_program_written_for_tracegraph(said):
-    """The same gradients as under Pyro's TraceGraph_ELBO, which is right here and drops the entropy's own score as "stl" does.
+    """The gradients are those of Pyro's TraceGraph_ELBO, which is right here and drops the entropy's score like "stl".
 
-    Those of the network are halved, as its squared error is.
+    Those of the network are half as large, because flowvi halves the squared error.
     """
 
     class Network(torch.nn.Linear):
@@ -351,7 +351,7 @@ APART = {
 
 @pytest.mark.parametrize("family", APART)
 def test_the_score_is_the_sum_of_its_parts(host, family):
-    """What the parts of `LR(baseline="optimal")` carry is the derivative of the log density; each of its own square."""
+    """The parts of the score of `LR(baseline="optimal")` sum to the derivative of the log density, and each has its own square."""
     if not hasattr(host.dist, family.split()[0]):
         pytest.skip(f"NumPyro has no {family}")
     parameters, x = APART[family]
@@ -371,7 +371,7 @@ def test_the_score_is_the_sum_of_its_parts(host, family):
 
 @pytest.mark.parametrize("event_ndim", [0, 1])
 def test_the_score_under_a_constant_transform(host, event_ndim):
-    """As autoguides have it in NumPyro: the parts are those of the base; under a transform that moves there is none."""
+    """Under a constant transform, as in NumPyro's autoguides, the parts are those of the base. A live transform has none."""
     transforms = host.dist.transforms
     live = {"loc": np.array([0.3, -0.2]), "scale": np.array([0.8, 1.2])}
 
@@ -392,7 +392,7 @@ def test_the_score_under_a_constant_transform(host, event_ndim):
 
 
 def test_optimal_without_a_derivative_in_pyro():
-    """The loss by itself is that of any other baseline."""
+    """Without gradients the loss is that of any other baseline."""
     program = chain([0.3], {"x": lambda h, t, v: h.dist.Bernoulli(logits=t[0])}, {"x": lambda h, t, v: v["x"] - 0.2})
     losses = []
     for estimator in (LR(baseline="optimal"), LR()):
@@ -404,7 +404,7 @@ def test_optimal_without_a_derivative_in_pyro():
 
 
 def test_optimal_under_a_transform(host):
-    """E[x^2] for x = exp(z), z ~ N(m, s), is exp(2 m + 2 s^2)."""
+    """The mean is exact for E[x^2] = exp(2 m + 2 s^2), with x = exp(z) and z ~ N(m, s)."""
 
     def exp_normal(h, m, s):
         return h.dist.TransformedDistribution(h.dist.Normal(m, s), [h.dist.transforms.ExpTransform()])
@@ -418,7 +418,7 @@ def test_optimal_under_a_transform(host):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_best_baseline_of_the_others(host, weighted):
-    """For each particle and parameter sum_j w_j^2 psi_j^2 phi_j / sum_j w_j^2 psi_j^2 over the other particles, to rounding."""
+    """The baseline of each particle and parameter is sum_j w_j^2 psi_j^2 phi_j / sum_j w_j^2 psi_j^2 over the other particles."""
     rng = np.random.default_rng(0)
     psi, cost, weight = rng.normal(size=(4, 3, 2)), rng.normal(size=(4, 3, 2)), rng.exponential(size=(4, 3, 2))
     w = weight if weighted else 1.0
@@ -432,7 +432,7 @@ def test_the_best_baseline_of_the_others(host, weighted):
 
 
 def test_optimal_for_each_parameter(host):
-    """The best baselines of loc and scale differ, and each is found from the particles, up to what their number leaves open."""
+    """loc and scale have different best baselines, and the particles estimate both."""
     program = one((0.0, 1.0), lambda h, loc, scale: h.dist.Normal(loc, scale), lambda h, x: x**2)
     particles, n = 300, 700
     samples, loo = (
@@ -451,13 +451,13 @@ def test_optimal_for_each_parameter(host):
     assert np.all(found > 0.85 * best)
     assert np.all(found < 1.15 * (best + of_estimated_b))
     np.testing.assert_allclose(particles * loo.var(0), of_mean, rtol=0.15)
-    assert np.all(of_mean > 1.3 * (best + of_estimated_b))  # so that the two cannot be mistaken for each other
+    assert np.all(of_mean > 1.3 * (best + of_estimated_b))  # so that the test can tell the two apart
 
 
 @pytest.mark.parametrize("vectorize", [False, True])
 @pytest.mark.parametrize("q", [False, True])
 def test_optimal_baselines_are_unbiased(host, q, vectorize):
-    """In a plate, below another site, over arrays of parameters; with proposals."""
+    """The mean is exact in a plate, below another site, for arrays of parameters, and with proposals."""
     categorical = lambda p: type(p)(logits=0.5 * p.logits)
 
     def guide(h, t):

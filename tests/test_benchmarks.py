@@ -1,4 +1,4 @@
-"""The benchmarks: a short form of each command, what they compute of their measurements, and how tables are written."""
+"""The benchmarks: a short form of each command, their statistics, and how they write tables."""
 
 import importlib
 import math
@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture
 def benchmark(monkeypatch, tmp_path):
-    """Import a module of the benchmarks; tables go to ``tmp_path``."""
+    """A function that imports a module of the benchmarks; tables go to ``tmp_path``."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.setattr(importlib.import_module("tables"), "TABLES", tmp_path)
@@ -56,7 +56,7 @@ def test_smoke(benchmark, command, capsys, tmp_path):
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert len(rows) > 2
     assert "nan" not in out
-    assert not list(tmp_path.iterdir())  # a part of a table is not written
+    assert not list(tmp_path.iterdir())  # an incomplete table is not written
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_adaptive_smoke(benchmark, capsys):
 
 
 def test_plans(benchmark):
-    """Every comparison of the plan runs."""
+    """Every comparison in the plan runs."""
     step_time, timing, programs = map(benchmark, ("step_time", "timing", "programs"))
     assert list(step_time.PLAN) == list(benchmark("compile_time").PLAN) == list(programs.PROGRAMS)
     h = programs.Pyro
@@ -79,7 +79,7 @@ def test_plans(benchmark):
 
 
 class Side:
-    """A side whose steps are only counted."""
+    """A side that only records its steps."""
 
     def __init__(self, name, ran):
         self.name, self.ran = name, ran
@@ -107,15 +107,15 @@ def test_verdicts_and_intervals(benchmark):
 def test_exponent(benchmark):
     exponent = benchmark("growth").exponent
     sizes = (1, 10, 30, 100)
-    times = np.array([[5.0, *(n**1.5 for n in sizes[1:])]] * 3)  # what is before the last decade does not count
+    times = np.array([[5.0, *(n**1.5 for n in sizes[1:])]] * 3)  # only the last decade counts
     assert math.isclose(exponent(times, sizes), 1.5)
     median, low, high = benchmark("timing").median_interval(times, partial(exponent, sizes=sizes))
     assert math.isclose(median, 1.5)
     assert math.isclose(low, high)
 
 
-# x = 1 + z and f = (x - 1)^2 = z^2; the moments of z are 1, 3, 15, 105. With q, E_p[w (score f)^2] is an integral over a Normal
-# of variance 2/3, of which w = sqrt(2) exp(-z^2 / 4) leaves sqrt(4/3) times the expectation.
+# x = 1 + z and f = (x - 1)^2 = z^2; the moments of z are 1, 3, 15, 105. With q, w = sqrt(2) exp(-z^2 / 4), so E_p[w (score f)^2] is
+# sqrt(4/3) times an expectation under a Normal of variance 2/3.
 BY_HAND = {
     "LR": (15, 105 - 30 + 3 - 4),
     "RP": (4, 12 - 4),
@@ -139,7 +139,7 @@ def test_exact_variances(benchmark, estimator):
 
 
 def test_exact_means(benchmark):
-    """Derivatives in closed form against those of the expectation by quadrature, and against samples of one of the estimators."""
+    """The closed-form derivatives agree with quadrature, and with samples of one of the estimators."""
     variance, programs = benchmark("variance"), benchmark("programs")
     z, mass = np.polynomial.hermite_e.hermegauss(200)
     for make, steepness in variance.FUNCTIONS.values():
@@ -158,7 +158,7 @@ def test_exact_means(benchmark):
         means = np.array([{p.parameter: p.mean for p in found.parameters}[name] for name in ("loc", "scale")])
         error = np.sqrt(variance.exact_variance(make, k, label) / n)
         assert np.all(np.abs(means - exact) < 5 * error)
-        assert np.any(np.abs(means - make(np, 1.0)[2](variance.SCALE)) > 5 * error)  # the gradient of another function is told apart
+        assert np.any(np.abs(means - make(np, 1.0)[2](variance.SCALE)) > 5 * error)  # the test rejects the gradient of another function
 
 
 def test_tables(benchmark, tmp_path):
@@ -174,14 +174,14 @@ def test_tables(benchmark, tmp_path):
     text = (tmp_path / "t.md").read_text()
     assert text.startswith("    python benchmarks/step_time.py\n\nAbout. Python ")
     assert text.endswith("\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |\n")
-    write(whole, (5, 6))  # in place of the old one
+    write(whole, (5, 6))  # replaces the old table
     assert (tmp_path / "t.md").read_text().endswith("| --- | --- |\n| 5 | 6 |\n")
     with pytest.raises(ValueError, match="expected 2 cells, found 3"):
         write(whole, (7, 8), (1, 2, 3))
     for part in (["--smoke"], ["--only", "Pyro"]):
         write(tables.options("benchmarks/step_time.py", "", part), (9, 9))
     assert [path.name for path in tmp_path.iterdir()] == ["t.md"]
-    assert (tmp_path / "t.md").read_text().endswith("| 5 | 6 |\n")  # a run that dies or that prints a part leaves it
+    assert (tmp_path / "t.md").read_text().endswith("| 5 | 6 |\n")  # a failed or partial run keeps the old table
 
 
 def test_only(benchmark):
@@ -192,7 +192,7 @@ def test_only(benchmark):
 
 
 def test_the_figure_of_the_times_to_converge(benchmark, tmp_path):
-    """From the tables in docs, whose rows it reads: the host's best, and a bound where that has not come close."""
+    """The figure reads the tables in docs: the best of each kind, and a bound if the target was not reached."""
     tables = Path(__file__).parent.parent / "docs" / "tables"
     drawing = benchmark("convergence_figure")
     texts = {host: (tables / f"convergence_{host}.md").read_text() for host in ("numpyro", "pyro")}

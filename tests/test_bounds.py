@@ -1,4 +1,4 @@
-"""The importance-weighted and Rényi bounds: every estimator at the exact gradient, in both hosts."""
+"""The importance-weighted and Rényi bounds: every estimator has the exact mean gradient, in both hosts."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ NORMAL = normal_normal(THETA)
 
 
 def quadrature(log_ratio, nodes, num_particles, alpha):
-    """The exact bound: the sum over all tuples of particles, each a node (weight, what it is) of the guide."""
+    """The exact bound: a sum over all tuples of particles. A particle is a node (weight, value) of a quadrature of the guide."""
     total = 0.0
     for particles in itertools.product(nodes, repeat=num_particles):
         r = np.array([(1 - alpha) * log_ratio(x) for _, x in particles])
@@ -51,7 +51,7 @@ def test_the_exact_row(host):
     squares = (samples - samples.mean(0)) ** 2
     assert np.all(np.abs(squares.mean(0) - row["variance"]) < 5 * squares.std(0) / np.sqrt(N))
     z = (samples.mean(0) - trap["mean"]) / np.sqrt(np.array(row["variance"]) / N)
-    assert np.all(np.abs(z) > 5)  # sticking the landing is biased here
+    assert np.all(np.abs(z) > 5)  # sticking the landing is biased for a bound
     np.testing.assert_allclose(IWAE["gradient"], slope(lambda t: normal_bound(t, 2, 0.0), THETA), rtol=1e-6)
 
 
@@ -87,7 +87,7 @@ def test_every_estimator_is_at_the_exact_gradient(host, name):
 
 
 def test_variances(host):
-    """The leave-one-out bound helps LR; the doubly reparameterized gradient is exactly constant where the guide is the posterior."""
+    """The leave-one-out bound lowers the variance of LR. If the guide is the posterior, the DReG gradient has no variance."""
     variance = lambda **options: host.bound_gradients(NORMAL, 4_000, **options).var(0)
     loo, without = variance(default=LR(), particles=5), variance(default=LR(), particles=5, baseline=None)
     assert np.all(loo < without)
@@ -97,7 +97,7 @@ def test_variances(host):
 
 
 def mixed():
-    """k ~ Bernoulli, x | k ~ Normal: a discrete and a continuous site; the model's scale is a parameter too."""
+    """k ~ Bernoulli and x | k ~ Normal; the scale of the model is a parameter too."""
 
     def guide(h, t):
         k = h.sample("k", h.dist.Bernoulli(logits=t[0]))
@@ -132,7 +132,7 @@ def test_discrete_and_continuous_sites_together(host, estimators):
 
 
 def test_shared_plates_stay_outside_the_log(host):
-    """Two local latents: the bound is the sum of their bounds, and a global latent puts the plate back inside."""
+    """With two local latents the bound is the sum of their bounds; with a global latent the plate is inside the log."""
     data = (1.1, -0.4)
 
     def guide(h, t):
@@ -155,7 +155,7 @@ def test_shared_plates_stay_outside_the_log(host):
         assert np.all(np.abs(samples.mean(0) - slope(exact, THETA)) < 5 * samples.std(0) / np.sqrt(N))
 
 
-# ---- against the hosts' own RenyiELBO, which is right where every site has a path and no plate is subsampled
+# ---- against the hosts' own RenyiELBO, which is right if every site is pathwise and no plate is subsampled
 
 
 def test_the_same_numbers_as_numpyro():
@@ -212,7 +212,7 @@ def test_the_same_numbers_as_pyro(vectorize):
 
 
 def test_subsampling_in_pyro():
-    """Particles share one subsample, and its scale stays outside the log: the mean over subsamples is the whole plate's bound."""
+    """Particles share one subsample, and its scale is outside the log, so the mean over subsamples is the bound of the whole plate."""
     data = torch.linspace(-1.5, 1, 4)
 
     def model(size):
@@ -235,7 +235,7 @@ DATA_OF_THREE = torch.tensor([1.3, -0.4, 0.8])
 
 
 def three_latents(kind, form, only=None):
-    """A latent for each of three data, in a plate that is a dim or a loop, or one of the data alone."""
+    """A latent for each of three data, in a vectorized or sequential plate, or for one of the data alone."""
 
     def over_data(statements, subsample):
         if form == "alone":
@@ -270,7 +270,7 @@ def three_latents(kind, form, only=None):
 @pytest.mark.parametrize("subsample", [None, 2])
 @pytest.mark.parametrize(("kind", "gradient"), [("Normal", "plain"), ("Normal", "dreg"), ("Bernoulli", "plain")])
 def test_sequential_plates_stay_outside_the_log(kind, gradient, subsample):
-    """The bound of each datum, in a plate that is a loop as in one that is a dim: the same numbers at the same draws."""
+    """A sequential plate has the same bound for each datum as a vectorized one, at the same draws."""
 
     def evaluate(form):
         pyro.clear_param_store()
@@ -284,7 +284,7 @@ def test_sequential_plates_stay_outside_the_log(kind, gradient, subsample):
 
 @pytest.mark.parametrize("kind", ["Normal", "Bernoulli"])
 def test_sequential_plates_with_vectorized_particles(kind):
-    """The sum of the bounds of the data, each alone."""
+    """The bound is the sum of the bounds of the single data."""
 
     def evaluate(*programs):
         pyro.clear_param_store()

@@ -1,4 +1,4 @@
-"""check_estimator: faults that it names, and everything of flowvi's own that it lets pass."""
+"""check_estimator: it names faults, and passes everything in flowvi."""
 
 import math
 import re
@@ -43,7 +43,7 @@ SLOW_FAULTS = (
 
 @each("name", list(FAULTS), SLOW_FAULTS.__contains__, lambda name: FAULTS[name].hosts)
 def test_fault(host, name):
-    """Each fault fails the condition that is named for it, in the words of the error."""
+    """Each fault fails its condition, with the right message."""
     fault = FAULTS[name]
     p = fault.distribution(host)
     arguments = p if isinstance(p, tuple) else (p, fault.parameters)
@@ -80,12 +80,12 @@ def test_vector_fields_pass(host, name):
     accepts(host, lambda t: distribution(host, t), Flow(field()), {"t": host.array(0.1)})
 
 
-PURE = {  # what a density that vanishes inside is for
+PURE = {  # the parameter whose score vanishes where the density does
     **{key: "loc" for key in PROPOSALS if key[1] in ("slice_by_mass 0", "slice_by_height 0", "optimal loc")},
     **{key: FAMILIES[key[0]].stretch.parameter for key in PROPOSALS if key[1] == "optimal stretch 0"},
 }
-LIGHT = {("Cauchy", "student_t"), ("Laplace", "slice_by_mass 0")}  # whose weights have no second moment
-# The pure slices of a family that no parameter shifts are for none.
+LIGHT = {("Cauchy", "student_t"), ("Laplace", "slice_by_mass 0")}  # weights without a second moment
+# Pure slices are of no use if no parameter shifts the family.
 NO_USE = [key for key, parameter in PURE.items() if parameter == "loc" and key[0] not in (*SYMMETRIC, "Gumbel")]
 
 
@@ -104,7 +104,7 @@ def exp_transformed(h):
 
 
 def affine(h):
-    """Of a base without a reparameterized sampler, so that LR acts on the outermost value."""
+    """An affine transform of a base without a reparameterized sampler, so that LR acts on the outermost value."""
     return h.dist.TransformedDistribution(von_mises(h), [h.dist.transforms.AffineTransform(1.0, 2.0)])
 
 
@@ -179,7 +179,7 @@ def test_passes(host, name):
 
 
 def test_a_truncated_normal_with_constant_bounds():
-    """Bounds that are left out of the parameters do not move, so that LR is right."""
+    """Bounds that are not parameters do not move, so LR is right."""
     host = HOSTS["numpyro"]
     accepts(host, truncated(host), LR(), ("loc", "scale"))
     with pytest.raises(EstimatorError, match="requirements: LR is biased where the support moves"):
@@ -222,7 +222,7 @@ def test_all_failures_are_told(host):
 
 
 def test_nothing_is_left_behind(host):
-    """Neither the precision, nor the validation, nor the generator of the host is changed."""
+    """The check restores the precision, the validation and the generator of the host."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(3)
     expected = torch.rand(2)

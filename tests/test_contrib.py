@@ -1,4 +1,4 @@
-"""Pyro's forecasting and epidemiology with flowvi's objective: they make a Trace_ELBO themselves, which takes a little care."""
+"""Pyro's forecasting and epidemiology modules with flowvi's objective, although they make a Trace_ELBO by themselves."""
 
 import numpy as np
 import pyro
@@ -24,7 +24,7 @@ class Walk(ForecastingModel):
 
 @pytest.mark.slow
 def test_a_forecaster_trained_by_svi():
-    """Made without a step, trained by SVI with any loss, it forecasts."""
+    """A Forecaster made without training steps can be trained by SVI with any loss, and then forecasts."""
     data, covariates = 0.2 * torch.arange(12.0)[:, None], torch.zeros(15, 0)
     model = Walk()
     forecaster = Forecaster(model, data, covariates[:12], guide=AutoNormal(model), num_steps=0)
@@ -41,7 +41,7 @@ def test_a_forecaster_trained_by_svi():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_compartmental_model(monkeypatch):
-    """`fit_svi` names its objective; where that name stands for flowvi's, the losses are the same."""
+    """With flowvi's objective in place of the one that `fit_svi` uses, the losses are the same."""
 
     def losses():
         pyro.clear_param_store()

@@ -1,4 +1,4 @@
-"""Branches of Python in Pyro; ``scan`` and ``cond`` in NumPyro, where only the wrapper reaches."""
+"""Python branches in Pyro; ``scan`` and ``cond`` in NumPyro, where only the wrapper acts."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ from flowvi import LR, RP
 
 @pytest.mark.parametrize("particles", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_python_control_flow_in_pyro(particles):
-    """A branch on a discrete latent, in guide and model: the site z is there only sometimes. Provenance would not see it."""
+    """Guide and model branch on a discrete latent, so z exists only in some runs. Pyro's provenance does not see this."""
     logit, loc = (torch.tensor(v, requires_grad=True) for v in (0.3, 0.4))
 
     def guide():
@@ -168,7 +168,7 @@ def test_the_wrapper_inside_cond(kind):
 
 
 def test_the_wrapper_in_one_branch_only():
-    """JAX has branches of one kind; the estimators of the two may be equal, and need not be the same object."""
+    """JAX needs equal estimators in both branches; they may be different objects."""
     host = HOSTS["numpyro"]
 
     def branch(estimator):

@@ -1,4 +1,4 @@
-"""Learned control variates: of mean 0 for every coefficient, without noise where the cost is as they model it, trained by E[g^2]."""
+"""Learned control variates: mean 0 for every coefficient, no noise left if the model of the cost is exact, descent of E[g^2]."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def fn(host, family, loc, factor):
 
 
 def program(host, family, cost, weight=1.0):
-    """A site with parameters loc and factor, whose density counts ``weight`` times, and a model that is a factor."""
+    """A site with parameters loc and factor, with a density scaled by ``weight``, and a model that is a factor."""
 
     def guide():
         with host.scale(weight):
@@ -56,7 +56,7 @@ def quartic(host, x):
     return quadratic(host, x) - 0.1 * (x**4).sum() + host.math.sin(x[0] * x[2])
 
 
-KINDS = {"diagonal": 2, "quadratic": 4, "cubic": 10}  # and the number of coefficients of a coordinate
+KINDS = {"diagonal": 2, "quadratic": 4, "cubic": 10}  # the number of coefficients of a coordinate
 
 
 def coefficients(kind="quadratic"):
@@ -66,7 +66,7 @@ def coefficients(kind="quadratic"):
 
 
 def slope(kind, learned, z, covariance):
-    """b, h at the rows of z, and B, from their definition."""
+    """b, h at the rows of z, and B, by their definition."""
     b, matrix = learned[:, 0], np.diag(learned[:, 1]) if kind == "diagonal" else learned[:, 1:4]
     weights, v = (learned[:, 4:7], learned[:, 7:]) if kind == "cubic" else np.zeros((2, 3, 1))
     return b, z @ matrix.T + ((z @ v) ** 2 - np.diag(v.T @ covariance @ v)) @ weights.T, matrix
@@ -74,7 +74,7 @@ def slope(kind, learned, z, covariance):
 
 @pytest.mark.parametrize("family", list(FACTORS))
 def test_no_noise_is_left_of_a_quadratic_cost(host, family):
-    """Every single sample has the gradient of the ELBO in closed form; with other coefficients none has."""
+    """At the right coefficients every sample is the exact gradient of the ELBO; at others none is."""
     model, guide = program(host, family, quadratic)
     matrix, s = (np.diag(SCALE) if family == "Normal" else TRIL), SCALES[family]
     precision = np.linalg.inv(1.5**2 * matrix @ matrix.T)
@@ -91,7 +91,7 @@ def test_no_noise_is_left_of_a_quadratic_cost(host, family):
 
 @pytest.mark.parametrize("family", list(FACTORS))
 def test_no_noise_is_left_of_a_cubic_cost(host, family):
-    """A cost whose slope is that of the model, along one direction."""
+    """No noise is left if the slope of the cost is that of the model, along one direction."""
     direction = np.array([0.5, -0.3, 0.4])
 
     def guide():
@@ -104,7 +104,7 @@ def test_no_noise_is_left_of_a_cubic_cost(host, family):
 
     s = SCALES[family]
     covariance = np.diag(SCALE**2) if family == "Normal" else TRIL @ TRIL.T
-    mean, u = direction @ LOC, s * direction  # the slope in z is 3 (mean + u . z)^2 u
+    mean, u = direction @ LOC, s * direction  # so the slope in z is 3 (mean + u . z)^2 u
     best = np.zeros((3, 10))
     best[:, 0] = 3 * (mean**2 + direction @ covariance @ direction) * u
     best[:, 1:4], best[:, 4], best[:, 7] = 6 * mean * np.outer(u, u), 3 * u, u
@@ -120,7 +120,7 @@ def test_no_noise_is_left_of_a_cubic_cost(host, family):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", list(FACTORS))
 def test_at_one_point(host, family, kind):
-    """Without a cost the gradient in loc and factor is that of E[f] - f(x), from its definition."""
+    """Without a cost the gradient in loc and factor is that of E[f] - f(x), by its definition."""
     learned = coefficients(kind)
     zero = {name: 0 * value for name, value in learned.items()}
     params = {"loc": LOC, "factor": FACTORS[family]}
@@ -129,7 +129,7 @@ def test_at_one_point(host, family, kind):
     with_model, plain = (host.loss_and_gradients(params | at, model, guide, 4, **options)[1] for at in (learned, zero))
     tril, s = (np.diag(SCALE) if family == "Normal" else TRIL), SCALES[family]
     m = tril / s[:, None]
-    # eps from the gradient of a linear cost in factor, which is its slope times eps
+    # the gradient of a linear cost in factor is its slope times eps, which reveals eps
     with_cost, guide = program(host, family, lambda host, x: -x.sum())
     tilted = host.loss_and_gradients(params | zero, with_cost, guide, 4, **options)[1]
     eps = (tilted["factor"] - plain["factor"]) if family == "Normal" else (tilted["factor"] - plain["factor"])[-1]
@@ -143,7 +143,7 @@ def test_at_one_point(host, family, kind):
 @pytest.mark.parametrize("particles", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_is_zero_for_every_coefficient(host, kind, particles):
-    """Without a cost only the control variate is left, whose mean and variance are known by quadrature."""
+    """Without a cost only the control variate is left. Its mean is 0, and its variance is that of a quadrature."""
     (learned,) = coefficients(kind).values()
     nodes, weights = np.polynomial.hermite_e.hermegauss(5)
     z = np.stack(np.meshgrid(nodes, nodes, nodes), -1).reshape(-1, 3)
@@ -166,7 +166,7 @@ def test_the_mean_is_zero_for_every_coefficient(host, kind, particles):
     assert np.all(np.abs(samples.mean(0)) < 5 * np.sqrt(variance / n))
     squares = samples**2
     assert np.all(np.abs(squares.mean(0) - variance) < 5 * squares.std(0) / np.sqrt(n))
-    unmatched = samples - np.concatenate([np.zeros(3), np.diag(matrix) / SCALE])  # the model's mean left out
+    unmatched = samples - np.concatenate([np.zeros(3), np.diag(matrix) / SCALE])  # without the mean of the model
     assert np.any(np.abs(unmatched.mean(0)) > 5 * np.sqrt(variance / n))
 
 
@@ -174,10 +174,10 @@ def test_the_mean_is_zero_for_every_coefficient(host, kind, particles):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", list(FACTORS))
 def test_coefficients_descend_the_second_moment(host, family, kind, entropy):
-    """The derivative of the squared gradient in loc and factor, in units of the standard deviation, by differences.
+    """The coefficients get the derivative of the squared gradient in loc and factor, in units of the standard deviation.
 
-    It is quadratic in the coefficients, of fourth order in the directions. A divergence in closed form is not random, so that it does
-    not matter that its gradient is left out.
+    The squared gradient is quadratic in the coefficients, and of fourth order in the directions. It leaves out a divergence in closed
+    form, which is not random.
     """
     model, guide = program(host, family, quartic, weight=1.7)
     options = {"estimators": {"x": RP(control_variate=kind)}, "entropy": entropy}
@@ -203,7 +203,7 @@ def test_coefficients_descend_the_second_moment(host, family, kind, entropy):
 
 @slow_in_numpyro
 def test_nothing_else_changes(host):
-    """At coefficients of 0 the loss, and every other gradient, are those of RP, whichever way the particles are run."""
+    """At coefficients of 0 the loss and all other gradients are those of RP, however the particles run."""
     # Pyro's particles are a batch dim of x, which quartic does not know
     model, guide = program(host, "Normal", quartic if host.name == "numpyro" else lambda h, x: (x.sum(-1) - 0.3) ** 2)
     params = {"loc": LOC, "factor": SCALE}
@@ -218,7 +218,7 @@ def test_nothing_else_changes(host):
 
 
 def plate_program(host, size, subsample_size):
-    """Local Normals, of which only some are seen at a step, beside a discrete site under LR."""
+    """Local Normals in a subsampled plate, and a discrete site with LR."""
 
     def guide():
         host.sample("k", host.dist.Bernoulli(logits=host.param("logit", host.array(0.3))))
@@ -248,7 +248,7 @@ def test_an_element_of_a_plate_has_coefficients_of_its_own(host, vectorize):
 
 
 def test_learned_in_numpyro():
-    """An autoguide, wrapped; the noise falls; without the wrapper the objective refuses to run."""
+    """With a wrapped autoguide the noise falls; without the wrapper the objective refuses to run."""
 
     def model():
         w = numpyro.sample("w", numpyro_dist.Normal(jnp.zeros(3), 2.0).to_event(1))
@@ -275,7 +275,7 @@ def test_learned_in_numpyro():
 
 
 def test_learned_in_pyro():
-    """The parameters appear by themselves, and the noise falls."""
+    """The parameters are registered automatically, and the noise falls."""
 
     def model():
         w = pyro.sample("w", pyro_dist.Normal(torch.zeros(3), 2.0).to_event(1))
@@ -335,7 +335,7 @@ def test_an_event_without_coordinates_is_that_of_rp(host, options):
 
 @pytest.mark.parametrize("estimator", [RP(control_variate="quadratic"), AdaptiveFlow(), AdaptiveFlow(q="learned")], ids=repr)
 def test_outside_of_flowvi_the_start_stays(estimator):
-    """In Pyro, where `Estimated` draws by itself: from p, with the derivative of RP."""
+    """Outside flowvi, Pyro's `Estimated` draws from p with the derivative of RP, and keeps the start values."""
     loc, scale = torch.tensor([0.3, -0.2], requires_grad=True), torch.tensor([0.9, 1.4], requires_grad=True)
 
     def draw(fn):
@@ -349,7 +349,7 @@ def test_outside_of_flowvi_the_start_stays(estimator):
 
 
 def test_no_other_family_under_pyros_own_elbo():
-    """Where nothing learns, it is RP, but at the families that it is for."""
+    """Under Pyro's own ELBO it is RP, and refuses other families."""
     estimated = flowvi.pyro.Estimated(pyro_dist.Laplace(torch.tensor(0.3), 1.0), RP(control_variate="diagonal"))
     with pytest.raises(ValueError, match="expected Normal or MultivariateNormal, found Laplace"):
         pyro.infer.Trace_ELBO().loss_and_grads(
@@ -368,7 +368,7 @@ def test_a_second_derivative_is_refused_in_pyro():
 
 
 def test_what_another_estimator_has_left_is_refused(host):
-    """A parameter store may hold coefficients for another number of bumps, or a substitution may be wrong."""
+    """Coefficients of the wrong shape are refused, such as those for another number of bumps."""
     model, guide = program(host, "Normal", quadratic)
     params = {"loc": LOC, "factor": SCALE, "x.control_variate": np.zeros((3, 2))}
     with pytest.raises(ValueError, match=r"'x.control_variate' must have the shape \(3, 4\) .* parameter of that name has \(3, 2\)"):

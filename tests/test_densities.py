@@ -1,6 +1,6 @@
-"""The derivatives of the hosts' log densities at special points, against exact ones: which are wrong is known, and mended in a guide.
+"""The derivatives of the hosts' log densities at special points, against exact ones. flowvi corrects the wrong ones in a guide.
 
-A new version of a host that brings in a wrong derivative, or mends one, fails here.
+A new version of a host fails here if it adds or fixes a wrong derivative.
 """
 
 from itertools import product
@@ -21,8 +21,8 @@ from flowvi.numpyro.special_points import with_right_derivative
 from flowvi.pyro.special_points import SAFE as MENDED_IN_PYRO
 from flowvi.pyro.special_points import with_right_derivative as mended_in_pyro
 
-TOLERANCE = {"float64": 1e-6, "float32": 2e-3}  # torch's Bessel functions are good to 1e-6
-POINTS = 96  # of a family, by repetition: one shape for all, so that JAX compiles every operation once
+TOLERANCE = {"float64": 1e-6, "float32": 2e-3}  # torch's Bessel functions are accurate to 1e-6
+POINTS = 96  # points are repeated to this number, so that JAX compiles every operation once
 
 
 def xlogy(a, x):
@@ -74,7 +74,7 @@ def zero_inflated(k, gate, rate):
 class Row(NamedTuple):
     """A family: its log density, the values of its parameters, and of x.
 
-    ``inside(x, *parameters)``: where the density is positive. ``discrete``: x has no derivative.
+    ``inside(x, *parameters)`` says where the density is positive. ``discrete``: x has no derivative.
     """
 
     log_prob: Any
@@ -205,16 +205,16 @@ ROWS = {
 
 
 def points(row):
-    """Where the density is positive: an array for x and for each parameter."""
+    """The points of positive density: an array for x and for each parameter."""
     inside = [point for point in product(row.x, *row.parameters.values()) if row.inside(*point)]
     assert len(inside) <= POINTS
     return np.array([inside[i % len(inside)] for i in range(POINTS)]).T
 
 
 def exact(row, columns):
-    """The derivatives in x and in the parameters of the analytic continuation, so that the ends of a support are no exception.
+    """The derivatives in x and in the parameters, of the analytic continuation; so the ends of a support have one too.
 
-    NaN where there is none: at a kink, and where it is infinite.
+    NaN at a kink, and where the derivative is infinite.
     """
     step = mpf(10) ** -30
 
@@ -247,7 +247,7 @@ HOSTS = {"numpyro": (numpyro_dist, in_numpyro), "pyro": (pyro_dist, in_pyro)}
 
 
 class Wrong(NamedTuple):
-    """A derivative of a host that is wrong: at which x and parameters, what is right, and what the host has."""
+    """A wrong derivative of a host: x and parameters, the right value, and the host's value."""
 
     point: dict[str, float]
     exact: float
@@ -255,7 +255,7 @@ class Wrong(NamedTuple):
 
 
 def wrong(host, dtype="float64", mend=False):
-    """What a host differentiates wrongly, by family and variable."""
+    """The wrong derivatives of a host, by family and variable."""
     found = {}
     families, gradients = HOSTS[host]
     for name, row in ROWS.items():
@@ -274,8 +274,8 @@ def wrong(host, dtype="float64", mend=False):
     return found
 
 
-# At how many of the points, by family and variable.
-MENDED = {  # in a guide, by flowvi.numpyro.special_points and flowvi.pyro.special_points
+# The number of points with a wrong derivative, by family and variable.
+MENDED = {  # flowvi.numpyro.special_points and flowvi.pyro.special_points correct these in a guide
     "numpyro": {
         ("Bernoulli logits", "logits"): 2,  # z for z - 1/2 at logits of 0
         ("Binomial logits", "logits"): 4,
@@ -290,7 +290,7 @@ MENDED = {  # in a guide, by flowvi.numpyro.special_points and flowvi.pyro.speci
 LEFT = {
     "numpyro": {
         ("Gamma", "x"): 2,  # NaN at x = 0 with a concentration of 1
-        ("Beta", "x"): 6,  # NumPyro takes the ends to be outside, where its log density is -inf
+        ("Beta", "x"): 6,  # in NumPyro the log density is -inf at the ends
         ("Beta", "concentration1"): 4,
         ("Beta", "concentration0"): 4,
         ("Pareto", "x"): 2,
@@ -299,8 +299,8 @@ LEFT = {
     },
     "pyro": {
         ("Gamma", "x"): 2,  # NaN at x = 0 with a concentration of 1
-        ("Beta", "x"): 8,  # and at 0 and 1
-        ("Bernoulli probs", "probs"): 2,  # torch clamps probabilities: 0 at 0 and 1, where only one side has a derivative
+        ("Beta", "x"): 8,  # NaN at 0 and 1 too
+        ("Bernoulli probs", "probs"): 2,  # torch clamps probabilities, so the derivative is 0 at 0 and 1, where only one side has one
         ("Binomial probs", "probs"): 2,
         ("Geometric probs", "probs"): 1,
         ("NegativeBinomial probs", "probs"): 3,
@@ -311,7 +311,7 @@ LEFT = {
 @pytest.mark.filterwarnings("ignore:Out-of-support")
 @each(("mend", "dtype"), list(product((False, True), TOLERANCE)), slow_in_numpyro=lambda value: value[1] == "float32")
 def test_what_is_wrong_is_known(host, mend, dtype):
-    """Where this fails for less, the host has mended it: take it off the list, and what mends it out of flowvi."""
+    """The list has all wrong derivatives. If the host has fixed one, remove it from the list, and its correction from flowvi."""
     known = LEFT[host.name] if mend else LEFT[host.name] | MENDED[host.name]
     assert {key: len(found) for key, found in wrong(host.name, dtype, mend).items()} == known
 
@@ -321,7 +321,7 @@ def test_the_audit_sees_a_wrong_derivative(monkeypatch):
     assert ("Normal", "scale") in wrong("pyro")
 
 
-# ---- vectors: their derivatives in closed form
+# ---- vectors, with derivatives in closed form
 
 
 def softmax(logits):
@@ -372,7 +372,7 @@ VECTORS = [
 
 @pytest.mark.parametrize("family", dict.fromkeys(name for name, *_ in VECTORS))
 def test_vectors(host, family):
-    """Equal logits, ties, flat concentrations, unit matrices, large and tiny values: all right in both hosts."""
+    """Equal logits, ties, flat concentrations, unit matrices, and large and tiny values are right in both hosts."""
     for name, closed_form, x, parameters in VECTORS:
         if name == family:
             right = closed_form(x, **parameters)
@@ -391,7 +391,7 @@ def test_vectors(host, family):
 
 @pytest.mark.parametrize(("x", "probs"), [(0, [1 / 3, 1 / 3, 1 / 3]), (1, [0.0, 0.7, 0.3]), (0, [1.0, 0.0, 0.0])])
 def test_probabilities_of_a_categorical(host, x, probs):
-    """Along the simplex, on which the hosts agree; where an alternative is impossible too, but for torch at a probability of 1."""
+    """The derivatives along the simplex are right, also if a category is impossible, except in torch at a probability of 1."""
     right = np.eye(3)[x] / probs[x]
     found = host.value_and_gradient(
         lambda v: host.dist.Categorical(probs=v["probs"], validate_args=False).log_prob(host.integers(x)), {"probs": np.array(probs)}

@@ -1,4 +1,4 @@
-"""``dependencies="graph"``: what leads from a draw to a cost, through everything that a program may do in between."""
+"""``dependencies="graph"``: whether a cost depends on a draw, through every kind of code in between."""
 
 import equinox
 import jax
@@ -165,7 +165,7 @@ def test_ways_in_pyro(way):
 
 
 def test_what_runs_after_a_branch_depends_on_it():
-    """Pyro's own provenance does not see this; the statement after the branch depends on the draw although its numbers do not."""
+    """A statement after a branch depends on the draw, although its numbers do not. Pyro's own provenance does not see this."""
 
     def way(k):
         if k > 0.5:
@@ -179,7 +179,7 @@ def test_what_runs_after_a_branch_depends_on_it():
 
 
 def test_validation_is_no_branch():
-    """The hosts look at numbers to check them; with validation on, a cost of b still does not depend on a."""
+    """The hosts' validation looks at numbers, but a cost of b still does not depend on a."""
 
     def way(k):
         pyro.sample("y", pyro_dist.Normal(k, 1.0), obs=torch.tensor(0.3))
@@ -191,7 +191,7 @@ def test_validation_is_no_branch():
 
 
 def test_parents_lead_through_parameters(host):
-    """b's parameters read a, and its proposal does not: the weight and the score of b's cost still carry those of a."""
+    """The parameters of b read a, its proposal does not. The cost of b still has the weight and the score of a."""
     sample, dist = host.sample, host.dist
 
     def guide():
@@ -232,7 +232,7 @@ def test_a_value_of_the_guide_does_not_depend_on_parents_in_the_model(host):
 
 
 def test_scan_and_cond_of_the_host():
-    """A draw inside scan cannot be followed there: what comes after it counts as dependent on it, what came before does not."""
+    """Everything after a draw inside scan counts as dependent on it, and nothing before it."""
 
     def guide():
         numpyro.sample("a", numpyro_dist.Bernoulli(0.4), infer={"estimator": LR()})
@@ -260,7 +260,7 @@ def test_scan_and_cond_of_the_host():
 
 
 def test_runs_of_the_program():
-    """A program of RP sites is traced once, as by Trace_ELBO; the graph takes one run more where a site has a score."""
+    """A program of RP sites is traced once, as under Trace_ELBO. The graph takes one more run if a site has a score."""
     runs = []
 
     def program():
@@ -282,7 +282,7 @@ def test_runs_of_the_program():
 
 
 def test_both_modes_have_the_same_mean(host):
-    """At a program where the graph knows more than the order does, with a discrete index in between; the exact gradient by a sum."""
+    """Both modes have the exact mean gradient at a program where they find different dependencies."""
     table, logits = np.array(TABLE), np.array([0.2, -0.1])
 
     def guide(h, t):
@@ -312,7 +312,7 @@ class OneWay(numpyro_dist.transforms.ExpTransform):
 
 
 def test_draws_that_cannot_be_marked_as_they_are():
-    """The graph is found beside a site whose density needs its base sample, and beside a substituted Python number."""
+    """The graph is right next to a site whose density needs its base sample, and next to a substituted Python number."""
 
     def guide():
         numpyro.sample("k", numpyro_dist.Bernoulli(0.4))
@@ -331,7 +331,7 @@ def test_draws_that_cannot_be_marked_as_they_are():
 
 
 def test_a_divergence_in_closed_form_does_not_depend_on_its_site(host):
-    """By program order too: it is the expectation over the site, given what was drawn before."""
+    """It is an expectation over the site given the earlier draws, so it does not depend on the site, also by program order."""
 
     def part(h, t):
         a = h.sample("a", h.dist.Normal(t, h.array(1.0)))
@@ -339,4 +339,4 @@ def test_a_divergence_in_closed_form_does_not_depend_on_its_site(host):
 
     program = HostProgram(lambda h, t: part(h, t[0]), lambda h, t: part(h, 0 * t[0]), (0.5,))
     samples = host.gradients(program, 100, estimators={"a": LR(), "b": LR()}, entropy="analytic", dependencies="plates")
-    np.testing.assert_allclose(samples, -0.5, atol=1e-12)  # of -KL(a) alone; that of b is 0 for every a
+    np.testing.assert_allclose(samples, -0.5, atol=1e-12)  # the gradient of -KL(a) alone; that of b is 0 for every a

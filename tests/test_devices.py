@@ -1,4 +1,4 @@
-"""What a GPU asks of the code in Pyro, by a stand-in: its tensors reach numpy through the CPU alone, its generator is put back."""
+"""Requirements of a GPU in Pyro, tested without one: tensors go to numpy through the CPU, and the generator's state is restored."""
 
 import sys
 
@@ -38,7 +38,7 @@ TOOLS = {
 
 @pytest.fixture
 def far_away(monkeypatch):
-    """Code of flowvi that makes numbers of a tensor without ``.cpu()`` fails, as it does on a GPU."""
+    """Make code in flowvi fail if it converts a tensor to numpy without ``.cpu()``, as on a GPU."""
     near = []
     to_cpu = torch.Tensor.cpu
 
@@ -69,7 +69,7 @@ def test_numbers_come_by_way_of_the_cpu(far_away, name):
 
 
 def test_the_guard_sees_it(far_away):
-    """Run as code of flowvi, a conversion without ``.cpu()`` fails, and one with it does not."""
+    """In code of flowvi, a conversion without ``.cpu()`` fails, and one with it passes."""
     code = {"__name__": "flowvi.made_up", "tensor": torch.ones(2)}
     exec("a = tensor.cpu().numpy()", code)
     with pytest.raises(AssertionError, match="does not turn into numbers"):
@@ -78,7 +78,7 @@ def test_the_guard_sees_it(far_away):
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_the_generator_of_a_gpu_is_put_back(monkeypatch, name):
-    """The state of one, of which a seed of torch's is a new state."""
+    """After a seed of torch, the state of the GPU's generator is restored."""
     state = [torch.tensor([7], dtype=torch.uint8)]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -93,6 +93,6 @@ def test_the_generator_of_a_gpu_is_put_back(monkeypatch, name):
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_gpu_that_is_not_in_use_gets_no_seed(monkeypatch, name):
-    """Torch keeps a seed for when it will be, which could not be taken back."""
+    """A GPU that is not in use gets no seed, because torch would store the seed for later and it could not be undone."""
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a seed for a GPU"))
     TOOLS[name]()

@@ -1,4 +1,4 @@
-"""The documentation site builds without a warning and without a network, and misses no public name."""
+"""The documentation site builds without a warning and without a network, and documents every public name."""
 
 import inspect
 import os
@@ -37,7 +37,7 @@ def every_public_name_is_in_the_reference(site):
 
 
 def every_page_is_built_and_linked(site):
-    """From the index, whose sidebar lists every page."""
+    """The index links to every page in its sidebar."""
     linked = set(re.findall(r'href="([\w/.]+)\.html', (site / "index.html").read_text()))
     assert linked.issuperset({*PAGES, "gallery/index"} - {"index"})
     for page in PAGES:
@@ -45,7 +45,7 @@ def every_page_is_built_and_linked(site):
 
 
 class Loaded(HTMLParser):
-    """What a browser fetches to show a page."""
+    """The files that a browser loads to show a page."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ def formulas_are_mathml(site):
 
 
 def built(root):
-    """The site, built from a copy of what it is made of; the gallery's scripts are shown but not run."""
+    """The site, built from a copy of its sources, without running the scripts of the gallery."""
     generated = ignore_patterns("_build", "api", "gallery", "__pycache__")
     for part in ("docs", "examples"):
         copytree(ROOT / part, root / part, ignore=generated)
@@ -90,7 +90,7 @@ def built(root):
 
 @pytest.mark.slow  # half a minute; `.ci/run` runs it
 def test_site(tmp_path):
-    """One test, so that one process builds the site once."""
+    """This is one test, so that the site is built only once."""
     site = built(tmp_path)
     every_public_name_is_in_the_reference(site)
     every_page_is_built_and_linked(site)
@@ -100,7 +100,7 @@ def test_site(tmp_path):
 
 @pytest.mark.parametrize("module", ["flowvi", "flowvi.fields", "flowvi.proposals", "flowvi.numpyro", "flowvi.pyro"])
 def test_public_docstrings_are_whole(module):
-    """What is public, but for records, says what it requires, shows an example and names its source."""
+    """Every public docstring, except those of records, has requirements, an example and references."""
     records = ("flowvi.fields.Part", "flowvi.proposals.Density")
     for name in set(public_names(module)) - set(records):
         text = inspect.getdoc(getattr(import_module(module), name.removeprefix(f"{module}.")))
@@ -111,13 +111,13 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
-    """The code blocks of the README in a language, NumPyro's and Pyro's."""
+    """The code blocks of the README in a language, by host."""
     return dict(zip(("numpyro", "pyro"), re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL), strict=True))
 
 
 @pytest.mark.parametrize("host", ["numpyro", "pyro"])
 def test_readme(host, capsys):
-    """The script of the README fits, and so does the diff, before and after the change, with the model and guide of the script."""
+    """The script of the README runs, and so does its diff, before and after the change, with the script's model and guide."""
     script = blocks("python")[host]
     few = {"numpyro": ("1000)", "20, progress_bar=False)"), "pyro": ("range(500)", "range(20)")}[host]
     assert few[0] in script
@@ -137,7 +137,7 @@ def test_readme(host, capsys):
 
 
 def test_readme_asks_for_advice(monkeypatch):
-    """Its two expressions in line, with an advice that takes no time."""
+    """The two inline expressions run, with a fake recommendation that takes no time."""
     ask, take = re.findall(r"`([^`\n]*advice[^`\n]*)`", README)
     advice = SimpleNamespace(estimators={"matters": Enumerate()}, options={"entropy": "stl", "num_particles": 4})
     monkeypatch.setattr(flowvi.numpyro, "recommend", lambda model, guide: advice)
@@ -149,7 +149,7 @@ def test_readme_asks_for_advice(monkeypatch):
 
 @pytest.mark.slow
 def test_guidance_runs(monkeypatch, capsys):
-    """The blocks on NumPyro, one after the other, with an advice that takes no time and a shorter fit."""
+    """The NumPyro blocks run one after the other, with a fake recommendation and a shorter fit."""
     advice = SimpleNamespace(estimators={"k": Enumerate()}, options={"entropy": "stl", "num_particles": 4})
     monkeypatch.setattr(flowvi.numpyro, "recommend", lambda model, guide, x, y: advice)
     first, second, *_ = re.findall(r"```python\n(.*?)```", (DOCS / "guidance.md").read_text(), re.DOTALL)
@@ -173,7 +173,7 @@ def rows_of(table):
 
 
 def test_headline_numbers_are_those_of_the_tables():
-    """On both first pages: the speed on the digits, and how many of the small programs the stock objectives get wrong."""
+    """Both first pages have the speed on the digits, and the number of small programs that the stock objectives get wrong."""
     speed = {row[0]: row[-1] for row in rows_of((DOCS / "tables" / "digits.md").read_text()) if row[1] == "TraceFlow_ELBO"}
     cases = rows_of((DOCS / "_measured" / "stock.md").read_text())
     silent = [row for row in cases if "Error" not in row[3]]
@@ -204,7 +204,7 @@ def test_every_table_of_the_benchmarks_is_shown():
 
 
 def test_summary_of_step_times():
-    """The lowest and the highest medians that the page names are those of the tables."""
+    """The lowest and highest medians on the page are those of the tables."""
     page = (DOCS / "performance.md").read_text()
     for host in ("numpyro", "pyro"):
         table = (DOCS / "tables" / f"step_time_{host}.md").read_text()
@@ -219,7 +219,7 @@ def test_summary_of_step_times():
 
 
 def test_summary_of_convergence():
-    """The medians that the page names are those of the tables."""
+    """The medians on the page are those of the tables."""
     text = " ".join((DOCS / "performance.md").read_text().split())
     for table in (DOCS / "tables").glob("convergence_*.md"):
         default, best = (row[-2] for row in rows_of(table.read_text())[-2:])
@@ -238,7 +238,7 @@ def test_measurements_run(command):
 
 
 def test_numbers_of_the_decision_table_are_measured():
-    """Each number of its last column is in the table that the linked section includes."""
+    """Each number in the last column is in a table of the linked section."""
     page = (DOCS / "choosing.md").read_text()
     sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
     anchors = {title.lower().replace(" ", "-"): text for title, text in sections.items()}

@@ -1,4 +1,4 @@
-"""TraceFlow_ELBO as the loss of the hosts' own SVI: where every site is reparameterized, it is Trace_ELBO to the last digit."""
+"""TraceFlow_ELBO as the loss of the hosts' SVI: if every site is reparameterized, it equals Trace_ELBO to the last digit."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from flowvi import LR
 
 
 def pairs():
-    """Every program with one particle and with four, and every way to have four with one program."""
+    """Every program with one particle and with four, and one program with four particles in every way to run them."""
     for name, options in OPTIONS.items():
         for program in PROGRAMS:
             for option in options if program == "plain" else ("one", "four"):
@@ -67,4 +67,4 @@ def test_a_site_that_is_said_not_to_be_enumerated(host):
 
         return host.gradients(Program(guide, model, (0.3,)), 3)
 
-    assert_same(gradients({}), gradients({"enumerate": None}), rtol=0)  # as Pyro's config_enumerate(default=None) writes it
+    assert_same(gradients({}), gradients({"enumerate": None}), rtol=0)  # Pyro's config_enumerate(default=None) writes this

@@ -1,4 +1,4 @@
-"""``entropy="analytic"``: the divergence of a site in closed form, where host and program allow it (for "stl" see test_exact.py)."""
+"""``entropy="analytic"``: divergences in closed form, where host and program allow it. For "stl" see test_exact.py."""
 
 import math
 
@@ -30,7 +30,7 @@ def at_truth(samples, truth):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_site(host, kind):
-    """The only noise left is that of the likelihood, whose variance under RP is exact."""
+    """Only the noise of the likelihood is left, and its variance under RP is exact."""
     program = normal_normal(OFF["theta"]["value"])
     samples = host.gradients(program, N, estimators={"x": KINDS[kind](None)}, entropy="analytic")
     assert at_truth(samples, OFF["gradient"])
@@ -44,7 +44,7 @@ def test_one_site(host, kind):
 
 
 def hierarchy(reordered=False, tempered=1.0):
-    """Both chains of two Normals; the model's log densities are tempered by a factor where asked."""
+    """Guide and model are chains of two Normals; the model's log densities may be tempered by a factor."""
 
     def guide(h, t):
         first = h.sample("a", h.dist.Normal(t[0], h.array(0.8)))
@@ -89,14 +89,14 @@ def test_parents_stay_live(host, estimators, dependencies):
 
 
 def test_densities_that_count_differently_are_sampled(host):
-    """A tempered model has no divergence in closed form: both log densities are then sampled, each by its own factor."""
+    """With a tempered model there is no closed form; both log densities are then sampled, each with its own factor."""
     samples = host.gradients(hierarchy(tempered=0.5), N, entropy="analytic")
     assert at_truth(samples, exact_hierarchy(0.5))
     assert not at_truth(samples, exact_hierarchy())
 
 
 def test_describe_says_where(host):
-    """x has a closed form, y a family without one in its model."""
+    """`describe` says that x has a closed form and y has none."""
 
     def guide():
         host.sample("x", host.dist.Normal(host.array(0.1), 1.0))

@@ -1,4 +1,4 @@
-"""``Estimated``, the wrapper: the annotation's numbers, the distribution's interface, and Pyro's own ELBOs."""
+"""The wrapper ``Estimated``: it equals the annotation, has the interface of a distribution, and works under Pyro's own ELBOs."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from flowvi import LR, RP
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_wrapper_is_the_annotation(host, kind):
-    """Estimated(p, e), in any nesting, does sample by sample what the mapping does; outside flowvi it is p."""
+    """In any nesting, Estimated(p, e) gives the samples of the mapping; outside flowvi it is p."""
 
     def program(wrap):
         def guide(h, t):
@@ -65,7 +65,7 @@ def test_the_wrapper_is_a_distribution(host):
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "cdf"])
 @pytest.mark.parametrize("elbo", ["Trace_ELBO", "TraceGraph_ELBO", "TraceEnum_ELBO"])
 def test_the_wrapper_under_pyros_own_elbos(elbo, kind):
-    """At q = p Pyro's own objectives follow the estimator: x -> y, so that a lost path or score would show."""
+    """With q = p, Pyro's own objectives use the estimator. y depends on x, so that a lost path or score would show."""
     n = 20_000
     leaf = torch.full((n,), 0.4, requires_grad=True)
 

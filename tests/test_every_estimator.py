@@ -1,4 +1,4 @@
-"""What every estimator has to be, whatever it does: see the table in ``estimators.py``."""
+"""The properties of every estimator in the table of ``estimators.py``."""
 
 import pickle
 from functools import cache
@@ -23,9 +23,9 @@ def wave(h, x):
 
 
 def evaluate(host, estimator, learned=None, particles=1, cost=wave, mask=True, live=tuple(THETA), by=1.0, run=None, site=normal):
-    """The loss, and its gradients in loc and scale, of two Normals, or other sites, in a plate.
+    """The loss and its gradients in loc and scale, with two Normals or other sites in a plate.
 
-    Of the parameters only those that are ``live`` depend on what is differentiated, ``by`` times as much as they are.
+    Only the ``live`` parameters depend on the variables that are differentiated, scaled by ``by``.
     """
 
     def distribution(moved):
@@ -57,7 +57,7 @@ def itself(h, x):
 
 @cache
 def by_lr(host, q, particles, site):
-    """The loss where x is the cost."""
+    """The loss with the cost x."""
     return evaluate(host, LR(q=q), None, particles, cost=itself, mask=False, site=site)[0]
 
 
@@ -65,12 +65,12 @@ def by_lr(host, q, particles, site):
 
 
 def value(host, row):
-    """The value is the drawn number, bit for bit: x is the cost, and LR at the same density has nothing that could move it."""
+    """The value is the drawn number bit for bit: with the cost x, the loss is that of LR at the same density."""
     assert of_row(host, row, cost=itself, mask=False)[0] == by_lr(host, row.draws or row.make().q, row.particles[0], row.site)
 
 
 def linear(host, row):
-    """The tangent of the value and the score are linear in dtheta: parameters add up, one that moves thrice as far counts thrice."""
+    """The derivatives of value and score are linear in dtheta: parameters add up, and a step three times as far counts three times."""
     _, both = of_row(host, row)
     for name in THETA:
         _, alone = of_row(host, row, live=(name,), by=3.0)
@@ -78,7 +78,7 @@ def linear(host, row):
 
 
 def unbiased(host, row):
-    """The mean over many draws is the exact gradient, for one particle and for several."""
+    """The mean over many draws is the exact gradient, with one particle and with several."""
     for name in row.cases:
         program, exact = CASES[name].program, EXACT[name.split(",")[0]]["gradient"]
 
@@ -93,7 +93,7 @@ def unbiased(host, row):
 
 
 def refused(host, row):
-    """Where it would be wrong it raises, and the message names the site."""
+    """A site at which it would be wrong raises an error that names the site."""
     if row.refused is None:
         assert row.make is Auto
         return
@@ -107,7 +107,7 @@ def refused(host, row):
 
 
 def plain(row):
-    """A value: equal to another that is made alike, and so are what its repr makes and what is pickled; equal ones hash alike."""
+    """Equal arguments make equal estimators with equal hashes; a repr and a pickle give an equal estimator too."""
     one, names = row.make(), {**vars(estimators), **vars(fields), **vars(flowvi)}
     for make in (row.make, lambda: eval(repr(one), names), lambda: pickle.loads(pickle.dumps(one))):
         again = make()
@@ -133,14 +133,14 @@ def test_every_estimator_is_a_plain_value(name):
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_estimator_is_rejected(host, what):
-    """It fails the property that it lacks, so that the table is seen to be able to fail."""
+    """A wrong estimator fails the property that it violates, so the tests can fail."""
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         plain(WRONG[what]) if what == "plain" else OF_A_HOST[what](host, WRONG[what])
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_grad_of_jit_in_numpyro(name):
-    """The gradient of a compiled loss is that of the loss; ``unbiased`` has compiled gradients."""
+    """The gradient of a compiled loss is that of the loss. (``unbiased`` compiles the gradient.)"""
     host, row = HOSTS["numpyro"], ROWS[name]
 
     def run(params, model, guide, plates, **options):
@@ -155,7 +155,7 @@ def test_grad_of_jit_in_numpyro(name):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_without_validation_in_pyro(name):
-    """What the validation looks at changes no number."""
+    """Without validation all numbers stay the same."""
     host, row = HOSTS["pyro"], ROWS[name]
     loss, gradients = of_row(host, row)
     with pyro.validation_enabled(False):

@@ -1,4 +1,4 @@
-"""Every row of exact.json that flowvi's estimators can express: mean and variance against the exact ones, in both hosts."""
+"""Mean and variance of every row of exact.json that flowvi can express, against the exact ones, in both hosts."""
 
 import numpy as np
 import pytest
@@ -11,13 +11,13 @@ N = 40_000
 
 
 def variance_z_scores(samples, variance):
-    """Of the sample variance, with its own sampling error."""
+    """z-scores of the sample variance, with its own sampling error."""
     d2 = (samples - samples.mean(0)) ** 2
     return (d2.mean(0) - np.asarray(variance)) / np.maximum(d2.std(0) / np.sqrt(len(samples)), 1e-9)
 
 
 def rows():
-    """The id of each row's test, the case and the row."""
+    """The id of each test, the case and the row."""
     for name, case in CASES.items():
         for row in EXACT[name.split(",")[0]]["estimators"]:
             label, q = row["estimator"], row["q"]
@@ -25,7 +25,7 @@ def rows():
                 yield f"{name}-{label}-{q}".replace(" ", "_"), (name, row)
 
 
-# with one order of the coordinates the field, and so the variance, changes with a constant added to the logits, which Pyro normalises
+# with an order of the coordinates, the variance depends on a constant added to the logits, which Pyro removes
 NORMALISED = ("telescoping field, coordinates (0,1)", "telescoping field, coordinates (1,0)")
 
 
@@ -43,7 +43,7 @@ def test_every_row_is_accounted_for():
 
 
 def slow_in_numpyro(value):
-    """Rows of another sampling density, but those of one case, and those of the default way to find dependencies."""
+    """Rows with another sampling density, except in one case, and rows with the default dependencies."""
     name, row = value
     return name.endswith(", graph") or (row["q"] != "p" and not name.startswith("normal-loc-square"))
 
@@ -70,14 +70,14 @@ def test_row(host, name, row):
         assert np.all(np.abs(variance_z_scores(samples, row["variance"])) < 5)
 
     four = {"particles": 4, "seed": 1, **options}
-    for vectorize in (True, False) if host.name == "pyro" else (True,):  # NumPyro's loop: test_row_looped_in_numpyro
+    for vectorize in (True, False) if host.name == "pyro" else (True,):  # test_row_looped_in_numpyro has NumPyro's loop
         samples = host.gradients(case.program, N // 4, vectorize=vectorize, **four)
         error = samples.std(0) / np.sqrt(len(samples)) + 1e-9  # the leave-one-out baseline changes the variance
         assert np.all(np.abs(samples.mean(0) - truth) < 5 * error)
 
 
 def looped_rows():
-    """In NumPyro a loop over particles is one more compilation, so that most rows are left to the slow tests."""
+    """In NumPyro a loop over particles is compiled separately, so most rows are slow tests."""
     quick = ("normal-scale-square", "normal-to-bernoulli", "plate4", "elbo-normal-normal-off", "mvn")
     for label, (name, row) in rows():
         marks = [] if name.startswith(quick) and "graph" not in name and row["q"] != "N(loc,(1.4 scale)^2)" else [pytest.mark.slow]
@@ -112,7 +112,7 @@ TRAPS = {
 
 @pytest.mark.parametrize(("name", "trap"), [(name, trap) for name, traps in TRAPS.items() for trap in traps])
 def test_trap(host, name, trap):
-    """The estimate is at the truth, and far from where the bug would put it."""
+    """The estimate is right, and far from the value that the bug would give."""
     case, exact = CASES[name], EXACT[name]
     first, second, q = TRAPS[name][trap]
     names = ("x1", "x2") if name.startswith("chain") else ("x", "b")
@@ -145,13 +145,13 @@ def test_plain_weights(host, kind):
     samples = host.gradients(program, N, particles=2, estimators={"x": KINDS[kind](q)}, baseline=None)
     assert abs(z_scores(samples, 0.6, row["variance"])) < 5
     assert abs(variance_z_scores(samples, row["variance"])) < 5
-    if kind == "LR":  # not where self-normalised weights would put it
+    if kind == "LR":  # and not that of self-normalised weights
         wrong = next(r["mean"] for r in EXACT["self-normalised-K2"]["estimators"] if r["estimator"].startswith("TRAP LR"))
         assert abs(z_scores(samples, wrong, row["variance"])) > 5
 
 
 def test_the_tests_can_fail(host):
-    """A field with a divergence that is not its own, and a mask without its gradient term, are rejected by the same z-scores."""
+    """The same z-scores reject a field with the wrong divergence, and a mask without its gradient term."""
     case, truth = CASES["normal-loc-step-smooth"], EXACT["normal-loc-step-smooth"]["gradient"]
 
     def mask(x):

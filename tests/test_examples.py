@@ -1,4 +1,4 @@
-"""The examples run: a short form of each, in a process of its own; those of the gallery in this one."""
+"""A short form of each example runs in a separate process; those of the gallery run in this one."""
 
 import os
 import runpy
@@ -35,11 +35,11 @@ matplotlib.use("agg")
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 @pytest.mark.parametrize("script", [pytest.param(path.name, marks=[] if path.name in QUICK else pytest.mark.slow) for path in GALLERY])
 def test_gallery(script, monkeypatch):
-    """In single precision, as a user runs it; it ends with a figure and a sentence on it."""
+    """Each gallery script runs in single precision, like for a user, and ends with a figure and a sentence about it."""
     monkeypatch.setattr(sys, "argv", [script, "--smoke"])
     torch.set_default_dtype(torch.float32)
     jax.config.update("jax_enable_x64", False)
-    plt.close("all")  # figures of other tests
+    plt.close("all")  # closes the figures of other tests
     with plt.rc_context():
         runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
     assert plt.get_fignums()

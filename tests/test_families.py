@@ -1,4 +1,4 @@
-"""The table of families: which column is empty where, and why; and that what stands in it is true of the hosts' distributions."""
+"""The table of families: why a column is empty, and whether its entries are true for the hosts' distributions."""
 
 from dataclasses import fields as columns_of
 from typing import ClassVar
@@ -19,7 +19,7 @@ from flowvi.rebuild import arguments, parameters, rebuild
 
 
 def by(*names):
-    """The classes of families that one host calls by how they are parameterised."""
+    """The classes of families whose name in one host includes the parameterization."""
     return tuple(f"{name}{parameter}" for name in names for parameter in ("", "Logits", "Probs"))
 
 
@@ -31,7 +31,7 @@ CONTINUOUS = tuple(name for name in FAMILIES if name not in DISCRETE)
 
 
 class Missing:
-    """For each column, the reasons for which it is empty, and the families for which that is right."""
+    """The reasons for an empty column, and the families for each reason."""
 
     parameters: ClassVar = {"it has those of its parts": MIXTURES}
     separate: ClassVar = {
@@ -111,7 +111,7 @@ class Missing:
     }
 
 
-FACTS = ("name", "vanishing", "circle", "binary")  # where False is an answer
+FACTS = ("name", "vanishing", "circle", "binary")  # columns in which False is an entry
 
 
 @pytest.mark.parametrize("column", [c.name for c in columns_of(Family) if c.name not in FACTS])
@@ -129,9 +129,9 @@ def test_facts():
     assert {name for name, f in FAMILIES.items() if f.symmetric} == {"Normal", "Laplace", "Logistic", "Cauchy", "StudentT"}
 
 
-# ---- what stands in the columns
+# ---- the entries of the columns
 
-THETA = {  # of every scalar family, and of those whose scores can be told apart
+THETA = {  # parameters of every scalar family, and of the families with separate scores
     **{name: {"loc": 0.3, "scale": 0.8} for name in ("Normal", "Laplace", "Logistic", "Cauchy", "LogNormal", "Gumbel")},
     "StudentT": {"df": 4.5, "loc": 0.3, "scale": 0.8},
     **{name: {"scale": 1.2} for name in ("HalfNormal", "HalfCauchy")},
@@ -156,7 +156,7 @@ THETA = {  # of every scalar family, and of those whose scores can be told apart
 
 
 def made(h, name):
-    """The distribution; None where the host has no class of this name."""
+    """The distribution, or None if the host has no class of this name."""
     make = getattr(h.dist, name, None)
     p = make and make(**{k: v if k == "total_count" else h.array(v) for k, v in THETA[name].items()})
     return p if type(p).__name__ == name else None
@@ -193,7 +193,7 @@ def separate(params):
 
 @pytest.mark.parametrize(("h", "name"), separate(BOTH))
 def test_scores_apart(h, name):
-    """Together the scores have the derivative of the host's log_prob."""
+    """The separate scores sum to the derivative of the host's log_prob."""
     p, known = made(h, name), FAMILIES[name].parameters
     x, host = drawn(h, p, 4), host_of(p)
     theta = [h.array(np.array([THETA[name][k]] * 4)) for k in known]
@@ -221,7 +221,7 @@ def gradient(h, f, theta):
 
 @pytest.mark.parametrize(("h", "name"), BOTH)
 def test_standardized_is_roughly_normal(h, name):
-    """By its quartiles, which a standard Normal has at 0 and +-0.67."""
+    """The standardized value has the quartiles of a standard Normal, about 0 and +-0.67."""
     p, family = made(h, name), FAMILIES[name]
     if family.standardized is None or name == "VonMises":
         return
@@ -258,7 +258,7 @@ def test_fields_serve_their_families(name):
 
 
 def velocity(h, name, field, x, theta):
-    """The derivatives of the value at x in each parameter, at a site of its own each."""
+    """The derivatives of the value at x in each parameter, each at a separate site."""
 
     def value(values):
         p = getattr(h.dist, name)(**dict(zip(theta, values, strict=True)))
@@ -269,7 +269,7 @@ def velocity(h, name, field, x, theta):
 
 
 def test_inverse_gamma(host):
-    """Of x = 1 / y, dx = -x^2 dy, with JAX's derivative of y in the concentration, right to 1e-13."""
+    """With x = 1 / y, dx is -x^2 dy, where JAX's derivative of the Gamma sample y in the concentration is right to 1e-13."""
     x = np.array([0.02, 0.3, 0.9, 4.0, 70.0])
     theta = {"concentration": np.array([0.3, 1.0, 2.5, 2.5, 0.8]), "rate": np.array([1.2, 0.7, 1.2, 3.0, 0.5])}
     found = velocity(host, "InverseGamma", fields.inverse_gamma(), x, theta)
@@ -281,7 +281,7 @@ def test_inverse_gamma(host):
         np.testing.assert_allclose(found[name], -(x**2) * gamma[name], rtol=1e-12)
 
 
-# ---- a distribution made again
+# ---- a distribution rebuilt with other parameters
 
 
 def test_rebuild(host):

@@ -35,7 +35,7 @@ def at(host, distribution, theta, field, x):
     x = np.asarray(x, float)
     if host.name == "numpyro":
         n = len(x)
-        x = np.resize(x, (40 if n <= 40 else 450, *x.shape[1:]))  # one shape for all, which JAX compiles once
+        x = np.resize(x, (40 if n <= 40 else 450, *x.shape[1:]))  # the same shape for all rows, so that JAX compiles once
         t = np.full(len(x), theta)
         tangent = jnp.ones(t.shape)
         u, psi = jax.jvp(draw, (jnp.asarray(t),), (tangent,))[1]
@@ -56,7 +56,7 @@ def at(host, distribution, theta, field, x):
 
 
 def divergence(host, distribution, theta, field, x, directions, step):
-    """The divergence of u by differences, along directions in which coordinate i of u moves."""
+    """The divergence of u by finite differences, along the given directions."""
     x = np.asarray(x, float)
     total = 0.0
     for i, e in enumerate(directions):
@@ -79,7 +79,7 @@ SLOW_IN_NUMPYRO = each("row", ROWS, slow_in_numpyro=always, hosts=lambda row: ro
 
 @ALL_ROWS
 def test_transport_equation(host, row):
-    """Psi is div u + u . grad log p + d_theta log p: 0 for a pathwise field."""
+    """psi = div u + u . grad log p + d_theta log p, which is 0 for a pathwise field."""
     tolerance = 10.0**-row.digits
     psi, expected = psi_by_definition(host, row.distribution, row.theta, row.field(), row.x)
     np.testing.assert_allclose(psi, expected, rtol=0, atol=tolerance)
@@ -98,7 +98,7 @@ def test_divergence_against_automatic(host, row):
 
 @ALL_ROWS
 def test_flux(host, row):
-    """The flux p (u - v) through each end of the support is 0, v the speed of the end."""
+    """The flux p (u - v) through each end of the support is 0, where v is the speed of the end."""
     flux_free = row.field()
     if "VonMises" in str(row.field()) or "von_mises()" in str(flux_free):
         pytest.skip("a circle has no ends")
@@ -121,7 +121,7 @@ def log_density(host, row, theta, x):
 
 
 def grid(row, theta):
-    """Points and weights over the support, in two parts that meet at the kink."""
+    """Quadrature points and weights over the support, split at the kink."""
     low, high = row.support(theta)
     kink = row.kink(theta) if low < row.kink(theta) < high else (low + high) / 2
     parts = [nodes(low, kink), nodes(kink, high)]
@@ -167,7 +167,7 @@ def test_hosts_agree(name):
 def test_transport_equation_of_vectors(host, name):
     distribution, field, x = VECTORS[name]
     directions = np.eye(x.shape[-1])
-    if name.startswith("Dirichlet"):  # in the chart without the last coordinate
+    if name.startswith("Dirichlet"):  # without the last coordinate, which depends on the others
         directions = (directions - directions[-1])[:-1]
     psi, expected = psi_by_definition(host, distribution, 0.1, field(), x, directions, step=1e-3 if "Dirichlet" in name else 1e-2)
     np.testing.assert_allclose(psi, expected, rtol=0, atol=1e-8)
@@ -195,12 +195,12 @@ def test_the_dirichlet_field_is_tangent(host):
     np.testing.assert_allclose(u.sum(-1), 0.0, atol=1e-15)
 
 
-# ---- the quadrature over a wide range of shapes
+# ---- implicit fields over a wide range of shapes
 
 
 @pytest.mark.parametrize("a", [0.01, 0.1, 0.7, 2.0, 30.0, 1000.0])
 def test_implicit_gamma_over_shapes(host, a):
-    """Against JAX's derivative, right to 1e-13, from quantile 1e-6 to 1 - 1e-6."""
+    """The field is JAX's derivative, which is right to 1e-13, from quantile 1e-6 to 1 - 1e-6."""
     y = np.maximum(special.gammaincinv(a, np.array([1e-6, 0.05, 0.3, 0.5, 0.7, 0.95, 1 - 1e-6])), 1e-250)
     expected = jax.lax.random_gamma_grad(jnp.full(y.shape, a), jnp.asarray(y))
     u = fields.gamma._gamma_implicit(host.ops, host.array(a), host.array(y))
@@ -210,7 +210,7 @@ def test_implicit_gamma_over_shapes(host, a):
 @pytest.mark.parametrize("a", [0.05, 0.5, 3.0, 100.0])
 @pytest.mark.parametrize("b", [0.05, 0.5, 3.0, 300.0])
 def test_implicit_beta_over_shapes(host, a, b):
-    """The flux p u is minus the derivative of the cdf, by differences of SciPy's."""
+    """The flux p u is minus the derivative of the cdf, by finite differences of SciPy's cdf."""
     x = special.betaincinv(a, b, np.array([0.01, 0.2, 0.5, 0.8, 0.99]))
     x = x[(x > 1e-200) & (x < 1 - 1e-9)]
     step = 0.02 * min(a, a**0.5)
@@ -220,7 +220,7 @@ def test_implicit_beta_over_shapes(host, a, b):
     np.testing.assert_allclose(-u * np.exp(log_flux), slope, rtol=1e-8, atol=1e-10)
 
 
-# ---- what is refused, and what is told from the truth
+# ---- refusals, and wrong fields that the tests reject
 
 
 REFUSED = {
@@ -287,7 +287,7 @@ def test_arguments():
 
 
 def test_a_wrong_field_is_rejected(host):
-    """A mask without its gradient term, and u_loc = 1 for a truncated support, do not solve their equation."""
+    """A mask without its gradient term, and u_loc = 1 at a truncated support, violate the transport equation."""
     row = ROWS["Normal scale masked"]
     naive = fields.masked(lambda x, p: x**2 / (1 + x**2), fields.location_scale())
     naive = replace(naive, divergence=lambda x, p, dtheta: x**2 / (1 + x**2) * dtheta.scale / p.scale)
@@ -301,7 +301,7 @@ def test_a_wrong_field_is_rejected(host):
 
 
 def test_constant_parameters_cost_nothing():
-    """Only the parameters that carry a derivative are asked for their field."""
+    """The fields of constant parameters are not computed."""
     host, asked = HOSTS["pyro"], []
 
     def u(ops, x, p):
@@ -318,7 +318,7 @@ def test_constant_parameters_cost_nothing():
 
 @pytest.mark.parametrize(("coordinate", "exact", "of_pyro"), [(0, 0.0, -0.055), (1, -0.0588, -0.0038)])
 def test_where_the_mixtures_of_pyro_are_wrong(coordinate, exact, of_pyro):
-    """The derivative of E[x_i^2] in the first mixing logit: right with the field, wrong with Pyro's own sampler."""
+    """The derivative of E[x_i^2] in the first mixing logit is right with the field, and wrong with Pyro's own sampler."""
     host, n = HOSTS["pyro"], 200_000
     locs = host.array([[-1.0, 0.0], [1.0, 0.5]])
     logits = host.array([0.2, -0.3])
@@ -345,7 +345,7 @@ def test_where_the_mixtures_of_pyro_are_wrong(coordinate, exact, of_pyro):
 
 
 def test_mixture_of_components_far_apart(host):
-    """Where the density of a component underflows, its parameters move nothing, and the others what they should."""
+    """If the density of a component underflows, the derivative in its parameters is 0 and the others are right."""
     d, a = host.dist, host.array
 
     def moved(t):
@@ -358,7 +358,7 @@ def test_mixture_of_components_far_apart(host):
 
 
 def test_flow_holds_one_field():
-    """Whichever form its constructor was given."""
+    """Both forms of the constructor give one field."""
     by_name, by_field = Flow(loc=abs, scale=round), Flow(fields.per_element(loc=abs, scale=round))
     assert by_name == by_field
     assert hash(by_name) == hash(by_field)

@@ -1,4 +1,4 @@
-"""Fixed draws: the loss is a function of the parameters, whose derivative is the gradient."""
+"""Fixed draws: the loss is a deterministic function of the parameters, and the gradient is its derivative."""
 
 import jax
 import jax.flatten_util
@@ -19,7 +19,7 @@ START = {"loc": 0.1, "rate": -0.2, "w": np.array([0.3, -0.4])}
 
 
 def program(host):
-    """Three families, a plate, and a cost that couples them."""
+    """Sites of three families, one in a plate, and a cost that couples them."""
 
     def guide():
         host.sample("x", host.dist.Normal(host.param("loc", host.array(0.1)), host.math.exp(host.param("rate", host.array(-0.2)))))
@@ -70,7 +70,7 @@ def test_the_gradient_is_that_of_the_loss(host, runs):
 
 @each("name", sorted(SMOOTH), slow_in_numpyro=lambda name: name not in ("Normal", "Weibull"))
 def test_the_samplers_are_smooth(host, name):
-    """At fixed random numbers the derivative of a sample is its difference, wherever the parameters are."""
+    """At fixed random numbers the derivative of a sample agrees with finite differences, at all parameters."""
     special = {
         "MultivariateNormal": {"loc": np.zeros(2), "scale_tril": np.array([[0.7, 0.0], [0.3, 0.5]])},
         "LowRankMultivariateNormal": {"loc": np.zeros(2), "cov_factor": np.array([[0.7], [0.3]]), "cov_diag": np.array([0.5, 0.6])},
@@ -91,7 +91,7 @@ def test_the_samplers_are_smooth(host, name):
 
 @slow_in_numpyro
 def test_by_l_bfgs(host):
-    """It finds the minimum of the loss at these draws, to more digits than noise would allow."""
+    """L-BFGS finds the minimum of the loss at the fixed draws, more exactly than noise would allow."""
     model, guide = program(host)
     elbo = host.flow.TraceFlow_ELBO(10, vectorize_particles=True, particles="fixed", **nesting(host))
     if host.name == "pyro":
@@ -118,7 +118,7 @@ def test_by_l_bfgs(host):
 
 
 def test_the_first_loss_is_at_the_same_draws():
-    """Although Pyro runs the program before it, to find out how deep its plates are."""
+    """The first loss has the same draws, although Pyro runs the program before it to count the nested plates."""
 
     def part(loc):
         pyro.sample("x", pyro.distributions.Normal(loc, 1.0))
@@ -133,7 +133,7 @@ def normal_guide():
 
 
 def drawing_guide():
-    """Its parameter begins at a random number, so that the first run draws one more."""
+    """A guide whose parameter starts at a random number, so that the first run draws one more."""
 
     def guide():
         pyro.sample("x", pyro.distributions.Normal(pyro.param("loc", lambda: torch.randn(())), 0.3))
@@ -182,7 +182,7 @@ def test_refusals(host):
 
 
 def test_a_report_of_their_noise_is_refused(host):
-    """Every sample of the gradient would be the same."""
+    """gradient_report is refused, because every sample of the gradient would be the same."""
     model, guide = program(host)
     with pytest.raises(ValueError, match="options: expected an objective that draws anew at every step, found particles='fixed'"):
         host.flow.gradient_report(model, guide, options={"particles": "fixed"})

@@ -1,4 +1,4 @@
-"""Single precision: every kind of estimator keeps the dtype and the mean."""
+"""Every kind of estimator keeps the dtype and the mean in single precision."""
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ LOC, SCALE = 0.5, 1.2
 
 @pytest.fixture
 def single():
-    """Single precision by default, and double afterwards."""
+    """Single precision as the default during a test."""
     numpyro.enable_x64(False)
     torch.set_default_dtype(torch.float32)
     yield
@@ -62,7 +62,7 @@ def test_mean_and_dtype(host, single, kind, q):
 @pytest.mark.parametrize("q", ["p", "q"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pyro_keeps_the_double_precision_of_a_program(single, kind, q, particles):
-    """A program in double precision under a default of single precision: the same numbers as under its own default."""
+    """In Pyro, a program in double precision gives the same numbers if the default is single precision."""
     host = HOSTS["pyro"]
     estimators = {"x": KINDS[kind](proposal(host, q)), "k": LR()}
 
@@ -93,15 +93,15 @@ SKEW = {
     "LogNormal": (0.3, 2.0),
     "Gumbel": (0.3, 1.2),
     "HalfCauchy": (1.2,),
-    "InverseGamma": (3.0, 0.1),  # whose log density in NumPyro is infinite below 1e-19
-    "Weibull": (50.0, 1.05),  # many of whose left ends are next to 0
+    "InverseGamma": (3.0, 0.1),  # NumPyro's log density is infinite below 1e-19
+    "Weibull": (50.0, 1.05),  # many left ends of slices are next to 0
 }
 
 
 @pytest.mark.parametrize("by", ["mass", "height"])
 @pytest.mark.parametrize("family", SKEW)
 def test_slices_of_skew_densities(host, single, family, by):
-    """The mean of the weight p/q is 1."""
+    """The weight p/q has the mean 1."""
     p = getattr(host.dist, family)(*map(host.array, SKEW[family]))
     q = getattr(proposals, f"slice_by_{by}")()(p).expand((N,))
     x = host.draw(q, seed=1)
@@ -111,7 +111,7 @@ def test_slices_of_skew_densities(host, single, family, by):
 
 
 def test_a_mode_that_is_0_in_single_precision(host, single):
-    """That of a wide LogNormal, exp(loc - scale^2): there is no density then, rather than a wrong one, and none under jit."""
+    """If the mode exp(loc - scale^2) of a wide LogNormal underflows, there is no density rather than a wrong one, also under jit."""
     for q in (proposals.slice_by_mass(), proposals.slice_by_height()):
         with pytest.raises(ValueError, match=r"slice_by_(mass|height) needs a LogNormal with a peak .*, not next to an end"):
             q(host.dist.LogNormal(host.array(0.0), host.array(11.0)))

@@ -1,4 +1,4 @@
-"""``recommend`` and ``check_program``: the test of two means, and tiny programs whose truth is known, in both hosts."""
+"""``recommend`` and ``check_program``: the test of two means, and tiny programs with known answers, in both hosts."""
 
 import math
 import time
@@ -27,7 +27,7 @@ matplotlib.use("agg")
 
 @pytest.fixture(autouse=True)
 def _own_time(monkeypatch):
-    """Only the time of this process counts, so that a busy machine changes nothing."""
+    """Use the CPU time of this process, so that a busy machine changes nothing."""
     monkeypatch.setattr(flowvi.guidance, "perf_counter", time.process_time)
 
 
@@ -56,7 +56,7 @@ def draws(law, shift=0.0, seed=0):
 
 @pytest.mark.parametrize("law", ["normal", "heavy", "skew", "rare"])
 def test_false_alarms(law):
-    """At a level of 5% hardly one in 200 tests is wrong, since what is found has to be confirmed."""
+    """At a level of 5% hardly one in 200 tests gives a false alarm, because a finding must be confirmed."""
     alarms = 0
     for seed in range(200):
         test = MeanTest(*draws(law, seed=seed), 0.05, 0.0)
@@ -68,7 +68,7 @@ def test_false_alarms(law):
 
 @pytest.mark.parametrize("law", ["normal", "heavy", "skew", "rare"])
 def test_power(law):
-    """A bias is found, by its element and its size."""
+    """The test finds a bias, its element and its size."""
     test = MeanTest(*draws(law, shift=1.5), 0.001, 0.0)
     while not test.is_decided and test.num_looks < 7:
         test.look()
@@ -78,7 +78,7 @@ def test_power(law):
 
 
 def test_what_would_have_been_found():
-    """A bias along the gradient as large as is said to be detectable is found in most cases."""
+    """The test finds most biases along the gradient that are as large as the reported detectable bias."""
     test = MeanTest(*draws("normal"), 0.001, 0.1)
     while not test.is_decided:
         test.look()
@@ -96,7 +96,7 @@ def test_what_would_have_been_found():
 
 
 def test_elements_that_the_reference_leaves_alone():
-    """The parameters of a baseline are trained by one of the two gradients only."""
+    """Elements whose reference gradient is 0 are ignored, such as the parameters of a baseline."""
 
     def gradients(fill):
         return lambda number: Batch(np.random.default_rng(number).normal(size=(8, 2)) * [1.0, 0.0] + [1.0, fill], 1.0)
@@ -118,14 +118,14 @@ def test_noise_counts_elements_in_the_units_of_adam():
     trial = Trial(lambda number: Batch(gradients[number], 2.0 + number), scale)
     for _ in gradients:
         trial.run()
-    assert abs(trial.noise - 0.5) < 0.02  # variance 1 over second moment 2, in every unit
+    assert abs(trial.noise - 0.5) < 0.02  # variance 1 over second moment 2, in any units
     assert trial.seconds == 2.0
     assert abs(trial.excess(trial)[0]) < 1e-12
     halved = Trial(lambda number: Batch(gradients[number] / 2, 1.0), scale)
     for _ in gradients:
         halved.run()
     excess, error = trial.excess(halved)
-    assert abs(excess - 7) < 5 * max(error, 1e-6) + 0.5  # four times the variance, twice the time
+    assert abs(excess - 7) < 5 * max(error, 1e-6) + 0.5  # four times the variance and twice the time
 
 
 def test_elements_without_a_gradient_do_not_count():
@@ -134,7 +134,7 @@ def test_elements_without_a_gradient_do_not_count():
 
 
 class Seldom:
-    """A program whose default has noise 1; with another entropy it is smaller in most samples, and larger on the whole."""
+    """A program whose default has noise 1. Another entropy has less noise in most samples, but more on average."""
 
     sites: dict = {}
     parameters = {"loc": 2}
@@ -153,7 +153,7 @@ class Seldom:
 
 @pytest.mark.parametrize("seconds", [0.0, 10.0])
 def test_the_default_is_kept_where_another_choice_is_seldom_noisy(seconds):
-    """In eight samples of ten the other one looks better; side by side, over more of them, it does not."""
+    """In eight of ten samples the other choice looks better; over more samples, measured side by side, it does not."""
     with Watch(10.0, False) as clock:
         search = Search(Seldom(), 1, clock)
         search.best = search.default._replace(entropy="stl")
@@ -193,7 +193,7 @@ def test_a_jump(host):
 
 @pytest.mark.slow
 def test_a_hidden_path_at_the_second_of_two_sites(host):
-    """The first site's gradient is wrong too, since its path leads through the second, which is at fault."""
+    """The second site is at fault. The gradient of the first is wrong too, because its path goes through the second."""
     pyro.clear_param_store()
 
     def model():
@@ -213,7 +213,7 @@ def test_a_hidden_path_at_the_second_of_two_sites(host):
 
 @pytest.mark.slow
 def test_elements_that_read_each_other(host):
-    """A score of the plate multiplies its own element's cost only, which is a bias here; a path is none."""
+    """If elements read each other, a score in the plate is biased, because it multiplies only its own element's cost. A path is not."""
     pyro.clear_param_store()
     y = host.array([1.0, 0.2, 1.4])
 
@@ -248,7 +248,7 @@ def test_no_bias(host):
 
 @pytest.mark.slow
 def test_a_divergence_that_is_wrong(host):
-    """A psi whose mean is not 0 is no bias beside the leave-one-out mean, but it is without one."""
+    """A psi whose mean is not 0 causes a bias without a baseline, but none with the leave-one-out mean."""
     program = normal_program(host, lambda x: host.sample("y", host.dist.Normal(x, host.array(0.8)), obs=host.array(1.1)))
     velocity = lambda x, p, dtheta: 0.5 * (dtheta.loc + (x - p.loc) / p.scale * dtheta.scale)
     wrong = Flow(velocity, divergence=lambda x, p, dtheta: 0.2 * dtheta.scale / p.scale)
@@ -286,7 +286,7 @@ def test_an_exact_sum(host):
 
 @slow_in_pyro
 def test_nothing_biased_is_recommended(host, monkeypatch):
-    """RP has the least noise where the cost jumps, and the wrong mean."""
+    """If the cost jumps, RP has the least noise and the wrong mean, so it is not recommended."""
     monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:2])
     cost = lambda x: host.factor("cost", host.math.where(x > 0.5, 3.0, 0.0) + 3.0 * x)
     advice = host.flow.recommend(*normal_program(host, cost), seconds=12, progress_bar=False)
@@ -296,7 +296,7 @@ def test_nothing_biased_is_recommended(host, monkeypatch):
 
 @slow_in_numpyro
 def test_particles_in_mirrored_pairs(host, monkeypatch):
-    """At a linear cost they leave no noise in the gradient of a location."""
+    """At a linear cost, mirrored pairs leave no noise in the gradient of a location."""
     monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:2])
     pyro.clear_param_store()
 
@@ -317,7 +317,7 @@ def test_particles_in_mirrored_pairs(host, monkeypatch):
 
 
 def test_pyro_keeps_a_loop_over_particles_where_a_plate_is_wrong(monkeypatch):
-    """The model adds up over all dims, those of the particles too."""
+    """Pyro keeps a loop over particles if the model sums over all dims, because a plate would mix the particles."""
     from hosts import HOSTS
 
     host = HOSTS["pyro"]
@@ -328,7 +328,7 @@ def test_pyro_keeps_a_loop_over_particles_where_a_plate_is_wrong(monkeypatch):
 
 
 def test_pyro_what_a_candidate_has_learned_is_kept(monkeypatch):
-    """Also while others are tried, which learn something else under the same name."""
+    """Learned parameters survive while other candidates learn under the same name."""
     from hosts import HOSTS
 
     monkeypatch.setattr(flowvi.pyro.guidance, "WARM_UP", 300)
@@ -343,7 +343,7 @@ def test_pyro_what_a_candidate_has_learned_is_kept(monkeypatch):
 
 
 def test_numpyro_knows_estimators_that_the_model_annotates():
-    """What these learn is no parameter of the program."""
+    """The learned parameters of annotated estimators do not count as parameters of the program."""
 
     def model():
         x = numpyro.sample("x", numpyro.distributions.Normal(0.0, 1.0), infer={"estimator": RP(control_variate="quadratic")})
@@ -362,7 +362,7 @@ def test_numpyro_knows_estimators_that_the_model_annotates():
 
 
 def test_pyro_is_left_as_it_was(monkeypatch):
-    """Generators, parameters and gradients; also what candidates learn."""
+    """Pyro's generators, parameters and gradients stay as they were, also those that candidates learn."""
     from hosts import HOSTS
 
     host = HOSTS["pyro"]
@@ -394,7 +394,7 @@ def test_pyro_what_was_learned_before_keeps_its_gradient():
 
 
 def test_pyro_modules_with_parameters_of_their_own(monkeypatch):
-    """As modules of torch are trained: the parameters are not in the store."""
+    """It works if the parameters are in torch modules and not in the parameter store."""
     from hosts import HOSTS
     from pyro.nn import PyroModule, PyroParam
 
@@ -419,7 +419,7 @@ def test_pyro_modules_with_parameters_of_their_own(monkeypatch):
 
 
 def test_numpyro_inside_scan():
-    """Only the wrapper can act there: nothing is measured, and the advice says so."""
+    """Inside scan only the wrapper acts, so nothing is measured, and the advice says so."""
     from numpyro.contrib.control_flow import scan
 
     def program():
@@ -440,7 +440,7 @@ def test_numpyro_inside_scan():
 
 
 def subsampled(host):
-    """A plate in mini-batches, with local parameters, below a global site."""
+    """A subsampled plate with local parameters, below a global site."""
 
     def program(loc, y=None):
         w = host.sample("w", host.dist.Normal(loc[0], host.array(0.9)))
@@ -454,7 +454,7 @@ def subsampled(host):
 
 
 def autoguided(host, kind):
-    """A guide that the host makes."""
+    """A program with an autoguide."""
     guides = pyro.infer.autoguide if host.name == "pyro" else numpyro.infer.autoguide
 
     def model():

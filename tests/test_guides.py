@@ -1,4 +1,4 @@
-"""Autoguides, handlers and modules of the hosts: where all draws are paths, TraceFlow_ELBO is Trace_ELBO to the last digit."""
+"""Autoguides, handlers and modules of the hosts: if all draws are pathwise, TraceFlow_ELBO equals Trace_ELBO to the last digit."""
 
 import inspect
 import warnings
@@ -107,7 +107,7 @@ def make_guide(h, name, model):
 
 
 def of_numpyro(elbos, guide, model, *args):
-    """Loss and gradient by each of the objectives."""
+    """Loss and gradient of each objective."""
     seeded = numpyro.handlers.seed(guide, 0)
     sites = numpyro.handlers.trace(seeded).get_trace(*args)
     params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
@@ -120,7 +120,7 @@ def of_numpyro(elbos, guide, model, *args):
 
 
 def of_pyro(elbo, make, model, *args):
-    """Loss and gradient, with a guide that is made anew."""
+    """Loss and gradient, with a new guide."""
     pyro.clear_param_store()
     pyro.set_rng_seed(1)
     guide = make(model)
@@ -131,7 +131,7 @@ def of_pyro(elbo, make, model, *args):
 
 
 def guides_and_particles():
-    """In NumPyro each is a compilation, so that several particles are left to the slow tests but for one guide."""
+    """Each guide with one particle and with several. In NumPyro, which compiles each, most rows with several are slow tests."""
     for host, names in AUTOGUIDES.items():
         for name, particles in product(names, (1, 3)):
             slow = host == "numpyro" and (particles == 3 or name == "AutoBNAFNormal") and name != "AutoNormal"
@@ -174,7 +174,7 @@ def test_pyro_an_enumerated_autoguide_takes_the_exact_sum():
     assert str(flowvi.pyro.TraceFlow_ELBO(estimators={"k": LR()}).describe(model, guide)[0].estimator) == "LR()"
 
 
-# ---- handlers: a guide and a model that a handler changes
+# ---- handlers that change a guide or a model
 
 
 def base_guide(h, name="w"):
@@ -214,7 +214,7 @@ def lifted_guide(h):
 
 
 def partly_observed(h, guide):
-    """Three sites, the second missing: its value is the latent site ``y_unobserved``."""
+    """Three observations with the second missing: its value is the latent site ``y_unobserved``."""
     with h.plate("n", 3):
         if guide:
             h.sample("y_unobserved", h.dist.Normal(m(h) + h.array([0.0, 0.0, 0.0]), s(h)))
@@ -242,12 +242,12 @@ HANDLED = {
 def test_handlers(host, handler):
     guide, model = HANDLED[handler](host)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a site of the guide that the model does not have: test_the_same_complaints
+        warnings.simplefilter("ignore", UserWarning)  # test_the_same_complaints has this warning
         assert_same(*both(host, (lambda h: guide(), lambda h: model())))
 
 
 def test_numpyro_substituted_values():
-    """A latent whose value is given is no draw: LR there adds nothing."""
+    """A latent with a substituted value is no draw, so LR adds nothing there."""
     guide = lambda h: numpyro.handlers.substitute(base_guide, data={"w": jnp.array(0.3)})(h)
     program = (guide, base_model)
     theirs, ours = both(NUMPYRO, program)
@@ -259,7 +259,7 @@ def test_numpyro_substituted_values():
 
 @pytest.mark.parametrize("handler", ["reparam", "lift", "scope", "obs_mask"])
 def test_sites_that_handlers_make_or_rename(host, handler):
-    """Sites are found where they are in the run, so that an estimator can be said there by name."""
+    """Estimators are given by the names that sites have in the run, after handlers have made or renamed them."""
     name = {"reparam": "w_decentered", "lift": "b", "scope": "p/w", "obs_mask": "y_unobserved"}[handler]
     guide, model = HANDLED[handler](host)
     described = host.flow.TraceFlow_ELBO(estimators={name: LR()}).describe(model, guide)
@@ -273,7 +273,7 @@ def test_infer_config_says_an_estimator(host):
     assert (site.estimator, site.source) == (LR(), "guide")
 
 
-# ---- the face of the objective
+# ---- the interface of the objective
 
 
 def test_the_hosts_arguments_in_the_hosts_order(host):
@@ -282,7 +282,7 @@ def test_the_hosts_arguments_in_the_hosts_order(host):
 
 
 def raised(f, *args):
-    """What is warned and raised."""
+    """The warnings and the error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -307,7 +307,7 @@ COMPLAINTS = {
 
 @pytest.mark.parametrize("what", COMPLAINTS)
 def test_the_same_complaints(host, what):
-    """Warnings and errors of a guide that does not match its model are the host's own."""
+    """If a guide does not match its model, the warnings and errors are those of the host."""
     guide, model = bind(host, COMPLAINTS[what])
 
     def evaluate(elbo):
@@ -319,7 +319,7 @@ def test_the_same_complaints(host, what):
 
 
 def test_arguments_reach_model_and_guide():
-    """NumPyro: traced arguments, keyword arguments and static ones; with the same key each step is the host's."""
+    """Traced, keyword and static arguments reach model and guide in NumPyro; with the same key each step is the host's."""
 
     def part(guide, x, *, y, twice):
         loc = m(NUMPYRO) if guide else 0.0
@@ -357,7 +357,7 @@ def test_pyro_arguments_reach_model_and_guide():
 
 
 def constant_costs():
-    """A latent in a plate, and costs that no draw leads to: one value, however many particles there are."""
+    """A latent in a plate, and costs that depend on no draw, so their value is the same for any number of particles."""
 
     def guide(h):
         h.sample("w", normal(h, m(h), s(h)))
@@ -381,7 +381,7 @@ VALUED = {
 )
 @pytest.mark.parametrize("program", VALUED)
 def test_the_value_does_not_depend_on_the_estimator(host, program, options):
-    """LR has the value of Trace_ELBO at the same draws."""
+    """With LR the loss has the value of Trace_ELBO at the same draws."""
     guide, model = bind(host, VALUED[program])
     elbos = host.library.infer.Trace_ELBO(**options), host.flow.TraceFlow_ELBO(default=LR(), **options)
     if host is NUMPYRO:
@@ -416,7 +416,7 @@ class Local(PyroModule):
 
 
 def test_pyro_module_local_params():
-    """Parameters that live in their module and not in the store."""
+    """The gradients are right if parameters are in their module and not in the store."""
 
     def gradient(elbo):
         with pyro.settings.context(module_local_params=True):
@@ -431,7 +431,7 @@ def test_pyro_module_local_params():
 
 
 def test_pyro_checkpoint(tmp_path):
-    """Parameters and optimizer, saved and loaded by Pyro, are all the state there is."""
+    """The parameters and the optimizer, saved and loaded by Pyro, are the whole state."""
 
     def objective():
         return flowvi.pyro.TraceFlow_ELBO(4, default=LR())

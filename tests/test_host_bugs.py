@@ -1,7 +1,7 @@
 """Programs whose gradient has a closed form, at which one of the hosts' own objectives is wrong and flowvi is right.
 
-Each docstring says what the host gets wrong. Where the half of the host fails, the host has mended it:
-drop that half, and say from which version on.
+Each docstring says what the host gets wrong. If the half of a test that shows the host's bug fails, the host has fixed the bug: remove
+that half, and note the version.
 """
 
 import funsor
@@ -28,13 +28,13 @@ GRAPH = numpyro.infer.TraceGraph_ELBO()
 
 
 def wrong_under(objective, program, host, exact, n=20_000):
-    """The host's own objective is far from the exact gradient. If not, it has been mended."""
+    """Assert that the host's own objective is far from the exact gradient. If not, the host has fixed it."""
     samples = host.gradients_of(objective, program, n)
     assert np.abs(z_scores(samples, exact)).max() > 5, (samples.mean(0), exact)
 
 
 def score_normal(h, loc, scale=1.0):
-    """A Normal at which the host's own objectives use a score."""
+    """A Normal for which the host's own objectives use a score."""
     return h.score_normal(loc, h.array(scale))
 
 
@@ -71,7 +71,7 @@ def test_numpyro_trace_elbo_has_no_score():
 def test_scale_acts_on_costs_only(host, kind, particles):
     """NumPyro's TraceGraph_ELBO scales the score as well as the costs: twice the gradient under ``handlers.scale``.
 
-    Scale 2 around both programs doubles the gradient, no more: d/dm of -KL(N(m, 1) || N(0, 1)) is -m.
+    A scale of 2 around both programs should double the gradient: d/dm of -KL(N(m, 1) || N(0, 1)) is -m.
     """
 
     def part(h, d):
@@ -94,7 +94,7 @@ def test_subsampled_plate(host, kind):
     """
 
     def part(h, loc, normal, observe):
-        # Pyro's replicates share one subsample, so that it is fixed there
+        # the subsample is fixed in Pyro, where replicates share one
         plate = numpyro.plate("n", 4, 2, -1) if h.name == "numpyro" else pyro.plate("n", 4, subsample=torch.tensor([0, 2]), dim=-1)
         with plate as index:
             z = h.sample("z", normal(h, loc + 0 * h.array(DATA)[index]))
@@ -147,7 +147,7 @@ def factor_of_the_guide(h, value):
 
 @ALL_KINDS
 def test_factor_in_the_guide(host, kind):
-    """NumPyro's TraceGraph_ELBO takes a factor of the guide for a score, and so drops its derivative.
+    """NumPyro's TraceGraph_ELBO treats a factor of the guide as a score, and so drops its derivative.
 
     d/dm of -KL(N(m, 1) || N(0, 1)) - m^2 is -m - 2 m.
     """
@@ -163,7 +163,7 @@ def test_factor_in_the_guide(host, kind):
 
 
 def test_autodais():
-    """NumPyro's TraceGraph_ELBO drops the derivative of AutoDAIS's factors; all draws are paths, so that Trace_ELBO is right."""
+    """NumPyro's TraceGraph_ELBO drops the derivative of AutoDAIS's factors. Trace_ELBO is right, because all draws are pathwise."""
 
     def model():
         x = numpyro.sample("x", numpyro_dist.Normal(0.0, 1.0))
@@ -185,7 +185,7 @@ def test_autodais():
 
 @ALL_KINDS
 def test_auxiliary_site_of_the_guide(host, kind):
-    """Pyro's Trace_ELBO leaves -log q of an auxiliary site out of what its score multiplies (the pattern of every AutoContinuous).
+    """In Pyro's Trace_ELBO, the score of an auxiliary site does not multiply its own -log q (the pattern of every AutoContinuous).
 
     With s the log scale and z = x: d/ds of -KL(N(0, e^2s) || N(0, 1)) is 1 - e^2s.
     """
@@ -208,7 +208,7 @@ def test_auxiliary_site_of_the_guide(host, kind):
 
 @ALL_KINDS
 def test_inside_scan(kind):
-    """NumPyro's TraceGraph_ELBO keeps the path through the carry of scan beside the score: a continuous LR site is biased.
+    """NumPyro's TraceGraph_ELBO adds the path through the carry of scan to the score, so a continuous LR site is biased.
 
     x_t ~ N(0.8 x_{t-1} + m, 1) for t = 1..3, the model's the same at m = 0 with the cost sum_t cos(x_t): -KL is -3 m^2 / 2, and
     E[cos(x)] = cos(l) exp(-v / 2) under N(l, v).
@@ -238,7 +238,7 @@ def test_inside_scan(kind):
 
 @ALL_KINDS
 def test_a_masked_site_drives_unmasked_costs(host, kind):
-    """NumPyro's TraceGraph_ELBO masks the score along with the guide's density, and loses it.
+    """NumPyro's TraceGraph_ELBO masks the score together with the guide's density, and loses it.
 
     The guide's density is masked, the model's is not: d/dm E[-x^2 / 2] = -m.
     """
@@ -255,7 +255,7 @@ def test_a_masked_site_drives_unmasked_costs(host, kind):
 
 
 def test_renyi_bound_of_a_discrete_site(host):
-    """NumPyro's RenyiELBO has no score: the sites that are not reparameterized get the derivative of their own density only.
+    """NumPyro's RenyiELBO has no score: sites that are not reparameterized only get the derivative of their own density.
 
     b ~ Bernoulli(logit t), the bound E[log (w_1 + w_2) / 2] and its derivative by enumeration of both particles.
     """
@@ -285,7 +285,7 @@ def test_renyi_bound_of_a_discrete_site(host):
 
 @pytest.mark.parametrize("particles", [1, 4])
 def test_python_numbers_in_the_model(particles):
-    """Pyro's TraceGraph_ELBO follows tensors, and loses a cost that comes by ``.item()``, ``.tolist()`` or ``if``.
+    """Pyro's TraceGraph_ELBO follows tensors, and loses a cost that depends on a draw through ``.item()``, ``.tolist()`` or ``if``.
 
     b ~ Bernoulli(logit t) with cost 3 b - (1 - b): d/dt is p (1 - p) (4 - t), with -KL to Bernoulli(1/2).
     """
@@ -306,7 +306,7 @@ def test_python_numbers_in_the_model(particles):
 
 @pytest.mark.parametrize("estimator", [Auto(), RP(), LR()], ids=repr)
 def test_rejection_sampled_sites_have_a_path_and_a_score(estimator):
-    """Pyro's TraceGraph_ELBO drops the score of a site that is reparameterized in part.
+    """Pyro's TraceGraph_ELBO drops the score of a site that is only partly reparameterized.
 
     d/da of E[x^2] - KL(Gamma(a, 1) || Gamma(1, 1)) is 2 a + 1 - (a - 1) trigamma(a).
     """
@@ -329,7 +329,7 @@ class PositiveGamma(RejectionGamma):
 
 
 def test_a_rejection_sampled_site_keeps_its_score():
-    """Also after sticking the landing has run the guide again at given values, at which there is none."""
+    """The site keeps its score also after sticking the landing has run the guide again at given values."""
 
     def guide(h, t):
         h.sample("x", PositiveGamma(t[0], torch.ones_like(t[0])))
@@ -360,7 +360,7 @@ SWITCHED = {
 
 @pytest.mark.parametrize("family", SWITCHED)
 def test_a_switch_for_every_family(family):
-    """``has_rsample_(False)``, Pyro's own switch to the score, raises AttributeError at the commonest wrappers and families.
+    """``has_rsample_(False)``, Pyro's own switch to the score, raises AttributeError at common wrappers and families.
 
     d/dm of E[cost(x)], by LR.
     """
@@ -373,7 +373,7 @@ def test_a_switch_for_every_family(family):
 
 @pytest.mark.parametrize("particles", [1, 4])
 def test_a_switch_inside_a_plate(particles):
-    """A site switched by ``has_rsample_(False)`` before ``to_event`` crashes inside any plate, and so with vectorized particles.
+    """In Pyro, ``has_rsample_(False)`` before ``to_event`` crashes inside any plate, and so with vectorized particles.
 
     d/dm of -KL(N(m, 1)^3 || N(0, 1)^3) in a plate of two is -2 * 3 m.
     """
@@ -395,7 +395,7 @@ def test_a_switch_inside_a_plate(particles):
 
 @pytest.mark.parametrize("outside", ["Normal", "Delta"])
 def test_a_plate_that_is_entered_again(host, outside):
-    """TraceGraph_ELBO lets each element of a plate meet its own costs only, also where a site outside the plate carries it to all.
+    """In TraceGraph_ELBO the score of an element multiplies only its own costs, although a site outside the plate carries it to all.
 
     Locals b_n ~ Bernoulli(logit t) in a plate of two, a global g ~ N(b_1 + b_2, 1) or g = b_1 + b_2, and the costs w_n g in the
     plate, of mean 2 p (w_1 + w_2). Of the divergences, that of the locals from Bernoulli(1/2) has the derivative 2 p (1 - p) t, and
@@ -430,19 +430,19 @@ def test_a_plate_that_is_entered_again(host, outside):
 
 
 def evaluated(host, model, *elbos):
-    """The losses of a guide without a site."""
+    """The losses under a guide without sites."""
     return [float(host.loss(elbo, model, lambda: None)) for elbo in elbos]
 
 
 @pytest.mark.filterwarnings("ignore:Out-of-support values")
 def test_numpyro_enumerates_the_indices_of_a_support():
-    """NumPyro gives an enumerated site the values 0, 1, ... whatever its support: here 0 and 1 instead of 2 and 3."""
+    """NumPyro gives an enumerated site the values 0, 1, ... for any support: here 0 and 1 instead of 2 and 3."""
 
     def model():
         z = numpyro.sample("z", numpyro_dist.DiscreteUniform(2, 3), infer={"enumerate": "parallel"})
         numpyro.sample("y", numpyro_dist.Normal(z, 1.0), obs=2.0)
 
-    funsor.set_backend("jax")  # an import of Pyro's may have given it another
+    funsor.set_backend("jax")  # an import of Pyro may have set another backend
     exact = -np.log(0.5 * (1 + np.exp(-0.5)) / np.sqrt(2 * np.pi))
     theirs, ours = evaluated(NUMPYRO, model, numpyro.infer.TraceEnum_ELBO(), NUMPYRO.flow.TraceFlow_ELBO())
     assert abs(ours - exact) < 1e-10
@@ -450,7 +450,7 @@ def test_numpyro_enumerates_the_indices_of_a_support():
 
 
 def test_a_masked_distribution_that_pyro_sums_out():
-    """Pyro masks the probabilities of a marginalised site that is masked by ``.mask``: they add up to the number of its values."""
+    """If ``.mask`` masks a marginalised site, Pyro masks its probabilities, which then sum to the number of its values."""
 
     def model():
         z = pyro.sample("z", pyro_dist.Bernoulli(torch.tensor(0.3)).mask(False), infer={"enumerate": "parallel"})

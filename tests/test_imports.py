@@ -1,4 +1,4 @@
-"""Each part imports without the packages that it does not need, and says what to install where one that it needs is missing."""
+"""Each part imports without packages that it does not need, and says what to install if a package is missing."""
 
 import ast
 import re
@@ -51,7 +51,7 @@ def test_a_missing_host_says_what_to_install(module, missing, hint):
 
 @pytest.mark.parametrize("blocked", [(), ("jax", "numpyro"), EVERYTHING])
 def test_the_command_for_bug_reports(blocked):
-    """It prints versions and devices, or that a library cannot be imported."""
+    """The command prints versions and devices, and says if a library cannot be imported."""
     first, *adapters = run(blocked, "import runpy\nrunpy.run_module('flowvi', run_name='__main__')").splitlines()
     assert first.startswith(f"flowvi {flowvi.__version__}, Python 3.")
     for line, (adapter, package) in zip(adapters, {"flowvi.numpyro": "jax", "flowvi.pyro": "torch"}.items(), strict=True):
@@ -75,7 +75,7 @@ def test_the_version_to_cite():
 
 
 def test_the_oldest_versions_are_those_that_are_tested():
-    """Those of pyproject.toml; jaxlib comes with jax."""
+    """The lower bounds of pyproject.toml are the tested oldest versions; jaxlib comes with jax."""
     oldest = re.findall(r"^([\w-]+)==(.+)$", (PROJECT / "constraints-oldest.txt").read_text(), re.MULTILINE)
     bounds = re.findall(
         r'"([\w-]+)>=([\d.]+)"', re.search(r"^numpyro = .*\npyro = .*$", (PROJECT / "pyproject.toml").read_text(), re.M)[0]
@@ -83,7 +83,7 @@ def test_the_oldest_versions_are_those_that_are_tested():
     assert sorted(bounds) == sorted(pair for pair in oldest if pair[0] != "jaxlib")
 
 
-# ---- which way dependencies point
+# ---- the direction of dependencies
 
 ROOT = Path(flowvi.__file__).parent
 BACKENDS = {"jax", "numpyro", "torch", "pyro"}
@@ -91,7 +91,7 @@ ADAPTERS = ("flowvi.numpyro", "flowvi.pyro", "flowvi.ops.jax", "flowvi.ops.torch
 
 
 def imported_by(path):
-    """The modules that a file imports, also inside functions; not what only a type checker sees."""
+    """The modules that a file imports, also inside functions, without those for type checkers only."""
     tree = ast.parse(path.read_text())
     guarded = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
     skipped = {inner for n in guarded for inner in ast.walk(n)}
@@ -108,7 +108,7 @@ def imported_by(path):
 
 
 MODULES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in ROOT.rglob("*.py")}
-COMMAND = "flowvi.__main__"  # a command, which looks for the adapters
+COMMAND = "flowvi.__main__"  # the command looks for the adapters
 CORE = [name for name in MODULES if not name.startswith(ADAPTERS) and name != COMMAND]
 
 
@@ -133,7 +133,7 @@ def test_adapters_do_not_import_each_other(side):
 
 
 def test_no_imports_in_a_circle():
-    """Among modules, a package's own ``__init__`` aside, which gathers the names of its modules."""
+    """No imports form a circle, except through the ``__init__`` of a package, which collects the names of its modules."""
     packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
     graph = {
         name: {m for m in imported_by(path) if m in MODULES and m != name and m not in packages}

@@ -1,4 +1,4 @@
-"""A control variate for the whole guide: of mean 0 for every coefficient, without noise where the cost is as it models it."""
+"""A control variate for the whole guide: mean 0 for every coefficient, and no noise left if the model of the cost is exact."""
 
 from itertools import combinations_with_replacement
 
@@ -34,7 +34,7 @@ PARENT = 0.3  # the slope of the loc of t in the sum of g
 
 
 def guide_of(host, slope=0.0):
-    """Two global sites, one that may depend on the first of them, and a plate of local ones; without densities."""
+    """Two global sites, a third that may depend on the first, and a plate of local sites, without densities."""
 
     def guide():
         p = {name: host.param(name, host.array(value)) for name, value in START.items()}
@@ -66,12 +66,12 @@ def others(name, slope=0.0):
 
 
 def elements(name, site):
-    """The elements of a site that another one tells apart."""
+    """The elements of a site that have separate coefficients for another site."""
     return range(3) if site == "l" and name != "l" else [None]
 
 
 def seen(name, eps, kind, slope=0.0):
-    """What a site sees, from its definition: the noise of others, or of its own element, and products; (elements, columns)."""
+    """The noise with which a site is coupled, by definition: of others or of its own element, and products; (elements, columns)."""
     columns = [eps[site] for site in others(name, slope)]
     if kind == "cubic":
         everything = [(site, k, e) for site in [name, *others(name, slope)] for e in elements(name, site) for k in range(SIZES[site])]
@@ -97,7 +97,7 @@ def coefficients(kind, slope=0.0, seed=3):
 
 
 def control(learned, eps, kind, slope=0.0):
-    """The gradient of the control variate in all parameters, at given noise."""
+    """The gradient of the control variate in all parameters, by its definition at given noise."""
     gradient = {name: np.zeros(np.shape(value)) for name, value in START.items()}
     for site, size in SIZES.items():
         c = learned[f"{site}.control_variate"].reshape((-1, size, learned[f"{site}.control_variate"].shape[-1]))
@@ -105,7 +105,7 @@ def control(learned, eps, kind, slope=0.0):
         z, y = eps[site] @ m.T, seen(site, eps, kind, slope)
         b, matrix = c[..., 0], c[..., 1 : 1 + size]
         h = (matrix @ z[..., None])[..., 0] + (c[..., -y.shape[1] :] @ y[..., None])[..., 0]
-        if kind == "cubic":  # with as many directions as coordinates
+        if kind == "cubic":  # the test has as many directions as coordinates
             weights, v = c[..., 1 + size : 1 + 2 * size], c[..., 1 + 2 * size : 1 + 3 * size]
             squares = (z[:, None] @ v)[:, 0] ** 2 - np.diagonal(v.swapaxes(1, 2) @ m @ m.T @ v, axis1=1, axis2=2)
             h = h + (weights @ squares[..., None])[..., 0]
@@ -116,7 +116,7 @@ def control(learned, eps, kind, slope=0.0):
         factor = "m_tril" if site == "m" else f"{site}_scale"
         of_m = np.tril(of_m[0]) / s[:, None] if site == "m" else np.diagonal(of_m, axis1=1, axis2=2) / np.reshape(s, h.shape)
         gradient[factor] += of_m.reshape(gradient[factor].shape)
-        if site == "t":  # its loc moves with g
+        if site == "t":  # the loc of t depends on g
             gradient["g_loc"] += slope * of_loc[0, 0]
             gradient["g_scale"] += slope * of_loc[0, 0] * eps["g"][0]
     return gradient
@@ -130,7 +130,7 @@ def gradients(host, params, cost, slope=0.0, seed=4, **options):
         g = f({name: host.array(value) for name, value in params.items()})
     else:
         _, g = host.loss_and_gradients(params, model, guide, seed, plates=1, **options)
-    return {name: -np.asarray(g[name]) for name in params}  # of the ELBO
+    return {name: -np.asarray(g[name]) for name in params}  # the gradient of the ELBO
 
 
 def no_cost(host, values):
@@ -142,7 +142,7 @@ def linear(host, values):
 
 
 def noise_of(host, seed):
-    """The noise of a run, from the gradient in the scales of a linear cost."""
+    """The noise of a run, which the gradient of a linear cost in the scales reveals."""
     g = gradients(host, START, linear, seed=seed)
     return {"g": g["g_scale"][None], "m": g["m_tril"][-1:], "t": g["t_scale"].reshape(1, 1), "l": g["l_scale"][:, None]}
 
@@ -153,7 +153,7 @@ def noise_of(host, seed):
     lambda v: v[0] == "cubic" or not v[1],
 )
 def test_at_one_point(host, kind, slope):
-    """Without a cost the gradient is that of the control variate, from its definition."""
+    """Without a cost the gradient is that of the control variate, by its definition."""
     learned = coefficients(kind, slope)
     found = gradients(host, START | learned, no_cost, slope, control_variate=kind)
     for name, value in control(learned, noise_of(host, 4), kind, slope).items():
@@ -161,7 +161,7 @@ def test_at_one_point(host, kind, slope):
 
 
 def spread(kind, learned, slope):
-    """The standard deviations of the control variate, from its definition."""
+    """The standard deviations of the control variate, by its definition."""
     rng = np.random.default_rng(0)
     draws = [{site: rng.normal(size=(3 if site == "l" else 1, size)) for site, size in SIZES.items()} for _ in range(500)]
     samples = [control(learned, eps, kind, slope) for eps in draws]
@@ -177,12 +177,12 @@ def z_of_mean(host, kind, learned, n=15_000, particles="independent"):
 
 @each("kind", KINDS, lambda kind: True)
 def test_the_mean_is_zero(host, kind, monkeypatch):
-    """Whatever the coefficients; and not where a site sees one from which it was computed."""
+    """The mean is 0 at any coefficients. It is not 0 if a site is coupled with one from which it was computed."""
     assert z_of_mean(host, kind, coefficients(kind, PARENT)) < 5
     couple = flowvi.run.couple
     monkeypatch.setattr(flowvi.run, "couple", lambda blocks, ancestors, kind: couple(blocks, dict.fromkeys(blocks, frozenset()), kind))
     faulty = {name: 0 * value for name, value in coefficients(kind, 0.0).items()}
-    faulty["t.control_variate"][0, 2 if kind == "quadratic" else 4] = 2.0  # what t sees of g first
+    faulty["t.control_variate"][0, 2 if kind == "quadratic" else 4] = 2.0  # couples t with g
     assert z_of_mean(host, kind, faulty) > 10
 
 
@@ -192,7 +192,7 @@ def test_the_mean_is_zero_over_stratified_particles(host):
 
 
 def quadratic_cost():
-    """A cost of an arrow: no elements of the plate meet; its matrix and slope, over g, m, t and l."""
+    """A quadratic cost that couples no two elements of the plate: its matrix and slope, over g, m, t and l."""
     rng = np.random.default_rng(1)
     matrix = rng.normal(size=(8, 8))
     matrix = matrix @ matrix.T / 4
@@ -204,7 +204,7 @@ def quadratic_cost():
 
 @slow_in_numpyro
 def test_no_noise_is_left_of_a_quadratic_cost(host):
-    """Every single sample has the gradient of the ELBO in closed form; without the coupling none has."""
+    """With the right coupling every sample is the exact gradient of the ELBO; without it none is."""
     matrix, tilt = quadratic_cost()
 
     def cost(host, values):
@@ -223,7 +223,7 @@ def test_no_noise_is_left_of_a_quadratic_cost(host):
         for i in rows:
             own = [i] if site == "l" else rows
             hessian = -s[i] * matrix[i, own] * s[own]
-            # others are seen by their noise, of which m has the factor
+            # sites are coupled by their noise, so the factor of m appears here
             columns = [-(s[i] * matrix[i] @ factor)[places[other]] for other in others(site)]
             ours.append(np.concatenate([[s[i] * slope[i]], hessian, *columns]))
         best[f"{site}.control_variate"] = np.array(ours)[:, None] if site == "l" else np.array(ours)
@@ -250,7 +250,7 @@ UNITS = {site: np.sqrt((START["m_tril"] ** 2).sum(-1)) if site == "m" else START
 
 @each("kind", KINDS, lambda kind: True)
 def test_coefficients_descend_the_second_moment(host, kind):
-    """The derivative of the squared gradient in loc and factor, in units of the standard deviation, by differences."""
+    """The coefficients get the derivative of the squared gradient in loc and factor, in units of the standard deviation."""
     learned = coefficients(kind)
 
     def second_moment(learned):
@@ -282,7 +282,7 @@ OPTIONS = {
 
 @each("options", OPTIONS, lambda options: True)
 def test_nothing_else_changes(host, options):
-    """The control variate is added to what RP has, also beside a discrete site; at coefficients of 0 nothing is added."""
+    """The gradient is that of RP plus the control variate, also next to a discrete site; at coefficients of 0 it is that of RP."""
     logit = {"logit": 0.4}
 
     def guide():
@@ -320,7 +320,7 @@ def test_nothing_else_changes(host, options):
 
 
 def test_a_run_at_given_values_changes_no_coupling(host):
-    """Sticking the landing runs the guide again, at values at which nothing is drawn."""
+    """Sticking the landing runs the guide again at given values, which changes no coupling."""
     model, guide = pair(host)
     elbo = host.flow.TraceFlow_ELBO(control_variate="quadratic", entropy="stl")
     for _ in range(2):
@@ -340,7 +340,7 @@ def test_an_event_without_coordinates_is_left_alone(host):
 
 
 def plated(host, subsample=None, size=6):
-    """Locals in a plate of a plate, beside a global site; a Gamma, a proposal and a control variate of its own are left alone."""
+    """A global site, local sites in nested plates, and sites left out: a Gamma, one with a q, one with its own control variate."""
 
     def guide():
         loc = host.param("loc", host.array(np.zeros(size)), event_dim=0)
@@ -364,7 +364,7 @@ def plated(host, subsample=None, size=6):
 
 @each(("subsample", "columns"), {"whole": (None, 1 + 2 + 6), "subsample": (2, 1 + 2 + 1)}, lambda value: True)
 def test_an_element_of_a_plate_has_coefficients_of_its_own(host, subsample, columns):
-    """A global site has some for each element too, unless the plate is subsampled: then it sees the sum over the elements."""
+    """A global site has coefficients for each element of a plate, or for the sum over the elements if the plate is subsampled."""
     model, guide = plated(host, subsample)
     estimators = {"own": RP(control_variate="quadratic")}
     shapes = {"z.control_variate": (6, 1, 1 + 1 + 2), "w.control_variate": (2, columns)}
@@ -383,12 +383,12 @@ def test_an_element_of_a_plate_has_coefficients_of_its_own(host, subsample, colu
 
 
 def test_a_large_site_sees_no_other():
-    """Its coefficients would not fit; the others see it all the same."""
+    """A large site has no coupling, because it would need too many coefficients. Others are still coupled with it."""
     blocks = {"w": Block(600, {}), "x": Block(1, {})}
     couplings = couple(blocks, {name: frozenset({name}) for name in blocks}, "cubic")
     assert couplings.of["w"] == Coupling(diagonal=True)
     assert [(feature.site, feature.num_columns) for feature in couplings.of["x"].features] == [("w", 600)]
-    assert set(couplings.of["x"].pairs) == {(i, i) for i in range(1, 601)}  # not all products either
+    assert set(couplings.of["x"].pairs) == {(i, i) for i in range(1, 601)}  # and it has no products of its coordinates
 
 
 def pair(host):
@@ -406,7 +406,7 @@ def pair(host):
 
 @pytest.mark.slow
 def test_learned_in_numpyro():
-    """By the user's optimizer, through `adaptive`, without which it is refused; the noise falls."""
+    """The user's optimizer trains it through `adaptive`, and the noise falls. Without `adaptive` it is refused."""
     model, guide = pair(HOSTS["numpyro"])
     elbo = flowvi.numpyro.TraceFlow_ELBO(control_variate="quadratic")
     result = SVI(model, adaptive(guide, elbo), numpyro.optim.Adam(0.02), elbo).run(jax.random.key(0), 1500, progress_bar=False)
@@ -428,7 +428,7 @@ def test_learned_in_numpyro():
 
 @pytest.mark.slow
 def test_learned_in_pyro():
-    """The parameters appear by themselves; also in compiled steps and in a module."""
+    """The parameters are registered automatically, also in compiled steps and in a module."""
     model, guide = pair(HOSTS["pyro"])
     elbo = flowvi.pyro.TraceFlow_ELBO(control_variate="quadratic")
     svi = flowvi.pyro.CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo, backend="eager")
@@ -449,7 +449,7 @@ def test_learned_in_pyro():
 
 @slow_in_numpyro
 def test_a_batch_outside_of_all_plates_is_one_element(host):
-    """As in NumPyro's AutoDiagonalNormal: its elements see each other, also under a mask of each."""
+    """Elements outside all plates are coupled with each other, as in NumPyro's AutoDiagonalNormal, also if each has a mask."""
     matrix, mask = np.array([[2.0, 0.6], [0.6, 1.0]]), host.array([1.0, 1.0]) > 0
     exact = -matrix @ np.array([0.3, -0.2])
 
@@ -467,7 +467,7 @@ def test_a_batch_outside_of_all_plates_is_one_element(host):
 
 
 def nested(host, slopes):
-    """Sites in no plate, in either of two, and in both; without densities."""
+    """Sites outside two plates, in each of them, and in both, without densities."""
 
     def guide():
         g = host.sample("g", host.dist.Normal(host.param("g_loc", host.array(np.zeros(2))), 0.5).to_event(1).mask(False))
@@ -486,7 +486,7 @@ def nested(host, slopes):
 
 @slow_in_numpyro
 def test_nested_plates(host):
-    """A site sees those of which the plates are among its own, or it among theirs; the mean is 0 whatever the coefficients."""
+    """Two sites are coupled if the plates of one contain those of the other. The mean is 0 at any coefficients."""
     locs = {"x": (3, 1, 2), "y": (3, 4), "w": (4,)}
     seen_by = {"g": (2, 6 + 12 + 4), "x": (3, 1, 2, 2 + 4), "y": (3, 4, 1, 2 + 2 + 1), "w": (4, 1, 2 + 3)}
     size = {"g": 2, "x": 2, "y": 1, "w": 1}
@@ -499,7 +499,7 @@ def test_nested_plates(host):
     spreads = {"g": 0.5, "x": 0.7, "y": 0.7, "w": 0.7}
     for name, s in spreads.items():
         c = learned[f"{name}.control_variate"][..., 1:]
-        sd = np.sqrt((c**2).sum(-1)) / s  # h is linear in independent numbers
+        sd = np.sqrt((c**2).sum(-1)) / s  # because h is linear in independent numbers
         z = g[f"{name}_loc"].reshape(sd.shape) / sd * np.sqrt(n)
         assert 0 < np.abs(z).max() < 5
 
@@ -517,7 +517,7 @@ def test_refusals(host):
 
 
 def test_a_guide_that_changes_which_draw_it_computes_from_which(host):
-    """The noise of g is used at t; a t that is computed from g, even from its number alone, would have a biased gradient."""
+    """A guide that starts to compute t from g is refused, because t is coupled with the noise of g and would be biased."""
 
     def detached(h, x):
         return jax.lax.stop_gradient(x) if h.name == "numpyro" else x.detach()
@@ -545,7 +545,7 @@ def test_a_guide_that_changes_which_draw_it_computes_from_which(host):
 
 @each("annotated", [LR(), RP(control_variate="quadratic")])
 def test_estimators_that_the_model_annotates(host, annotated):
-    """They act at their sites, and the control variate covers the others; in NumPyro `adaptive` gets the model."""
+    """Annotated estimators act at their sites, and the control variate covers the others. In NumPyro `adaptive` gets the model."""
 
     def guide():
         for name in ("x", "y", "z"):

@@ -1,4 +1,4 @@
-"""Declared jumps of the cost: the surface term makes pathwise derivatives right, in both hosts."""
+"""Declared jumps of the cost: with the surface term, pathwise derivatives are right, in both hosts."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_the_derivative_in_loc_has_no_noise(host):
     samples = host.gradients(program(), 200, estimators={"x": RP(jumps=[T])})
     np.testing.assert_allclose(samples[:, 0], MEAN[0], rtol=1e-10)
     wrong = host.gradients(program(), 200, estimators={"x": RP()})
-    np.testing.assert_allclose(wrong[:, 0], 3.0, rtol=1e-10)  # what the jump adds is missing
+    np.testing.assert_allclose(wrong[:, 0], 3.0, rtol=1e-10)  # without the term of the jump
 
 
 def test_a_wrong_sign_is_rejected(host, monkeypatch):
@@ -62,7 +62,7 @@ def test_a_wrong_sign_is_rejected(host, monkeypatch):
 
 @pytest.mark.parametrize("estimator", [LR, RP])
 def test_a_jump_that_moves(host, estimator):
-    """At t = m / 2 + 0.35: with half the speed of the samples, half of the flux."""
+    """A jump at t = m / 2 + 0.35 moves at half the speed of the samples, so the flux is half as large."""
     at = lambda t: t[0] / 2 + 0.35
     exact = np.array([3 + 2 * stats.norm.pdf(Z) / S, MEAN[1]])
     choose = lambda h, t: {"x": estimator(jumps=[at(t)])}
@@ -74,7 +74,7 @@ def test_a_jump_that_moves(host, estimator):
 
 
 def test_elements_of_a_plate_and_of_an_event(host):
-    """Each element has its own jump; a plate takes one run above and one below, an event one of each for each coordinate."""
+    """Each element has its own jump. A plate takes one run above and one below; an event takes both for each coordinate."""
     jumps = np.array([0.2, -0.4, 0.9])
     exact = np.array([stats.norm.pdf((jumps - M) / S).sum() / S])
 
@@ -102,7 +102,7 @@ def test_elements_of_a_plate_and_of_an_event(host):
         return Program(guide, model, (M,), plates=0 if event else 1)
 
     estimators = {"x": RP(jumps=[host.array(jumps)])}
-    events = (False,) if host.name == "pyro" else (False, True)  # in Pyro the replicates of this test are no plate of an event
+    events = (False,) if host.name == "pyro" else (False, True)  # in Pyro the replicates cannot be a plate around an event
     for event in events:
         samples = host.gradients(of(event), 50, estimators=estimators)
         np.testing.assert_allclose(samples, np.broadcast_to(exact, samples.shape), rtol=1e-9)
@@ -110,7 +110,7 @@ def test_elements_of_a_plate_and_of_an_event(host):
 
 @pytest.mark.parametrize("beside", [RP(jumps=[T]), LR(), Enumerate()])
 def test_a_proposal_keeps_its_weight_in_the_other_runs(host, beside):
-    """Two jumps in one cost, or a jump in the cost of another site that is compared: the runs of both have the weight of x."""
+    """With two jumps in one cost, or a jump and another compared site, the runs of both have the weight of x."""
     discrete = not isinstance(beside, RP)
 
     def law(h, of_y):
@@ -152,7 +152,7 @@ def test_a_gamma_without_a_cdf_that_torch_differentiates(host):
 
 
 def test_a_branch_on_a_continuous_site(host):
-    """A row of exact.json whose pathwise estimators are traps."""
+    """The branch of a row of exact.json at which pathwise estimators are biased."""
     exact = np.atleast_1d(EXACT["branch-on-continuous"]["gradient"])
     case = CASES["branch-on-continuous"]
     samples = host.gradients(case.program, 40_000, estimators={"x": RP(jumps=[0.0]), "y": RP()})

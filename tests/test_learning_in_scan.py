@@ -1,4 +1,4 @@
-"""Estimators that learn, inside NumPyro's ``scan``: all steps share what is learned, as in a Python loop with equal parameters."""
+"""Estimators that learn inside NumPyro's ``scan``: all steps share the learned parameters, as a Python loop with equal ones would."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def features(p):
 
 
 def chain(estimator, steps, masked, loop, scale=1.0):
-    """x_t ~ N(0.8 x_{t-1} + m, s), in a plate of two, with given keys: model and guide, as a scan or as a loop."""
+    """Model and guide of x_t ~ N(0.8 x_{t-1} + m, s) in a plate of two, with given keys, as a scan or as a loop."""
     keys = jax.random.split(jax.random.key(5), steps)
 
     def run(step):
@@ -57,7 +57,7 @@ def random_values(**shapes):
     return {name: rng.normal(size=shape) * 0.5 for name, shape in shapes.items()}
 
 
-ROWS = {  # the estimator, and values of what it learns
+ROWS = {  # the estimator, and values of its learned parameters
     "velocity": (AdaptiveFlow(shared=True), random_values(velocity=(2, 6), control=(2, 7))),
     "velocity and q": (AdaptiveFlow(shared=True, q="learned"), random_values(velocity=(2, 6), control=(2, 7), proposal=(2,))),
     "velocity of features": (AdaptiveFlow(features=features), random_values(velocity=(3, 2, 6), control=(3, 2, 7))),
@@ -75,9 +75,9 @@ def fast(row):
 @fast("quadratic of features")
 @pytest.mark.parametrize(("steps", "masked"), [(3, True), pytest.param(1, False, marks=pytest.mark.slow)])
 def test_the_same_as_a_loop(name, steps, masked):
-    """Loss and gradients, for each sample, those of what is learned summed over the sites of the loop.
+    """Each sample has the loss and gradients of the loop; the gradients of learned parameters are the sum over the loop's sites.
 
-    Several steps have no costs of their own, because in a loop fewer of these depend on a site than program order shows in a scan.
+    With several steps there are no costs at the steps, because in a scan, by program order, more costs depend on a site than in a loop.
     """
     estimator, learned = ROWS[name]
 
@@ -100,7 +100,7 @@ def test_the_same_as_a_loop(name, steps, masked):
 @pytest.mark.slow
 @pytest.mark.parametrize("entropy", ["full", "stl"])
 def test_a_pathwise_site_with_costs_of_its_own(entropy):
-    """Without a score, the costs that depend on a step are those of the loop."""
+    """Without a score, the steps can have costs, and the result is still that of the loop."""
     estimator, learned = ROWS["quadratic"]
 
     def differentiate(loop, values):
@@ -177,7 +177,7 @@ def test_relax():
 
 
 def test_svi_trains_what_is_learned():
-    """``init`` registers it at its start and ``update`` moves it, also in a scope; the estimator learns in no other way."""
+    """``init`` registers the learned parameters at their start values and only ``update`` changes them, also in a scope."""
     model, guide = (
         numpyro.handlers.scope(f, prefix="a", hide_types=["plate"])
         for f in chain(RP(control_variate="quadratic", shared=True), 3, False, loop=False)
@@ -197,7 +197,7 @@ def test_svi_trains_what_is_learned():
 
 @pytest.mark.slow
 def test_the_noise_falls():
-    """A state space model: after 1500 steps the noise of the gradient is a small part of that of RP."""
+    """In a state space model, 1500 steps reduce the noise of the gradient to a small part of RP's."""
     y = jnp.array([0.5, 1.1, -0.2, 0.7, 1.9])
 
     def model():

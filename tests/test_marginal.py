@@ -20,17 +20,17 @@ from flowvi import LR, RP, Enumerate, Flow, proposals
 
 @pytest.fixture(autouse=True)
 def _funsor_with_jax():
-    """For NumPyro's own objective: an import of Pyro's may have given funsor another backend."""
+    """Set funsor's backend for NumPyro's own objective, because an import of Pyro may have changed it."""
     funsor.set_backend("jax")
 
 
 def flow(host, nesting, **options):
-    """An objective that need not find out how deep plates are nested."""
+    """An objective with a given plate nesting."""
     return host.flow.TraceFlow_ELBO(**options, **({"max_plate_nesting": nesting} if host.name == "pyro" else {}))
 
 
 def by_both(host, program, nesting=1, seed=0, **options):
-    """Loss and gradients under the host's own objective and under flowvi's, from the same random numbers."""
+    """Loss and gradients of the host's own objective and of flowvi's, with the same random numbers."""
     model, guide = program(host)
     if host.name == "pyro":
         options["max_plate_nesting"] = nesting
@@ -71,7 +71,7 @@ def guide(h, t):
 
 
 def model(h, t):
-    """z is summed out for each element of the plate; c for all of them."""
+    """A model in which z is summed out for each element of a plate, and c for all of them."""
     w = h.sample("w", h.dist.Normal(h.array(0.0), h.array(1.0)))
     c = switch(h, "c", h.array(0.4))
     k = h.sample("k", h.dist.Bernoulli(h.array(0.5)))
@@ -83,7 +83,7 @@ def model(h, t):
 
 
 def written_out(h, t):
-    """The model with its marginal densities as factors."""
+    """The same model with its marginal densities written as factors."""
     w = h.sample("w", h.dist.Normal(h.array(0.0), h.array(1.0)))
     k = h.sample("k", h.dist.Bernoulli(h.array(0.5)))
 
@@ -103,7 +103,7 @@ WRITTEN_OUT = Program(guide, written_out, THETA, plates=1)
 
 
 def exact_elbo(t):
-    """By quadrature over w and both x, and a sum over k."""
+    """The exact ELBO by quadrature over w and both x, and a sum over k."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(20)
     weights = weights / weights.sum()
     w = t[0] + jnp.exp(t[1]) * nodes[:, None, None, None]
@@ -135,7 +135,7 @@ IN_TURN = ((1, False), (3, True), (3, False))
 
 
 def variants():
-    """Estimators, options, and how particles run; in NumPyro, where each takes seconds to compile, one of them."""
+    """Estimators, options, and ways to run particles. NumPyro gets only one, because each takes seconds to compile."""
     for name in ("pathwise", *ESTIMATORS):
         for options in OPTIONS:
             for particles in IN_TURN:
@@ -147,14 +147,14 @@ def variants():
 
 @pytest.mark.parametrize(("host", "name", "options", "particles", "vectorize"), list(variants()))
 def test_as_written_out(host, name, options, particles, vectorize):
-    """Each estimate is that of the program in which the marginal densities are factors."""
+    """Each estimate equals that of the program with the marginal densities as factors."""
     settings = {**options, **ESTIMATORS.get(name, {}), "particles": particles, "vectorize": vectorize}
     assert_same(*(host.gradients(program, 2, **settings) for program in (WRITTEN_OUT, PROGRAM)))
 
 
 @each("estimator", [LR(), Enumerate()], slow_in_numpyro=always)
 def test_a_subsample_of_locals(host, estimator):
-    """The elements of a plate whose sites in the guide are local, and of which guide and model see the same ones."""
+    """Guide and model see the same subsample of a plate with local sites."""
     y = host.array([1.0, -0.5, 2.5, 3.5, 0.1])
 
     def plate():
@@ -193,7 +193,7 @@ def test_the_mean_is_exact(host, name, particles, vectorize):
 
 @each("site", ["w", "x", "k"], slow_in_numpyro=always)
 def test_the_tests_can_fail(host, site, monkeypatch):
-    """A marginal density that is not taken to depend on one of the sites is found out."""
+    """The test detects a marginal density that wrongly does not depend on one of the sites."""
     of_parts = flowvi.tape._of_parts
 
     def without(graph, model):
@@ -206,12 +206,12 @@ def test_the_tests_can_fail(host, site, monkeypatch):
     assert np.any(np.abs(z_scores(samples, EXACT)) > 8), z_scores(samples, EXACT)
 
 
-# ---- what else an objective can do
+# ---- other options of objectives
 
 
 @each("entropy", ["stl", "analytic"], slow_in_numpyro=always)
 def test_entropies(host, entropy):
-    """The closed form at x, whose density in the model depends on a marginalised site, is not taken."""
+    """There is no closed form at x, because its density in the model depends on a marginalised site."""
     options = {"entropy": entropy, "estimators": {"k": Enumerate(), "w": LR()}, "default": RP()}
     samples = host.gradients(PROGRAM, 20_000, **options)
     assert np.all(np.abs(z_scores(samples, EXACT)) < 5), (samples.mean(0), EXACT)
@@ -219,7 +219,7 @@ def test_entropies(host, entropy):
 
 @each("estimator", [LR(), RP()], slow_in_numpyro=lambda estimator: estimator == RP())
 def test_bounds(host, estimator):
-    """The bound of the program whose marginal density is written out as a factor."""
+    """The bound is that of the program with the marginal density as a factor."""
 
     def written_out(h, t):
         x = h.sample("x", h.dist.Normal(h.array(0.0), h.array(1.0)))
@@ -239,7 +239,7 @@ def test_bounds(host, estimator):
 
 
 def test_pyro_bounds_in_sequential_plates():
-    """One bound for each iteration, as for each element of a plate."""
+    """A sequential plate has a bound for each iteration, like a plate for each element."""
     host = HOSTS["pyro"]
 
     def model(sequential):
@@ -287,7 +287,7 @@ def test_described(host):
 
 @each("mark", ["parallel", "sequential"], slow_in_numpyro=lambda mark: mark == "sequential")
 def test_an_estimator_in_the_guide_by_its_mark(host, mark):
-    """``infer={"enumerate": ...}`` in the guide is the exact sum, also beside a marginalised site of the model."""
+    """``infer={"enumerate": ...}`` in the guide means the exact sum, also together with a marginalised site of the model."""
 
     def gradients(infer, **options):
         def guide(h, t):
@@ -309,7 +309,7 @@ def test_an_estimator_in_the_guide_by_its_mark(host, mark):
         assert_same(gradients({}, estimators={"k": LR()}), gradients({"enumerate": mark}, estimators={"k": LR()}))
 
 
-@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")  # NumPyro's, before flowvi refuses the program
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")  # NumPyro warns before flowvi refuses the program
 @pytest.mark.parametrize(
     ("fn", "infer", "message"),
     [
@@ -358,7 +358,7 @@ def test_a_scale_that_depends_on_a_marginalised_site(host):
 
 
 def test_masks_and_scales(host):
-    """A mask acts inside of the sum, and leaves the probabilities of a marginalised site alone; a scale acts outside."""
+    """A mask acts inside the sum and not on the probabilities of a marginalised site; a scale acts outside the sum."""
     seen = [True, False]
 
     def model(way):
@@ -389,7 +389,7 @@ def test_masks_and_scales(host):
 
 @slow_in_numpyro
 def test_a_mask_that_is_summed_out(host):
-    """A mask may choose the component, while the densities themselves do not depend on the site."""
+    """A mask may depend on a marginalised site, while the densities do not."""
     points = host.array([2.0, -1.0])
 
     def model(masked):
@@ -407,7 +407,7 @@ def test_a_mask_that_is_summed_out(host):
 
 
 def test_a_site_observed_in_some_batches(host):
-    """As the labels of a semi-supervised model: the same objective sums it out where it is not observed."""
+    """The same objective sums a site out in batches where it is not observed, like the labels of a semi-supervised model."""
 
     def model(label):
         x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))
@@ -434,7 +434,7 @@ def test_a_latent_site_that_nothing_accounts_for(host):
 
 
 def test_a_missing_funsor(monkeypatch):
-    """Without funsor the model runs, and what it cannot do is refused by name."""
+    """Without funsor the error names the marginalised site."""
     host = HOSTS["numpyro"]
     monkeypatch.setitem(sys.modules, "funsor", None)
     with pytest.raises(ImportError, match="site 'z': expected funsor.*pip install 'flowvi.enum.'"):
@@ -442,7 +442,7 @@ def test_a_missing_funsor(monkeypatch):
 
 
 def test_the_backend_of_funsor():
-    """It has one at a time; flowvi leaves Pyro's as it is."""
+    """funsor has one backend at a time, and flowvi does not change Pyro's."""
     host = HOSTS["numpyro"]
     expected = host.loss(flow(host, 0), *introduction(host))
     funsor.set_backend("torch")
@@ -451,7 +451,7 @@ def test_the_backend_of_funsor():
 
 
 def test_numpyro_takes_the_values_of_the_support():
-    """NumPyro's own objective gives an enumerated site the indices 0, 1, ... of its values; see ``tests/test_host_bugs.py``."""
+    """An enumerated site has the values of its support, not their indices as under NumPyro's own objective (``test_host_bugs.py``)."""
     host = HOSTS["numpyro"]
 
     def model():
@@ -469,7 +469,7 @@ def test_numpyro_takes_the_values_of_the_support():
 
 @slow_in_numpyro
 def test_values_of_marginalised_sites(host):
-    """The hosts' ``infer_discrete`` and ``Predictive`` with a guide that flowvi has fitted: three points belong to one component."""
+    """The hosts' ``infer_discrete`` and ``Predictive`` work with a guide that flowvi has fitted."""
     model = mixture(host)
     guide = autoguide(host, "AutoNormal", model, {"weight": [0.4, 0.6], "loc": [-1.5, 1.0], "scale": 1.2})
     svi = host.svi(model, guide, flow(host, 1), 0.05)
@@ -488,7 +488,7 @@ def test_values_of_marginalised_sites(host):
 
 
 def test_recommended_beside_the_hosts_own_enumeration():
-    """Pyro's other objectives would draw in the model what is summed out."""
+    """In Pyro, ``recommend`` compares with TraceEnum_ELBO, because other objectives would draw the marginalised sites."""
     h = HOSTS["pyro"]
 
     def model():
@@ -504,7 +504,7 @@ def test_recommended_beside_the_hosts_own_enumeration():
 
 
 def test_a_chain_in_scan_under_jit():
-    """A site that the model sums out in each step of a scan, in a compiled step, against the forward recursion."""
+    """A site that is summed out in each step of a scan gives the forward recursion, in a compiled step."""
     y, stay = np.array([0.3, 1.8, 2.2, -0.4]), 0.8
 
     def model():
@@ -535,7 +535,7 @@ def test_a_chain_in_scan_under_jit():
 
 
 def test_a_statement_outside_the_plate_of_a_marginalised_site(host):
-    """The hosts' own objectives give all elements of the plate the same value; this is refused."""
+    """A statement outside the plate of a marginalised site is refused; the hosts would give all elements of the plate one value."""
 
     def model():
         x = host.sample("x", host.dist.Normal(host.array(0.0), host.array(1.0)))

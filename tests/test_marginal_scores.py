@@ -1,8 +1,8 @@
 """Scores and flows at the guide's sites of programs whose model has sites that the host sums out.
 
-Let C be what multiplies the score of one element of a site. The estimate is unbiased if C differs from the whole ELBO by something that
-does not depend on that element. No site of these guides depends on another one, so that moving one element changes nothing else that is
-drawn, and C and the ELBO must change by the same number.
+Let C be the cost that multiplies the score of one element of a site. The estimate is unbiased if C minus the whole ELBO does not depend
+on that element. No site of these guides depends on another one. So a change of one element changes no other draw, and C and the ELBO
+must change by the same number.
 """
 
 from collections.abc import Callable
@@ -47,16 +47,16 @@ CHOSEN = {
     "captures": {"survival": LR(), "capture": Flow(concentration0=inwards)},
     "annotators": {"prevalence": LR(), "confusion": LR()},
     "nested": {"loc": Flow(loc=half), "spread": LR()},
-}  # the guide of the tenth, AutoDelta, draws nothing
+}  # the tenth has an AutoDelta, which draws nothing
 
 
 def objective(host, library, nesting, **options):
-    """An objective of flowvi's or of the host's."""
+    """An objective of flowvi or of the host."""
     return library(**options, **({"max_plate_nesting": nesting} if host.name == "pyro" else {}))
 
 
 class Moves:
-    """Moves elements of the draws halfway towards a number that lies in every support, and collects the costs of each score."""
+    """Moves elements of the draws halfway to a number in every support, and collects the cost of each score."""
 
     def __init__(self, host, monkeypatch):
         self.host = host
@@ -79,7 +79,7 @@ class Moves:
             monkeypatch.setattr(adapter, "attach", attach_elsewhere)
 
     def changes(self, program, nesting, **options):
-        """The elements, each as the name of a site and an index; how much the C of each changes as it moves, and how much the ELBO."""
+        """The elements as (site, index), and by how much their C and the ELBO change if they move."""
         elbo = objective(self.host, self.host.flow.TraceFlow_ELBO, nesting, default=LR(), **options)
         model, guide = program(self.host)
 
@@ -101,7 +101,7 @@ class Moves:
 
 
 def first_run(host, guide: Callable, run: Callable):
-    """An autoguide of NumPyro sets itself up in its first run, which cannot be a traced one."""
+    """Set up an autoguide of NumPyro, whose first run cannot be traced."""
     if host.name == "pyro":
         run()
     else:
@@ -111,7 +111,7 @@ def first_run(host, guide: Callable, run: Callable):
 
 
 def each_row(host, f: Callable, rows: dict):
-    """``f`` of each row of some arrays."""
+    """``f`` at each row of some arrays."""
     if host.name == "numpyro":
         return jax.tree.map(np.asarray, jax.jit(jax.vmap(f))(rows))
     results = [f({name: host.array(row) for name, row in zip(rows, row, strict=True)}) for row in zip(*rows.values(), strict=True)]
@@ -121,7 +121,7 @@ def each_row(host, f: Callable, rows: dict):
 
 @each("name", list(CHOSEN), slow_in_numpyro=lambda name: name != "nested")
 def test_what_multiplies_a_score(host, name, monkeypatch):
-    """To rounding, at each element of each site."""
+    """C and the ELBO change by the same number, to rounding, at each element of each site."""
     program, nesting = PROGRAMS[name]
     for dependencies in ("graph", "plates"):
         with monkeypatch.context() as patch:
@@ -132,7 +132,7 @@ def test_what_multiplies_a_score(host, name, monkeypatch):
 
 
 def forget(monkeypatch, site):
-    """Let no marginal density depend on a site."""
+    """Make the marginal densities independent of a site."""
     of_parts = flowvi.tape._of_parts
 
     def without(graph, model):
@@ -146,7 +146,7 @@ def forget(monkeypatch, site):
 
 @each("name", list(CHOSEN), slow_in_numpyro=always)
 def test_that_can_fail(host, name, monkeypatch):
-    """It fails at every element of a site that some marginal density is not taken to depend on."""
+    """The check fails at every element of a site if a marginal density wrongly does not depend on it."""
     program, nesting = PROGRAMS[name]
     for site in CHOSEN[name]:
         with monkeypatch.context() as patch:
@@ -161,7 +161,7 @@ def test_that_can_fail(host, name, monkeypatch):
 
 
 def samples(host, elbo, program, steps):
-    """Gradients of the loss in all parameters, of shape (steps, ...), by any objective."""
+    """Gradients of the loss in all parameters, of shape (steps, ...), for any objective."""
     model, guide = program(host)
     if host.name == "pyro":
         gradients = []
@@ -184,14 +184,14 @@ def samples(host, elbo, program, steps):
 
 @cache
 def of_the_host(host, name):
-    """Gradients by the host's own objective."""
+    """Gradients of the host's own objective."""
     program, nesting = PROGRAMS[name]
     elbo = objective(host, host.library.infer.TraceEnum_ELBO, nesting)
     return samples(host, elbo, program, 500 if host.name == "pyro" else 20_000)
 
 
 def z_scores(host, name, num_particles):
-    """Of the mean gradient with the chosen estimators, against the mean of the host's own objective."""
+    """z-scores of the mean gradient with the chosen estimators, against that of the host's own objective."""
     program, nesting = PROGRAMS[name]
     elbo = objective(host, host.flow.TraceFlow_ELBO, nesting, estimators=CHOSEN[name], num_particles=num_particles)
     steps = (1000 if host.name == "pyro" else 20_000) // num_particles
@@ -211,7 +211,7 @@ def test_the_mean(host, name, num_particles):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHOSEN)
 def test_that_the_mean_can_fail(name, monkeypatch):
-    """Without the marginal density, the mean of a score is another one."""
+    """Without the marginal density, the mean gradient of a score is different."""
     for site, estimator in CHOSEN[name].items():
         if estimator != ImplicitRP():
             with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What an estimator learns where the elements of a plate are other data at every step, of any number."""
+"""Estimators that learn in a plate whose elements are other data at every step, and may differ in number."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ LEARNED = {RP(control_variate="diagonal"): ("z.control_variate", (1, 2)), Adapti
 
 
 def programs(h, rows=None, subsample=None):
-    """A latent for each datum: its location is a function of the datum, or a parameter with a row for each."""
+    """A latent for each datum, whose location is a function of the datum or a row of a parameter."""
 
     def guide(data):
         slope = h.param("slope", h.array(0.5))
@@ -32,7 +32,7 @@ def programs(h, rows=None, subsample=None):
 
 
 class Steps:
-    """SVI in either host, a step at a time."""
+    """SVI in both hosts, step by step."""
 
     def __init__(self, host, model, guide, estimator=None, **options):
         self.host = host
@@ -50,7 +50,7 @@ class Steps:
         return float(loss)
 
     def try_step(self, size):
-        """A step; in NumPyro only its shapes."""
+        """Try a step; in NumPyro only its shapes."""
         if self.host is PYRO:
             return self.step(size)
         data = self.host.array(np.zeros(size))
@@ -78,7 +78,7 @@ def test_elements_that_are_the_same_data_have_their_own(host, subsample):
 
 def test_a_row_for_each_element_of_another_plate_is_refused(host):
     def guide(data):
-        rows = host.param("rows", host.array(np.zeros(20)))  # so that the plate is one of rows
+        rows = host.param("rows", host.array(np.zeros(20)))  # so that the plate has rows of its own
         with host.plate("data", len(data)):
             host.sample("z", host.dist.Normal(rows[: len(data)] + data, 0.7))
 
@@ -117,7 +117,7 @@ COVERED = {
     slow_in_numpyro=lambda value: value != (COVERED["whole guide"], MISTAKABLE["weights"]),
 )
 def test_a_batch_of_the_size_of_a_parameter(host, options, fn):
-    """Its elements have no rows of their own: the parameter is that of all of them."""
+    """A parameter whose size happens to be that of the batch gives the elements no rows of their own."""
 
     def guide(data):
         host.sample("g", host.dist.Normal(host.param("g_loc", host.array(0.1)), host.array(1.0)))
@@ -134,11 +134,11 @@ def test_a_batch_of_the_size_of_a_parameter(host, options, fn):
     steps = Steps(host, model, guide, **options)
     for size in (4, 3, 4):
         steps.try_step((size, 4))
-    assert len(steps.learned("z.control_variate")) == 2  # no dim of rows
+    assert len(steps.learned("z.control_variate")) == 2  # without a dim for rows
 
 
 def test_shared_coefficients_get_the_sum(host):
-    """The gradient in a shared coefficient is the sum of those in the elements' own."""
+    """The gradient of a shared coefficient is the sum of those of separate coefficients."""
 
     def gradients(shared):
         model, guide = programs(host, 4)
@@ -176,7 +176,7 @@ KINDS = {
 
 
 def learning_gradients(h, estimator, learned, data=(0.3, -1.0, 2.0, 0.1)):
-    """The loss, and its gradients in all parameters where what is learned has these values."""
+    """The loss and its gradients in all parameters, at given values of the learned ones."""
     data = h.array(np.array(data))
 
     def model():
@@ -198,7 +198,7 @@ SHAPES = {"control variate": {"control_variate": (1, 2)}, "flow": {"velocity": (
 
 @each("kind", list(KINDS), slow_in_numpyro=always)
 def test_a_feature_for_each_element(host, kind):
-    """The coefficients of each element by itself: the same loss and gradients; that in the constants is the sum."""
+    """One-hot features equal separate coefficients: same loss and gradients, with the sum as the gradient of the constants."""
     rng = np.random.default_rng(0)
     own = {name: 0.3 * rng.normal(size=(4, *shape)) for name, shape in SHAPES[kind].items()}
     amortised = {name: np.concatenate([0 * a[:1], a]) for name, a in own.items()}
@@ -227,7 +227,7 @@ def test_no_features_but_the_constant(host, kind):
 
 @each("size", [4, 3], slow_in_numpyro=lambda size: size == 3)
 def test_an_element_that_has_not_been_seen_before(host, size):
-    """Where the gradient of the cost is affine in the features, the coefficients take all noise away, at each element."""
+    """If the gradient of the cost is affine in the features, the right coefficients remove all noise at every element."""
     data = host.array(np.linspace(-1, 1, 4)[:size])
 
     def guide():
@@ -286,7 +286,7 @@ def test_a_full_rank_site_shares_too(host, estimator):
 
 
 def test_the_first_loss_is_without_derivatives():
-    """And finds all the same, in Pyro, that the elements have rows."""
+    """A first loss without derivatives also finds, in Pyro, that the elements have rows."""
     data = PYRO.array(np.ones((4, 4)))
 
     def guide():

@@ -1,4 +1,4 @@
-"""In NumPyro a bound that is traced, but on which no parameter has an influence, is fixed; one that a parameter moves is not."""
+"""In NumPyro a traced bound is fixed if no parameter influences it."""
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def test_a_bound_that_a_parameter_moves_is_refused(build, estimator):
 
 
 def test_what_the_guide_closes_over_may_be_a_parameter():
-    """A tracer of which nothing is known, outside of the parameters and the arguments, counts as live."""
+    """An unknown tracer that is neither a parameter nor an argument counts as live."""
 
     def loss(low):
         def guide():
@@ -124,7 +124,7 @@ def cost(loc):
 
 
 def of_argument(key, loc, elbo):
-    """Beside a parameter."""
+    """A program with an argument and a parameter."""
 
     def guide(loc):
         numpyro.param("unused", 0.0)
@@ -140,7 +140,7 @@ def of_outer_handler(key, loc, elbo):
 
 @pytest.mark.parametrize("loss", [of_argument, of_outer_handler])
 def test_what_is_differentiated_is_live(loss):
-    """The weak derivative is that in every parameter that may carry a derivative, however it reaches the guide."""
+    """The weak derivative includes every parameter that may have a derivative, however it reaches the guide."""
     elbo = TraceFlow_ELBO(default=MeasureValued())
     gradient = jax.jit(jax.vmap(jax.grad(lambda loc, key: -loss(key, loc, elbo)), (None, 0)))
     samples = gradient(0.3, jax.random.split(jax.random.key(0), 10_000))
@@ -149,7 +149,7 @@ def test_what_is_differentiated_is_live(loss):
 
 
 def test_python_may_look_at_what_is_not_traced():
-    """As in ``svi.run``, which closes over the arguments."""
+    """A guide may branch on arguments that are not traced, as in ``svi.run``, which closes over them."""
 
     def guide(n, flag):
         loc = sum((numpyro.param(f"loc{i}", 0.1) for i in range(int(n))), 0.0)

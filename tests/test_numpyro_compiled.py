@@ -1,4 +1,4 @@
-"""What the adapter of NumPyro does for XLA's sake, and the loss by statement."""
+"""NumPyro's adapter under XLA: the size of compiled programs, kept draws, and the loss by statement."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flowvi import LR, Enumerate, MeasureValued
 
 
 def test_numpyro_keeps_scores_by_statement():
-    """Where the loss is kept by statement, each score is with its own site, so that their sum alone is the estimator."""
+    """If the loss is kept by statement, each score is at its own site, and only the sum is the estimator."""
     elbo = flowvi.numpyro.TraceFlow_ELBO(sum_sites=False, default=LR(), dependencies="plates")
 
     def guide(m, n):
@@ -32,7 +32,7 @@ def test_numpyro_keeps_scores_by_statement():
 
 
 def test_numpyro_draws_are_kept(monkeypatch):
-    """XLA for CPUs would run the sampler again in every loop that reads the draw; the numbers are those of the plain draw."""
+    """XLA's CPU compiler does not repeat the sampler in every loop that reads the draw; the numbers stay the same."""
 
     def guide(loc):
         with numpyro.plate("data", 50):
@@ -64,7 +64,7 @@ def test_numpyro_a_kept_draw_is_itself():
 
 
 def number(n):
-    """Sites that share one cost."""
+    """A program of sites that share one cost."""
 
     def model():
         b = [numpyro.sample(f"b{i}", numpyro_dist.Bernoulli(0.4)) for i in range(n)]
@@ -80,7 +80,7 @@ def number(n):
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", [LR(), Enumerate()])
 def test_numpyro_compiles_in_linear_time(estimator):
-    """The length of the compiled program, to which the compiler's time is proportional; a shared cost is not repeated for each site."""
+    """The length of the compiled program grows linearly: a shared cost is not repeated for each site."""
 
     def length(n):
         elbo = flowvi.numpyro.TraceFlow_ELBO(default=estimator)
@@ -113,4 +113,4 @@ def test_numpyro_one_run_tells_which_arrays_move():
     jax.jit(jax.grad(lambda params: elbo.loss(jax.random.key(0), params, model, guide))).lower(params)
     assert (
         len(runs) == 1 + 2 + 1 + 1 + 1
-    )  # the run, what moves (with arguments and without), the graph, the other runs, what moves there
+    )  # the run, its influences (with and without arguments), the graph, the other runs, their influences

@@ -1,4 +1,4 @@
-"""NumPyro's SVI with TraceFlow_ELBO: every way to take a step, and what it keeps between steps."""
+"""NumPyro's SVI with TraceFlow_ELBO: every way to take a step, and the state between steps."""
 
 import contextlib
 
@@ -33,7 +33,7 @@ NUMPYRO = HOSTS["numpyro"]
 
 
 def begin(run):
-    """The initial state; compiled, because that is faster."""
+    """The initial state, compiled because that is faster."""
     return jax.jit(run.init)(jax.random.key(0))
 
 
@@ -76,7 +76,7 @@ def test_numpyro_by_statement(particles):
 
 
 def test_numpyro_run_options():
-    """The same steps whichever way they are taken."""
+    """The options of ``svi.run`` do not change the steps."""
     plain, other = (
         fit(NUMPYRO, small(), flowvi.numpyro.TraceFlow_ELBO(2), 5, **dict.fromkeys(options, True))
         for options in ((), ("stable_update", "progress_bar", "forward_mode_differentiation"))
@@ -85,7 +85,7 @@ def test_numpyro_run_options():
 
 
 def small():
-    """A score and a field."""
+    """A program with an LR site and a Flow site."""
 
     def guide(h):
         h.sample("w", normal(h, m(h), s(h)), infer={"estimator": ESTIMATORS["z"]})
@@ -111,7 +111,7 @@ def test_numpyro_update_evaluate_scan_and_vmap():
     for _ in range(3):
         state, output = update(state)
         outputs.append(output)
-    assert_same(*zip(*((loss, evaluation) for loss, evaluation, _ in outputs), strict=True))  # of the same random numbers
+    assert_same(*zip(*((loss, evaluation) for loss, evaluation, _ in outputs), strict=True))  # with the same random numbers
     scanned, vmapped = jax.lax.scan(step, first, length=3)[1], jax.jit(jax.vmap(step))(states)[1]
     for i, output in enumerate(outputs):
         assert_same(output, jax.tree.map(lambda leaf, i=i: leaf[i], scanned))
@@ -141,7 +141,7 @@ def test_numpyro_stable_update_keeps_the_state():
 
 
 def test_numpyro_forward_mode():
-    """Both modes hold the same surrogate, in a program with every kind of estimator."""
+    """Forward and reverse mode agree in a program with every kind of estimator."""
     guide, model = bind(NUMPYRO, MIXED)
     run = numpyro.infer.SVI(model, guide, numpyro.optim.SGD(1.0), mixed(NUMPYRO, num_particles=3))
     state = begin(run)
@@ -163,7 +163,7 @@ def test_numpyro_minimize():
 
 @pytest.mark.parametrize("where", ["model", "guide"])
 def test_numpyro_mutable_state(where):
-    """A mutable site advances once a step, also in the step that reads an annotation of the model."""
+    """A mutable site advances once per step, also in the step that reads an annotation of the model."""
 
     def count(here):
         if here == where:
@@ -196,7 +196,7 @@ def test_numpyro_mutable_state(where):
 
 @pytest.mark.parametrize("elbo", [flowvi.numpyro.TraceFlow_ELBO(3), flowvi.numpyro.TraceFlow_RenyiELBO(0.0, 3)])
 def test_numpyro_the_state_is_that_of_the_first_particle(elbo):
-    """A running mean of the data and of a draw, in `svi.run`."""
+    """With several particles, a running mean of the data and of a draw is that of the first particle."""
     draws = []
 
     def guide():
@@ -228,7 +228,7 @@ def test_numpyro_discrete_sites_are_no_news():
 
 
 def by_a_parameter(here, where):
-    """LR whose proposal reads a parameter that moves, if it is said ``here``."""
+    """LR whose proposal reads a live parameter, if ``here``."""
     c = numpyro.param("c", 1.5, constraint=numpyro.distributions.constraints.positive)
     q = lambda p: NUMPYRO.dist.Normal(p.loc, c * p.scale)
     return c, {"estimator": LR(q=q)} if here == where else {}
@@ -236,7 +236,7 @@ def by_a_parameter(here, where):
 
 @pytest.mark.parametrize("start", ["compiled", "evaluated"])
 def test_numpyro_an_annotation_of_the_model_belongs_to_its_run(start):
-    """A proposal that reads a traced parameter: said in the model it acts as if it was said in the guide, trace after trace."""
+    """A model's annotation whose proposal reads a traced parameter acts like one in the guide, in every trace."""
 
     def fit(where):
         def guide(y):

@@ -1,4 +1,4 @@
-"""Flows that the host can apply only forward: as those with an inverse where the base sample suffices, refused where it does not."""
+"""Flows that the host cannot invert: right if the base sample suffices, refused otherwise."""
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ def test_what_needs_the_inverse_is_refused(host):
 
 @each("estimator", [Enumerate()], slow_in_numpyro=always)
 def test_beside_a_site_that_compares(host, estimator):
-    """Right in NumPyro, whose trace keeps the base sample; refused in Pyro, where another draw replaces what the flow has cached."""
+    """Right in NumPyro, whose trace keeps the base sample; refused in Pyro, where another draw replaces the flow's cache."""
 
     def with_switch(one_way):
         plain = program(host, one_way)

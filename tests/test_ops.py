@@ -1,4 +1,4 @@
-"""Both backends keep the protocol of the core, and a surrogate has a first derivative only."""
+"""Both backends implement the protocol of the core, and a surrogate has only a first derivative."""
 
 import inspect
 
@@ -18,7 +18,7 @@ PROTOCOL = {name: f for name, f in vars(Ops).items() if inspect.isfunction(f) an
 @pytest.mark.parametrize("ops", [flowvi.ops.jax, flowvi.ops.torch], ids=["jax", "torch"])
 @pytest.mark.parametrize("name", PROTOCOL)
 def test_each_operation_is_there(ops, name):
-    """With the arguments of the protocol; of a builtin of torch no signature is known."""
+    """Each operation has the arguments of the protocol. A builtin of torch has no signature to compare."""
     _, *parameters = inspect.signature(PROTOCOL[name]).parameters.values()
     function = getattr(ops, name)
     try:
@@ -95,7 +95,7 @@ def test_another_term_keeps_its_second_derivative_in_torch():
 
 
 def test_a_pullback_inside_of_torch_func():
-    """The transforms of torch.func need another form of the function."""
+    """A pullback works inside torch.func, whose transforms need another form of the function."""
     x = torch.tensor([0.3, -0.2])
 
     def f(x):

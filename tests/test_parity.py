@@ -1,4 +1,4 @@
-"""The estimators on the same x in both hosts, to 1e-10, and against formulas; with strict rank promotion in JAX."""
+"""The estimators at the same x in both hosts, to 1e-10, and against formulas, with strict rank promotion in JAX."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ def lower_q(p):
 
 
 def tril_field(x, p, dtheta):
-    """x = loc + L eps flows along dL eps; the matrix is not symmetric, so that a transposed Jacobian would show."""
+    """The field dL eps of x = loc + L eps. The matrix is not symmetric, so that a transposed Jacobian would show."""
     eps = p.scale_tril @ (x - p.loc)[..., None]
     return dtheta.loc + (dtheta.scale_tril @ eps)[..., 0] * (1 + 0.1 * x**2)
 
@@ -75,7 +75,7 @@ ROWS = {
     "Gamma LR": ("Gamma", GAMMA, lambda h: LR(), X),
     "Gamma Flow": ("Gamma", GAMMA, lambda h: Flow(concentration=lambda x, p: 0.3 * x, rate=lambda x, p: -x / p.rate), X),
     "Beta LR": ("Beta", {"concentration1": SCALE, "concentration0": 2 * SCALE}, lambda h: LR(), np.array([0.1, 0.4, 0.9])),
-    # VonMises is left out: the Bessel functions of its log_prob in torch are right to 1e-7 only
+    # without VonMises: the Bessel functions of torch's log_prob are only right to 1e-7
     "Poisson LR": ("Poisson", {"rate": SCALE}, lambda h: LR(q=lambda p: h.dist.Poisson(2 * p.rate)), np.array([0, 3, 1])),
     "Bernoulli LR": ("Bernoulli", {"logits": LOC}, lambda h: LR(), np.array([0.0, 1.0, 1.0])),
     "MVN LR": ("MultivariateNormal", MVN, lambda h: LR(), X),
@@ -118,7 +118,7 @@ def test_batch_and_event_dims(host, row):
 
 
 def test_divergence_on_the_simplex(host):
-    """psi of the replicator field: its divergence in the chart is sum(a) - d x.a, where the ambient trace is another number."""
+    """psi of the replicator field uses the divergence on the simplex, sum(a) - d x.a, not the trace in the ambient space."""
     x, d = np.array([0.2, 0.5, 0.3]), 3
     concentration = DIRICHLET["concentration"]
     for k in range(d):
@@ -148,7 +148,7 @@ def test_jacobian_of_a_matrix_event(host):
 
 
 def test_weight_where_the_proposal_leaves_the_support(host):
-    """A Normal proposal for an Exponential: outside the support the weight is 0 and the value is some point inside."""
+    """With a Normal proposal for an Exponential, a sample outside the support has weight 0 and a value inside."""
     estimator = lambda h: LR(q=lambda p: h.dist.Normal(p.rate, 2 * p.rate))
     value, log_weight, _ = attached(host, "Exponential", {"rate": SCALE}, estimator, np.array([-0.5, 0.4, 1.0]))
     assert value[0] >= 0
@@ -170,7 +170,7 @@ def test_sum_to_keeps_the_dims_of_frames():
 
 
 def test_leave_one_out_of_particles_with_weights():
-    """(K,) times (K, 1) would broadcast in silence: the baseline is the mean over the other particles, element by element."""
+    """The baseline is the mean over the other particles, element by element. (K,) times (K, 1) would broadcast silently."""
     score, cost = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), np.array([[1.0, 0.0], [2.0, 1.0], [6.0, 5.0]])
     weight = np.array([[1.0, 2.0], [0.5, 1.0], [2.0, 1.0]])
     mean_of_others = np.array([[4.0, 3.0], [3.5, 2.5], [1.5, 0.5]])
@@ -180,7 +180,7 @@ def test_leave_one_out_of_particles_with_weights():
 
     for baseline, gain in ((ParticleMean(), cost - weight * mean_of_others), (None, cost)):
         value, tangent = jax.jvp(partial(term, baseline=baseline), (jnp.full((3, 2), 7.0),), (score,))
-        assert value == 1.0  # a score adds nothing to it
+        assert value == 1.0  # the score adds nothing
         np.testing.assert_allclose(tangent, (score * gain).sum() / 3)
 
 
@@ -189,7 +189,7 @@ def test_program_order():
     random, scans = frozenset(guide), (frozenset({"c", "d"}), frozenset({"c", "y2"}))
     of_guide, of_model = program_order(guide, model, random, *scans)
     assert of_guide == {"a": {"a"}, "aux": {"a", "aux"}, "b": {"a", "aux", "b"}, "c": random, "d": random}
-    assert of_model["y0"] == {"a", "aux"}  # the auxiliary site, and what the guide had drawn before it
+    assert of_model["y0"] == {"a", "aux"}  # the auxiliary site, and the guide's earlier draws
     assert of_model["b"] == of_model["y1"] == of_model["a"] == {"a", "aux", "b"}
     assert of_model["c"] == of_model["y2"] == random
     assert program_order(guide, model, random, model_scans=scans[1])[0]["c"] == random - {"d"}  # a scan in the model only

@@ -1,4 +1,4 @@
-"""Particles that are drawn together: each keeps its law, and the mean over them has less noise."""
+"""Particles that are drawn together: each keeps its distribution, and their mean has less noise."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def draws(host, how, n, shape, num_particles=K):
 
 @pytest.mark.parametrize("how", HOW)
 def test_each_particle_keeps_its_law(host, how):
-    """Means and second moments of one particle's numbers at three elements; they are independent of each other."""
+    """The numbers of one particle are uniform, and independent at different elements."""
     u = draws(host, how, 20_000, (3,))[:, 5] - 0.5
     assert np.abs(z_scores(u, 0.0, np.full(3, 1 / 12))).max() < 5
     assert np.abs(z_scores(u**2, 1 / 12, np.full(3, 1 / 80 - 1 / 144))).max() < 5
@@ -79,7 +79,7 @@ def test_numbers_in_single_precision_are_never_0_or_1(host):
 
 @each("name", sorted(BY_INVERSE_CDF), slow_in_numpyro=lambda name: name not in ("Normal", "Cauchy", "Pareto"))
 def test_a_sample_at_uniform_numbers(host, name):
-    """The inverse of the cdf, and its derivative in each parameter, -dF/dtheta over the density."""
+    """The sample is the inverse cdf, with the derivative -dF/dtheta over the density in each parameter."""
     theta = [host.array(v) for v in THETA[name].values()]
 
     def make(values):
@@ -107,7 +107,7 @@ def test_a_sample_at_uniform_numbers(host, name):
 
 
 def square(joint=False):
-    """A Normal and the cost x^2, or the cost of a sum of two coordinates."""
+    """A Normal with the cost x^2, or with a cost of the sum of two coordinates."""
 
     def site(h, t, values):
         if not joint:
@@ -124,7 +124,7 @@ def square(joint=False):
 
 
 def give(monkeypatch, host, numbers):
-    """Let a site have these uniform numbers, (particles, *event)."""
+    """Give a site these uniform numbers, of shape (particles, *event)."""
     if host.name == "numpyro":
         monkeypatch.setattr(
             flowvi.numpyro.particles.Together, "uniforms", lambda self, name, key, shape: jnp.asarray(numbers)[self.number]
@@ -136,7 +136,7 @@ def give(monkeypatch, host, numbers):
 
 @pytest.mark.parametrize("joint", [False, True], ids=["Normal", "MultivariateNormal"])
 def test_the_gradient_is_that_of_the_formula(host, joint, monkeypatch):
-    """The mean over particles of 2 x dx/dtheta at the drawn x."""
+    """The gradient is the mean over particles of 2 x dx/dtheta at the drawn x."""
     u = np.random.default_rng(0).uniform(size=(K, 2) if joint else (K,))
     give(monkeypatch, host, u)
     z = np.asarray(jax.scipy.special.ndtri(u))
@@ -149,7 +149,7 @@ def test_the_gradient_is_that_of_the_formula(host, joint, monkeypatch):
 
 
 def exact_variance(g, how):
-    """Of the mean over K particles of a function g of a Normal number, by a fine grid of equally probable points."""
+    """The variance of the mean over K particles of g at a Normal number, by a fine grid of equally likely points."""
     z = np.asarray(jax.scipy.special.ndtri((np.arange(K * 20_000) + 0.5) / (K * 20_000)))
     if how == "independent":
         return g(z).var(0) / K
@@ -171,12 +171,12 @@ def test_the_mean_is_exact_and_the_noise_smaller(host, how):
     assert np.abs(z_scores(samples, [2 * loc, 2 * scale], variance)).max() < 5
     np.testing.assert_allclose(samples.var(0), variance, rtol=0.2, atol=1e-12)
     gain = independent / samples.var(0).clip(1e-12)
-    # 2 (x + x') of a mirrored pair is a constant
+    # because 2 (x + x') of a mirrored pair is constant
     assert (gain > [12, 2.5]).all() if how == "stratified" else gain[0] > 1e6 and gain[1] < 1
 
 
 def in_a_plate():
-    """Three elements, of which each has its own permutation; a cost that couples them."""
+    """Three elements in a plate, each with its own permutation, and a cost that couples them."""
 
     def guide(h, t):
         with h.plate("data", 3):
@@ -191,7 +191,7 @@ def in_a_plate():
 
 
 def test_a_plate(host):
-    """E (sum x)^2 = 3 E x^2 + 6 (E x)^2."""
+    """The mean is the derivative of E (sum x)^2 = 3 E x^2 + 6 (E x)^2."""
     loc, scale = 0.2, 0.4
     second, mean = np.exp(2 * loc + 2 * scale**2), np.exp(loc + scale**2 / 2)
     exact = [6 * second + 12 * mean**2, 12 * scale * second + 12 * scale * mean**2]
@@ -204,7 +204,7 @@ def test_a_plate(host):
 
 
 def gate():
-    """A Bernoulli, whose logits are drawn together, and a cost of both."""
+    """A Bernoulli below a joint site that gives its logits, and a cost of both."""
 
     def cost(h, t, values):
         return 3 * values["k"] * (1 + values["x"]) + values["x"] ** 2
@@ -215,7 +215,7 @@ def gate():
 
 @each("how", HOW, slow_in_numpyro=lambda how: how == "antithetic")
 def test_scores_below_a_joint_site(host, how):
-    """The leave-one-out mean does not depend on the draw of the Bernoulli, whatever the particles have in common."""
+    """The leave-one-out mean does not depend on the draw of the Bernoulli, although the particles have joint logits."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     x, weights = 0.3 + nodes, weights / weights.sum()
     p = 1 / (1 + np.exp(-(x - 0.2)))
@@ -226,7 +226,7 @@ def test_scores_below_a_joint_site(host, how):
 
 @each("how", HOW, slow_in_numpyro=lambda how: how == "antithetic")
 def test_scores_drawn_together_would_be_biased(host, how):
-    """Why a site with a score is drawn independently: the leave-one-out mean would depend on its draw."""
+    """Joint draws at a site with a score would be biased, because the leave-one-out mean would depend on its draw."""
     u = draws(host, how, 20_000, ())
     z = np.asarray(jax.scipy.special.ndtri(u))
     cost = (0.4 + 0.7 * z) ** 2

@@ -1,4 +1,4 @@
-"""Plates, scales and masks, and factors that are scores; more of them in test_host_bugs.py."""
+"""Plates, scales, masks, and factors that are scores. test_host_bugs.py has more of them."""
 
 import numpy as np
 import pyro
@@ -11,7 +11,7 @@ from flowvi import LR, RP, Flow
 
 
 def test_a_cost_outside_the_plate_carries_every_weight(host):
-    """E[(z_1 + z_2)^2] under N(m, 1)^2: each element's score meets the joint cost with the joint weight."""
+    """At E[(z_1 + z_2)^2] under N(m, 1)^2, each element's score multiplies the joint cost and the joint weight."""
 
     def site(h, t):
         return h.sample("z", h.dist.Normal(t[0] + h.array([0.0, 0.0]), h.array(1.0)).mask(False))
@@ -32,7 +32,7 @@ def test_a_cost_outside_the_plate_carries_every_weight(host):
 
 @pytest.mark.parametrize("kind", ["LR", "RP", "half", "LR, q"])
 def test_a_scale_for_each_element(host, kind):
-    """d/dm of -sum_i c_i KL(N(m, 1) || N(0, 1)) is -m sum_i c_i."""
+    """With a scale c_i for each element, d/dm of -sum_i c_i KL(N(m, 1) || N(0, 1)) is -m sum_i c_i."""
 
     def part(h, loc):
         with h.plate("n", 3), h.scale(h.array([1.0, 2.0, 4.0])):
@@ -60,7 +60,7 @@ MASKS = {
 @pytest.mark.parametrize("kind", ["LR", "RP", "half"])
 @pytest.mark.parametrize("way", MASKS)
 def test_every_mask_leaves_the_score(host, way, kind):
-    """Two elements; d/dm E[-x^2 / 2] is -m for each, and the entropy of N(m, 1), masked or not, adds nothing."""
+    """With masks on two elements, d/dm E[-x^2 / 2] is -m for each; the entropy of N(m, 1), masked or not, adds nothing."""
 
     def part(h, sample, loc):
         with h.plate("n", 2):
@@ -73,7 +73,7 @@ def test_every_mask_leaves_the_score(host, way, kind):
 
 
 def test_pyro_observations_without_a_plate():
-    """A vector is one cost, counted once, inside a plate further out; where there is none, Pyro's validation refuses it."""
+    """A vector observation in an outer plate is one cost and counts once; without a plate, Pyro's validation refuses it."""
     host, data = HOSTS["pyro"], np.array([0.5, -1.0, 2.0])
 
     def guide(h, t):
@@ -89,7 +89,7 @@ def test_pyro_observations_without_a_plate():
 
 
 def test_pyro_a_factor_that_is_a_score():
-    """``pyro.factor(..., has_rsample=False)``: x ~ N(0.7, 1) and the factor log N(x; m, 1) / N(x; 0.7, 1) are LR at m = 0.7, by hand.
+    """``pyro.factor(..., has_rsample=False)`` is a score: x ~ N(0.7, 1) and a factor log N(x; m, 1) / N(x; 0.7, 1) are LR at m = 0.7.
 
     d/dm of -KL(N(m, 1) || N(0, 1)) is -m.
     """
@@ -105,7 +105,7 @@ def test_pyro_a_factor_that_is_a_score():
 
 @pytest.mark.parametrize("dependencies", ["graph", "plates"])
 def test_pyro_a_factor_that_is_a_score_meets_every_cost(dependencies):
-    """Also the cost that stands before it: x ~ N(0, 1) and the factor log N(x; 0, s) / N(x; 0, 1).
+    """Such a factor multiplies every cost, also an earlier one: x ~ N(0, 1) and the factor log N(x; 0, s) / N(x; 0, 1).
 
     d/ds of -KL(N(0, s) || N(0, 2)) is 1/s - s/4.
     """

@@ -1,4 +1,4 @@
-"""``flowvi.plot``: the numbers that are drawn against closed forms, in both hosts."""
+"""``flowvi.plot``: the numbers in the figures against closed forms, in both hosts."""
 
 import matplotlib
 import numpy as np
@@ -59,7 +59,7 @@ def test_velocity_of_a_normal(host, normal):
         u, psi = lines(figure.axes[j]), lines(figure.axes[2 + j])
         for label, a in blend.items():
             x = u[label][0]
-            assert np.array_equal(x, X) == (label != "RP")  # a sampler is shown at its own draws
+            assert np.array_equal(x, X) == (label != "RP")  # a sampler is plotted at its own draws
             z = (x - LOC) / SCALE
             score, pathwise = ((z / SCALE, 1.0 + 0 * x), ((z**2 - 1) / SCALE, z))[j]
             close(u[label][1], a * pathwise)
@@ -68,8 +68,8 @@ def test_velocity_of_a_normal(host, normal):
 
 @slow_in_numpyro
 def test_velocity_by_name_and_by_function(host):
-    """Named parameters of families with alternatives, derived attributes and bounds; Auto is resolved; a move of a mixture."""
-    d, a, x = host.dist, host.array, np.linspace(0.1, 0.9, 7)  # of one length, so that JAX compiles less
+    """Velocities by parameter name, by a function, for derived attributes, bounds and a mixture; Auto is resolved."""
+    d, a, x = host.dist, host.array, np.linspace(0.1, 0.9, 7)  # the same length for all, so that JAX compiles less
     cases = [
         (d.Beta(a(2.0), a(3.0)), "concentration1", LR(), np.log(x) - (stats.beta(2, 3).expect(np.log))),
         (d.LogNormal(a(0.1), a(0.5)), "loc", LR(), (np.log(x) - 0.1) / 0.25),
@@ -81,7 +81,7 @@ def test_velocity_by_name_and_by_function(host):
     for p, name, estimator, psi in cases:
         figure = plot.velocity(p, estimator, name, x=x)
         close(figure.axes[0].lines[0].get_ydata(), velocities.get(name, 0 * x))
-        close(figure.axes[1].lines[0].get_ydata(), psi, 1e-8)  # the expectation is by quadrature
+        close(figure.axes[1].lines[0].get_ydata(), psi, 1e-8)  # against a quadrature
     counts = d.Poisson(a(3.0))
     figure = plot.velocity(counts, LR(), "rate", x=np.arange(7))
     close(figure.axes[1].lines[0].get_ydata(), np.arange(7) / 3 - 1)
@@ -100,7 +100,7 @@ def test_velocity_by_name_and_by_function(host):
 
 @slow_in_numpyro
 def test_velocity_in_two_dimensions(host):
-    """Moving loc along e: u = e and psi = 0 for RP and its field, u = 0 and psi = e . Sigma^-1 (x - loc) for LR."""
+    """If loc moves along e, RP and its field have u = e and psi = 0; LR has u = 0 and psi = e . Sigma^-1 (x - loc)."""
     tril, e = np.array([[1.0, 0.0], [0.5, 0.8]]), np.array([1.0, -2.0])
 
     def shifted(t):
@@ -122,12 +122,12 @@ def test_velocity_in_two_dimensions(host):
 
 @pytest.mark.parametrize(("label", "a"), [("LR", 0.0), ("half", 0.5), ("RP", 1.0)])
 def test_flow_lines(host, normal, label, a):
-    """A line ends at x + a t, with the mass p(x + a t; loc + t) / p(x; loc)."""
+    """A flow line ends at x + a t, with the mass p(x + a t; loc + t) / p(x; loc)."""
     figure = plot.flow(normal, {"LR": LR(), "half": HALF, "RP": RP()}[label], "loc", by=0.5, lines=8)
     after, middle, before = figure.axes[:3]
     edges = np.array([collection.get_segments()[0][0] for collection in middle.collections])
     ends = np.array([collection.get_segments()[-1][1] for collection in middle.collections])
-    close(edges[:, 0], stats.norm(LOC, SCALE).ppf(np.arange(1, 8) / 8), 0.01)  # quantiles, from the density on a grid
+    close(edges[:, 0], stats.norm(LOC, SCALE).ppf(np.arange(1, 8) / 8), 0.01)  # the edges are quantiles, computed on a grid
     close(edges[:, 1], LOC)
     close(ends, np.stack([edges[:, 0] + a * 0.5, np.full(7, LOC + 0.5)], -1))
     _, mass = carried(normal, "loc", HALF, X)
@@ -139,7 +139,7 @@ def test_flow_lines(host, normal, label, a):
 
 
 def test_single_precision():
-    """What is given in double precision is not taken for the draws of a sampler."""
+    """Points in double precision are not mistaken for the draws of a sampler."""
     torch.set_default_dtype(torch.float32)
     p = pyro.distributions.Normal(LOC, SCALE)
     places, mass = carried(p, "loc", HALF, X)
@@ -148,7 +148,7 @@ def test_single_precision():
 
 
 def test_flow_lines_of_a_sampler(host):
-    """The sampler of a Gamma moves mass as its exact field does; its field is interpolated between draws."""
+    """The sampler of a Gamma moves mass like the exact field; its velocity is interpolated between draws."""
     p = host.dist.Gamma(host.array(2.0), host.array(1.0))
     levels = np.linspace(0.1, 0.9, 7)
     x = stats.gamma(2.0).ppf(levels)
@@ -169,7 +169,7 @@ def test_proposal(host, normal):
 
 @slow_in_numpyro
 def test_gradients(host, normal):
-    """Samples of a blend are the blend of samples; means and variances of LR and RP at (x - 1)^2 are those of a Normal's moments."""
+    """Samples of a blend are the blend of samples, and LR and RP have the exact mean and variance at (x - 1)^2."""
     p = host.dist.Normal(host.array(0.0), host.array(1.0))
     blend = {f"{a}": Flow(fields.scaled(a, fields.location_scale())) for a in (0.0, 0.5, 1.0)}
     n = 4000
@@ -184,7 +184,7 @@ def test_gradients(host, normal):
         assert abs(samples.mean() + 2) < 5 * np.sqrt(variance / n)
         assert abs(samples.var() / variance - 1) < 0.3
     assert abs(weighted.mean() + 2) < 5 * weighted.std() / np.sqrt(n)
-    wrong = at_0 - at_1 / 2  # psi with half of its velocity: the means above can tell
+    wrong = at_0 - at_1 / 2  # the means above reject a psi with half of its velocity
     assert abs(wrong.mean() + 2) > 5 * wrong.std() / np.sqrt(n)
     figure = plot.gradients(p, blend, "loc", cost, num_samples=500)
     first = plot.gradient_samples(p, blend["0.0"], "loc", cost, num_samples=500)
@@ -211,7 +211,7 @@ def test_refusals(host, normal):
 
 
 def test_imports():
-    """Neither ``import flowvi`` nor the modules themselves import matplotlib or a host, and each says what it misses."""
+    """Importing flowvi or flowvi.plot imports neither matplotlib nor a host, and a missing package is named."""
     names = ("flowvi.plot", "flowvi.checks", "matplotlib", "jax", "torch", "numpy")
     loaded = f"print([name for name in {names} if sys.modules.get(name)])"
     assert run((), f"import flowvi\n{loaded}") == "[]"

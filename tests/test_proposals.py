@@ -1,4 +1,4 @@
-"""The library of sampling densities: each integrates to 1, is what its sampler draws from, and weighs right."""
+"""The sampling densities: each integrates to 1, is the density of its sampler, and has the right weights."""
 
 import math
 from itertools import pairwise
@@ -36,7 +36,7 @@ def density(host, q):
 
 
 def cdf(host, family, q, at):
-    """The cdf of q at some points, and its total, by quadrature between points at which a density may have a kink."""
+    """The cdf of q at some points, and its total, by quadrature between possible kinks."""
     low, high = SUPPORT.get(family, (-math.inf, math.inf))
     ends = sorted({low, high, *at, *(b for b in BREAKS if low < b < high)})
     rules = [nodes(a, b) for a, b in pairwise(ends)]
@@ -52,7 +52,7 @@ def draw(host, q, n, seed=0):
 
 @pytest.mark.parametrize(("family", "name"), ROWS, ids=str)
 def test_density_and_sampler(host, family, name):
-    """The density integrates to 1; the share of samples below each of some points is its cdf there."""
+    """The density integrates to 1, and the share of samples below given points is its cdf."""
     q = ROWS[family, name](distribution(host, family))
     x = draw(host, q, N)
     points = np.quantile(x, [0.02, 0.2, 0.4, 0.5, 0.7, 0.97])
@@ -64,7 +64,7 @@ def test_density_and_sampler(host, family, name):
 
 @pytest.mark.parametrize(("family", "name"), ROWS, ids=str)
 def test_weight(host, family, name):
-    """The log weight is log p - log q, and its mean under q is 1; in batches as at one point."""
+    """The log weight is log p - log q, and the mean weight under q is 1, in batches and at one point."""
     q, p = ROWS[family, name](distribution(host, family, (3,))), distribution(host, family, (3,))
     x = np.array([0.31, 0.62, 0.91])
     theta = {k: np.full(3, v) for k, v in THETA[family].items()}
@@ -118,7 +118,7 @@ def test_densities_of_a_normal(host, name):
     np.testing.assert_allclose(density(host, q(p))(x), expected, rtol=1e-12)
 
 
-SECOND_MOMENTS = {  # of LR at the constant cost 1, over that at q = p
+SECOND_MOMENTS = {  # the second moment of LR at the cost 1, relative to q = p
     ("Normal", "loc"): 2 / math.pi,
     ("Normal", "scale"): 8 / (math.e * 2 * math.pi),
     ("Exponential", "rate"): 4 / math.e**2,
@@ -128,14 +128,14 @@ SECOND_MOMENTS = {  # of LR at the constant cost 1, over that at q = p
 
 @pytest.mark.parametrize(("family", "parameter"), SECOND_MOMENTS, ids=str)
 def test_optimal_is_as_good_as_it_says(host, family, parameter):
-    """Under the optimal density |w psi| is constant; its square is the ratio of second moments times the Fisher information."""
+    """Under the optimal density |w psi| is constant, and its square is the ratio of second moments times the Fisher information."""
     x = np.array([0.31, 0.62, 2.91])
     theta = {k: np.full(3, v) for k, v in THETA[family].items()}
     q = proposals.optimal(parameter, epsilon=0)
 
     def weighted_score(e):
         _, log_weight, gradient = attached(host, family, theta, lambda h: LR(q=q), x)
-        ramp = np.linspace(-1.0, 2.0, 3)  # by which attached weighs the scores
+        ramp = np.linspace(-1.0, 2.0, 3)  # the weights of the scores in `attached`
         return np.exp(log_weight) * gradient[parameter] / ramp
 
     fisher = {("Normal", "loc"): 1, ("Normal", "scale"): 2, ("Exponential", "rate"): 1, ("Laplace", "loc"): 1}[family, parameter]
@@ -150,7 +150,7 @@ def wide(h, p):
 
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_vectors(host, shape):
-    """Events keep their dims: a defensive mixture picks whole vectors, and tempered and student_t serve a MultivariateNormal."""
+    """A defensive mixture picks whole vectors, and tempered and student_t work at a MultivariateNormal."""
     tril = host.array([[0.6, 0.0], [0.4, 0.8]]) + host.array(np.zeros((*shape, 1, 1)))
     p = host.dist.MultivariateNormal(host.array(np.zeros((*shape, 2))), scale_tril=tril)
     for q in (proposals.tempered(2.0), proposals.student_t(5.0), proposals.defensive(proposals.tempered(2.0), 0.5)):
@@ -213,7 +213,7 @@ def test_refused(host, q, family, message):
     ],
 )
 def test_slices_need_a_mode_inside(host, family, theta):
-    """Under jit, where nothing is known of the parameters, there are no samples of a density that there is not."""
+    """If the mode is not inside the support, slices raise an error, or give NaN under jit, where the parameters are unknown."""
     q, family = proposals.slice_by_mass(), getattr(host.dist, family)
     theta = {k: host.array(v) for k, v in theta.items()}
     with pytest.raises(
@@ -236,7 +236,7 @@ def test_what_a_proposal_refuses_names_the_site(host):
 
 
 def run(host, program, estimator):
-    """Once, with known parameters."""
+    """Run a program once, with known parameters."""
     model, guide = (lambda: program.model(host, [host.array(0.3)])), (lambda: program.guide(host, [host.array(0.3)]))
     elbo = host.flow.TraceFlow_ELBO(estimators={"x": estimator})
     return host.loss(elbo, model, guide)
@@ -248,7 +248,7 @@ def test_defensive_needs_a_share():
 
 
 def test_a_wrong_density_is_rejected(host):
-    """A density that is not that of its sampler puts the estimate where the z-score sees it."""
+    """The z-score rejects a density that is not that of its sampler."""
     case, exact = CASES["normal-scale-square"], EXACT["normal-scale-square"]
 
     class Wrong(_SymmetricSlice):
@@ -266,7 +266,7 @@ def test_a_wrong_density_is_rejected(host):
 
 
 def test_in_a_plate_inside_an_event(host):
-    """A proposal expands with the site."""
+    """A proposal expands with its site, in a plate inside an event."""
     program = chain(
         0.3,
         {"x": lambda h, t, v: h.dist.Normal(t[0][..., None] + h.array([0.0, 1.0, 2.0]), h.array(1.2)).to_event(1)},

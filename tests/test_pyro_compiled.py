@@ -1,4 +1,4 @@
-"""Compiled steps in Pyro: they equal those of SVI at the same draws, and refuse what they would freeze."""
+"""Compiled steps in Pyro equal those of SVI at the same draws, and refuse values that the graph would freeze."""
 
 import shutil
 import warnings
@@ -37,7 +37,7 @@ def gradients():
 
 
 def step_of_graph(elbo, model, guide, *args, init=None):
-    """Loss and gradients of a graph that is not compiled further."""
+    """Loss and gradients of a graph, without a compiler."""
     initialize(init or {})
     elbo.loss_and_grads(model, guide, *args)
     compiled, arguments = CompiledLoss(elbo, model, guide, "eager"), Arguments.of(args, {})
@@ -48,7 +48,7 @@ def step_of_graph(elbo, model, guide, *args, init=None):
 
 
 def step_of_host(elbo, model, guide, *args, init=None):
-    """Loss and gradients without a graph, with the draws that the graph makes."""
+    """Loss and gradients without a graph, at the draws of the graph."""
     initialize(init or {})
     with pyro.validation_enabled(False), pytest.MonkeyPatch.context() as patch, Operations():
         patch.setattr(flowvi.pyro.generators, "is_tracing", lambda: True)
@@ -73,7 +73,7 @@ OF_ESTIMATORS = [pytest.param(name, marks=() if name in FAST else pytest.mark.sl
 
 @pytest.mark.parametrize("name", OF_ESTIMATORS)
 def test_every_estimator(name):
-    """Loss and gradients at the same draws, also those of what the estimators learn."""
+    """Loss and gradients are the same at the same draws, also those of learned parameters."""
 
     def run(params, model, guide, plates, **options):
         assert_same_step(TraceFlow_ELBO(max_plate_nesting=plates, **options), model, guide, init=params)
@@ -87,7 +87,7 @@ OF_PROGRAMS = [
     pytest.param(name, elbo, marks=() if name == SUBSAMPLED else pytest.mark.slow)
     for name in PROGRAMS
     for elbo in (TraceFlow_ELBO, TraceFlow_RenyiELBO)
-    if (name, elbo) != (SUBSAMPLED, TraceFlow_RenyiELBO)  # a bound refuses it
+    if (name, elbo) != (SUBSAMPLED, TraceFlow_RenyiELBO)  # a bound refuses this program
 ]
 
 
@@ -119,7 +119,7 @@ def test_objectives(name):
 
 
 def test_sums_over_sites_with_random_sites_below():
-    """The runs of an exact sum draw what is below the site with the same noise."""
+    """The runs of an exact sum draw the sites below with the same noise."""
 
     def program(logits, h=PYRO):
         k = pyro.sample("k", dist.Bernoulli(logits=logits))
@@ -180,7 +180,7 @@ def test_steps_are_those_of_svi(name):
         np.testing.assert_allclose(our_parameters[parameter], value, rtol=1e-10)
 
 
-# what torch says where inductor is imported
+# a warning of torch when inductor is imported
 inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -188,7 +188,7 @@ needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs
 @inductor
 @needs_a_compiler
 def test_inductor():
-    """Its steps, subsampled ones, are those of SVI, and each draws anew."""
+    """Compiled, subsampled steps are those of SVI, and each makes new draws."""
     guide, model = bind(PYRO, PROGRAMS["subsampled plate"])
     runs = []
     for kind, options in ((SVI, {}), (CompiledSVI, {})):
@@ -207,7 +207,7 @@ def compiled_svi(model, guide, elbo=None, optim=None, backend="eager"):
 
 
 def test_batches_of_other_sizes():
-    """Each size that comes twice is compiled, with one warning; the steps are those of SVI."""
+    """A batch size is compiled when it comes for the second time, with one warning. The steps are those of SVI."""
     sizes = [6, 6, 6, 4, 6, 4, 4, 3]
     losses = []
     for kind in (lambda *args: SVI(*args), lambda *args: CompiledSVI(*args, backend="eager")):
@@ -257,7 +257,7 @@ def test_what_the_program_closes_over_may_change_in_place():
 
 
 def test_indices_and_masks():
-    """A scalar draw as an index, a mask over which the program closes, and one that it computes from constants."""
+    """A scalar draw may be an index, and a mask may be closed over or computed from constants."""
     closed = DATA > 0
 
     def guide(y):
@@ -273,7 +273,7 @@ def test_indices_and_masks():
 
 
 def test_statistics_that_change_in_place():
-    """Those of a BatchNorm change once at each step, also at the one that compiles."""
+    """The statistics of a BatchNorm change once at each step, also at the step that compiles."""
 
     def model(y):
         data_model(network(y[:, None])[:, 0])
@@ -293,7 +293,7 @@ def test_statistics_that_change_in_place():
 
 @pytest.mark.parametrize("bound", [False, True])
 def test_jit(bound):
-    """Losses, parameters and gradients are those of the objective that is not compiled."""
+    """Losses, parameters and gradients are those of the objective without compilation."""
     kinds = (TraceFlow_RenyiELBO, JitTraceFlow_RenyiELBO) if bound else (TraceFlow_ELBO, JitTraceFlow_ELBO)
     runs = []
     for kind in kinds:
@@ -321,7 +321,7 @@ def test_jit_takes_the_options_of_pyro():
 
 
 def test_parameters_live_in_the_store():
-    """Before and after each step, in modules and in constrained parameters; what is set in between holds."""
+    """Parameters stay in the store, also in modules and under constraints, and values set between steps are used."""
     torch.manual_seed(0)
     network = torch.nn.Linear(1, 1).double()
 
@@ -409,7 +409,7 @@ def test_a_decaying_rate_starts_anew_after_the_store_is_cleared():
 
 
 def test_the_state_of_the_optimizer_is_that_of_svi():
-    """Saved after compiled steps and loaded by SVI, and the other way around, the next steps are the same."""
+    """A state saved after compiled steps can be loaded by SVI, and the other way around; the next steps are the same."""
     for optimizer in ("Adam", "ClippedAdam"):
         losses = []
         for kinds in ((SVI, SVI), (CompiledSVI, SVI), (SVI, CompiledSVI)):
@@ -427,7 +427,7 @@ def test_the_state_of_the_optimizer_is_that_of_svi():
 
 @pytest.mark.parametrize("optim", [pyro.optim.Adam, pyro.optim.ClippedAdam])
 def test_two_programs_that_share_an_optimizer(optim):
-    """They share its state at the parameters that both have, as in Pyro."""
+    """Two programs share the optimizer's state of common parameters, as in Pyro."""
 
     def model():
         pyro.sample("x", dist.Normal(1.0, 1.0))
@@ -452,7 +452,7 @@ def test_two_programs_that_share_an_optimizer(optim):
 
 
 def test_a_decaying_average_of_costs():
-    """Pyro's own baseline sets a parameter at each step."""
+    """Pyro's decaying average baseline sets a parameter at each step."""
 
     def guide():
         baseline = {"use_decaying_avg_baseline": True, "baseline_beta": 0.5}
@@ -478,7 +478,7 @@ def test_a_decaying_average_of_costs():
         np.testing.assert_allclose(ours, averages[0], rtol=1e-10)
 
 
-# ---- what is refused
+# ---- refusals
 
 
 def looks(k):
@@ -506,7 +506,7 @@ READS = {
 
 @pytest.mark.parametrize("name", READS)
 def test_python_that_looks_at_a_draw(name):
-    """Nothing of it is frozen; the message names the draw and the line."""
+    """Python code that looks at a draw is refused; the message names the draw and the line."""
 
     def guide():
         pyro.sample("w", normal(PYRO, m(PYRO), s(PYRO)))
@@ -523,7 +523,7 @@ def test_python_that_looks_at_a_draw(name):
         ValueError, match=r"^site 'k': expected operations on tensors, .* that Python looks at numbers, by .*compiled\.py:\d+"
     ):
         svi.step()
-    svi.loss.differentiable_loss(model, guide)  # nothing is left behind
+    svi.loss.differentiable_loss(model, guide)  # the failed trace leaves nothing behind
 
 
 def test_a_distribution_that_looks_at_numbers():

@@ -1,4 +1,4 @@
-"""`elbo(model, guide)` with an optimizer of torch: what an estimator learns are parameters of the module."""
+"""`elbo(model, guide)` with an optimizer of torch: learned parameters belong to the module."""
 
 import copy
 import pickle
@@ -49,7 +49,7 @@ def test_what_is_learned_are_parameters_of_the_module(local, estimator, names):
     elbo = module(estimator)
     found = {name: p for name, p in elbo.named_parameters() if name.startswith("learned")}
     assert list(found) == [f"learned.a:x_unconstrained:{name}" for name in names]
-    assert all(p.shape[0] == 4 for p in found.values())  # an element of the plate each, not of the subsample
+    assert all(p.shape[0] == 4 for p in found.values())  # one for each element of the plate, not of the subsample
     assert not any("unconstrained." in name for name in pyro.get_param_store())
     before = {name: p.detach().clone() for name, p in found.items()}
     optimizer = torch.optim.Adam(elbo.parameters(), 0.01)

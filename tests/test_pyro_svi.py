@@ -1,4 +1,4 @@
-"""Pyro's SVI with TraceFlow_ELBO: the faces of the loss, modules, and what it keeps between steps."""
+"""Pyro's SVI with TraceFlow_ELBO: the methods of the loss, modules, and the state between steps."""
 
 import warnings
 
@@ -60,7 +60,7 @@ def seeded(f, *args):
 
 
 def gradients():
-    """The gradients in the parameter store, which are then cleared."""
+    """The gradients in the parameter store, which it then clears."""
     found = {name: p.grad.clone() for name, p in pyro.get_param_store().named_parameters()}
     for _, p in pyro.get_param_store().named_parameters():
         p.grad = None
@@ -69,11 +69,11 @@ def gradients():
 
 @ALL_PYRO
 def test_pyro_faces_of_the_loss(options):
-    """loss, evaluate_loss, differentiable_loss and loss_and_grads: one number and one derivative."""
+    """loss, evaluate_loss, differentiable_loss and loss_and_grads have the same value and the same derivative."""
     guide, model = bind(PYRO, MIXED)
     elbo = mixed(PYRO, **options)
     run = svi(PYRO, MIXED, elbo)
-    elbo.loss(model, guide)  # the guess of the nesting draws once
+    elbo.loss(model, guide)  # the first call draws once more, to guess the nesting
     total = seeded(elbo.loss_and_grads, model, guide)
     expected = gradients()
     assert isinstance(total, float)
@@ -95,7 +95,7 @@ def test_pyro_loss_is_that_of_trace_elbo(options):
 
 
 def test_pyro_svi_step():
-    """Five steps of the hosts' optimizer end in the same parameters."""
+    """Five steps end in the same parameters as with Trace_ELBO."""
 
     def run(elbo):
         pyro.clear_param_store()
@@ -151,7 +151,7 @@ def test_pyro_module_with_a_torch_optimizer(vectorize):
 
 @pytest.mark.parametrize("options", [{}, {"num_particles": 2}, {"num_particles": 2, "vectorize_particles": True}])
 def test_pyro_retain_graph(options):
-    """A graph that two steps share: kept with retain_graph=True only, with score terms as without."""
+    """Two steps may share a graph only with retain_graph=True, with score terms and without."""
     leaf = torch.tensor(0.2, requires_grad=True)
     shared = leaf.exp()
 
@@ -186,7 +186,7 @@ def test_pyro_guesses_the_nesting(program, depth):
 
 
 def test_pyro_without_warnings():
-    """Nothing warns: torch does where a tensor that requires a gradient becomes a float."""
+    """No warning: torch warns if a tensor that requires a gradient becomes a float."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for options in OPTIONS["pyro"].values():
@@ -208,7 +208,7 @@ def test_pyro_a_loss_without_parameters():
 
 
 def test_pyro_an_annotation_of_the_model_belongs_to_its_run():
-    """A proposal that reads a parameter of the model reads its present value."""
+    """A model's annotation whose proposal reads a parameter uses its current value."""
     seen = []
 
     def guide():
@@ -234,7 +234,7 @@ def test_pyro_an_annotation_of_the_model_belongs_to_its_run():
 
 @pytest.mark.parametrize("objective", ["ELBO", "ELBO, graph", "RenyiELBO"])
 def test_pyro_a_factor_of_the_model_under_a_messenger_guide(objective):
-    """A GuideMessenger runs the model itself, so that the factor is met while the guide draws; it is the model's all the same."""
+    """A GuideMessenger runs the model, so a factor of the model appears while the guide draws; it still belongs to the model."""
 
     def model():
         w = pyro.sample("w", pyro.distributions.Normal(0.0, 1.0))

@@ -1,8 +1,8 @@
-"""Programs that are made at random: the mean of the estimator, over all that can happen, is the exact gradient.
+"""Random programs: the mean of the estimator, over all outcomes, is the exact gradient.
 
-The hosts' generators are replaced: every Bernoulli gets each of its values, every Normal each node of a Gauss-Hermite rule, so that the
-mean of an estimator is a finite sum, without sampling error. It meets the derivative of the ELBO, written as such a sum with NumPyro
-alone, in which nothing of flowvi takes part.
+The hosts' generators are replaced. Every Bernoulli gets each of its values, and every Normal each node of a Gauss-Hermite rule. So the
+mean of an estimator is a finite sum without sampling error. It is compared with the derivative of the ELBO, which NumPyro computes as
+such a sum, without flowvi.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ THETA = (0.4, -0.3, 0.7, 0.2)
 PLATES = {"a": -1, "b": -2}  # each of two elements
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(28)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
-UNIFORMS = 1 / (1 + np.exp(-np.linspace(-30, 30, 81)))  # even in the logit, which is exact for what is not smooth at 0 and 1
+UNIFORMS = 1 / (1 + np.exp(-np.linspace(-30, 30, 81)))  # even in the logit, which is exact also if not smooth at 0 and 1
 SHARES = UNIFORMS * (1 - UNIFORMS) / (UNIFORMS * (1 - UNIFORMS)).sum()
 
 
@@ -94,13 +94,13 @@ class Latent(NamedTuple):
     """A random site of the guide and its prior.
 
     Attributes:
-        family: Bernoulli or Normal; or Delta, a number that follows from what it reads (its prior is a Normal).
+        family: Bernoulli, Normal, or Delta, a function of the sites that it reads (with a Normal prior).
         plates: The names of its plates.
-        reads: The sites that it reads, each with a coefficient: in the guide, and in the model, where it has other parents.
-        parameters: The indices of the numbers that its location (or logit) and its scale read.
-        weights: The factors by which its two log densities are scaled.
-        masks: Which elements of its plates count, in the guide and in the model; None for all.
-        auxiliary: Whether the model does without it.
+        reads: The sites that it reads, with coefficients: in the guide, and in the model, where it has other parents.
+        parameters: The indices in theta of its location (or logit) and of its scale.
+        weights: The scales of its two log densities.
+        masks: The elements of its plates that count, in the guide and in the model; None for all.
+        auxiliary: Whether the model lacks it.
     """
 
     family: str
@@ -113,14 +113,14 @@ class Latent(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """A factor of the model, within plates, that reads some sites."""
+    """A factor of the model, in plates, that reads some sites."""
 
     plates: tuple[str, ...]
     reads: dict[str, float]
 
 
 class Case(NamedTuple):
-    """A program: the guide's sites in its order, the model's statements in theirs, and how the ELBO is estimated."""
+    """A program: the sites of the guide and the statements of the model, in order, and options of the ELBO."""
 
     latents: dict[str, Latent]
     costs: dict[str, Cost]
@@ -134,9 +134,9 @@ def shape_of(plates) -> tuple[int, ...]:
 
 
 def made(seed: int, host: str, elements: int = 5, normals: int = 2, deltas: bool = True) -> Case:
-    """A program with at most so many random numbers, of which so many are Normal.
+    """A program with limits on its random numbers and on its Normals.
 
-    In Pyro the outcomes are a plate here, over which ``baseline="plate"`` would take its mean.
+    In Pyro the outcomes are a plate here, and ``baseline="plate"`` would average over it.
     """
     rng = np.random.default_rng(seed)
 
@@ -177,7 +177,7 @@ def made(seed: int, host: str, elements: int = 5, normals: int = 2, deltas: bool
         )
     costs = {f"cost{i}": Cost(plates(), some(in_model)) for i in range(rng.integers(1, 4))}
     model = list(in_model)
-    for name, cost in costs.items():  # anywhere after the sites that it reads
+    for name, cost in costs.items():  # at any place after the sites that it reads
         first = max((model.index(read) + 1 for read in cost.reads), default=0)
         model.insert(int(rng.integers(first, len(model) + 1)), name)
     estimators = {}
@@ -194,9 +194,9 @@ def random_sites(latents: dict[str, Latent]) -> dict[str, Latent]:
 
 
 def enumerated(case: Case) -> Case:
-    """The same program with ``Enumerate`` at the Bernoullis from which no other Bernoulli is drawn.
+    """The same program with ``Enumerate`` at the Bernoullis on which no other Bernoulli depends.
 
-    The others would have to draw anew, with other probabilities, where all that happens is given.
+    The others would need new draws, with other probabilities, but here all outcomes are given.
     """
     leads_to_bernoulli: set[str] = set()
     for name, site in reversed(case.latents.items()):
@@ -217,7 +217,7 @@ def program_of(case: Case) -> Program:
         return stack
 
     def read(h, values, reads, plates):
-        """What a statement within ``plates`` reads: of each site its own elements, and the sum over the site's other plates."""
+        """The input of a statement in ``plates``: the statement's own elements of each site, summed over the site's other plates."""
         shape = shape_of(plates)
         total = h.array(np.linspace(-0.3, 0.4, int(np.prod(shape))).reshape(shape))
         for name, coefficient in reads.items():
@@ -262,7 +262,7 @@ def program_of(case: Case) -> Program:
     return Program(guide, model, THETA, plates=2)
 
 
-# ---- all that can happen
+# ---- all outcomes
 
 
 def outcomes(case: Case, particles: int = 1) -> tuple[list[list[np.ndarray]], np.ndarray]:
@@ -285,9 +285,9 @@ def outcomes(case: Case, particles: int = 1) -> tuple[list[list[np.ndarray]], np
 
 
 def with_noise(case: Case, values: list[list[np.ndarray]], weight: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
-    """The same outcomes at each of the uniform numbers between 0 and 1 that the estimators at Bernoullis may ask for.
+    """The same outcomes, at each of the uniform numbers that estimators at Bernoullis may use.
 
-    One number is enough for all of them: what they make of it are sums of functions of one such number each.
+    All estimators can share one number, because each result is a sum of functions of one number.
     """
     if not any(isinstance(case.estimators.get(name), Surrogate) for name, site in case.latents.items() if site.family == "Bernoulli"):
         return values, weight, np.full(len(weight), 0.5)
@@ -297,9 +297,9 @@ def with_noise(case: Case, values: list[list[np.ndarray]], weight: np.ndarray) -
 
 
 class Forced:
-    """What the generators hand out, and the probabilities with which they were asked for it at first.
+    """The values that the generators return, and the probabilities of their first calls.
 
-    Every run of the guide draws all of its sites, in order; an objective may run it more than once for one particle.
+    Every run of the guide draws all of its sites in order. An objective may run the guide more than once for one particle.
     """
 
     def __init__(self, values: list):
@@ -310,7 +310,7 @@ class Forced:
         self.particle, self.calls = particle, 0
 
     def next(self) -> tuple[tuple[int, int], Any]:
-        """Which draw this is, and its value."""
+        """The index of this draw, and its value."""
         values = self.values[self.particle]
         site = self.calls % len(values)
         self.calls += 1
@@ -318,7 +318,7 @@ class Forced:
 
 
 def learned_in_numpyro(case: Case) -> dict[str, jax.Array]:
-    """Any values for what the estimators learn."""
+    """Arbitrary values for the learned parameters."""
     h, program, t = HOSTS["numpyro"], program_of(case), list(jnp.array(THETA))
     guide = h.flow.adaptive(lambda: program.guide(h, t), h.flow.TraceFlow_ELBO(estimators=case.estimators))
     trace = numpyro.handlers.trace(numpyro.handlers.seed(guide, 0)).get_trace()
@@ -329,7 +329,7 @@ def learned_in_numpyro(case: Case) -> dict[str, jax.Array]:
 def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1, alpha: float | None = None) -> np.ndarray:
     """The mean of the estimated gradient, of the ELBO or of the Rényi bound of order ``alpha``."""
     h, program, learned = HOSTS["numpyro"], program_of(case), learned_in_numpyro(case)
-    # theta are no parameters of the program; to find that out the guide would run once more, and take draws from the forced ones
+    # theta are no parameters of the program; to find this out, flowvi would run the guide again and use up forced draws
     monkeypatch.setattr(NumPyroProgram, "own_rows", lambda program, name: frozenset())
 
     def estimate(theta, values, noise):
@@ -342,7 +342,7 @@ def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1, alpha: float | 
             which, value = forced.next()
             value = value.reshape(jnp.shape(p) if shape is None else shape)
             forced.probabilities.setdefault(which, jnp.where(value > 0, p, 1 - p).prod())
-            return (value > 0) & (p >= 0)  # what is drawn depends on p, which the jaxpr has to show
+            return (value > 0) & (p >= 0)  # makes the draw depend on p in the jaxpr
 
         def one_by_one(particle, keys):
             results = []
@@ -354,7 +354,7 @@ def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1, alpha: float | 
         monkeypatch.setattr(jax.random, "normal", normal)
         monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
         monkeypatch.setattr(NumPyroTarget, "uniforms", lambda target, shape, like: jnp.broadcast_to(noise, shape))
-        monkeypatch.setattr(threefry, "is_a_loop", lambda: False)  # else each sampler is tried once before it draws
+        monkeypatch.setattr(threefry, "is_a_loop", lambda: False)  # otherwise each sampler is tried once before it draws
         if alpha is None:
             elbo = h.flow.TraceFlow_ELBO(particles, one_by_one, estimators=case.estimators, **case.options)
         else:
@@ -374,14 +374,14 @@ def mean_in_numpyro(case: Case, monkeypatch, particles: int = 1, alpha: float | 
 
 
 def mean_in_pyro(case: Case, monkeypatch, particles: int = 1, alpha: float | None = None) -> np.ndarray:
-    """As in NumPyro; every outcome is an element of an outermost plate."""
+    """The same in Pyro, with every outcome as an element of an outermost plate."""
     h, program = HOSTS["pyro"], program_of(case)
     values, weight, noise = with_noise(case, *outcomes(case, particles))
     forced = Forced(values)
 
     def next_value():
         if particles > 1:
-            forced.particle = forced.calls // len(values[0])  # particles run one after the other, each once
+            forced.particle = forced.calls // len(values[0])  # particles run one after the other, once each
         which, value = forced.next()
         return which, torch.as_tensor(value)
 
@@ -415,9 +415,9 @@ MEANS = {"numpyro": mean_in_numpyro, "pyro": mean_in_pyro}
 
 
 def exact(case: Case, particles: int = 1, alpha: float = 0.0) -> np.ndarray:
-    """The gradient of the ELBO, or with several particles that of the bound.
+    """The exact gradient of the ELBO or, with several particles, of the bound.
 
-    It is a sum over all outcomes that JAX differentiates, of log densities by NumPyro's own handlers.
+    JAX differentiates a sum over all outcomes. The log densities come from NumPyro's own handlers.
     """
     h, program = HOSTS["numpyro"], program_of(case)
 
@@ -427,11 +427,11 @@ def exact(case: Case, particles: int = 1, alpha: float = 0.0) -> np.ndarray:
         return fn
 
     def ratio(theta, values):
-        """Of one particle: the log of the densities' ratio, and the probability of its discrete values."""
+        """The log ratio of one particle, and the probability of its discrete values."""
         t, at = list(theta), dict(zip(random_sites(case.latents), values, strict=True))
 
         def place(site):
-            """A Normal's value moves with its parameters."""
+            """The values of the sites; that of a Normal moves with its parameters."""
             if site["name"] not in at:
                 return None
             fn, value = family(site["fn"]), at[site["name"]]
@@ -466,7 +466,7 @@ def assert_unbiased(case: Case, host: str, monkeypatch, particles: int = 1, alph
 
 
 def in_hosts(seeds, in_numpyro: int):
-    """Every seed in Pyro, and in NumPyro, which compiles each program, the first few; the others are left to the slow tests."""
+    """Every seed in Pyro. NumPyro compiles each program, so only the first few seeds are not slow tests there."""
     for i, seed in enumerate(seeds):
         for host in HOSTS:
             yield pytest.param(seed, host, id=f"{seed}-{host}", marks=pytest.mark.slow if host == "numpyro" and i >= in_numpyro else ())
@@ -506,7 +506,7 @@ def test_a_wrong_slope_of_a_relaxation_is_rejected(monkeypatch):
 
 @pytest.mark.parametrize("seed", [*range(50, 55), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(55, 60))])
 def test_random_program_with_learners(seed, monkeypatch):
-    """Whatever is learned. In NumPyro, where it is a number to hand over."""
+    """The mean is exact at any learned values. In NumPyro only, where they can be passed in."""
     case, rng = made(seed, "numpyro"), np.random.default_rng(seed)
     learners = {name: LEARNERS[rng.integers(len(LEARNERS))] for name, site in case.latents.items() if site.family == "Normal"}
     case = case._replace(estimators=case.estimators | learners)
@@ -520,7 +520,7 @@ def test_random_program_with_two_particles(seed, host, monkeypatch):
 
 @pytest.mark.parametrize(("seed", "host"), list(in_hosts(range(150, 160), 5)))
 def test_random_bound(seed, host, monkeypatch):
-    """Of two particles; a statement outside every plate keeps all of it inside the logarithm."""
+    """The mean gradient of the bound with two particles is exact. A statement outside all plates puts all inside the logarithm."""
     case = made(seed, host, elements=3, normals=1, deltas=False)
     estimators = {name: e for name, e in case.estimators.items() if e.q is None and e.baseline is None}
     case = case._replace(estimators=estimators, costs={**case.costs, "outside": Cost((), {})}, model=(*case.model, "outside"))
@@ -528,7 +528,7 @@ def test_random_bound(seed, host, monkeypatch):
 
 
 def test_a_wrong_rule_is_rejected(host, monkeypatch):
-    """Here: that two statements in one plate meet element by element whatever lies between them."""
+    """The test rejects a rule by which two statements in one plate always depend element by element."""
 
     def ancestors(statements, draws, scored):
         sites = [draw for draw in draws if draw.name in scored]

@@ -1,4 +1,4 @@
-"""What real programs stumbled over, in both hosts."""
+"""Problems found in real programs, in both hosts."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from flowvi import LR, RP
 
 
 def test_a_site_that_is_observed_in_some_batches(host):
-    """As the label of a semi-supervised autoencoder: its estimator waits for the batches in which it is random."""
+    """A site may be observed in some batches, like the label of a semi-supervised autoencoder; its estimator applies in the others."""
 
     def model(y=None):
         y = host.sample("y", host.dist.Bernoulli(host.array(0.3)), obs=y)
@@ -28,7 +28,7 @@ def test_a_site_that_is_observed_in_some_batches(host):
 
 @pytest.mark.parametrize("kind", ["the same array", "equal arrays", "numbers"])
 def test_closed_forms_under_equal_masks(host, kind):
-    """Normal(1, 0.5) against Normal(0, 1), of shape 3 x 2, two rows of which count: 4 (log 2 + 1.25 / 2 - 1 / 2)."""
+    """With equal masks that leave two of three rows, KL(Normal(1, 0.5) || Normal(0, 1)) is 4 (log 2 + 1.25 / 2 - 1 / 2)."""
     mask = host.array([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]) > 0
 
     def of(loc, scale):

@@ -1,4 +1,4 @@
-"""Bad input: each has its own message, which names the site."""
+"""Every bad input has its own error, which names the site."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from flowvi import LR, RP, Auto, Flow, ImplicitRP
 
 
 def run(host, distribution, estimator, theta=0.3, n=3, **options):
-    """The gradients of a program of one site x, whose distribution is ``(h, theta) -> distribution``."""
+    """The gradients of a program of one site x with the distribution ``(h, theta) -> distribution``."""
     program = chain(theta, {"x": lambda h, t, v: distribution(h, *t)}, {"x": lambda h, t, v: h.math.cos(1.0 * v["x"]).sum()})
     return host.gradients(program, n, estimators={"x": estimator} if estimator is not None else None, **options)
 
@@ -224,7 +224,7 @@ def test_sticking_the_landing_on_a_moving_support(host):
 
 
 def eager(host, distribution, estimator, theta=0.3):
-    """One gradient without jit, so that NumPyro knows the values that it validates."""
+    """One gradient without jit, so that NumPyro can validate values."""
     if host.name == "pyro":
         return run(host, distribution, estimator, theta, n=1)
     program = chain(theta, {"x": lambda h, t, v: distribution(h, *t)}, {})
@@ -266,7 +266,7 @@ def test_a_proposal_that_reads_live_parameters_is_detached(host):
 
 @pytest.mark.parametrize("general", [False, True], ids=["per parameter", "general"])
 def test_a_field_that_reads_live_parameters_is_linear_in_dtheta(host, general):
-    """What a field closes over is no part of the flow: its derivative must not reach the gradient."""
+    """A field that closes over live parameters is still linear in dtheta: their derivative does not reach the gradient."""
 
     def flow(loc):
         if general:

@@ -1,4 +1,4 @@
-"""GumbelSoftmax, StraightThrough and ReinMax, which are biased: how a value moves, and where the mean is right all the same."""
+"""The biased estimators GumbelSoftmax, StraightThrough and ReinMax: their derivatives, and the cases in which the mean is right."""
 
 import numpy as np
 import numpyro
@@ -24,17 +24,17 @@ def covariance(q):
 
 
 def by_the_paper(name, binary, logits, x, v):
-    """dx/dlogits: of three Bernoullis, or of one vector."""
+    """dx/dlogits by the formula of the paper, for three Bernoullis or one one-hot vector."""
     if not binary:
         return _by_the_paper(name, logits, x, relaxed(False, logits, x, v))
     slopes = []
-    for logit, b, sample in zip(logits, x, relaxed(True, logits, x, v), strict=True):  # as the first of two categories
+    for logit, b, sample in zip(logits, x, relaxed(True, logits, x, v), strict=True):  # a Bernoulli is the first of two categories
         slopes.append(_by_the_paper(name, np.array([logit, 0.0]), np.array([b, 1 - b]), sample)[0, 0])
     return np.diag(slopes)
 
 
 def relaxed(binary, logits, x, v):
-    """The softmax at a temperature of 0.7 of the relaxed draw, a pair for each Bernoulli."""
+    """The relaxed draw: a softmax at temperature 0.7, with a pair of entries for each Bernoulli."""
     if binary:
         p = sigmoid(logits)
         u = np.where(x == 1, 1 - p + v * p, (1 - v) * (1 - p))
@@ -47,7 +47,7 @@ def _by_the_paper(name, logits, x, sample):
     pi = softmax(logits)
     if name == "straight through":
         return covariance(pi)
-    if name == "ReinMax":  # 2 pi_1 - pi_0 / 2, where pi_1 is the softmax of logits that are moved to (x + pi) / 2
+    if name == "ReinMax":  # 2 pi_1 - pi_0 / 2, where pi_1 is the softmax of logits shifted to (x + pi) / 2
         return 2 * covariance((x + pi) / 2) - covariance(pi) / 2
     return covariance(sample) / 0.7
 
@@ -55,7 +55,7 @@ def _by_the_paper(name, logits, x, sample):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("host", "law"), CAN_MOVE)
 def test_how_the_value_moves(host, law, name):
-    """The value is the draw, as a float, and its derivative that of the paper."""
+    """The value is the draw as a float, and its derivative is that of the paper."""
     x, binary = np.stack(law.draws), law.draws is BITS
     v = np.random.default_rng(4).uniform(size=x.shape)
 
@@ -78,7 +78,7 @@ def test_how_the_value_moves(host, law, name):
         np.testing.assert_allclose(slopes[i], expected, rtol=1e-10, atol=1e-12)
 
 
-# ---- the mean over the values, each weighed by its probability
+# ---- means, weighted by the probability of each value
 
 
 class Outcomes:
@@ -115,7 +115,7 @@ def require_right(host, estimator, cost, masked):
 
 @each("masked", {"cost": True, "ELBO": False}, slow_in_numpyro=bool)
 def test_reinmax_is_right_for_a_quadratic_cost(host, masked):
-    """Exactly, where straight through is not, nor ReinMax for a cubic cost. The densities of the site are linear in x."""
+    """ReinMax is exact for a quadratic cost, unlike StraightThrough, but not for a cubic one. The log densities are linear in x."""
     require_right(host, ReinMax(), quadratic, masked)
     for estimator, cost in ((StraightThrough(), quadratic), (GumbelSoftmax(0.5), quadratic), (ReinMax(), lambda x: x**4)):
         with pytest.raises(AssertionError, match="Not equal to tolerance"):
@@ -148,7 +148,7 @@ def test_one_hot_vectors():
 
 @pytest.mark.parametrize("as_event", [False, True], ids=["plate", "event"])
 def test_masked_one_hot_vectors(as_event):
-    """Of two vectors each gets what it would get if both were masked as it is."""
+    """With a mask, each of two vectors has the derivative that it would have if both had its mask."""
     host = HOSTS["pyro"]
 
     def gradient(mask):
@@ -171,11 +171,11 @@ def test_masked_one_hot_vectors(as_event):
     np.testing.assert_allclose(gradient([True, False]), [both[0], none[1]], rtol=1e-12)
 
 
-# ---- with several particles, in plates, above other sites, in scan: ReinMax where the cost is quadratic in each value
+# ---- ReinMax at costs that are quadratic in each value: several particles, plates, sites below, scan
 
 
 def in_a_plate(h):
-    """A subsampled plate of equal elements, in which a Normal with a score reads each value; and the exact gradient."""
+    """A subsampled plate of equal elements, in which a Normal with a score reads each value, and the exact gradient."""
 
     def local(h, t):
         with h.plate("n", 6, subsample_size=2):
@@ -232,7 +232,7 @@ def plain(h, family=None):
 
 
 def test_labelled(host):
-    """``describe`` and ``gradient_report`` say that they are biased; ``Auto`` takes none of them."""
+    """``describe`` and ``gradient_report`` mark them as biased, and ``Auto`` never takes them."""
 
     def program():
         host.sample("x", host.dist.Bernoulli(logits=host.param("logit", host.array(0.3))))
@@ -264,7 +264,7 @@ def test_refused(host, estimator):
 
 
 def test_under_pyros_own_elbo():
-    """It draws from p; the gradient is refused."""
+    """Under Pyro's own ELBO they draw from p, and the gradient is refused."""
 
     def guide():
         pyro.sample("x", flowvi.pyro.Estimated(HOSTS["pyro"].dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.3))), ReinMax()))

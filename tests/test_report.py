@@ -1,4 +1,4 @@
-"""``gradient_report``: its figures against the exact ones, in both hosts."""
+"""``gradient_report``: its numbers against exact ones, in both hosts."""
 
 import math
 
@@ -20,7 +20,7 @@ N = 800
 
 @pytest.fixture
 def program(host):
-    """Guide N(m, exp(ls)), prior N(0, 1), observation N(x, 0.8) = 1.1, and a second site that nothing depends on."""
+    """Guide N(m, exp(ls)), prior N(0, 1), observation N(x, 0.8) = 1.1, and a second site on which nothing depends."""
     m, log_scale = CASE["theta"]["value"]
     pyro.clear_param_store()
 
@@ -93,7 +93,7 @@ def test_ways_to_show_it(host, program):
 
 
 def test_records_have_the_shape_of_the_parameter(host):
-    """The gradient in w is the draw itself, Normal(w, 1)."""
+    """Records have the shape of the parameter; here the gradient in w is the draw itself, Normal(w, 1)."""
     w = 10.0 * np.arange(6.0).reshape(2, 3)
 
     def model():
@@ -109,7 +109,7 @@ def test_records_have_the_shape_of_the_parameter(host):
 
 
 def test_as_a_dataset():
-    """Two candidates, a matrix and a number; an element without noise has an infinite ratio."""
+    """The Dataset has two candidates, a matrix and a number. An element without noise has an infinite ratio."""
     pytest.importorskip("xarray", reason="an optional dependency, in the extra 'report'")
     numbers = np.random.default_rng(0).normal(size=(2, 2, 2, 3)) ** 2
     numbers[0, 1, 0, 0] = 0.0
@@ -127,7 +127,7 @@ def test_as_a_dataset():
         np.testing.assert_array_equal(at.sel(statistic="mean"), r.mean)
         np.testing.assert_array_equal(at.sel(statistic="std"), np.sqrt(r.variance))
         assert float(at["seconds"]) == found.seconds[r.candidate]
-        if r.parameter == "m":  # a number: the ratio of its one element is that of the record
+        if r.parameter == "m":  # the ratio of a number's only element is that of the record
             np.testing.assert_allclose(at.sel(statistic="snr"), r.snr)
     assert data["w"].sel(candidate="a", statistic="snr", w_dim_0=0, w_dim_1=0) == np.inf
     assert data["effective_samples"].sel(candidate="b", site="x") == 0.5
@@ -140,7 +140,7 @@ def test_labels():
 
 
 def test_effective_samples():
-    """Kish's (sum w)^2 / sum w^2 as a fraction: equal weights give 1, one weight among n gives 1 / n."""
+    """Kish's (sum w)^2 / sum w^2 as a fraction: 1 for equal weights, 1 / n for a single weight among n."""
     sites = [SiteDescription(name, LR(), "", "", (), ()) for name in ("equal", "one", "plain")]
     measured = Measured(Description(sites), {})
     measured.add({}, {"equal": np.zeros((4, 2)), "one": np.array([0.0, -np.inf, -np.inf, -np.inf])})

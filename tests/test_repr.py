@@ -1,4 +1,4 @@
-"""What a repr shows can be pasted back as code, and an error says where to read more."""
+"""A repr pastes back as code, and an error says where to read more."""
 
 import copy
 import pickle
@@ -59,7 +59,7 @@ def test_estimators(estimator):
     assert eval(repr(estimator), {**NAMES, "velocity": velocity}) == estimator
 
 
-NAMED = [  # two of them are never equal, since they hold new functions
+NAMED = [  # never equal, because each holds new functions
     *(Flow(fields.von_mises()), Flow(loc=velocity), Flow(fields.masked(velocity, fields.location_scale())), Flow(fields.dirichlet())),
     *(Flow(fields.summed(fields.location_scale(), fields.scaled(0.5, fields.location_scale()))), Flow(fields.mixture())),
     *(Flow(fields.multivariate_normal()), Flow(fields.implicit()), LR(q=proposals.tempered(2.0)), LR(q=proposals.student_t(3.0))),
@@ -115,5 +115,5 @@ def test_a_refusal_names_its_page(host):
 
     with pytest.raises(ValueError, match="site 'k'") as error:
         elbo.describe(bernoulli, bernoulli)
-    refusal = error.value.__cause__ or error.value  # Pyro raises it again, with the shapes of its trace
+    refusal = error.value.__cause__ or error.value  # Pyro raises it again with the shapes of its trace
     assert refusal.__notes__ == [f"What flowvi refuses, and why: {refusals.PAGE}"]

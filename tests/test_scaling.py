@@ -1,4 +1,4 @@
-"""Several devices and several processes have the gradients of one."""
+"""Several devices and several processes give the gradients of one."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def output(*command, **environment):
-    """What Python prints in a process of its own."""
+    """The output of Python in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -26,7 +26,7 @@ def numbers(*command):
 
 @pytest.mark.slow
 def test_numpyro_on_eight_devices():
-    """RP, LR with its leave-one-out baseline over the particles of all devices, Flow, what is learned, and an exact sum."""
+    """RP, LR with leave-one-out over the particles of all devices, Flow, a learned estimator and an exact sum."""
     found = numbers("tests/sharded.py")
     assert found["particles"] < 1e-12
     assert found["data"] < 1e-12

@@ -1,4 +1,4 @@
-"""The second derivative of a loss is right where every derivative is that of the host's own samplers, and refused elsewhere."""
+"""The second derivative of a loss is right if all derivatives are those of the host's own samplers, and refused otherwise."""
 
 import jax
 import numpy as np
@@ -81,15 +81,15 @@ def test_nor_has_a_bound(host, estimator):
 
 
 def test_a_program_of_pathwise_sites_has_one(host):
-    """d2/dt2 of (t + 0.7 e)^4 and of the two log densities, at the draw."""
+    """The second derivative is that of (t + 0.7 e)^4 and of the two log densities, at the draw."""
     for value in SECOND[host.name](host.flow.TraceFlow_ELBO()):
-        assert value > 1.0 + 1e-6  # the prior's own is 1, and 12 x^2 is above 0
+        assert value > 1.0 + 1e-6  # the prior's part is 1, and 12 x^2 is positive
     assert len(SECOND[host.name](host.flow.TraceFlow_RenyiELBO())) > 0
 
 
 @pytest.mark.parametrize("estimator", [LR(), Enumerate()])
 def test_nor_have_the_costs_of_each_site(estimator):
-    """With ``sum_sites=False``."""
+    """The losses by site, with ``sum_sites=False``, refuse a second derivative too."""
     dist = numpyro.distributions
     elbo = flowvi.numpyro.TraceFlow_ELBO(estimators={"x": estimator}, sum_sites=False)
 
@@ -102,10 +102,10 @@ def test_nor_have_the_costs_of_each_site(estimator):
         jax.hessian(loss)(0.4)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, in forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch warns in forward mode
 @pytest.mark.parametrize("estimator", [LR(), Enumerate()])
 def test_first_derivatives_of_other_kinds_in_pyro(estimator):
-    """``torch.func.grad`` and forward mode."""
+    """First derivatives by ``torch.func.grad`` and in forward mode work in Pyro."""
     dist, t = pyro.distributions, torch.tensor(0.4)
     elbo = flowvi.pyro.TraceFlow_ELBO(default=estimator)
 

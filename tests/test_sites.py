@@ -1,4 +1,4 @@
-"""What a site may be: nested wrappers, transforms, densities without a sampler, samplers without a derivative."""
+"""Kinds of sites: nested wrappers, transforms, densities without a sampler, samplers without a derivative."""
 
 from contextlib import nullcontext
 
@@ -20,7 +20,7 @@ def base(h, t, batch_shape):
     return h.dist.Normal(t[0][..., None] + h.array(WEIGHTS), t[1][..., None]).expand(batch_shape)
 
 
-# Each nesting of wrappers around the same three independent Normals, with event dim 1; Pyro's programs have a batch dim for replicates.
+# Nestings of wrappers around the same three independent Normals, with event dim 1. Pyro's programs have a batch dim for replicates.
 NESTINGS = {
     "to_event": lambda d: d.to_event(1),
     "mask, to_event": lambda d: d.mask(True).to_event(1),
@@ -34,7 +34,7 @@ NESTINGS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_nested_wrappers(host, nesting, kind):
-    """Every nesting gives, sample by sample, what three scalar sites give that are drawn with the same numbers."""
+    """Every nesting gives the samples of three scalar sites with the same random numbers."""
 
     def program(wrap):
         def distribution(h, t, v):
@@ -45,13 +45,13 @@ def test_nested_wrappers(host, nesting, kind):
     options = {"estimators": {"x": KINDS[kind]}}
     reference = host.gradients(program(NESTINGS["to_event, mask"]), 5, **options)
     np.testing.assert_allclose(host.gradients(program(lambda d: NESTINGS[nesting](d).mask(False)), 5, **options), reference, rtol=1e-10)
-    if "q" not in kind:  # the estimate itself, from the sum of the scalar estimates on the same draws
+    if "q" not in kind:  # the estimate is the sum of the scalar estimates at the same draws
         assert np.isfinite(reference).all()
 
 
 @pytest.mark.parametrize("kind", ["RP", "cdf", "half", "half, general", "G-Rep", "RP, q", "half, q"])
 def test_plain_transforms_are_entered(host, kind):
-    """exp(Normal) as a plain transformed distribution: the base sample flows and is pushed through."""
+    """At exp(Normal) as a plain transformed distribution, the estimator acts on the base sample, and the transform maps it."""
 
     def transformed(h, t, v):
         return h.dist.TransformedDistribution(h.dist.Normal(*t), [h.dist.transforms.ExpTransform()])
@@ -66,7 +66,7 @@ def test_plain_transforms_are_entered(host, kind):
 
 
 def test_a_live_transform_moves_the_value(host):
-    """y = a + b exp(x): LR on y and RP through everything agree in the mean; a Flow on the base keeps the transform's own path."""
+    """At y = a + b exp(x), LR on y and RP have the same mean, and a Flow on the base keeps the path of the transform."""
 
     def distribution(h, t, v):
         affine = h.dist.transforms.AffineTransform(t[0], t[1])
@@ -81,7 +81,7 @@ def test_a_live_transform_moves_the_value(host):
 
 
 def test_a_boundary_that_stays_where_a_transform_moves_what_is_inside(host):
-    """x = exp(t + log e) with e from an Exponential: the transform in the middle is live, and the support is that of x at every t."""
+    """At x = exp(t + log e), e ~ Exponential, a live transform is in the middle, but the support of x is fixed."""
     exp, shift = host.dist.transforms.ExpTransform, host.dist.transforms.AffineTransform
 
     def distribution(h, t, v):
@@ -92,7 +92,7 @@ def test_a_boundary_that_stays_where_a_transform_moves_what_is_inside(host):
 
 
 def test_the_inverse_of_composed_transforms_is_known(host):
-    """x = exp(t + e) with e from a Normal, as one transform that is made of two."""
+    """The inverse is known at x = exp(t + e), e ~ Normal, with a composed transform."""
     transforms = host.dist.transforms
 
     def distribution(h, t, v):
@@ -105,7 +105,7 @@ def test_the_inverse_of_composed_transforms_is_known(host):
 
 @pytest.mark.parametrize("kind", ["LR", "RP", "half"])
 def test_exact_elementwise_formula(host, kind):
-    """E = w (u . grad phi + psi phi), written out, for one sample of a vector of Normals with a proposal."""
+    """A sample of a vector of Normals with a proposal is E = w (u . grad phi + psi phi), written out."""
     seen = []
 
     def cost(h, t, v):
@@ -138,7 +138,7 @@ def test_exact_elementwise_formula(host, kind):
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,)])
 def test_a_field_may_be_smaller_than_x(host, shape):
-    """A velocity that broadcasts to x moves it as a number does, whatever the dims to its left."""
+    """A velocity may broadcast to x, like a number, with any dims to its left."""
 
     def gradient(u, particles, size):
         def guide():
@@ -163,7 +163,7 @@ def test_a_field_may_be_smaller_than_x(host, shape):
 @pytest.mark.parametrize("kind", ["LR", "RP", "half", "RP, q"])
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_cache_of_a_transform(host, kind, cached):
-    """y = a + b x with x ~ N(0.2, 0.5^2), the preimage kept by the transform or as an intermediate.
+    """The mean is right at y = a + b x, x ~ N(0.2, 0.5^2), if the transform or an intermediate caches x.
 
     d/da, d/db of -KL(q || N(0, 1)), q = N(a + 0.2 b, (0.5 b)^2).
     """
@@ -194,7 +194,7 @@ class UnsampledPyro(pyro_dist.Normal):
 @pytest.mark.parametrize("dependencies", ["graph", "plates"])
 @pytest.mark.parametrize("kind", ["LR", "RP", "half"])
 def test_a_density_without_a_sampler(host, kind, dependencies):
-    """Its proposal is all that draws: -KL(N(m, 1) || N(0, 1)) again."""
+    """A density without a sampler works if it has a proposal: the gradient is that of -KL(N(m, 1) || N(0, 1))."""
     family = UnsampledNumPyro if host.name == "numpyro" else UnsampledPyro
     q = lambda p: host.dist.Normal(p.loc, 1.4 * p.scale)
     estimator = {"LR": LR(q=q), "RP": RP(q), "half": Flow(half_velocity, q=q)}[kind]
@@ -209,7 +209,7 @@ def test_a_density_without_a_sampler(host, kind, dependencies):
 
 
 class Foreign(numpyro_dist.Distribution):
-    """What NumPyro makes of a discrete distribution of TensorFlow Probability: no support, no ``intermediates`` in log_prob."""
+    """Like NumPyro's wrapper of a discrete TensorFlow Probability distribution: no support, and no ``intermediates`` in log_prob."""
 
     support, has_rsample, is_discrete = None, False, True
     pytree_data_fields = ("logits",)
@@ -235,7 +235,7 @@ def test_a_foreign_distribution():
 
 
 def test_a_flag_that_denies_a_path():
-    """NumPyro's Levy is the transform of a Normal but says it has no path: RP(force=True) is right, Auto takes the score.
+    """NumPyro's Levy is a transformed Normal but declares no reparameterized sampler: RP(force=True) is right, and Auto takes LR.
 
     1 / x is scale times a chi-square variable with one degree of freedom: E[1 / x] = 1 / scale for Levy(0, scale).
     """
@@ -249,7 +249,7 @@ def test_a_flag_that_denies_a_path():
 
 
 def test_samplers_without_a_derivative(host):
-    """VonMises is drawn by a loop without a reverse mode: a draw from detached parameters is all that LR needs.
+    """The sampler of VonMises is a loop without reverse mode, but LR only needs a draw at detached parameters.
 
     E[cos x] = I1(k) / I0(k) cos m, whose derivative in m is -I1(k) / I0(k) sin m.
     """
@@ -260,7 +260,7 @@ def test_samplers_without_a_derivative(host):
 
 @pytest.mark.parametrize("family", ["Categorical", "Poisson"])
 def test_integers_under_every_mode(family):
-    """Integer draws between paths, in reverse and in forward mode: d/dt of E[k] m with k ~ p(t) and x ~ N(m k, 1)."""
+    """Integer draws between paths are right in reverse and forward mode: d/dt of E[k] m with k ~ p(t) and x ~ N(m k, 1)."""
     host = HOSTS["numpyro"]
 
     def discrete(h, t):

@@ -1,4 +1,4 @@
-"""Starting values at which a host's log density has a wrong derivative: the estimators are right there all the same."""
+"""Initial values at which a host's log density has a wrong derivative; the estimators are right there."""
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ DIST = numpyro.distributions
 
 
 def test_numpyro_itself_is_wrong():
-    """Where this fails, NumPyro has mended it, and `with_right_derivative` can go."""
+    """If this fails, NumPyro has fixed the bug, and `with_right_derivative` can be removed."""
     wrong = jax.grad(lambda logits: DIST.Bernoulli(logits=logits).log_prob(1.0))(0.0)
-    assert wrong == 1.0  # 1/2 is right
+    assert wrong == 1.0  # the right value is 1/2
 
 
 def bernoulli(h, t):
@@ -43,7 +43,7 @@ def program(family, mask=None):
 
 
 def exact(family, mask=None):
-    """By the sum over all values, differentiated away from 0."""
+    """The exact gradient, as a sum over all values, differentiated away from 0."""
 
     def elbo(logits):
         n = 1 if family is bernoulli else 10
@@ -95,7 +95,7 @@ def test_logits_of_zero_in_a_scan():
 
 
 def switched(y):
-    """a ~ Bernoulli(q0), b ~ Bernoulli(q1 a): b is impossible where a is 0."""
+    """a ~ Bernoulli(q0), b ~ Bernoulli(q1 a), so b = 1 is impossible if a is 0."""
 
     def guide(h, t):
         a = h.sample("a", h.dist.Bernoulli(probs=1 / (1 + h.math.exp(-t[0]))))
@@ -131,7 +131,7 @@ def test_what_cannot_happen_has_no_score(host, estimator, y):
 
 @pytest.mark.parametrize("mask", [None, True])
 def test_a_rate_of_zero_has_no_score(host, mask):
-    """E[0.3 a + sin n], with the mean of sin n in closed form."""
+    """At a rate of 0 the gradient of E[0.3 a + sin n] is right, with the mean of sin n in closed form."""
 
     def guide(h, t):
         a = h.sample("a", h.dist.Bernoulli(probs=1 / (1 + h.math.exp(-t[0]))).mask(False))

@@ -1,4 +1,4 @@
-"""``entropy="stl"``: without variance at the optimum, unbiased elsewhere."""
+"""``entropy="stl"``: no variance at the optimum, unbiased elsewhere."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def hierarchy(theta):
 
 
 def test_sticking_the_landing_has_no_variance_at_the_optimum(host):
-    """Only the path that parents take through a site's own parameters is kept; without that, RP would not be exact here."""
+    """At the optimum no variance is left. This needs the paths of parents through a site's own parameters."""
     samples = host.gradients(hierarchy((0.0, 0.0, 0.0, 0.0)), 50, entropy="stl")
     np.testing.assert_allclose(samples, 0.0, atol=1e-12)
     assert host.gradients(hierarchy((0.0, 0.0, 0.0, 0.0)), 50).std() > 0.1  # "full" has variance
@@ -27,7 +27,7 @@ def test_sticking_the_landing_has_no_variance_at_the_optimum(host):
 
 @pytest.mark.parametrize("kind", ["LR", "RP", "half", "RP, q"])
 def test_sticking_the_landing_is_unbiased(host, kind):
-    """d/da, d/db, d/dc, d/dd of -KL off the optimum."""
+    """Away from the optimum the mean is the gradient of -KL in a, b, c and d."""
     a, b, c, d = theta = (0.3, 0.2, -0.1, 0.1)
     exact = [-a, 1 - np.exp(2 * b), -2 * c, 2 * (1 - np.exp(2 * d))]
     expected_under(hierarchy(theta), host, exact, estimators={"x1": KINDS[kind], "x2": KINDS[kind]}, entropy="stl")

@@ -1,4 +1,4 @@
-"""Jumps across a surface in the space of an event: the flux through it makes every estimator right, in both hosts."""
+"""Jumps at a surface in the space of an event: with the flux through it every estimator is right, in both hosts."""
 
 import itertools
 from dataclasses import replace
@@ -26,7 +26,7 @@ def law(h, t, multivariate):
 
 
 def plane(h, t):
-    """Its normal and its offset, which move."""
+    """The normal and the offset of a plane that moves."""
     return h.math.stack([1.0 + 0 * t[3], t[3]], -1), 0.5 * t[3]
 
 
@@ -83,7 +83,7 @@ def test_without_it_they_are_biased(host, estimator):
 
 
 def test_derivatives_without_noise(host):
-    """In loc, the flux is the same everywhere on the plane."""
+    """In loc there is no noise, because the flux is the same everywhere on the plane."""
     samples = host.gradients_with(program(True), 50, lambda h, t: {"x": RP(jumps=across(h, t))})
     np.testing.assert_allclose(samples[:, :2], np.broadcast_to(exact(True)[:2], (50, 2)), rtol=1e-8)
 
@@ -98,7 +98,7 @@ def test_a_wrong_sign_is_rejected(host, monkeypatch):
 
 
 def test_two_planes_and_a_later_site(host, monkeypatch):
-    """A corner of two planes, whose cost depends on a Bernoulli downstream."""
+    """A corner of two planes, with a cost that depends on a later Bernoulli."""
 
     def guide(h, t):
         x = h.sample("x", law(h, [t[0]] * 3, False))
@@ -150,7 +150,7 @@ def test_refused(host, fn, found):
 
 
 def test_a_plane_that_the_model_annotates_inline(host):
-    """A new object, with new arrays, at every run."""
+    """A plane annotated inline in the model is a new object with new arrays in every run."""
 
     def model():
         x = host.sample("x", law(host, t, False), infer={"estimator": RP(jumps=HalfSpace(host.array([1.0, 1.0]), 1.0))})
@@ -176,7 +176,7 @@ def test_numbers_beside_a_plane():
 
 
 def disc(multivariate):
-    """The cost jumps where x leaves a disc whose radius and height move."""
+    """A cost that jumps where x leaves a disc, whose radius and height are live."""
 
     def guide(h, t):
         h.sample("x", law(h, t, multivariate))
@@ -193,7 +193,7 @@ def outside(h, t):
 
 
 def exact_of_disc(multivariate):
-    """By quadrature over the disc, in polar coordinates."""
+    """The exact gradient by quadrature over the disc, in polar coordinates."""
     nodes, weights = np.polynomial.legendre.leggauss(60)
     angle = np.arange(120) * 2 * np.pi / 120
     unit, weight = (nodes + 1) / 2, weights * (nodes + 1) / 2 * np.pi / 120
@@ -243,7 +243,7 @@ def test_density_on_a_ray(host):
 
 @slow_in_numpyro
 def test_a_ball_around_the_mean_without_noise(host):
-    """|x - loc|^2 / s^2 is chi squared with three degrees of freedom."""
+    """For a ball around the mean there is no noise: |x - loc|^2 / s^2 is chi squared with three degrees of freedom."""
 
     def site(h, t):
         return h.sample("x", h.dist.Normal(h.array([0.2, -0.1, 0.4]), h.math.exp(t[0])[..., None]).to_event(1).mask(False))
@@ -267,7 +267,7 @@ def as_level_set(h, t, along):
 
 @slow_in_numpyro
 def test_a_plane_as_a_level_set(host):
-    """Along the covariance times the normal, the points are those of HalfSpace; along any other line, the mean is the same."""
+    """Along the covariance times the normal, a plane as LevelSet has the points of HalfSpace; along other lines, the same mean."""
     direction = np.array([1.0, THETA[3]]) @ (TRIL @ TRIL.T)
     same = host.gradients_with(program(True), 50, lambda h, t: {"x": RP(jumps=as_level_set(h, t, h.array(direction)))})
     expected = host.gradients_with(program(True), 50, lambda h, t: {"x": RP(jumps=across(h, t))})
@@ -277,14 +277,14 @@ def test_a_plane_as_a_level_set(host):
 
 
 def test_two_crossings_of_one_line(host):
-    """A disc, along lines. Under a trace the gradient becomes NaN, which no optimizer takes for a number."""
+    """A line that crosses a disc twice is refused; under a trace the gradient is NaN."""
     choose = lambda h, t: {"x": RP(jumps=LevelSet(outside(h, t), along=h.array([1.0, 0.0])))}
     if host.name == "pyro":
         with pytest.raises(ValueError, match=r"^site 'x': g of a LevelSet changes its sign more than once on a line; expected"):
             host.gradients_with(disc(False), 500, choose)
     else:
         share = np.isnan(host.gradients_with(disc(False), 500, choose)).any(-1).mean()
-        assert 0.1 < share < 0.9  # of the draws inside of the disc
+        assert 0.1 < share < 0.9  # the share of draws inside the disc
 
 
 @slow_in_numpyro

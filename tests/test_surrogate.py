@@ -1,4 +1,4 @@
-"""Surrogate: RELAX, REBAR and LAX. The formulas at given draws, the exact mean and variance, what is learned, what is refused."""
+"""Surrogate (RELAX, REBAR and LAX): formulas at given draws, exact mean and variance, learning, refusals."""
 
 from contextlib import nullcontext
 from itertools import product
@@ -24,7 +24,7 @@ from flowvi.estimators import attach
 NUMPYRO = HOSTS["numpyro"]
 
 
-# ---- at given draws and uniform numbers, against formulas that differentiate everything by a complex step
+# ---- at given draws and uniform numbers, against formulas with complex-step derivatives
 
 
 def log_softmax(logits):
@@ -32,7 +32,7 @@ def log_softmax(logits):
 
 
 def binary(logits, x, v):
-    """The two relaxed draws of independent Bernoullis: z with the noise that gives x held fixed, and z~."""
+    """The two relaxed draws of independent Bernoullis: z, with the noise that gives x, and z~."""
 
     def of_noise(u, logits):
         return logits + np.log(u) - np.log(1 - u)
@@ -45,7 +45,7 @@ def binary(logits, x, v):
 
 
 def categories(logits, x, v):
-    """The same of one categorical; x is an index."""
+    """The two relaxed draws of one categorical; x is an index."""
     log_p = log_softmax(logits)
 
     def given(v, log_p):
@@ -57,7 +57,7 @@ def categories(logits, x, v):
 
 
 def wave(math, z, a):
-    """A surrogate of all coordinates of an event."""
+    """A surrogate that depends on all coordinates of an event."""
     return (math.sin(a * z)).sum(-1) + 0.3 * z[..., 0] * z[..., -1]
 
 
@@ -111,12 +111,12 @@ OF_HOSTS = [pytest.param(HOSTS[host], law, id=f"{host}-{name}") for name, law in
 
 
 def compiled(host, f):
-    """In NumPyro: compiled as a whole, which is faster than one operation after the other."""
+    """Compile a function in NumPyro, which is faster than operation by operation."""
     return jax.jit(f) if host.name == "numpyro" else f
 
 
 def of_draws(host, law, surrogate, v):
-    """The derivatives in theta of the control variate, for all draws of the law at once."""
+    """The derivatives of the control variate in theta, for all draws of the law at once."""
     x = np.stack(law.draws)
 
     def control(values):
@@ -129,7 +129,7 @@ def of_draws(host, law, surrogate, v):
 
 
 def by_hand(law, c, v):
-    """The same: the derivative of c(z) - c(z~), less c(z~) times the score."""
+    """The same by its formula: the derivative of c(z) - c(z~), minus c(z~) times the score."""
     found = []
     for i, x in enumerate(law.draws):
         of_c = by_complex_step(lambda theta, x=x, i=i: np.subtract(*map(c, law.relaxed(theta, x, v[:, i]))), {"theta": law.theta})
@@ -175,7 +175,7 @@ def test_lax_at_given_draws(host, a):
 
 
 def test_extreme_numbers(host):
-    """Uniform numbers next to 0 and 1, and probabilities next to 0, in single precision: z is finite and leads to x."""
+    """At uniform numbers next to 0 and 1, and probabilities next to 0, in single precision, z is finite and gives x."""
     array = jnp.asarray if host.name == "numpyro" else torch.as_tensor
 
     def given(relaxation, eta, hard, v):
@@ -197,7 +197,7 @@ def test_extreme_numbers(host):
 # ---- the toy problem of REBAR and RELAX: E[(b - t)^2] in the logit of b
 
 LOGIT = 0.4
-TOYS = {  # c and its derivative at z, and what it is in flowvi
+TOYS = {  # c and its derivative at z, and its estimator in flowvi
     "RELAX": (
         Surrogate(lambda z, params: params[0] + params[1] * z + params[2] * z**2, [0.2, 0.02, -0.01]),
         lambda z, t: (0.2 + 0.02 * z - 0.01 * z**2, 0.02 - 0.02 * z),
@@ -215,7 +215,7 @@ def toy(t):
 
 
 def exact_of_toy(of_c, t):
-    """The mean and the variance of one sample, by quadrature over the uniform numbers of z and of z~, which are independent given b."""
+    """Mean and variance of one sample, by quadrature over the uniform numbers of z and of z~, which are independent given b."""
     u, q = nodes(0.0, 1.0)
     inside = (u > 1e-12) & (u < 1 - 1e-12)
     u, q = u[inside], q[inside]
@@ -223,7 +223,7 @@ def exact_of_toy(of_c, t):
     for b, mass in ((1, p), (0, 1 - p)):
         z = by_noise(LOGIT + 1e-30j, b, u)
         c, dc = of_c(z.real, t)
-        parts = dc, (b - p) * ((b - t) ** 2 - c) - z.imag / 1e-30 * dc  # what z adds, and z~
+        parts = dc, (b - p) * ((b - t) ** 2 - c) - z.imag / 1e-30 * dc  # the parts of z and of z~
         means, squares = ([(a * q).sum() for a in of] for of in (parts, [a**2 for a in parts]))
         mean += mass * sum(means)
         second += mass * (sum(squares) + 2 * means[0] * means[1])
@@ -243,7 +243,7 @@ def by_noise(logit, b, u):
     slow_in_numpyro=lambda value: value[:2] not in (("RELAX", 0.45), ("REBAR", 0.499)),
 )
 def test_toy(host, name, t, particles):
-    """The exact mean and variance."""
+    """Mean and variance are exact on the toy problem."""
     surrogate, of_c = TOYS[name]
     surrogate = surrogate or Surrogate(lambda b: (b - t) ** 2, temperature=2.0)
     mean, variance = exact_of_toy(of_c, t)
@@ -261,11 +261,11 @@ def test_a_wrong_slope_is_seen(monkeypatch):
     assert np.all(np.abs(z_scores(samples, exact_of_toy(TOYS["RELAX"][1], 0.45)[0])) > 5)
 
 
-# ---- what is learned
+# ---- learning
 
 
 def gradients_in(host, model, guide, **options):
-    """The gradients of the loss as a function of the parameters, at the same random numbers; compiled once."""
+    """The gradients of the loss as a function of the parameters, at fixed random numbers; compiled once."""
     if host.name == "pyro":
         return lambda params: host.loss_and_gradients(params, model, guide, **options)[1]
     elbo = host.flow.TraceFlow_ELBO(**options)
@@ -279,7 +279,7 @@ def gradients_in(host, model, guide, **options):
     slow_in_numpyro=lambda value: value != ("Categorical", "full"),
 )
 def test_parameters_descend_the_second_moment(host, family, entropy):
-    """The derivative of the squared gradient in the site's parameters, by differences; it is quadratic in those of c."""
+    """The parameters of c get the derivative of the squared gradient in the site's parameters."""
     make, params = {
         "Bernoulli": (lambda t: host.dist.Bernoulli(logits=t["logits"]).to_event(1), {"logits": np.array([0.3, -0.6])}),
         "Categorical": (lambda t: host.dist.Categorical(logits=t["logits"]), {"logits": np.array([0.3, 1.1, -0.6])}),
@@ -332,7 +332,7 @@ def test_scale_and_temperature_descend_the_second_moment(host, temperature):
 
 
 def test_learned(host):
-    """RELAX on the toy problem: what is learned takes nearly all of the noise away, and the logit goes where the cost is low."""
+    """RELAX on the toy problem: learning removes nearly all of the noise, and the logit goes to the lower cost."""
 
     def guide():
         with host.plate("n", 20):
@@ -357,7 +357,7 @@ def test_learned(host):
         with h.substitute(learned):
             h.sample("b", h.dist.Bernoulli(logits=t[0]).mask(False))
 
-    learned = {"b.c": -host.numpy(params["b.c"])}  # the toy's cost has the other sign
+    learned = {"b.c": -host.numpy(params["b.c"])}  # the toy's cost has the opposite sign
     assert variance(Surrogate(lambda z, params: params[0] + params[1] * z, [0.0, 0.0]), learned) < 0.1 * variance(LR(), {})
 
 
@@ -365,7 +365,7 @@ def test_learned(host):
 
 
 def test_given_an_earlier_draw(host):
-    """c reads a draw above the site as an input, and an observation that it closes over."""
+    """c may read an earlier draw as an input, and close over an observation."""
     y = host.array(0.7)
 
     def c(z, params, x):
@@ -388,7 +388,7 @@ def test_given_an_earlier_draw(host):
 
 
 def exact_of_chain(loc, shift):
-    """By quadrature in x and a sum over b."""
+    """The exact gradient, by quadrature in x and a sum over b."""
     eps, q = np.polynomial.hermite_e.hermegauss(60)
 
     def elbo(theta):
@@ -431,7 +431,7 @@ def test_refusals(host):
 
 
 def test_given_in_the_model(host):
-    """Parameters of c may be made anew at every run; inputs may not come from the model, which runs after the guide."""
+    """In a model's annotation, the parameters of c may be new objects in every run. Inputs may not come from the model."""
 
     def program(*inputs):
         def model(h, t):
@@ -467,7 +467,7 @@ def test_refused_inside_cond(initial):
 
 
 def test_under_pyros_own_elbo():
-    """There it is LR: the control variate is left out."""
+    """Under Pyro's own ELBO it is LR, without the control variate."""
 
     def gradients(estimator):
         def site(h, t):

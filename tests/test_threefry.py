@@ -1,4 +1,4 @@
-"""The unrolled generator: the draws are JAX's own, bit for bit, wherever a program draws."""
+"""The unrolled generator: all draws are JAX's own, bit for bit."""
 
 import re
 from collections import Counter
@@ -50,7 +50,7 @@ def families():
 
 @pytest.fixture
 def off(monkeypatch):
-    """As with a version of JAX that unrolls threefry itself."""
+    """Turn the unrolled generator off, as with a version of JAX that unrolls threefry itself."""
     monkeypatch.setattr(threefry, "is_a_loop", lambda: False)
 
 
@@ -78,7 +78,7 @@ def test_many_keys_at_once():
 
 @pytest.mark.parametrize("p", families(), ids=lambda p: type(p).__name__)
 def test_every_family_draws_the_same(p):
-    """Its sampler is the same function of the bits; those that take JAX's own keys only get them."""
+    """Every family draws the same numbers; samplers that only take JAX's own keys get them."""
     key = threefry.unrolled(KEY)
     assert threefry.takes(p, key) == (type(p).__name__ not in POISSON)
     if threefry.takes(p, key):
@@ -88,7 +88,7 @@ def test_every_family_draws_the_same(p):
 
 @pytest.mark.parametrize("p", [dist.Gamma(2.0, 1.0)], ids=["Gamma"])
 def test_samplers_that_look_at_the_key(p):
-    """JAX maps over the draws of a Gamma in another way; the numbers stay."""
+    """A Gamma looks at the key, and JAX maps over its draws in another way; the numbers stay the same."""
     np.testing.assert_array_equal(*(p.sample(key, (7,)) for key in (threefry.unrolled(KEY), KEY)))
 
 
@@ -99,7 +99,7 @@ def step(elbo, name="plain"):
 
 
 def cone(elbo):
-    """A program of Normal sites, of which every operation is the host's."""
+    """A program of Normal sites, with no operation of flowvi."""
 
     def guide():
         for name in ("x", "y"):
@@ -122,7 +122,7 @@ def cone(elbo):
 
 @pytest.mark.parametrize("particles", [1, 3])
 def test_a_program_of_rp_sites_is_the_hosts(particles, monkeypatch):
-    """Without the unrolled generator its instructions are those of the host; with it only what is done to keys and bits differs."""
+    """Without the unrolled generator the instructions are those of the host. With it, only operations on keys and bits differ."""
     elbo = TraceFlow_ELBO(particles, default=RP())
     operations, instructions = cone(elbo)
     monkeypatch.setattr(threefry, "is_a_loop", lambda: False)
@@ -134,7 +134,7 @@ def test_a_program_of_rp_sites_is_the_hosts(particles, monkeypatch):
 
 
 def test_no_loop_is_left():
-    """The subsample is drawn in the one loop of the program."""
+    """The only loop left in the program draws the subsample."""
     f, params = step(TraceFlow_ELBO(default=LR()), "subsampled plate")
     g, _ = step(Trace_ELBO(), "subsampled plate")
     assert jax.jit(f).lower(params, KEY).as_text().count("stablehlo.while") == 1
@@ -142,7 +142,7 @@ def test_no_loop_is_left():
 
 
 def test_other_devices_keep_the_generator_of_jax(monkeypatch):
-    """Compiled for a GPU, the step has JAX's own rounds and nothing in which bits are stored."""
+    """Compiled for a GPU, the step has JAX's own rounds and no stored bits."""
 
     def text():
         f, params = step(TraceFlow_ELBO(3, default=RP()))
@@ -168,7 +168,7 @@ def test_the_same_steps_without_it(elbo, name, monkeypatch):
 
 
 class Odd(dist.Normal):
-    """A Normal whose sampler reads the data of a key as old code does."""
+    """A Normal whose sampler reads the key's data, like old code."""
 
     def sample(self, key, sample_shape=()):
         assert key.dtype == jnp.uint32
@@ -200,7 +200,7 @@ def test_a_program_sees_keys_of_its_own_type(key):
 
 
 def test_a_proposal_that_takes_other_keys():
-    """A Poisson proposes the values of a Geometric."""
+    """A Poisson proposal for a Geometric, which takes other keys."""
 
     def sample(elbo):
         return elbo.loss(KEY, {}, lambda: numpyro.sample("k", dist.Geometric(0.5)), lambda: numpyro.sample("k", dist.Geometric(0.4)))
@@ -220,7 +220,7 @@ def test_a_jax_that_unrolls(off):
 
 
 def test_a_deterministic_statement():
-    """It draws nothing, and has no arguments in NumPyro."""
+    """A deterministic statement draws nothing, and has no arguments in NumPyro."""
 
     def program():
         x = numpyro.sample("x", dist.Normal(numpyro.param("m", 0.0), 1.0))

@@ -1,4 +1,4 @@
-"""docs/traps.md names tests that exist, and misses no trap."""
+"""docs/traps.md names every trap, with a test that exists."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""A blank line ends the examples of the pages, since doctest takes what follows for output; the site leaves it out."""
+"""Remove the blank line at the end of examples, which doctest needs because it takes the text below for output."""
 
 from docutils.nodes import Text, literal_block
 

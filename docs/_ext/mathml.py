@@ -1,4 +1,4 @@
-"""Maths as MathML, which browsers draw themselves: no script and no network. A formula that cannot be converted is a warning."""
+"""Maths as MathML, which browsers draw without a script and a network. A formula that cannot be converted causes a warning."""
 
 from docutils.nodes import SkipNode
 from math_core import LatexError, LatexToMathML

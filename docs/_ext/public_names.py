@@ -1,4 +1,4 @@
-"""The build fails where a public name of flowvi is missing from the API reference."""
+"""The build fails if a public name of flowvi is missing from the API reference."""
 
 import inspect
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def public_names(module: str) -> Iterator[str]:
-    """The full names of what a module makes public: its ``__all__``, or the functions and classes that it defines."""
+    """The full names of the public functions and classes of a module: its ``__all__``, or what it defines."""
     found = import_module(module)
     defined = [n for n, o in vars(found).items() if not n.startswith("_") and getattr(o, "__module__", "") == module]
     for name in getattr(found, "__all__", defined):

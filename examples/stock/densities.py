@@ -1,8 +1,8 @@
-"""Log densities that a host differentiates wrongly at special points: the exact derivative and the host's.
+"""Log densities with a wrong derivative at special points in a host: the exact derivative and the host's.
 
 python examples/stock/densities.py [--markdown]
 
-With --markdown it prints the table of docs/stock.md, which is kept in docs/_measured/densities.md. The points and the exact derivatives
+With --markdown it prints the table in docs/_measured/densities.md, which docs/stock.md includes. The points and the exact derivatives
 are those of tests/test_densities.py.
 """
 
@@ -21,7 +21,7 @@ HEAD = ("host", "family", "at", "derivative in", "exact", "host's")
 
 
 def rows():
-    """A line for each family and variable: the first of the points at which it is wrong."""
+    """A row for each family and variable: the first point with a wrong derivative."""
     for host in HOSTS:
         found = wrong(host)
         for family, variable in [*MENDED[host], *LEFT[host]]:
@@ -33,7 +33,7 @@ def rows():
 def main(markdown):
     numpyro.enable_x64()
     torch.set_default_dtype(torch.float64)
-    warnings.simplefilter("ignore")  # NumPyro warns of values at the end of a support
+    warnings.simplefilter("ignore")  # NumPyro warns about values at the end of a support
     if markdown:
         for cells in (HEAD, ("---",) * 4 + ("---:",) * 2, *rows()):
             print("| " + " | ".join(cells) + " |")

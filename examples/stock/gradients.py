@@ -2,10 +2,10 @@
 
 python examples/stock/gradients.py [CASE ...] [--markdown]
 
-With --markdown it prints the table of docs/stock.md, which is kept in docs/_measured/stock.md.
+With --markdown it prints the table in docs/_measured/stock.md, which docs/stock.md includes.
 
-The programs are those of tests/test_host_bugs.py, where each has its closed form. Its tests run here as they are, while what they
-estimate and what they compare with is written down; a case is called by the name of its test.
+The programs are those of tests/test_host_bugs.py, which has their closed forms. This script runs its tests, and records the estimates
+and the exact gradients with which they compare. A case has the name of its test.
 """
 
 import sys
@@ -45,7 +45,7 @@ HEAD = ("case", "objective of the host", "exact", "host", "flowvi")
 
 
 class Watch:
-    """What a test estimates, by objective, and the exact gradient with which it compares."""
+    """The estimates of a test, by objective, and the exact gradient with which it compares them."""
 
     def __init__(self):
         self.objectives, self.exact = {}, None
@@ -53,7 +53,7 @@ class Watch:
     def estimates(self, gradients_of):
         def watched(host, elbo, *args, **options):
             name = f"{type(elbo).__name__} of {'flowvi' if type(elbo).__module__.startswith('flowvi') else type(host).__name__[:-4]}"
-            self.objectives[name] = "AttributeError"  # unless it returns
+            self.objectives[name] = "AttributeError"  # in case it does not return
             self.objectives[name] = samples = gradients_of(host, elbo, *args, **options)
             return samples
 
@@ -68,7 +68,7 @@ class Watch:
 
 
 def row(test, arguments):
-    """One line of the table: the case, the host's objective, and the three gradients."""
+    """One row of the table: the case, the host's objective, and the three gradients."""
     watch = Watch()
     with (
         patch.object(hosts.NumPyroHost, "gradients_of", watch.estimates(hosts.NumPyroHost.gradients_of)),
@@ -94,7 +94,7 @@ def shown(samples):
 def main(*names, markdown=False):
     numpyro.enable_x64()
     torch.set_default_dtype(torch.float64)
-    warnings.simplefilter("ignore")  # NumPyro warns of the missing plate in one case
+    warnings.simplefilter("ignore")  # NumPyro warns about a missing plate in one case
     rows = [HEAD]
     rows += [row(test, arguments) for test, arguments in CASES.items() if not names or test.__name__.removeprefix("test_") in names]
     if markdown:
