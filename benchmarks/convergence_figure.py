@@ -16,7 +16,8 @@ from tables import TABLES
 from flowvi import plot
 
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "convergence.png"
-SIDES = {"best objective of the host": "o", "flowvi's default": "^", "flowvi's best": "s"}
+SIDES = {"the host's best": "o", "flowvi's default": "^", "chosen by hand": "s", "by recommend": "D"}
+KINDS = {"TraceFlow": "flowvi's default", "best": "chosen by hand", "recommended": "by recommend"}  # by how a row's objective starts
 
 
 class Time(NamedTuple):
@@ -34,10 +35,7 @@ def times(table: str) -> dict[str, dict[str, Time]]:
         if not line.startswith("| ") or cells[0] in ("Program", "---") or cells[0].startswith("median"):
             continue
         program, objective, *_ = cells
-        if objective.startswith("recommended"):
-            continue
-        host, default, best = SIDES
-        side = default if objective.startswith("TraceFlow") else best if objective.startswith("best") else host
+        side = next((kind for start, kind in KINDS.items() if objective.startswith(start)), "the host's best")
         time = Time(cells[5].startswith(">"), float(cells[5].lstrip("> ")))
         of_program = found.setdefault(program, {})
         of_program[side] = min(time, of_program.get(side, time))
@@ -61,7 +59,7 @@ def draw(tables: dict[str, str], path: Path) -> None:
             ax.set_title(host)
         axes[-1].set_xlabel("seconds of training")
         handles = [plt.Line2D([], [], ls="", marker=marker, color=f"C{i}") for i, marker in enumerate(SIDES.values())]
-        picture.legend(handles, list(SIDES), loc="outside lower center", ncols=len(SIDES))
+        picture.legend(handles, list(SIDES), loc="outside lower center", ncols=2)
         picture.savefig(path, dpi=150)
         plt.close(picture)
 

@@ -196,11 +196,11 @@ def test_the_figure_of_the_times_to_converge(benchmark, tmp_path):
     tables = Path(__file__).parent.parent / "docs" / "tables"
     drawing = benchmark("convergence_figure")
     texts = {host: (tables / f"convergence_{host}.md").read_text() for host in ("numpyro", "pyro")}
-    host, default, best = drawing.SIDES
+    host, default, best, advised = drawing.SIDES
     row = "| p | {} | 0.1 | 1, 2, 3 | 1.0 | {} | | 0.0 |"
     cells = (("A", "> 3"), ("B", "7"), ("TraceFlow_ELBO", "2"), ("best: x", "> 1"), ("recommended: y", "0.1"))
     found = drawing.times("\n".join(row.format(*of_row) for of_row in cells))
-    assert found == {"p": {host: (False, 7.0), default: (False, 2.0), best: (True, 1.0)}}
+    assert found == {"p": {host: (False, 7.0), default: (False, 2.0), best: (True, 1.0), advised: (False, 0.1)}}
     assert len(drawing.times(texts["numpyro"])) == 11
     drawing.draw(texts, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
