@@ -60,7 +60,7 @@ bench: .venv/ready
 bench-adaptive: .venv/ready
 	$(BIN)/python benchmarks/adaptive.py
 
-# About twenty-five minutes.
+# About half an hour.
 bench-convergence: .venv/ready
 	$(BIN)/python benchmarks/convergence.py
 	$(BIN)/python benchmarks/convergence_figure.py
