@@ -12,7 +12,7 @@ rate.
 
 Seconds are the median number of steps to the target times the CPU time of a step. The steps of all sides are timed in turn, so the load
 of the machine matters little. Sides whose steps have the same distribution share the number of steps, which the fastest of them counts.
-"Compiling" is the CPU time of the first steps. It is not part of the seconds, and neither is the time of `recommend`. About half an hour:
+"Compiling" is the CPU time of the first steps. It is not part of the seconds, and neither is the time of `recommend`. Half an hour:
 
     python benchmarks/convergence.py
     python benchmarks/convergence.py --smoke
