@@ -19,8 +19,9 @@ from flowvi.flows import held_base
 from flowvi.learned.coupling import CoupledRP
 from flowvi.numpyro.distributions import MovingLeaves, NumPyroTarget, attaching, draw, propose
 from flowvi.numpyro.host import HOST
-from flowvi.numpyro.parameters import LearningInScan, OwnRows, Scanned, Sizes, declare, is_scan, target_of
+from flowvi.numpyro.parameters import LearningInScan, OwnRows, Scanned, Sizes, declare, target_of
 from flowvi.numpyro.particles import Together
+from flowvi.numpyro.scans import is_scan
 from flowvi.numpyro.special_points import with_right_derivative
 from flowvi.numpyro.threefry import is_unrolled, takes, typed_like, unrolled
 from flowvi.particles import at_uniforms, can_be_joint

@@ -11,8 +11,9 @@ from numpyro.primitives import Messenger
 from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import is_attaching
 from flowvi.numpyro.host import HOST
-from flowvi.numpyro.parameters import LearningInScan, Sizes, declare, is_scan, target_of
+from flowvi.numpyro.parameters import LearningInScan, Sizes, declare, target_of
 from flowvi.numpyro.run import NumPyroProgram
+from flowvi.numpyro.scans import is_scan
 from flowvi.run import couple_sites
 from flowvi.sites import GuideSites, find_estimated, not_random
 

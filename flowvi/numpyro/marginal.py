@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from numpyro.distributions import ExpandedDistribution, MaskedDistribution
 from numpyro.handlers import substitute
 from numpyro.primitives import Messenger
 
 from flowvi.dependence import Frame
 from flowvi.marginal import Factor
+from flowvi.numpyro.scans import is_reversed, is_scan, mark_reverse_scans
 
 
 def require_funsor(site: str) -> None:
@@ -46,7 +48,7 @@ def enumerated_trace(
     """The sample sites of a model that runs under NumPyro's ``enum``."""
     from numpyro.contrib.funsor import enum, plate_to_enum_plate, trace
 
-    program = trace(copy_annotations(substitute(model, data=params)))
+    program = trace(mark_reverse_scans(copy_annotations(substitute(model, data=params))))
     with plate_to_enum_plate(), take_values_of_support(), enum(first_available_dim=-1 - max_plate_nesting):
         found = program.get_trace(*args, **kwargs)
     return {name: site for name, site in found.items() if site["type"] == "sample"}
@@ -58,6 +60,9 @@ class copy_annotations(Messenger):
     def process_message(self, msg):
         if msg["type"] == "sample":
             msg["infer"] = dict(msg["infer"])
+        elif is_scan(msg):  # whose steps handlers do not reach
+            step, *others = msg["args"]
+            msg["args"] = (copy_annotations(step), *others)
 
 
 class take_values_of_support(Messenger):
@@ -91,6 +96,8 @@ def factors_of(sites: Mapping[str, Any], marginalised: Sequence[str], log_densit
     factors = []
     for name, site in sites.items():
         log_density, names = log_densities[name], site["infer"]["dim_to_name"]
+        if is_reversed(site):  # contract the steps in the order in which they run
+            log_density = jnp.flip(log_density, [dim for dim, of_dim in names.items() if of_dim.startswith("_time_")])
         named = funsor.to_funsor(log_density if names else log_density.reshape(()), output=funsor.Real, dim_to_name=names)
         dims = (frozenset(named.inputs) | {name}) & frozenset(marginalised)
         if dims:

@@ -67,10 +67,6 @@ def declare(msg, target: NumPyroTarget, estimator: Estimator, own_density) -> tu
 # ---- inside scan, which takes no parameters, and into which no other handler reaches
 
 
-def is_scan(msg) -> bool:
-    return msg["type"] == "control_flow" and "history" in msg["kwargs"]
-
-
 class Scanned(NamedTuple):
     """What comes out of ``scan`` with the values of a site, in place of its intermediates.
 

@@ -132,5 +132,9 @@ def _readers(run, key, params, constrained) -> dict[str, tuple[str, ...]]:
         again = run(key, constrained | params).again(values, with_model=False)
         return {name: jax.tree.leaves(again.guide[name].fn) for name in values}
 
-    read = {name: frozenset().union(*names) for name, names in eval_provenance(distributions, **params).items()}
+    try:
+        found = eval_provenance(distributions, **params)
+    except ValueError:  # a site inside nested scans; the report leaves its sites out
+        found = {}
+    read = {name: frozenset().union(*names) for name, names in found.items()}
     return {parameter: tuple(name for name, names in read.items() if parameter in names) for parameter in params}

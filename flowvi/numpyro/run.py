@@ -38,6 +38,7 @@ from flowvi.numpyro.marginal import (
     unshifted,
 )
 from flowvi.numpyro.particles import Together
+from flowvi.numpyro.scans import hold, is_reversed, mark_reverse_scans, replay_guide
 from flowvi.numpyro.threefry import split, unrolled
 from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
@@ -62,7 +63,7 @@ class NumPyroProgram:
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
         guide = self._seeded_guide()
         if values:
-            guide = substitute(guide, data=dict(values))
+            guide = hold(guide, values, reverse=values)
         guide = attach_estimators(guide, sites, self.moving_leaves, self.own_rows, self.together)
         log_probs, guide_trace = self._log_probs(guide, self.param_map)
         _require_names(sites, guide_trace)
@@ -84,6 +85,7 @@ class NumPyroProgram:
         of_model, marginalised = _statements(model_trace, model_log_probs), tuple[str, ...]()
         if sites.assignment.marginalises and (names := sites_to_sum_out(statements, of_model)):
             require_summable(of_model, names)
+            _require_replayed(of_model, guide_trace)
             self._require_marginals(names[0], mutable_state)
             nesting = max(jnp.ndim(log_prob) for log_prob in (*log_probs.values(), *model_log_probs.values()))
             with funsor_with_jax():
@@ -109,7 +111,7 @@ class NumPyroProgram:
         replayed = own_keys(replay(seed(self.model, unrolled(key)), {**guide_trace, **guided}), key)
         found = enumerated_trace(replayed, self.args, self.kwargs, self.param_map, max_plate_nesting)
         for name, site in found.items():
-            _require_replayed(name, site, guide_trace)
+            _require_indices(name, site)
             if site["scale"] is not None and jnp.ndim(site["scale"]) > max_plate_nesting:  # it depends on an enumerated site
                 require_number(name, site["scale"])
         names = sorted((name for name, site in found.items() if is_enumerated(site)), key=lambda name: name != unshifted(name))
@@ -259,7 +261,7 @@ class NumPyroProgram:
         return rows
 
     def _seeded_guide(self):
-        return seeded(self.guide, split(self.rng_key)[1])
+        return mark_reverse_scans(seeded(self.guide, split(self.rng_key)[1]))
 
     def _log_probs(self, program, params):
         params = jax.tree.map(lambda leaf: leaf, params)  # NumPyro before 0.21 changes mutable state in place
@@ -267,7 +269,8 @@ class NumPyroProgram:
 
     def _replay_model(self, model, guide_trace):
         key = split(self.rng_key)[0]
-        replayed = own_keys(replay(seed(model, unrolled(key)), guide_trace), key)  # last, so that it acts only where the model draws
+        replayed = replay_guide(seed(model, unrolled(key)), guide_trace)
+        replayed = own_keys(replayed, key)  # last, so that it acts only where the model draws
         return self._log_probs(replayed, {**self.param_map, **_values(guide_trace, "mutable")})
 
     def _map_model(self, model, guide_trace, mutable_state):
@@ -279,12 +282,13 @@ class NumPyroProgram:
             for name, site in guide_trace.items()
             if (site["type"] == "sample" and site["value"].size > 0) or site["type"] == "deterministic"
         }
+        reverse = {name for name, site in guide_trace.items() if is_reversed(site)}
         samples = [site["value"].shape[0] for site in guide_trace.values() if site["type"] == "sample"]
         if not samples:
             raise ValueError("guide is missing `sample` sites.")
 
         def log_probs(key, latents):
-            with own_keys(None, key), seed(rng_seed=unrolled(key)), substitute(data={**latents, **plates}):
+            with own_keys(None, key), seed(rng_seed=unrolled(key)), hold(data={**latents, **plates}, reverse=reverse):
                 log_probs, model_trace = self._log_probs(model, {**self.param_map, **mutable_state})
             _validate_model(model_trace, plate_warning="loose")
             traces.append(model_trace)
@@ -304,18 +308,21 @@ def of_first_particle(mutable_state: Any) -> Any:
     return jax.tree.map(lambda a: a[0], mutable_state)
 
 
-def _require_replayed(name: str, site: Mapping[str, Any], guide_trace: Mapping[str, Any]) -> None:
-    """Refuse what NumPyro's enumeration does not support inside ``scan``: values of the guide, and supports other than 0, 1, 2, ..."""
-    if not site.get("_control_flow_done") and name == unshifted(name):
-        return
-    if unshifted(name) in guide_trace and not site["is_observed"]:
+def _require_replayed(of_model: Mapping[str, Statement], guide_trace: Mapping[str, Any]) -> None:
+    """Refuse values of the guide inside ``scan``, which NumPyro ignores when it enumerates."""
+    if drawn := [s.name for s in of_model.values() if s.in_control_flow and not s.observed and s.name in guide_trace]:
         raise refusal(
-            unshifted(name),
-            "expected no site of the guide inside a scan with a site that is summed out, because NumPyro ignores the "
+            drawn[0],
+            "expected no site of the guide inside a scan if a site of the model is summed out, because NumPyro ignores the "
             "guide's value there; draw the site outside the scan, or write the chain as a loop with markov.",
         )
+
+
+def _require_indices(name: str, site: Mapping[str, Any]) -> None:
+    """Refuse a support other than 0, 1, 2, ... inside ``scan``, where NumPyro enumerates the indices of the values."""
+    in_scan = site.get("_control_flow_done") or name != unshifted(name)
     lower = getattr(site["fn"].support, "lower_bound", 0)
-    if is_enumerated(site) and (isinstance(lower, jax.core.Tracer) or np.any(np.asarray(lower) != 0)):
+    if in_scan and is_enumerated(site) and (isinstance(lower, jax.core.Tracer) or np.any(np.asarray(lower) != 0)):
         raise refusal(
             unshifted(name),
             f"expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found the support of "

@@ -1,0 +1,86 @@
+"""Given values inside NumPyro's ``scan``.
+
+``scan`` stacks the values of its steps in the order of ``xs``. It takes given values in the order in which the steps run. With
+``reverse=True`` these orders differ, so values that a reverse scan has stacked are flipped before they are given to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+from numpyro.handlers import replay, substitute
+from numpyro.primitives import Messenger
+
+from flowvi.refusals import refusal
+
+
+def is_scan(msg: Mapping[str, Any]) -> bool:
+    return msg["type"] == "control_flow" and "history" in msg["kwargs"]
+
+
+def is_reverse_scan(msg: Mapping[str, Any]) -> bool:
+    return is_scan(msg) and bool(msg["args"][4])
+
+
+def is_reversed(site: Mapping[str, Any]) -> bool:
+    """Whether a site of a trace is inside a reverse scan; its program ran under :class:`mark_reverse_scans`."""
+    return bool(site.get("_reversed"))
+
+
+class mark_reverse_scans(Messenger):
+    """Mark the sites inside reverse scans for :func:`is_reversed`."""
+
+    def postprocess_message(self, msg):
+        if is_reverse_scan(msg):
+            _, (steps, _) = msg["value"]
+            for site in steps.trace.values():
+                site["_reversed"] = True
+
+
+class hold(substitute):
+    """Substitute values.
+
+    Args:
+        fn: The program.
+        data: The values, by site.
+        reverse: The sites whose values come from a reverse scan, if they are inside one.
+    """
+
+    def __init__(self, fn=None, data: Mapping[str, Any] = MappingProxyType({}), reverse: Container[str] = ()):
+        self.reverse = reverse
+        super().__init__(fn, data=dict(data))
+
+    def process_message(self, msg):
+        if is_scan(msg):
+            msg["kwargs"]["substitute_stack"].append(("substitute", partial(self._in_scan, is_reverse_scan(msg))))
+        else:
+            super().process_message(msg)
+
+    def _in_scan(self, reverse: bool, site):
+        """The values of a site in all steps, in the order in which they run."""
+        value = self.data.get(site["name"])
+        if value is None:
+            return None
+        if jnp.ndim(value) > 1 + len(site["kwargs"]["sample_shape"] + site["fn"].shape()):
+            raise refusal(
+                site["name"],
+                "expected a site inside one scan, found one inside nested scans, where NumPyro cannot hold a value fixed; "
+                "use entropy='full' or 'analytic', or write the inner scan as a plate or a loop.",
+            )
+        return jnp.flip(value, 0) if reverse and site["name"] in self.reverse else value
+
+
+class replay_guide(replay):
+    """Replay the guide's values in the model; a step of a reverse scan gets what a reverse scan of the guide has drawn for it."""
+
+    def process_message(self, msg):
+        super().process_message(msg)
+        if is_reverse_scan(msg):
+            sites = {
+                name: {**site, "value": jnp.flip(site["value"], 0)} if is_reversed(site) else site for name, site in self.trace.items()
+            }
+            msg["kwargs"]["substitute_stack"][-1] = ("replay", sites)

@@ -1,0 +1,177 @@
+"""NumPyro's ``scan``: reverse scans, which equal scans over flipped data, nested scans, and what is summed out in a scan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.contrib.control_flow import scan
+
+from flowvi import LR, RP
+from flowvi.numpyro import Estimated, TraceFlow_ELBO, TraceFlow_RenyiELBO, gradient_report
+
+SLOW = pytest.mark.slow
+KEY = jax.random.key(3)
+XS = jnp.array([1.0, -2.0, 0.5, 3.0])
+
+
+def same(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def flipped_if(reverse, xs):
+    """``xs`` in the order in which a reverse scan over them runs."""
+    return xs if reverse else xs[::-1]
+
+
+def chain(estimator, reverse):
+    """x_t ~ N(m x_{t+1} + data_t, 0.8) in the guide, N(0.5 x_{t+1}, 1) in the model, from the last step to the first."""
+
+    def run(draw):
+        return scan(lambda x, of_step: (draw(x, of_step),) * 2, 0.2, flipped_if(reverse, XS), reverse=reverse)
+
+    def guide():
+        m = numpyro.param("m", 0.4)
+        run(lambda x, of_step: numpyro.sample("x", Estimated(dist.Normal(m * x + of_step, 0.8), estimator)))
+
+    def model():
+        run(lambda x, of_step: numpyro.sample("x", dist.Normal(0.5 * x + 0.1 * of_step**2, 1.0)))
+
+    return model, guide
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        TraceFlow_ELBO(),
+        TraceFlow_ELBO(2, entropy="stl"),
+        TraceFlow_ELBO(entropy="analytic"),
+        TraceFlow_RenyiELBO(num_particles=3, gradient="dreg"),
+    ],
+    ids=lambda elbo: f"{type(elbo).__name__}-{elbo.num_particles}",
+)
+@pytest.mark.parametrize("estimator", [RP(), LR()], ids=str)
+def test_a_reverse_scan_is_a_scan_over_flipped_data(elbo, estimator):
+    if isinstance(elbo, TraceFlow_RenyiELBO) and estimator == LR():
+        pytest.skip("dreg is for pathwise estimators")
+
+    def loss(m, reverse):
+        return elbo.loss(KEY, {"m": m}, *chain(estimator, reverse))
+
+    same(*(jax.value_and_grad(loss)(0.4, reverse) for reverse in (True, False)))
+
+
+@pytest.mark.parametrize("of_model", [False, True])
+def test_the_model_gets_the_steps_of_the_guide(of_model):
+    """Sticking the landing, with N(m x, 1) in the guide and N(c, 1) in the model, has the gradient sum x (m x - c) without noise.
+
+    ``x`` and ``c`` differ from step to step, so a wrong order of the steps shows.
+    """
+
+    def guide():
+        m = numpyro.param("m", 0.4)
+        scan(lambda c, x: (c, numpyro.sample("z", dist.Normal(m * x, 1.0))), 0.0, XS, reverse=True)
+
+    def model():
+        scan(lambda c, x: (c, numpyro.sample("z", dist.Normal(x**2, 1.0))), 0.0, XS, reverse=of_model)
+
+    gradient = jax.grad(lambda m: TraceFlow_ELBO(entropy="stl").loss(KEY, {"m": m}, model, guide))(0.4)
+    same(gradient, (XS * (0.4 * XS - XS**2)).sum())
+    losses = [elbo.loss(KEY, {"m": 0.4}, model, guide) for elbo in (TraceFlow_ELBO(), numpyro.infer.Trace_ELBO())]
+    assert (abs(losses[0] - losses[1]) > 0.1) == of_model  # the host's own is wrong then
+
+
+def hidden(history, reverse, ys, mask):
+    """A hidden Markov chain with two states, which is summed out."""
+    stay = jnp.array([[0.8, 0.2], [0.3, 0.7]])
+
+    def model():
+        locs = numpyro.sample("locs", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+
+        def step(states, of_step):
+            y, observed = of_step
+            rows = stay[states[-1]] if history == 1 else 0.5 * (stay[states[0]] + stay[states[1]][..., ::-1])
+            state = numpyro.sample("state", dist.Categorical(rows), infer={"enumerate": "parallel"})
+            with numpyro.handlers.mask(mask=observed):
+                numpyro.sample("y", dist.Normal(locs[state], 0.7), obs=y)
+            return (*states[1:], state), None
+
+        data = flipped_if(reverse, ys), flipped_if(reverse, mask)
+        scan(step, (0,) * history, data, reverse=reverse, history=history)
+
+    return model
+
+
+@pytest.mark.parametrize(("history", "steps"), [pytest.param(1, 1, marks=SLOW), (1, 4), pytest.param(2, 3, marks=SLOW), (2, 5)])
+def test_a_chain_is_summed_out_from_its_last_step(history, steps):
+    def guide():
+        numpyro.sample("locs", dist.Normal(numpyro.param("m", jnp.array([0.3, -0.4])), 0.5).to_event(1))
+
+    ys, mask = jnp.array([0.5, 1.1, -0.2, 0.7, 2.0])[:steps], jnp.array([True, False, True, True, True])[:steps]
+
+    def loss(m, reverse):
+        return TraceFlow_ELBO().loss(KEY, {"m": m}, hidden(history, reverse, ys, mask), guide)
+
+    same(*(jax.value_and_grad(loss)(jnp.array([0.3, -0.4]), reverse) for reverse in (True, False)))
+
+
+def nested():
+    """Guide and model with a site inside two scans."""
+
+    def run(loc):
+        def outer(x, _):
+            return scan(lambda x, _: (numpyro.sample("z", dist.Normal(loc + 0.5 * x, 1.0)), None), x, None, length=2)[0], None
+
+        scan(outer, 0.0, None, length=3)
+
+    return lambda: run(0.0), lambda: run(numpyro.param("m", 0.3))
+
+
+def test_nested_scans():
+    """A value cannot be held fixed inside nested scans: sticking the landing refuses, and a report leaves the sites out."""
+    with pytest.raises(ValueError, match="site 'z': expected a site inside one scan, found one inside nested scans"):
+        TraceFlow_ELBO(entropy="stl").loss(KEY, {"m": 0.3}, *nested())
+    (of_m,) = gradient_report(*nested(), num_samples=20).parameters
+    assert of_m.sites == ()
+    assert of_m.std > 0
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_site_of_the_guide_in_a_scan_beside_a_summed_out_site(steps):
+    def chain_of(loc):
+        return scan(lambda z, _: (numpyro.sample("z", dist.Normal(0.5 * z + loc, 1.0)),) * 2, 0.0, None, length=steps)[1]
+
+    def model():
+        def step(k, z):
+            k = numpyro.sample("k", dist.Categorical(jnp.array([[0.8, 0.2], [0.3, 0.7]])[k]), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(k + z, 0.5), obs=0.3)
+            return k, None
+
+        scan(step, 0, chain_of(0.0))
+
+    with pytest.raises(ValueError, match="site 'z': expected no site of the guide inside a scan"):
+        TraceFlow_ELBO().loss(KEY, {"m": 0.2}, model, lambda: chain_of(numpyro.param("m", 0.2)))
+
+
+def test_two_chains_that_share_an_annotation():
+    """Two sites in a step may share one ``infer``, in which NumPyro's enumeration keeps what it knows of a site."""
+    rows = jnp.array([[0.8, 0.2], [0.3, 0.7]])
+
+    def model(infer):
+        locs = numpyro.sample("locs", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+
+        def step(states, y):
+            a, b = (numpyro.sample("ab"[i], dist.Categorical(rows[states[i]]), infer=infer()) for i in (0, 1))
+            numpyro.sample("y", dist.Normal(locs[a] + 2 * locs[b], 0.5), obs=y)
+            return (a, b), None
+
+        scan(step, (0, 0), XS[:3])
+
+    def guide():
+        numpyro.sample("locs", dist.Normal(numpyro.param("m", jnp.array([0.3, -0.4])), 0.5).to_event(1))
+
+    shared = {"enumerate": "parallel"}
+    losses = [TraceFlow_ELBO().loss(KEY, {}, lambda of=of: model(of), guide) for of in (lambda: shared, lambda: dict(shared))]
+    same(*losses)
