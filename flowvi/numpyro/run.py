@@ -38,7 +38,7 @@ from flowvi.numpyro.marginal import (
     unshifted,
 )
 from flowvi.numpyro.particles import Together
-from flowvi.numpyro.scans import hold, is_reversed, mark_reverse_scans, replay_guide
+from flowvi.numpyro.scans import hold, replay_guide
 from flowvi.numpyro.threefry import split, unrolled
 from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
@@ -63,7 +63,7 @@ class NumPyroProgram:
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
         guide = self._seeded_guide()
         if values:
-            guide = hold(guide, values, reverse=values)
+            guide = hold(guide, data=dict(values))
         guide = attach_estimators(guide, sites, self.moving_leaves, self.own_rows, self.together)
         log_probs, guide_trace = self._log_probs(guide, self.param_map)
         _require_names(sites, guide_trace)
@@ -261,7 +261,7 @@ class NumPyroProgram:
         return rows
 
     def _seeded_guide(self):
-        return mark_reverse_scans(seeded(self.guide, split(self.rng_key)[1]))
+        return seeded(self.guide, split(self.rng_key)[1])
 
     def _log_probs(self, program, params):
         params = jax.tree.map(lambda leaf: leaf, params)  # NumPyro before 0.21 changes mutable state in place
@@ -282,13 +282,12 @@ class NumPyroProgram:
             for name, site in guide_trace.items()
             if (site["type"] == "sample" and site["value"].size > 0) or site["type"] == "deterministic"
         }
-        reverse = {name for name, site in guide_trace.items() if is_reversed(site)}
         samples = [site["value"].shape[0] for site in guide_trace.values() if site["type"] == "sample"]
         if not samples:
             raise ValueError("guide is missing `sample` sites.")
 
         def log_probs(key, latents):
-            with own_keys(None, key), seed(rng_seed=unrolled(key)), hold(data={**latents, **plates}, reverse=reverse):
+            with own_keys(None, key), seed(rng_seed=unrolled(key)), hold(data={**latents, **plates}):
                 log_probs, model_trace = self._log_probs(model, {**self.param_map, **mutable_state})
             _validate_model(model_trace, plate_warning="loose")
             traces.append(model_trace)

@@ -1,14 +1,13 @@
 """Given values inside NumPyro's ``scan``.
 
 ``scan`` stacks the values of its steps in the order of ``xs``. It takes given values in the order in which the steps run. With
-``reverse=True`` these orders differ, so values that a reverse scan has stacked are flipped before they are given to one.
+``reverse=True`` these orders differ, so values are flipped before a reverse scan gets them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -42,17 +41,7 @@ class mark_reverse_scans(Messenger):
 
 
 class hold(substitute):
-    """Substitute values.
-
-    Args:
-        fn: The program.
-        data: The values, by site.
-        reverse: The sites whose values come from a reverse scan, if they are inside one.
-    """
-
-    def __init__(self, fn=None, data: Mapping[str, Any] = MappingProxyType({}), reverse: Container[str] = ()):
-        self.reverse = reverse
-        super().__init__(fn, data=dict(data))
+    """Substitute values. Those of a site inside ``scan`` are in the order of ``xs``."""
 
     def process_message(self, msg):
         if is_scan(msg):
@@ -71,16 +60,15 @@ class hold(substitute):
                 "expected a site inside one scan, found one inside nested scans, where NumPyro cannot hold a value fixed; "
                 "use entropy='full' or 'analytic', or write the inner scan as a plate or a loop.",
             )
-        return jnp.flip(value, 0) if reverse and site["name"] in self.reverse else value
+        return jnp.flip(value, 0) if reverse else value
 
 
 class replay_guide(replay):
-    """Replay the guide's values in the model; a step of a reverse scan gets what a reverse scan of the guide has drawn for it."""
+    """Replay the guide's values in the model. Those of a site inside ``scan`` are in the order of ``xs``."""
 
     def process_message(self, msg):
         super().process_message(msg)
         if is_reverse_scan(msg):
-            sites = {
-                name: {**site, "value": jnp.flip(site["value"], 0)} if is_reversed(site) else site for name, site in self.trace.items()
-            }
-            msg["kwargs"]["substitute_stack"][-1] = ("replay", sites)
+            drawn = {name: site for name, site in self.trace.items() if site["type"] == "sample" and jnp.ndim(site["value"])}
+            flipped = {name: {**site, "value": jnp.flip(site["value"], 0)} for name, site in drawn.items()}
+            msg["kwargs"]["substitute_stack"][-1] = ("replay", {**self.trace, **flipped})
