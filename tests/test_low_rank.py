@@ -4,6 +4,8 @@ from itertools import product
 
 import jax
 import numpy as np
+import numpyro
+import pyro
 import pytest
 from hosts import always, each, slow_in_numpyro
 from test_joint_control_variate import PARENT, SIZES, START, coefficients, gradients, rough_cost, z_of_mean
@@ -138,3 +140,53 @@ def test_the_mean_is_zero(host, every_site):
     faulty["t.directions"] = np.zeros((SIZES["t"] + 2 + 2 + 3, 1))
     faulty["t.control_variate"][0, 2], faulty["t.directions"][1, 0] = 2.0, 1.0  # what t sees of g first
     assert z_of_mean(host, "quadratic", faulty, full=as_full(learned)) > 10
+
+
+SIZE = 150
+
+
+def one_direction(host):
+    """A cost with one strong direction, under a mean-field guide that stays as it is."""
+    direction = host.array(np.linspace(-1, 2, SIZE))
+
+    def guide():
+        with host.plate("rows", 2):
+            host.sample("x", host.dist.Normal(host.param("loc", host.array(np.zeros((2, SIZE)))), 0.5).to_event(1))
+
+    def model():
+        with host.plate("rows", 2):
+            x = host.sample("x", host.dist.Normal(host.array(np.zeros(SIZE)), 1.0).to_event(1))
+            host.factor("cost", -0.5 * (x @ direction) ** 2)
+
+    return model, guide
+
+
+@slow_in_numpyro
+def test_the_noise_of_a_strong_direction_is_learned(host):
+    """With a row of coefficients for each element of a plate."""
+    model, guide = one_direction(host)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    elbo = host.flow.TraceFlow_ELBO(control_variate="quadratic")
+    if host.name == "numpyro":
+        optimizer = numpyro.optim.Adam(lambda i: 0.03 * 0.01 ** (i / 400))
+        svi = numpyro.infer.SVI(model, host.flow.adaptive(guide, elbo), optimizer, elbo)
+        learned = dict(svi.run(jax.random.key(0), 400, progress_bar=False).params)
+        learned.pop("loc")
+    else:
+        optimizer = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.01 ** (1 / 400), "clip_norm": float("inf")})
+        svi = pyro.infer.SVI(model, guide, optimizer, elbo)
+        for _ in range(400):
+            svi.step()
+        learned = {f"x.{name}": pyro.param(f"x.{name}").detach().numpy() for name in ("control_variate", "directions")}
+    assert {name: value.shape for name, value in learned.items()} == {
+        "x.control_variate": (2, SIZE, 2 + low_rank.RANK),
+        "x.directions": (2, SIZE, low_rank.RANK),
+    }
+    gradients = []
+    for kind, values in ((None, {}), ("quadratic", learned)):
+        params = {"loc": np.zeros((2, SIZE))} | values
+        runs = [host.loss_and_gradients(params, model, guide, seed, plates=1, control_variate=kind)[1] for seed in range(20)]
+        gradients.append([g["loc"] for g in runs])
+    of_rp, left = np.var(gradients, 1).sum(-1)
+    assert np.all(left < 0.05 * of_rp)

@@ -9,7 +9,7 @@ from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
 from flowvi.target import Target
 
-RANK = 8  # the strongest directions; with more of them a step takes more than 1.3 of RP's
+RANK = 8  # more columns take out more of the noise, in more time
 
 
 def rank_of(size: int) -> int:
