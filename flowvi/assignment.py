@@ -313,8 +313,8 @@ class Describes:
         whose particles are drawn together, the sites that a control variate for the whole guide covers, and under
         ``entropy="analytic"`` the sites whose divergence has a closed form.
 
-        It runs guide and model once. In NumPyro they have their initial parameters; in Pyro the state of torch's generators is
-        restored.
+        It runs guide and model once, and leaves an autoguide as it was. In NumPyro they have their initial parameters; in Pyro the
+        parameter store and the state of torch's generators are restored.
 
         Args:
             model: The model.

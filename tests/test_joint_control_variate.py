@@ -15,7 +15,7 @@ from numpyro.infer import SVI
 import flowvi.numpyro
 import flowvi.run
 from flowvi import LR, RP
-from flowvi.learned.coupling import Block, Coupling, couple
+from flowvi.learned.coupling import Block, Coupling, Plate, couple
 from flowvi.numpyro import adaptive
 
 KINDS = ["quadratic", "cubic"]
@@ -168,10 +168,11 @@ def spread(kind, learned, slope):
     return {name: np.std([sample[name] for sample in samples], 0) for name in START}
 
 
-def z_of_mean(host, kind, learned, n=15_000, particles="independent"):
+def z_of_mean(host, kind, learned, n=15_000, particles="independent", full=None):
+    """The largest z-score of the mean gradient; ``full``: the coefficients, if they are not those of :func:`coefficients`."""
     options = {"num_particles": n, "vectorize_particles": True, "particles": particles, "control_variate": kind}
     found = gradients(host, START | learned, no_cost, PARENT, **options)
-    sd = spread(kind, coefficients(kind, PARENT), PARENT)
+    sd = spread(kind, full or coefficients(kind, PARENT), PARENT)
     return max(np.abs(found[name] / np.where(sd[name] > 0, sd[name], 1)).max() for name in START) * np.sqrt(n)
 
 
@@ -382,13 +383,18 @@ def test_an_element_of_a_plate_has_coefficients_of_its_own(host, subsample, colu
     assert str(description).endswith("control variate over: z, w; without: gamma, own")
 
 
-def test_a_large_site_sees_no_other():
-    """A large site has no coupling, because it would need too many coefficients. Others are still coupled with it."""
-    blocks = {"w": Block(600, {}), "x": Block(1, {})}
+def test_a_matrix_with_many_coefficients_has_a_low_rank():
+    """A site has no coupling if even this would need too many coefficients. Others are still coupled with it."""
+    blocks = {"w": Block(600, {}), "x": Block(1, {}), "v": Block(10, {}), "z": Block(1, {5: Plate("data", 50_000)})}
     couplings = couple(blocks, {name: frozenset({name}) for name in blocks}, "cubic")
-    assert couplings.of["w"] == Coupling(diagonal=True)
-    assert [(feature.site, feature.num_columns) for feature in couplings.of["x"].features] == [("w", 600)]
-    assert set(couplings.of["x"].pairs) == {(i, i) for i in range(1, 601)}  # and it has no products of its coordinates
+    assert couplings.of["w"] == Coupling(low_rank=True)
+    assert [(feature.site, feature.num_columns) for feature in couplings.of["x"].features] == [("w", 600), ("v", 10), ("z", 50_000)]
+    assert set(couplings.of["x"].pairs) == {(i, i) for i in range(1, 50_611)}  # and it has no products of its coordinates
+    small = {name: blocks[name] for name in "wxv"}
+    couplings = couple(small, {name: frozenset({name}) for name in small}, "cubic")
+    assert {name: coupling.low_rank for name, coupling in couplings.of.items()} == {"w": True, "x": False, "v": False}
+    assert [feature.site for feature in couplings.of["w"].features] == ["x", "v"]
+    assert not couplings.of["w"].pairs
 
 
 def pair(host):

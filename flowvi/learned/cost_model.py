@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from flowvi.learned.amortised import Amortised, Features
@@ -58,24 +59,32 @@ class CostModel:
 
     def learns(self) -> dict[str, Learned]:
         """The coefficients, a row for each coordinate: b, B, W, v and C. Initially 0, except for the directions v: cosine waves."""
-        ops, target, size = self.ops, self.target, self.shape[-1]
+        ops, size = self.ops, self.shape[-1]
         zeros = 2 if self.diagonal else 1 + size + self.directions
-        own = (size, zeros + self.directions + self.num_context)
-        of_event = target.extra_shape if self.full_rank else ()
 
         def initial() -> Array:
-            batch = (*(() if self.shared else target.site_shape), *of_event)
-            zero = ops.stop_gradient(1.0 * ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
-            coefficients = ops.broadcast_to(zero, (*batch, size, zeros))
-            of_context = [ops.broadcast_to(zero, (*batch, size, self.num_context))] if self.num_context else []
-            if not self.directions:
-                return ops.concatenate([coefficients, *of_context], -1)
-            waves = [[math.cos(math.pi * r * (i + 0.5) / size) for r in range(self.directions)] for i in range(size)]
-            unit = ops.broadcast_to(ops.asarray(waves, zero) * (2 / size) ** 0.5, (*batch, size, self.directions))
-            return ops.concatenate([coefficients, unit, *of_context], -1)
+            of_context = [self._zeros(size, self.num_context)] if self.num_context else []
+            waves = [self._waves(size, self.directions) * (2 / size) ** 0.5] if self.directions else []
+            return ops.concatenate([self._zeros(size, zeros), *waves, *of_context], -1)
 
-        coefficients = Learned(initial, (*of_event, *own))
+        coefficients = self._learned(initial, size, zeros + self.directions + self.num_context)
         return {"control_variate": coefficients if self.amortised is None else self.amortised.learned(ops, coefficients)}
+
+    def _learned(self, initial: Callable[[], Array], rows: int, columns: int) -> Learned:
+        return Learned(initial, (*(self.target.extra_shape if self.full_rank else ()), rows, columns))
+
+    def _zeros(self, rows: int, columns: int) -> Array:
+        """Zeros for each element."""
+        ops, target = self.ops, self.target
+        zero = ops.stop_gradient(1.0 * ops.tether(target.p.scale_tril if self.full_rank else target.p.scale)).sum()
+        batch = (*(() if self.shared else target.site_shape), *(target.extra_shape if self.full_rank else ()))
+        return ops.broadcast_to(zero, (*batch, rows, columns))
+
+    def _waves(self, rows: int, columns: int) -> Array:
+        """Cosine waves for each element, of height 1, each over the rows of a column."""
+        waves = [[math.cos(math.pi * r * (i + 0.5) / rows) for r in range(columns)] for i in range(rows)]
+        zeros = self._zeros(rows, columns)
+        return zeros + self.ops.asarray(waves, zeros)
 
     def attach(self, x: Array) -> tuple[Array, Array, Array]:
         """The value with the derivative of the host's sampler, the control variate over the batch shape of the site, and zeros.
@@ -83,13 +92,9 @@ class CostModel:
         The zeros have ``num_context`` columns. Their product with the context y is the rest of the control variate.
         """
         ops, target = self.ops, self.target
-        assert target.learned is not None
         *batch, size = self.shape
-        coefficients = target.learned["control_variate"]
-        if self.amortised is not None:
-            coefficients = self.amortised.coefficients(coefficients)
         factor = self._in_shape(target.p.scale_tril, (*batch, size, size)) if self.full_rank else self._flat(target.p.scale, x)
-        inputs = self._flat(target.p.loc, x), factor, self._in_shape(coefficients, (*batch, *coefficients.shape[-2:]))
+        inputs = self._flat(target.p.loc, x), factor, *(self._in_shape(a, (*batch, *a.shape[-2:])) for a in self._rows())
         value = _reshaped(x, self.shape)
         fixed = (value,) if self._own_weight is not None else (value, self._flat(target.own_density_at(ops, x), x))
         zero = 0 * value[..., 0]
@@ -99,6 +104,12 @@ class CostModel:
         except TypeError as error:
             target.refuse_forward_mode(error)
         return _reshaped(value, x.shape), target.to_batch(control) if self.full_rank else control, context[0] if context else control
+
+    def _rows(self) -> tuple[Array, ...]:
+        """What is learned, with the batch shape of the elements on the left or one that broadcasts to it."""
+        assert self.target.learned is not None
+        coefficients = self.target.learned["control_variate"]
+        return (coefficients if self.amortised is None else self.amortised.coefficients(coefficients),)
 
     def base(self, x: Array) -> Array:
         """The noise that gives a sample, with its coordinates in one dim: independent standard Normals, without derivatives."""
@@ -122,7 +133,7 @@ class CostModel:
         and g is its sum with the gradient of the site's own log density. With k = -2 c g, the derivative of the sum of g^2 is k_M eps
         in b + h, a further k_loc in h, and -k_M in B M. The cotangent of the zeros is c y.
         """
-        (through, unit, *context), (loc, factor, coefficients), (x, *own_density) = cotangents, inputs, fixed
+        (through, unit, *context), (loc, factor, *coefficients), (x, *own_density) = cotangents, inputs, fixed
         unit = unit[..., None]
         own = times(unit, self._own_weight) if self._own_weight is not None else unit * own_density[0]
         return (self._of_full_rank if self.full_rank else self._of_mean_field)(
@@ -130,17 +141,25 @@ class CostModel:
         )
 
     def _of_mean_field(
-        self, through: Array, unit: Array, own: Array, loc: Array, s: Array, coefficients: Array, x: Array, context: Array | None = None
+        self,
+        through: Array,
+        unit: Array,
+        own: Array,
+        loc: Array,
+        s: Array,
+        coefficients: list[Array],
+        x: Array,
+        context: Array | None = None,
     ) -> tuple[Array, ...]:
         z = (x - loc) / s
         model = self._model(coefficients, z, None)
         of_loc = self._less_context(s * through - unit * model.bend, model, context)
-        of_m = (of_loc - unit * model.b) * z + unit * (model.curvature if self.diagonal else self.ops.diagonal(model.curvature))
+        of_m = (of_loc - unit * model.b) * z + unit * self._diagonal(model)
         score = own * z
         g_m = score * z - of_m - own
         of_slope = g_m * z
         of_bend = score - of_loc + of_slope
-        return of_loc / s, of_m / s, self._of_coefficients(model, unit + unit, of_slope, of_bend, z, g_m, context)
+        return of_loc / s, of_m / s, *self._of_coefficients(model, unit + unit, of_slope, of_bend, z, g_m, None, context)
 
     def _of_full_rank(
         self,
@@ -149,7 +168,7 @@ class CostModel:
         own: Array,
         loc: Array,
         factor: Array,
-        coefficients: Array,
+        coefficients: list[Array],
         x: Array,
         context: Array | None = None,
     ) -> tuple[Array, ...]:
@@ -158,59 +177,75 @@ class CostModel:
         eps, z, m = ops.solve_lower(factor, x - loc), (x - loc) / s, factor / s[..., None]
         model = self._model(coefficients, z, m)
         of_loc = self._less_context(s * through - unit * model.bend, model, context)
-        bend_m = model.curvature[..., None] * m if self.diagonal else model.curvature @ m
-        of_m = (of_loc - unit * model.b)[..., None] * eps[..., None, :] + unit[..., None] * bend_m
+        of_m = (of_loc - unit * model.b)[..., None] * eps[..., None, :] + unit[..., None] * self._times(model, m)
         score = own * ops.solve_upper(m.swapaxes(-2, -1), eps)
         on_diagonal = ops.where(ops.eye(m.shape[-1], m), m, 1 + 0 * m)
         inverse = ops.where(ops.eye(m.shape[-1], m), 1 / on_diagonal, 0 * m)
         g_m = ops.tril(score[..., None] * eps[..., None, :] - of_m - own[..., None] * inverse)
         of_slope = (g_m * eps[..., None, :]).sum(-1)
         of_bend = score - of_loc + of_slope
-        of_curvature = (g_m * m).sum(-1) if self.diagonal else g_m @ m.swapaxes(-2, -1)
-        return of_loc / s, of_m / s[..., None], self._of_coefficients(model, unit + unit, of_slope, of_bend, z, of_curvature, context)
+        return of_loc / s, of_m / s[..., None], *self._of_coefficients(model, unit + unit, of_slope, of_bend, z, g_m, m, context)
 
-    def _less_context(self, of_loc: Array, model: _Model, context: Array | None) -> Array:
-        return of_loc if context is None else of_loc - _product(model.context, context)
+    def _diagonal(self, model: Model) -> Array:
+        """The diagonal of B."""
+        return model.curvature if self.diagonal else self.ops.diagonal(model.curvature)
 
-    def _model(self, coefficients: Array, z: Array, m: Array | None) -> _Model:
+    def _times(self, model: Model, m: Array) -> Array:
+        """B M."""
+        return model.curvature[..., None] * m if self.diagonal else model.curvature @ m
+
+    def _less_context(self, of_loc: Array, model: Model, context: Array | None) -> Array:
+        return of_loc if context is None else of_loc - product(model.context, context)
+
+    def _model(self, rows: list[Array], z: Array, m: Array | None) -> Model:
         """The model at z, whose covariance is M M^T, or the unit matrix."""
+        (coefficients,) = rows
         if self.num_context:
             model = self._of_own(coefficients[..., : -self.num_context], z, m)
             return model._replace(context=coefficients[..., -self.num_context :])
         return self._of_own(coefficients, z, m)
 
-    def _of_own(self, coefficients: Array, z: Array, m: Array | None) -> _Model:
+    def _of_own(self, coefficients: Array, z: Array, m: Array | None) -> Model:
         """The model without C y."""
         b, rest = coefficients[..., 0], coefficients[..., 1:]
         if self.diagonal:
-            return _Model(b, rest[..., 0], rest[..., 0] * z)
+            return Model(b, rest[..., 0], rest[..., 0] * z)
         if not self.directions:
-            return _Model(b, rest, _product(rest, z))
+            return Model(b, rest, product(rest, z))
         v, slope = rest[..., -self.directions :], rest[..., : -self.directions]
         spread = v if m is None else m @ (m.swapaxes(-2, -1) @ v)
-        excess = _outer(z, _product_from_the_left(z, v)) - spread
+        excess = outer(z, product_from_the_left(z, v)) - spread
         squares = (v * excess).sum(-2)
-        bend = _product(slope, self.ops.concatenate([z, squares], -1))
-        return _Model(b, slope[..., : -self.directions], bend, _Cubic(slope[..., -self.directions :], squares, excess))
+        bend = product(slope, self.ops.concatenate([z, squares], -1))
+        return Model(b, slope[..., : -self.directions], bend, _Cubic(slope[..., -self.directions :], squares, excess))
 
     def _of_coefficients(
-        self, model: _Model, twice: Array, of_b: Array, of_bend: Array, z: Array, of_curvature: Array, context: Array | None
-    ) -> Array:
-        """The derivative in all coefficients, from those in b and in h, and minus that in B (or its diagonal) alone.
+        self,
+        model: Model,
+        twice: Array,
+        of_b: Array,
+        of_bend: Array,
+        z: Array,
+        g_m: Array,
+        m: Array | None,
+        context: Array | None,
+    ) -> tuple[Array, ...]:
+        """The derivative in what is learned, from those in b and in h, and minus that in B M (or the diagonal of B) alone.
 
         The three still lack the factor 2 c, which is ``twice``; for C the factor is 2, since ``context`` is c y.
         """
         ops = self.ops
-        of_context = [] if context is None else [_outer(of_bend + of_bend, context)]  # which has the factor c
+        of_context = [] if context is None else [outer(of_bend + of_bend, context)]  # which has the factor c
         of_b, of_bend = twice * of_b, twice * of_bend
         if self.diagonal:
-            return ops.stack([of_b, of_bend * z - twice * of_curvature], -1)
-        of_curvature = twice[..., None] * of_curvature if self.full_rank else ops.diagonal_matrix(twice * of_curvature)
-        parts = [of_b[..., None], _outer(of_bend, z) - of_curvature]
+            of_diagonal = g_m if m is None else (g_m * m).sum(-1)
+            return (ops.stack([of_b, of_bend * z - twice * of_diagonal], -1),)
+        of_curvature = ops.diagonal_matrix(twice * g_m) if m is None else twice[..., None] * (g_m @ m.swapaxes(-2, -1))
+        parts = [of_b[..., None], outer(of_bend, z) - of_curvature]
         if (cubic := model.cubic) is not None:
-            of_squares = _product_from_the_left(of_bend, cubic.weights)
-            parts += [_outer(of_bend, cubic.squares), _row(of_squares + of_squares) * cubic.excess]
-        return ops.concatenate([*parts, *of_context], -1)
+            of_squares = product_from_the_left(of_bend, cubic.weights)
+            parts += [outer(of_bend, cubic.squares), _row(of_squares + of_squares) * cubic.excess]
+        return (ops.concatenate([*parts, *of_context], -1),)
 
     def _flat(self, a: Array, x: Array) -> Array:
         """An array of the shape of x with its coordinates in one dim."""
@@ -228,7 +263,7 @@ class _Cubic(NamedTuple):
     excess: Array
 
 
-class _Model(NamedTuple):
+class Model(NamedTuple):
     """b, B (or its diagonal), h without C y, and C."""
 
     b: Array
@@ -242,15 +277,15 @@ def _row(a: Array) -> Array:
     return a if a.ndim == 1 else a[..., None, :]
 
 
-def _outer(a: Array, b: Array) -> Array:
+def outer(a: Array, b: Array) -> Array:
     return a[..., None] * _row(b)
 
 
-def _product(matrix: Array, vector: Array) -> Array:
+def product(matrix: Array, vector: Array) -> Array:
     return matrix @ vector if vector.ndim == 1 else (matrix @ vector[..., None])[..., 0]
 
 
-def _product_from_the_left(vector: Array, matrix: Array) -> Array:
+def product_from_the_left(vector: Array, matrix: Array) -> Array:
     return vector @ matrix if vector.ndim == 1 else (vector[..., None, :] @ matrix)[..., 0, :]
 
 

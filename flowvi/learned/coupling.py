@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from flowvi.estimators import RP, Draw, Estimator
 from flowvi.learned.cost_model import CostModel
+from flowvi.learned.low_rank import LowRankModel, rank_of
 from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
 from flowvi.refusals import refusal
@@ -26,6 +27,7 @@ JointKind = Literal["quadratic", "cubic"]
 PLAIN = RP()
 MOST_PRODUCTS = 2**12  # with more coefficients for an element, a cubic model has squares only
 MOST = 2**18  # with more coefficients, an element sees no other site
+SAVING = 8  # a matrix of low rank is taken if it has so many times fewer coefficients
 
 
 class Plate(NamedTuple):
@@ -99,13 +101,13 @@ class Coupling(NamedTuple):
         features: Other sites, in the order of the columns of its coefficients.
         own: The number of its own coordinates if there are products, else 0.
         pairs: The products, as pairs of columns; the first ``own`` columns are the site's own coordinates.
-        diagonal: Whether the model has no products, not even of the site's own coordinates with each other.
+        low_rank: Whether the model's matrix is diagonal plus low rank.
     """
 
     features: tuple[Feature, ...] = ()
     own: int = 0
     pairs: tuple[tuple[int, int], ...] = ()
-    diagonal: bool = False
+    low_rank: bool = False
 
     @property
     def size(self) -> int:
@@ -151,7 +153,8 @@ def couple(blocks: Mapping[str, Block], ancestors: Mapping[str, frozenset[str]],
         blocks: The sites.
         ancestors: For each draw of the guide, the draws from which it was computed.
         kind: ``"quadratic"``: a site sees the noise of other sites. ``"cubic"``: also products of two such numbers, and of one with the
-            site's own noise; only squares if there are too many. A site that would have too many coefficients sees no other.
+            site's own noise; only squares if there are too many. With many coordinates, the matrix of either is diagonal plus low rank.
+            A site that would have too many coefficients sees no other.
     """
     of = {name: _coupling(name, blocks, ancestors[name], kind) for name in blocks}
     return Couplings(dict(blocks), of, {name: CoupledRP(kind=kind, coupling=coupling) for name, coupling in of.items()})
@@ -161,8 +164,12 @@ def _coupling(name: str, blocks: Mapping[str, Block], ancestors: frozenset[str],
     own = blocks[name]
     others = [site for site, block in blocks.items() if site != name and site not in ancestors and block.is_nested(own)]
     features = tuple(_feature(own, site, blocks[site]) for site in others)
-    if own.size * (own.size + sum(feature.num_columns for feature in features)) > MOST:
-        return Coupling(diagonal=True)
+    full, of_low_rank = _num_coefficients(own, features)
+    if min(full, of_low_rank) > MOST:
+        features = ()
+        full, of_low_rank = _num_coefficients(own, features)
+    if full > min(MOST, SAVING * of_low_rank):
+        return Coupling(features, low_rank=True)
     if kind == "quadratic" or not features:
         return Coupling(features)
     places = [*([{}] * own.size), *(place for feature in features for place in feature.places())]
@@ -172,6 +179,12 @@ def _coupling(name: str, blocks: Mapping[str, Block], ancestors: frozenset[str],
         return Coupling(features, own.size, squares)
     pairs = combinations_with_replacement(range(len(places)), 2)
     return Coupling(features, own.size, tuple((i, j) for i, j in pairs if j >= own.size and _meet(places[i], places[j])))
+
+
+def _num_coefficients(own: Block, features: tuple[Feature, ...]) -> tuple[int, int]:
+    """Those of a full matrix of an element, and of one of low rank."""
+    columns = own.size + sum(feature.num_columns for feature in features)
+    return own.size * columns, rank_of(own.size) * (own.size + columns)
 
 
 def _feature(own: Block, site: str, block: Block) -> Feature:
@@ -260,5 +273,6 @@ class CoupledRP(RP):
         return Draw(target.push(value), control=control, base=model.base(x), joint_control=joint)
 
     def _model(self, ops: Ops, target: Target) -> CostModel:
-        kind = "diagonal" if self.coupling.diagonal else self.kind
-        return CostModel(ops, _whole(target), kind, self.shared, self.features, self.coupling.size)
+        if self.coupling.low_rank:
+            return LowRankModel(ops, _whole(target), self.coupling.size)
+        return CostModel(ops, _whole(target), self.kind, num_context=self.coupling.size)

@@ -15,7 +15,7 @@ from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.learned.coupling import JointKind
-from flowvi.numpyro.host import HOST
+from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program
 from flowvi.numpyro.threefry import split, typed_like
@@ -152,13 +152,14 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
     def _describe(self, model, guide, args, kwargs) -> Description:
         together = self._together(0, random.key(1)) if are_together(self.particles) else None
         program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide, together)
-        found = [described(self._run_any(program), self.dependencies)]
-        if found[0].evaluations > 1 or any(site.estimator.compares for site in found[0]):
+        with as_found(guide):
+            found = [described(self._run_any(program), self.dependencies)]
+            if found[0].evaluations > 1 or any(site.estimator.compares for site in found[0]):
 
-            def count(params):  # a parameter counts as live only if it is traced
-                found.append(described(self._run_any(replace(program, param_map=params)), self.dependencies))
+                def count(params):  # a parameter counts as live only if it is traced
+                    found.append(described(self._run_any(replace(program, param_map=params)), self.dependencies))
 
-            jax.eval_shape(count, program.initial_parameters())
+                jax.eval_shape(count, program.initial_parameters())
         return found[-1]
 
     def _together(self, number: jax.Array | int, key: jax.Array) -> Together:

@@ -35,7 +35,7 @@ from flowvi.guidance import (
 )
 from flowvi.guidance.candidates import guide_sites
 from flowvi.numpyro.elbo import TraceFlow_ELBO
-from flowvi.numpyro.host import HOST
+from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.learning import adaptive
 from flowvi.numpyro.run import NumPyroProgram
 from flowvi.particles import Particles
@@ -102,7 +102,7 @@ def recommend(
     References:
         Parmas and Sugiyama 2021, eq. 19. Karnin, Koren and Somekh 2013 (successive halving).
     """
-    with Watch(seconds, progress_bar) as clock:
+    with Watch(seconds, progress_bar) as clock, as_found(guide):
         bench = NumPyroBench(model, guide, args, kwargs, None, Auto(), params, rng_key)
         return advise(Search(bench, num_particles, clock), seconds, PARTICLES)
 
@@ -164,7 +164,7 @@ def check_program(
     References:
         Parmas and Sugiyama 2021, eq. 19. Lan and DeMets 1983 (alpha spending).
     """
-    with Watch(seconds, progress_bar) as clock:
+    with Watch(seconds, progress_bar) as clock, as_found(guide):
         bench = NumPyroBench(model, guide, args, kwargs, estimators, default, params, rng_key)
         return Checker(bench, Setting(num_particles=PARTICLES), confidence, clock).run(seconds)
 

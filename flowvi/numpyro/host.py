@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
@@ -14,10 +14,12 @@ from jax.lax import stop_gradient
 from numpyro.distributions import kl_divergence
 from numpyro.distributions.distribution import validation_enabled
 from numpyro.distributions.util import scale_and_mask
+from numpyro.infer.autoguide import AutoGuide
 
 import flowvi.ops.jax
 from flowvi.numpyro.distributions import WRAPPERS, Estimated, NumPyroTarget, unwrap
 from flowvi.numpyro.proposals import Proposal
+from flowvi.unchanged import unchanged
 
 try:
     from jax import enable_x64
@@ -93,3 +95,8 @@ class NumPyroHost:
 
 
 HOST = NumPyroHost()
+
+
+def as_found(guide: Any) -> AbstractContextManager[None]:
+    """A context that leaves a guide as it was: an autoguide that runs for the first time keeps the start that it then draws."""
+    return unchanged([guide], AutoGuide)

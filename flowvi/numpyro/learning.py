@@ -10,7 +10,7 @@ from numpyro.primitives import Messenger
 
 from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import is_attaching
-from flowvi.numpyro.host import HOST
+from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.parameters import LearningInScan, Sizes, declare, target_of
 from flowvi.numpyro.run import NumPyroProgram
 from flowvi.numpyro.scans import is_scan
@@ -68,7 +68,7 @@ class adaptive(Messenger):
         outer, self.sizes = self.sizes, Sizes(program.own_rows)  # the run of a guide may run it once more
         try:
             if not is_attaching():
-                with block():
+                with block(), as_found(self.fn):
                     if self.model is not None:
                         self.assignment.remember(program.annotations())
                     if self.assignment.control_variate is not None:

@@ -11,7 +11,7 @@ import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.handlers import seeded
-from flowvi.numpyro.host import HOST
+from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.run import NumPyroProgram, of_first_particle, run_program
 from flowvi.numpyro.threefry import split
 from flowvi.objectives import Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
@@ -98,5 +98,6 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         return {"loss": loss, "mutable_state": of_first_particle(mutable_state)}
 
     def _describe(self, model, guide, args, kwargs):
-        run = run_program(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs), self._assignment)
+        with as_found(guide):
+            run = run_program(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs), self._assignment)
         return Description(run.sites.random.values(), marginalised=run.marginalised)

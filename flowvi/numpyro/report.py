@@ -18,7 +18,7 @@ from flowvi.assignment import Estimators
 from flowvi.entropy import held_values
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.elbo import TraceFlow_ELBO
-from flowvi.numpyro.host import HOST
+from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.learning import adaptive
 from flowvi.numpyro.run import NumPyroProgram
 from flowvi.report import Candidates, GradientReport, Measured, compare, require_noise
@@ -120,7 +120,8 @@ def gradient_report(
             measured.add(gradients, log_weights(keys))
         return measured
 
-    return compare(estimators, measure, num_samples)
+    with as_found(guide):
+        return compare(estimators, measure, num_samples)
 
 
 def _readers(run, key, params, constrained) -> dict[str, tuple[str, ...]]:

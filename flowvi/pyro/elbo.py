@@ -29,7 +29,7 @@ from flowvi.ops import times
 from flowvi.particles import Particles, require_fixed, require_particles
 from flowvi.pyro.baselines import annotated_baselines
 from flowvi.pyro.generators import forked_generators, seed_generators
-from flowvi.pyro.host import HOST
+from flowvi.pyro.host import HOST, as_found
 from flowvi.pyro.module import LearningModule
 from flowvi.pyro.run import PyroProgram, programs
 from flowvi.run import Run, run
@@ -227,7 +227,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         """The losses at the same random numbers, whatever the state of torch's generators."""
         is_new = getattr(guide, "prototype_trace", guide) is None  # an autoguide that draws while it makes its parameters
         if is_new or not self.assignment.has_read_annotations:
-            self._describe(model, guide, args, kwargs)
+            with forked_generators():
+                self._first_run(model, guide, args, kwargs)
         if self.vectorize_particles and self.max_plate_nesting == float("inf"):
             with forked_generators():
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
@@ -269,10 +270,12 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return tuple(map(prune_subsample_sites, program.traces))
 
     def _describe(self, model, guide, args, kwargs):
-        with forked_generators():
-            follows = follows_tensors(self.dependencies)
-            run = self._run(PyroProgram(model, guide, args, kwargs, self, follows, self.particles))
-            return described(run, self.dependencies)
+        with as_found(model, guide):
+            return described(self._first_run(model, guide, args, kwargs), self.dependencies)
+
+    def _first_run(self, model, guide, args, kwargs) -> Run:
+        follows = follows_tensors(self.dependencies)
+        return self._run(PyroProgram(model, guide, args, kwargs, self, follows, self.particles))
 
     def _run(self, program: PyroProgram) -> Run:
         return apply_entropy(HOST, run(program, GuideSites(self.assignment, self.entropy)), self.entropy)

@@ -36,8 +36,8 @@ from flowvi.particles import Particles
 from flowvi.pyro.arguments import Arguments
 from flowvi.pyro.compiled import CompiledLoss
 from flowvi.pyro.elbo import TraceFlow_ELBO
-from flowvi.pyro.generators import forked_generators, seed_generators
-from flowvi.pyro.host import HOST
+from flowvi.pyro.generators import seed_generators
+from flowvi.pyro.host import HOST, as_found
 from flowvi.pyro.module import unconstrained
 from flowvi.pyro.run import PyroProgram
 from flowvi.run import Held, Run
@@ -197,10 +197,10 @@ class PyroBench:
 
     @classmethod
     @contextmanager
-    def opened(cls, *arguments) -> Iterator[PyroBench]:
-        """A bench that restores the generators, the gradients, and the parameter store except for parameters of the program."""
-        with forked_generators():
-            bench = cls(*arguments)
+    def opened(cls, model, guide, *arguments) -> Iterator[PyroBench]:
+        """A bench that restores the gradients of the parameters, and what :func:`as_found` restores."""
+        with as_found(model, guide):
+            bench = cls(model, guide, *arguments)
             store: Any = pyro.get_param_store()
             leaves = [*bench.leaves.values(), *(store[name].unconstrained() for name in bench.trained)]
             gradients = [leaf.grad for leaf in leaves]
@@ -211,8 +211,6 @@ class PyroBench:
             finally:
                 for leaf, gradient in zip(leaves, gradients, strict=True):
                     leaf.grad = gradient
-                for name in set(store.keys()) - bench.trained - set(bench.leaves):
-                    del store[name]
 
     def gradients(self, setting: Setting) -> Draw:
         elbo = self._objective(setting)

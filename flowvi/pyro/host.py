@@ -17,6 +17,7 @@ import flowvi.ops.torch
 from flowvi.pyro.distributions import WRAPPERS, Estimated, PyroTarget, unwrap
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.proposals import Proposal
+from flowvi.unchanged import unchanged
 
 
 class PyroHost:
@@ -113,3 +114,19 @@ def _gradient(y: torch.Tensor, eta: torch.Tensor) -> np.ndarray:
 
 
 HOST = PyroHost()
+
+
+@contextmanager
+def as_found(model: Any, guide: Any) -> Iterator[None]:
+    """A context that leaves modules, the names in the parameter store and the generators as they were.
+
+    An autoguide that runs for the first time makes its parameters, at a start that it may draw.
+    """
+    store = pyro.get_param_store()
+    known = set(store.keys())
+    with forked_generators(), unchanged([model, guide], torch.nn.Module):
+        try:
+            yield
+        finally:
+            for name in set(store.keys()) - known:
+                del store[name]

@@ -15,9 +15,8 @@ from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import BoundParticle, Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
 from flowvi.ops import times
 from flowvi.pyro.baselines import annotated_baselines
-from flowvi.pyro.generators import forked_generators
 from flowvi.pyro.handlers import share_subsamples
-from flowvi.pyro.host import HOST
+from flowvi.pyro.host import HOST, as_found
 from flowvi.pyro.run import PyroProgram, programs
 from flowvi.refusals import refusal
 from flowvi.run import Run, run
@@ -152,7 +151,7 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         return times(-renyi_bound(ops, particle, self.alpha, self.baseline).sum(), scales[0])
 
     def _describe(self, model, guide, args, kwargs):
-        with forked_generators():
+        with as_found(model, guide):
             run = self._run(PyroProgram(model, guide, args, kwargs, self))
             return Description(run.sites.random.values(), marginalised=run.marginalised)
 

@@ -15,8 +15,8 @@ from flowvi.assignment import Estimators
 from flowvi.entropy import held_values
 from flowvi.estimators import Auto, Estimator
 from flowvi.pyro.elbo import TraceFlow_ELBO
-from flowvi.pyro.generators import forked_generators, seed_generators
-from flowvi.pyro.host import HOST
+from flowvi.pyro.generators import seed_generators
+from flowvi.pyro.host import HOST, as_found
 from flowvi.pyro.module import unconstrained
 from flowvi.pyro.run import PyroProgram
 from flowvi.report import Candidates, GradientReport, Measured, compare, require_noise
@@ -85,7 +85,7 @@ def gradient_report(
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
         description = elbo.describe(model, guide, *args, **kwargs)
         program = partial(PyroProgram, model, guide, args, kwargs, elbo)
-        with forked_generators(), poutine.trace(param_only=True) as used:
+        with poutine.trace(param_only=True) as used:
             seed_generators(seed)
             run = elbo._run(program())
             nodes = used.trace.nodes
@@ -105,7 +105,8 @@ def gradient_report(
                     measured.add({}, {name: d.log_weight[None].cpu() for name, d in draws.items() if d.log_weight is not None})
         return measured
 
-    return compare(estimators, measure, num_samples)
+    with as_found(model, guide):
+        return compare(estimators, measure, num_samples)
 
 
 def _row(gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:
