@@ -386,11 +386,12 @@ def test_a_store_that_is_cleared_or_loaded(tmp_path):
     assert 0 < abs(pyro.param("m").item() - saved) < 0.16
 
 
-def test_a_store_that_is_cleared_before_anything_is_compiled():
+def test_a_store_that_is_cleared_before_anything_is_compiled(capsys):
     svi = compiled_svi(data_model, data_guide)
     svi.step(DATA)
     pyro.clear_param_store()
-    svi.run(3, DATA, progress_bar=False)
+    svi.run(3, DATA)
+    assert "3/3" in capsys.readouterr().err
     assert 0 < abs(pyro.param("m").item() - 0.3) < 0.16
 
 
