@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import jax
@@ -24,6 +25,11 @@ import flowvi.ops.torch
 import flowvi.pyro
 from flowvi.numpyro.distributions import NumPyroTarget
 from flowvi.pyro.distributions import PyroTarget
+
+
+def at_least(package: str, *release: int) -> bool:
+    """Whether the installed version of a package is that release or a later one."""
+    return tuple(map(int, version(package).split("+")[0].split(".")[: len(release)])) >= release
 
 
 @dataclass(frozen=True)

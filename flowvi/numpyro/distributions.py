@@ -97,7 +97,9 @@ class NumPyroTarget(Target):
         return list(zip(map(ops.tether, live), jax.grad(log_prob)(stop_gradient(live)), strict=True))
 
     def lacks_rsample(self):
-        p = self.p.base_dist if type(self.p) is dist.TransformedDistribution else self.p
+        p = unwrap(self.p.base_dist) if type(self.p) is dist.TransformedDistribution else self.p
+        if not p.arg_constraints and type(p).has_rsample is dist.Distribution.has_rsample:  # so a mixture in NumPyro 0.19
+            return f"{type(p).__name__} does not say that it has one (it has no arg_constraints)"
         if p.has_rsample:
             return None
         missing = sorted(set(p.arg_constraints) - set(p.reparametrized_params))
