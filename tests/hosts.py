@@ -80,6 +80,7 @@ class NumPyroHost:
     score_normal = ScoreNormal
     dist = numpyro.distributions
     kl_divergence = staticmethod(numpyro.distributions.kl_divergence)
+    negative_binomial = staticmethod(numpyro.distributions.conjugate.NegativeBinomial)  # not exported by NumPyro 0.19
     math = jnp
     flow = flowvi.numpyro
     ops = flowvi.ops.jax
@@ -220,6 +221,7 @@ class PyroHost:
     handlers = pyro.poutine
     score_normal = NonreparameterizedNormal
     dist = pyro.distributions
+    negative_binomial = pyro.distributions.NegativeBinomial
     kl_divergence = staticmethod(torch.distributions.kl_divergence)
     math = torch
     flow = flowvi.pyro

@@ -285,7 +285,7 @@ MENDED = {  # flowvi.numpyro.special_points and flowvi.pyro.special_points corre
         ("Binomial probs", "probs"): 2,
         ("Geometric probs", "probs"): 1,
         ("Poisson", "rate"): 1,  # NaN at a rate of 0
-        **({("NegativeBinomial probs", "probs"): 3} if NEW_NUMPYRO else {}),  # NaN at a probability of 0
+        **({("NegativeBinomial probs", "probs"): 3} if NEW_NUMPYRO else {}),  # NaN at a probability of 0; not exported by 0.19
     },
     "pyro": {("Poisson", "rate"): 1},
 }
