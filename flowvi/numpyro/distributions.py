@@ -96,7 +96,7 @@ class NumPyroTarget(Target):
 
     def _scores(self, x, names):
         batch_ndim = len(self.p.batch_shape)
-        live = [getattr(self.p, name) for name in names]
+        live = [jnp.asarray(theta, jnp.result_type(theta, float)) for theta in (getattr(self.p, name) for name in names)]
         live = [jnp.broadcast_to(theta, self.batch_shape + jnp.shape(theta)[batch_ndim:]) for theta in live]
 
         def log_prob(arrays):
