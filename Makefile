@@ -17,7 +17,7 @@ test-slow: .venv/ready
 # The tests with the oldest versions of the host libraries.
 test-oldest:
 	$(PYTHON) -m venv build/oldest
-	build/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[numpyro,pyro,test]'
+	build/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[numpyro,pyro,test,docs]'
 	build/oldest/bin/python -m pytest -n auto --dist worksteal
 
 # Builds the wheel and the sdist in dist/, and tests the wheel with the tests of the sdist, in a clean environment.
