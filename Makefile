@@ -14,11 +14,11 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
-# The core tests, with the oldest versions of the host libraries.
+# The tests with the oldest versions of the host libraries.
 test-oldest:
 	$(PYTHON) -m venv build/oldest
-	build/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[numpyro,pyro,test]'
-	build/oldest/bin/python -m pytest -n auto tests/test_drop_in.py tests/test_estimated.py tests/test_report.py tests/test_bounds.py tests/test_numpyro_svi.py tests/test_pyro_svi.py
+	build/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[numpyro,pyro,test,docs]'
+	build/oldest/bin/python -m pytest -n auto --dist worksteal
 
 # Builds the wheel and the sdist in dist/, and tests the wheel with the tests of the sdist, in a clean environment.
 package:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import jax
@@ -24,6 +25,11 @@ import flowvi.ops.torch
 import flowvi.pyro
 from flowvi.numpyro.distributions import NumPyroTarget
 from flowvi.pyro.distributions import PyroTarget
+
+
+def at_least(package: str, *release: int) -> bool:
+    """Whether the installed version of a package is that release or a later one."""
+    return tuple(map(int, version(package).split("+")[0].split(".")[: len(release)])) >= release
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class NumPyroHost:
     score_normal = ScoreNormal
     dist = numpyro.distributions
     kl_divergence = staticmethod(numpyro.distributions.kl_divergence)
+    negative_binomial = staticmethod(numpyro.distributions.conjugate.NegativeBinomial)  # not exported by NumPyro 0.19
     math = jnp
     flow = flowvi.numpyro
     ops = flowvi.ops.jax
@@ -214,6 +221,7 @@ class PyroHost:
     handlers = pyro.poutine
     score_normal = NonreparameterizedNormal
     dist = pyro.distributions
+    negative_binomial = pyro.distributions.NegativeBinomial
     kl_divergence = staticmethod(torch.distributions.kl_divergence)
     math = torch
     flow = flowvi.pyro

@@ -28,6 +28,7 @@ import flowvi.plot
 import flowvi.pyro
 from flowvi import LR, RP, AdaptiveFlow, Enumerate, Flow
 from flowvi.alternatives import Comparison
+from flowvi.numpyro.host import enable_x64
 from flowvi.objectives import comparison
 
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(24)
@@ -247,7 +248,7 @@ CHAINS = {
 
 @pytest.fixture(scope="module")
 def exact_chain():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return exact(CHAIN, a=binary(), x=NORMAL, b=binary())
 
 
@@ -348,7 +349,7 @@ NESTED = Program(lambda h, t: nested_part(h, t, 0), lambda h, t: nested_part(h, 
 @pytest.fixture(scope="module")
 def exact_nested():
     pairs = [(np.array([a, b]), v * w) for (a, v), (b, w) in itertools.product(NORMAL, NORMAL)]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return exact(NESTED, g=binary(), x=pairs, k=binary(2))
 
 
@@ -410,7 +411,7 @@ def test_a_hundred_local_sites_have_no_noise(host):
 def test_single_precision(host):
     truth = exact(local_program(), k=binary(3))
     torch.set_default_dtype(torch.float32)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         samples = host.gradients(local_program(), 5, default=Enumerate())
     assert samples.dtype == np.float32
     np.testing.assert_allclose(samples, np.broadcast_to(truth, (5, 1)), rtol=1e-4)

@@ -199,14 +199,14 @@ INTEGERS = {
         lambda h, probs: h.dist.Geometric(probs=probs), lambda probs: probs * (1 - probs) ** MANY, {"probs": 0.4}, MANY, False
     ),
     "NegativeBinomial, logits": Integers(
-        lambda h, logits: h.dist.NegativeBinomial(h.array(2.5), logits=logits),
+        lambda h, logits: h.negative_binomial(h.array(2.5), logits=logits),
         lambda logits: negative_binomial(sigmoid(logits), 2.5, MANY),
         {"logits": -0.4},
         MANY,
         False,
     ),
     "NegativeBinomial, probs": Integers(
-        lambda h, probs: h.dist.NegativeBinomial(h.array(2.5), probs=probs),
+        lambda h, probs: h.negative_binomial(h.array(2.5), probs=probs),
         lambda probs: negative_binomial(probs, 2.5, MANY),
         {"probs": 0.45},
         MANY,
@@ -600,7 +600,7 @@ REFUSED = {
     ),
     "live total_count": (
         FiniteDifference(),
-        lambda h, t: h.dist.NegativeBinomial(2 + t, logits=h.array(0.3)),
+        lambda h, t: h.negative_binomial(2 + t, logits=h.array(0.3)),
         "needs a constant total_count of NegativeBinomial(Logits)?, found one with a gradient",
     ),
     "weak, unknown family": (
@@ -832,7 +832,7 @@ def test_constants_that_are_traced():
         return h.sample("x", h.dist.Gamma(2.7 * jnp.ones(2), h.math.stack(t, -1)).to_event(1).mask(False))
 
     def counts(h, t):
-        return h.sample("x", h.dist.NegativeBinomial(jnp.ones(2), probs=h.math.stack(t, -1)).to_event(1).mask(False))
+        return h.sample("x", h.negative_binomial(jnp.ones(2), probs=h.math.stack(t, -1)).to_event(1).mask(False))
 
     for site, estimator, exact in ((gamma_of, MeasureValued(), -2.7 / 0.5**2), (counts, FiniteDifference(), 1 / 0.5**2)):
         program = Program(site, lambda h, t, site=site: h.factor("cost", 1.0 * site(h, t).sum(-1)), (0.5, 0.5))

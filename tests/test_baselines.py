@@ -403,6 +403,20 @@ def test_optimal_without_a_derivative_in_pyro():
     assert losses[0] == losses[1]
 
 
+def test_numpyro_optimal_beside_an_integer():
+    """NumPyro keeps a scale of 1 an integer, in which JAX takes no derivative."""
+    whole, real = (
+        HOSTS["numpyro"].gradients(
+            chain(0.4, {"x": lambda h, t, v, scale=scale: h.dist.Normal(t[0], scale)}, {"x": lambda h, t, v: v["x"] ** 2}),
+            3,
+            particles=2,
+            estimators={"x": LR(baseline="optimal")},
+        )
+        for scale in (1, 1.0)
+    )
+    np.testing.assert_array_equal(whole, real)
+
+
 def test_optimal_under_a_transform(host):
     """The mean is exact for E[x^2] = exp(2 m + 2 s^2), with x = exp(z) and z ~ N(m, s)."""
 

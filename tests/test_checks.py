@@ -21,6 +21,7 @@ import flowvi
 from flowvi import LR, RP, AdaptiveFlow, Auto, Flow, ImplicitRP, fields, proposals
 from flowvi.checks import EstimatorError, check_estimator
 from flowvi.families import FAMILIES
+from flowvi.numpyro.host import enable_x64
 
 QUICK = {"num_samples": 5000}
 
@@ -227,7 +228,7 @@ def test_nothing_is_left_behind(host):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         narrow = {"loc": np.float32(0.3), "scale": np.float32(1.2)} if host.name == "numpyro" else {"loc": 0.3, "scale": 1.2}
         report = check_estimator(host.dist.Normal(**narrow), Flow(loc=half), **QUICK)
         assert numpyro.distributions.Normal(0.0, 1.0).sample(jax.random.key(0)).dtype == np.float32

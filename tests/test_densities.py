@@ -14,7 +14,7 @@ import numpyro.distributions as numpyro_dist
 import pyro.distributions as pyro_dist
 import pytest
 import torch
-from hosts import each
+from hosts import at_least, each
 from mpmath import mp, mpf
 
 from flowvi.numpyro.special_points import with_right_derivative
@@ -240,7 +240,8 @@ def in_pyro(family, row, columns, dtype, mend):
     leaves = [torch.tensor(column, dtype=getattr(torch, dtype), requires_grad=True) for column in columns]
     fn = family(**dict(zip(row.parameters, leaves[1:], strict=True)), **row.constants, validate_args=False)
     fn = mended_in_pyro(fn) if mend and type(fn) in MENDED_IN_PYRO else fn
-    return torch.autograd.grad(fn.log_prob(leaves[0]).sum(), leaves, materialize_grads=True, allow_unused=True)
+    gradients = torch.autograd.grad(fn.log_prob(leaves[0]).sum(), leaves, materialize_grads=True, allow_unused=True)
+    return [gradient.detach() for gradient in gradients]  # torch 2.7 makes zeros that require a gradient
 
 
 HOSTS = {"numpyro": (numpyro_dist, in_numpyro), "pyro": (pyro_dist, in_pyro)}
@@ -274,6 +275,7 @@ def wrong(host, dtype="float64", mend=False):
     return found
 
 
+NEW_NUMPYRO = at_least("numpyro", 0, 22)
 # The number of points with a wrong derivative, by family and variable.
 MENDED = {  # flowvi.numpyro.special_points and flowvi.pyro.special_points correct these in a guide
     "numpyro": {
@@ -282,20 +284,23 @@ MENDED = {  # flowvi.numpyro.special_points and flowvi.pyro.special_points corre
         ("Bernoulli probs", "probs"): 2,  # 0 at a probability of 0 or 1
         ("Binomial probs", "probs"): 2,
         ("Geometric probs", "probs"): 1,
-        ("NegativeBinomial probs", "probs"): 3,  # NaN at a probability of 0
         ("Poisson", "rate"): 1,  # NaN at a rate of 0
+        **({("NegativeBinomial probs", "probs"): 3} if NEW_NUMPYRO else {}),  # NaN at a probability of 0; not exported by 0.19
     },
     "pyro": {("Poisson", "rate"): 1},
+}
+ENDS = {  # in NumPyro the log density is -inf at the ends
+    ("Beta", "x"): 6,
+    ("Beta", "concentration1"): 4,
+    ("Beta", "concentration0"): 4,
+    ("Pareto", "x"): 2,
+    ("Pareto", "scale"): 2,
+    ("Pareto", "alpha"): 2,
 }
 LEFT = {
     "numpyro": {
         ("Gamma", "x"): 2,  # NaN at x = 0 with a concentration of 1
-        ("Beta", "x"): 6,  # in NumPyro the log density is -inf at the ends
-        ("Beta", "concentration1"): 4,
-        ("Beta", "concentration0"): 4,
-        ("Pareto", "x"): 2,
-        ("Pareto", "scale"): 2,
-        ("Pareto", "alpha"): 2,
+        **(ENDS if NEW_NUMPYRO else {("Beta", "x"): 8}),
     },
     "pyro": {
         ("Gamma", "x"): 2,  # NaN at x = 0 with a concentration of 1
@@ -392,6 +397,8 @@ def test_vectors(host, family):
 @pytest.mark.parametrize(("x", "probs"), [(0, [1 / 3, 1 / 3, 1 / 3]), (1, [0.0, 0.7, 0.3]), (0, [1.0, 0.0, 0.0])])
 def test_probabilities_of_a_categorical(host, x, probs):
     """The derivatives along the simplex are right, also if a category is impossible, except in torch at a probability of 1."""
+    if host.name == "numpyro" and not NEW_NUMPYRO and 0.0 in probs:
+        pytest.skip("NumPyro before 0.22 has NaN where an alternative is impossible")
     right = np.eye(3)[x] / probs[x]
     found = host.value_and_gradient(
         lambda v: host.dist.Categorical(probs=v["probs"], validate_args=False).log_prob(host.integers(x)), {"probs": np.array(probs)}

@@ -17,7 +17,7 @@ import pyro.infer.autoguide.initialization
 import pyro.infer.reparam
 import pytest
 import torch
-from hosts import HOSTS
+from hosts import HOSTS, at_least
 from pyro.contrib.autoname import scope as pyro_scope
 from pyro.nn import PyroModule, PyroParam
 from svi_programs import MIXED, PROGRAMS, assert_same, bind, both, fit, m, normal, observe, s, svi
@@ -430,6 +430,7 @@ def test_pyro_module_local_params():
     assert_same(gradient(pyro.infer.Trace_ELBO(2)), gradient(flowvi.pyro.TraceFlow_ELBO(2)))
 
 
+@pytest.mark.skipif(not at_least("pyro-ppl", 1, 9, 2), reason="Pyro 1.9.1 cannot load what it has saved with torch 2.6 or newer")
 def test_pyro_checkpoint(tmp_path):
     """The parameters and the optimizer, saved and loaded by Pyro, are the whole state."""
 

@@ -12,6 +12,7 @@ import flowvi.numpyro.particles
 import flowvi.pyro.handlers
 from flowvi import LR
 from flowvi.host import host_of
+from flowvi.numpyro.host import enable_x64
 from flowvi.particles import BY_INVERSE_CDF, at_uniforms
 from flowvi.pyro.particles import uniforms
 
@@ -66,7 +67,7 @@ def test_mirrored_pairs(host):
 
 def test_numbers_in_single_precision_are_never_0_or_1(host):
     torch.set_default_dtype(torch.float32)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         for how in HOW:
             u = draws(host, how, 200, (20,), 64)
             assert u.dtype == np.float32

@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from copy import deepcopy
 from functools import partial
 
 import estimators
@@ -10,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from hosts import HOSTS
+from hosts import HOSTS, at_least
 from pyro.infer import SVI
 from pyro.nn import PyroModule, PyroParam
 from svi_programs import ESTIMATORS, MIXED, PROGRAMS, bind, m, normal, observe, s
@@ -154,11 +155,12 @@ OPTIMIZERS = {
     "Adam": lambda: pyro.optim.Adam({"lr": 0.05}),
     "Adam, foreach": lambda: pyro.optim.Adam({"lr": 0.05, "foreach": True}),
     "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.9, "clip_norm": 2.0, "weight_decay": 0.1}),
-    "ClippedAdam, centered": lambda: pyro.optim.ClippedAdam({"lr": 0.05, "centered_variance": True}),
     "Adagrad": lambda: pyro.optim.Adagrad({"lr": 0.05}),
     "by parameter": lambda: pyro.optim.SGD(lambda name: {"lr": 0.01} if name == "m" else {"lr": 0.02, "momentum": 0.9}),
     "clipped": lambda: pyro.optim.RMSprop({"lr": 0.05}, {"clip_norm": 0.5}),
 }
+if at_least("pyro-ppl", 1, 9, 2):
+    OPTIMIZERS["ClippedAdam, centered"] = lambda: pyro.optim.ClippedAdam({"lr": 0.05, "centered_variance": True})
 
 
 def fit(kind, optim, steps=6, **options):
@@ -371,26 +373,27 @@ def test_a_parameter_with_two_names():
     np.testing.assert_allclose(runs[1], runs[0], rtol=1e-10)
 
 
-def test_a_store_that_is_cleared_or_loaded(tmp_path):
+def test_a_store_that_is_cleared_or_loaded():
     svi = compiled_svi(data_model, data_guide)
     svi.run(4, DATA, progress_bar=False)
-    pyro.get_param_store().save(tmp_path / "params")
+    state = deepcopy(pyro.get_param_store().get_state())
     saved = pyro.param("m").item()
     svi.run(4, DATA, progress_bar=False)
     pyro.clear_param_store()
     svi.step(DATA)
     assert abs(pyro.param("m").item() - 0.3) < 0.06
-    pyro.get_param_store().load(tmp_path / "params")
+    pyro.get_param_store().set_state(state)  # as load() does, which in Pyro 1.9.1 cannot read what it has saved with torch 2.6 or newer
     assert pyro.param("m").item() == saved
     svi.run(3, DATA, progress_bar=False)
     assert 0 < abs(pyro.param("m").item() - saved) < 0.16
 
 
-def test_a_store_that_is_cleared_before_anything_is_compiled():
+def test_a_store_that_is_cleared_before_anything_is_compiled(capsys):
     svi = compiled_svi(data_model, data_guide)
     svi.step(DATA)
     pyro.clear_param_store()
-    svi.run(3, DATA, progress_bar=False)
+    svi.run(3, DATA)
+    assert "3/3" in capsys.readouterr().err
     assert 0 < abs(pyro.param("m").item() - 0.3) < 0.16
 
 

@@ -80,8 +80,9 @@ def test_one_candidate(host, program):
     assert {r.candidate for r in found.parameters} == {""}
 
 
-def test_ways_to_show_it(host, program):
-    found = report(host, program, estimators={"a": {"x": LR()}, "b": {"x": RP()}}, num_samples=50, progress_bar=False)
+def test_ways_to_show_it(host, program, capsys):
+    found = report(host, program, estimators={"a": {"x": LR()}, "b": {"x": RP()}}, num_samples=50, progress_bar=True)
+    assert capsys.readouterr().err.count("gradients") >= 2
     frame = found.to_pandas()
     assert list(frame.columns[:4]) == ["candidate", "parameter", "site", "estimator"]
     assert len(frame) == 6

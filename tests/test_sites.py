@@ -208,10 +208,10 @@ def test_a_density_without_a_sampler(host, kind, dependencies):
         host.gradients(program, 3)
 
 
-class Foreign(numpyro_dist.Distribution):
-    """Like NumPyro's wrapper of a discrete TensorFlow Probability distribution: no support, and no ``intermediates`` in log_prob."""
+class Undeclared(numpyro_dist.Distribution):
+    """A Bernoulli that looks continuous, without arg_constraints: NumPyro's has_rsample compares two empty sets, and is true."""
 
-    support, has_rsample, is_discrete = None, False, True
+    support = numpyro_dist.constraints.real
     pytree_data_fields = ("logits",)
 
     def __init__(self, logits):
@@ -225,6 +225,12 @@ class Foreign(numpyro_dist.Distribution):
         return numpyro_dist.Bernoulli(logits=self.logits).log_prob(value)
 
 
+class Foreign(Undeclared):
+    """Like NumPyro's wrapper of a discrete TensorFlow Probability distribution: no support, and no ``intermediates`` in log_prob."""
+
+    support, has_rsample, is_discrete = None, False, True
+
+
 def test_a_foreign_distribution():
     """d/dt of -KL(Bernoulli(logit t) || Bernoulli(1/2)) is -p (1 - p) t."""
     host, p = HOSTS["numpyro"], 1 / (1 + np.exp(-0.7))
@@ -232,6 +238,19 @@ def test_a_foreign_distribution():
     expected_under(program, host, -p * (1 - p) * 0.7)
     with pytest.raises(ValueError, match="site 'b': Flow needs a continuous distribution, but Foreign is discrete"):
         host.gradients(program, 3, default=HALF)
+
+
+def test_a_distribution_that_does_not_declare_its_parameters():
+    """Auto takes the score; a path would have the gradient 0."""
+    host, p = HOSTS["numpyro"], 1 / (1 + np.exp(-0.7))
+    program = chain(0.7, {"x": lambda h, t, v: Undeclared(t[0])}, {"x": lambda h, t, v: v["x"]})
+    assert Undeclared(0.7).has_rsample
+    expected_under(program, host, p * (1 - p))
+    with pytest.raises(
+        ValueError, match=r"site 'x': RP needs .* but Undeclared does not say that it has one \(it has no arg_constraints\)"
+    ):
+        host.gradients(program, 3, default=RP())
+    assert np.all(host.gradients(program, 3, default=RP(force=True)) == 0)
 
 
 def test_a_flag_that_denies_a_path():

@@ -161,7 +161,7 @@ def test_a_rate_of_zero_has_no_score(host, mask):
         (lambda p: DIST.Bernoulli(probs=p), [0, 1]),
         (lambda p: DIST.Binomial(total_count=4, probs=p), [0, 1, 4]),
         (lambda p: DIST.Geometric(probs=p), [0, 1, 5]),
-        (lambda p: DIST.NegativeBinomial(2.5, probs=p), [0, 1, 5]),
+        (lambda p: HOSTS["numpyro"].negative_binomial(2.5, probs=p), [0, 1, 5]),
         (lambda p: DIST.Multinomial(3, probs=jnp.stack([p, 1 - p])), [np.array([1, 2]), np.array([3, 0])]),
         (DIST.Poisson, [0, 1, 5]),
     ],

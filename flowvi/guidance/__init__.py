@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from time import perf_counter
 
-from tqdm import tqdm
-
 from flowvi.guidance.bench import Batch, Bench, Draw, Probe, Setting, batch_size, objective, plates, statements
 from flowvi.guidance.bias import BiasTest
 from flowvi.guidance.candidates import GuideSite
@@ -16,6 +14,7 @@ from flowvi.guidance.jumps import Place
 from flowvi.guidance.program_check import Checker, ProgramCheck, SiteCheck
 from flowvi.guidance.recommendation import Gain, Recommendation, SiteAdvice, advise
 from flowvi.guidance.search import Search, Tried
+from flowvi.progress import Bar
 
 __all__ = [
     "Batch",
@@ -53,14 +52,14 @@ class Watch:
 
     def __init__(self, seconds: float, progress_bar: bool):
         self.seconds, self.start = seconds, perf_counter()
-        self.bar = tqdm(total=round(seconds, 1), disable=not progress_bar, bar_format="{desc}: {bar} {n:.0f}/{total:.0f} s")
+        self.bar = Bar(total=round(seconds, 1), unit="s", disable=not progress_bar, bar_format="{desc}: {bar} {n:.0f}/{total:.0f} s")
 
     def __enter__(self) -> Watch:
         """Begin."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Remove the bar."""
+        """End the bar."""
         self.bar.close()
 
     def left(self) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.metadata import version
+from inspect import signature
 from typing import Any, ClassVar
 from zlib import crc32
 
@@ -25,6 +27,9 @@ from flowvi.estimators import Draw, Estimator, attach
 from flowvi.numpyro.threefry import is_unrolled, rolled, takes
 from flowvi.rebuild import rebuild
 from flowvi.target import OWN_STANDARDIZATION, Target
+
+VALIDATION_IS_OPT_IN = version("numpyro").startswith("0.19.")  # so it tells nothing there, and flowvi's own checks run always
+WRAPPERS_PASS_INTERMEDIATES = "intermediates" in signature(dist.MaskedDistribution.log_prob).parameters  # not before NumPyro 0.22
 
 
 def unwrap(fn: dist.Distribution) -> dist.Distribution:
@@ -50,9 +55,10 @@ class NumPyroTarget(Target):
     def plate_rows(self):
         return {frame.dim: frame.size for frame in self.frames}
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, name: str, fn: Any, *args: Any, **kwargs: Any):
+        super().__init__(name, fn, *args, **kwargs)
         self._pushed: list[tuple[Any, list]] = []
+        self._takes_intermediates = WRAPPERS_PASS_INTERMEDIATES or not isinstance(fn, WRAPPERS)
 
     def push(self, x):
         intermediates = []
@@ -64,7 +70,9 @@ class NumPyroTarget(Target):
         return x
 
     def intermediates(self, y: Any) -> list | None:
-        """What the transforms computed on the way to ``y``, in NumPyro's form; None if ``y`` does not come from :meth:`push`."""
+        """What the transforms computed on the way to ``y``, in NumPyro's form; None if they are not known or cannot be used."""
+        if not self._takes_intermediates:
+            return None
         return next((intermediates for value, intermediates in self._pushed if value is y), None) or None
 
     @staticmethod
@@ -76,7 +84,7 @@ class NumPyroTarget(Target):
 
     @staticmethod
     def host_validates():
-        return bool(dist.Distribution._validate_args)
+        return VALIDATION_IS_OPT_IN or bool(dist.Distribution._validate_args)
 
     def detach(self, p):
         p = jax.tree.map(stop_gradient, p)
@@ -88,7 +96,7 @@ class NumPyroTarget(Target):
 
     def _scores(self, x, names):
         batch_ndim = len(self.p.batch_shape)
-        live = [getattr(self.p, name) for name in names]
+        live = [jnp.asarray(theta, jnp.result_type(theta, float)) for theta in (getattr(self.p, name) for name in names)]
         live = [jnp.broadcast_to(theta, self.batch_shape + jnp.shape(theta)[batch_ndim:]) for theta in live]
 
         def log_prob(arrays):
@@ -97,7 +105,9 @@ class NumPyroTarget(Target):
         return list(zip(map(ops.tether, live), jax.grad(log_prob)(stop_gradient(live)), strict=True))
 
     def lacks_rsample(self):
-        p = self.p.base_dist if type(self.p) is dist.TransformedDistribution else self.p
+        p = unwrap(self.p.base_dist) if type(self.p) is dist.TransformedDistribution else self.p
+        if not p.arg_constraints and type(p).has_rsample is dist.Distribution.has_rsample:  # so a mixture in NumPyro 0.19
+            return f"{type(p).__name__} does not say that it has one (it has no arg_constraints)"
         if p.has_rsample:
             return None
         missing = sorted(set(p.arg_constraints) - set(p.reparametrized_params))

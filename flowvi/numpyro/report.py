@@ -12,7 +12,6 @@ from jax import random
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import SVI
 from numpyro.ops.provenance import eval_provenance
-from tqdm import tqdm
 
 from flowvi.assignment import Estimators
 from flowvi.entropy import held_values
@@ -21,6 +20,7 @@ from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.learning import adaptive
 from flowvi.numpyro.run import NumPyroProgram
+from flowvi.progress import Bar
 from flowvi.report import Candidates, GradientReport, Measured, compare, require_noise
 
 BATCH = 100
@@ -112,7 +112,7 @@ def gradient_report(
         size = min(BATCH, num_samples)
         gradient, log_weights = jax.jit(jax.vmap(gradient)), jax.jit(jax.vmap(log_weights))
         jax.block_until_ready(gradient(random.split(key, size)))  # compiled before it is timed
-        for begin in tqdm(range(0, num_samples, size), disable=not progress_bar, desc="gradients"):
+        for begin in Bar(range(0, num_samples, size), unit="batches", disable=not progress_bar, desc="gradients"):
             keys = random.split(random.fold_in(key, begin), size)[: num_samples - begin]
             start = perf_counter()
             gradients = jax.block_until_ready(gradient(keys))

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from tqdm import tqdm
 
 from flowvi.assignment import Estimators
 from flowvi.entropy import held_values
 from flowvi.estimators import Auto, Estimator
+from flowvi.progress import Bar
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import seed_generators
 from flowvi.pyro.host import HOST, as_found
@@ -93,7 +93,7 @@ def gradient_report(
             leaves = {name: unconstrained(parameter) for name, parameter in parameters.items()}
             weighted = any(draw.log_weight is not None for draw in run.draws.values())
             measured = Measured(description, _readers(run, leaves))
-            for _ in tqdm(range(num_samples), disable=not progress_bar, desc="gradients"):
+            for _ in Bar(range(num_samples), unit="samples", disable=not progress_bar, desc="gradients"):
                 start = perf_counter()
                 loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)

@@ -10,8 +10,8 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import warn_if_nan
-from tqdm import tqdm
 
+from flowvi.progress import Bar
 from flowvi.pyro.arguments import Arguments
 from flowvi.pyro.compiled import Backend, CompiledLoss, require_backend
 from flowvi.pyro.elbo import TraceFlow_ELBO
@@ -152,7 +152,8 @@ class CompiledSVI:
         Returns:
             The losses, of shape (num_steps,).
         """
-        return torch.tensor([self.step(*args, **kwargs) for _ in tqdm(range(num_steps), disable=not progress_bar)])
+        steps = Bar(range(num_steps), unit="steps", disable=not progress_bar, desc="SVI")
+        return torch.tensor([self.step(*args, **kwargs) for _ in steps])
 
 
 def _number(loss: torch.Tensor) -> float:
