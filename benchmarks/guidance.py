@@ -30,7 +30,7 @@ import pyro
 import torch
 from planted import BIASES, NUM_STRUCTURES, Planted, parameter, right
 from programs import HOSTS, NumPyro, Program, eight_schools, mixture_guide, noisy_cone
-from races import CHECKPOINTS, CLOSE, EVERY, SEEDS, STEP_SIZES, Side, race
+from races import CHECKPOINTS, CLOSE, SEEDS, STEP_SIZES, STEPS_OF_A_FIT, Side, race
 from races import PROGRAMS as RACES
 from tables import Options, figure, options, table
 from timing import STEPS, use_one_thread
@@ -248,8 +248,8 @@ def choices(asked: Options) -> None:
 
 
 def in_steps(side: Side) -> str:
-    """The steps of a side and its step size, as text."""
-    return f"{figure(side.steps)} at {side.step_size}" if np.isfinite(side.steps) else f"more than {EVERY * (CHECKPOINTS - 1)}"
+    """The steps that a side takes, and at which step size."""
+    return f"{figure(side.steps)} at {side.step_size}" if np.isfinite(side.steps) else f"more than {STEPS_OF_A_FIT}"
 
 
 def sooner(asked: Options) -> None:
@@ -273,7 +273,7 @@ def sooner(asked: Options) -> None:
                 elbo, plain = h.flow.TraceFlow_ELBO, h.flow.TraceFlow_ELBO()
                 recommended = elbo(estimators=advice.estimators, **advice.options)
                 elbos = (plain,) if search.best == search.default else (plain, recommended)
-                found = race(h, make, elbos, *([20] if asked.smoke else []))
+                found = race(h, make, elbos, *([CHECKPOINTS[:40]] if asked.smoke else []))
                 steps = [in_steps(side) for side in (found.advised, found.default)]
                 time = "{:.2f} ({:.2f} to {:.2f})".format(*found.time)
                 gain = f"{figure(found.gain)} times as long" if np.isfinite(found.gain) else "longer than it was run"

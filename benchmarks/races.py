@@ -23,8 +23,9 @@ from timing import STEPS, median_interval, steps_lasting
 from flowvi.numpyro import TraceFlow_ELBO, adaptive
 
 CLOSE = 0.1  # nats
-STEP_SIZES, SEEDS = (0.02, 0.05, 0.15), (0, 1)
-EVERY, CHECKPOINTS = 20, 100  # steps between two evaluations, and their number
+STEP_SIZES, SEEDS = (0.02, 0.05, 0.15), (0, 1, 2)
+STEPS_OF_A_FIT = 2000
+CHECKPOINTS = np.unique(np.geomspace(1, STEPS_OF_A_FIT, 120).round().astype(int))  # the steps after which a fit is evaluated
 PARTICLES = 2000  # of an evaluation
 ROUNDS, ROUND = 21, 0.02  # rounds of timing in turn, and the seconds of each
 
@@ -74,8 +75,8 @@ class Race(NamedTuple):
         return self.default.steps / (self.advised.steps * self.time[0])
 
 
-def race(h: Any, make: Callable[[Any], Program], elbos: tuple[Any, ...], checkpoints: int = CHECKPOINTS) -> Race:
-    """Fit a program with the default and with the recommended objective, or only once if both are the same."""
+def race(h: Any, make: Callable[[Any], Program], elbos: tuple[Any, ...], checkpoints: np.ndarray = CHECKPOINTS) -> Race:
+    """Fit a program by the default and by the recommended objective, or by the default alone where both are the same."""
     program, evaluate = make(h), evaluator(make)
     programs = [program._replace(guide=adaptive(program.guide, elbo)) if h is NumPyro else program for elbo in elbos]
     curves: list[dict[float, np.ndarray]] = [{} for _ in elbos]  # the mean ELBO over the seeds
@@ -84,7 +85,7 @@ def race(h: Any, make: Callable[[Any], Program], elbos: tuple[Any, ...], checkpo
             side = STEPS[h](one, elbo, rate=step_size)
             of_side[step_size] = np.mean([evaluate(fit(h, side, one, seed, checkpoints)) for seed in SEEDS], 0)
     target = max(float(np.nanmax(curve)) for of_side in curves for curve in of_side.values()) - CLOSE
-    sides = [best_side(of_side, target) for of_side in curves]
+    sides = [best_side(of_side, target, checkpoints) for of_side in curves]
     if len(sides) == 1:
         return Race(target, sides[0], sides[0], (1.0, 1.0, 1.0))
     default, advised = (STEPS[h](one, elbo) for one, elbo in zip(programs, elbos, strict=True))
@@ -104,8 +105,8 @@ def step_times(a: Any, b: Any) -> np.ndarray:
     return times
 
 
-def fit(h: Any, side: Any, program: Program, seed: int, checkpoints: int) -> list[dict[str, np.ndarray]]:
-    """The parameters at the start and after every `EVERY` steps."""
+def fit(h: Any, side: Any, program: Program, seed: int, checkpoints: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """The parameters after so many steps."""
     if h is NumPyro:
         side.state = side.svi.init(jax.random.key(seed), *program.args)
     else:
@@ -114,10 +115,10 @@ def fit(h: Any, side: Any, program: Program, seed: int, checkpoints: int) -> lis
         pyro.set_rng_seed(seed)
         side.svi.evaluate_loss(*program.args)  # creates the parameters
     at = []
-    for _ in range(checkpoints):
+    for steps in np.diff(checkpoints, prepend=0):
+        side.run(int(steps))
         found = side.svi.get_params(side.state) if h is NumPyro else dict(pyro.get_param_store().items())
         at.append({name: np.array(value.detach() if h is not NumPyro else value) for name, value in found.items()})
-        side.run(EVERY)
     return at
 
 
@@ -138,16 +139,17 @@ def evaluator(make: Callable[[Any], Program]) -> Callable[[list[dict[str, np.nda
     return evaluate
 
 
-def best_side(curves: dict[float, np.ndarray], target: float) -> Side:
+def best_side(curves: dict[float, np.ndarray], target: float, checkpoints: np.ndarray) -> Side:
     """The step size at which the target is reached first."""
-    steps = {step_size: reached(curve, target) for step_size, curve in curves.items()}
+    steps = {step_size: reached(curve, target, checkpoints) for step_size, curve in curves.items()}
     step_size = min(steps, key=lambda one: steps[one])
     return Side(steps[step_size], step_size)
 
 
-def reached(elbos: np.ndarray, target: float) -> float:
-    """The step at which the ELBO first reached the target, by linear interpolation; infinity if it never did."""
+def reached(elbos: np.ndarray, target: float, checkpoints: np.ndarray) -> float:
+    """The step at which the ELBO first reached the target, between two evaluations by a straight line; infinity if it did not."""
     if not (elbos >= target).any():
         return float("inf")
     i = int((elbos >= target).argmax())
-    return EVERY * (float(i) if i == 0 else i - 1 + (target - elbos[i - 1]) / (elbos[i] - elbos[i - 1]))
+    share = (target - elbos[i - 1]) / (elbos[i] - elbos[i - 1]) if i else 1.0
+    return float(checkpoints[i] - (1 - share) * (checkpoints[i] - checkpoints[i - 1]))

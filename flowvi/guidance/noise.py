@@ -5,8 +5,8 @@ An Adam step divides each element of the gradient by the root of its second mome
 an objective is the mean over all elements. It does not depend on the units of the parameters.
 
 Less noise saves steps only until the step size limits them. The number of steps grows with signal + noise, where the signal is the mean
-of :math:`g_i^2 / m_i` over all elements, and g the mean gradient (McCandlish et al. 2018, section 2.2). All right objectives have the same
-signal; signal and noise of the objective without advice add up to 1.
+of :math:`g_i^2 / m_i` over all elements, and g the mean gradient (McCandlish et al. 2018, section 2.2). All right objectives have the
+same signal; signal and noise of the objective without advice add up to 1.
 """
 
 from __future__ import annotations
