@@ -138,9 +138,9 @@ class Search:
 
     def at(self, unit: Unit, option: Any) -> Setting:
         """The best setting so far, with one option of a unit."""
-        if unit.name == "entropy":
+        if unit.name == "entropy" and not unit.sites:
             return self.best._replace(entropy=option)
-        if unit.name == "particles":
+        if unit.name == "particles" and not unit.sites:
             number, how, vectorized = option
             return self.best._replace(num_particles=number, particles=how, vectorized=vectorized)
         kept = frozenset(name for name in unit.sites if self.bench.sites[name].estimator == option)
