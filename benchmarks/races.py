@@ -23,7 +23,7 @@ from timing import STEPS, median_interval, steps_lasting
 from flowvi.numpyro import TraceFlow_ELBO, adaptive
 
 CLOSE = 0.1  # nats
-STEP_SIZES, SEEDS = (0.02, 0.05, 0.15), (0, 1, 2)
+STEP_SIZES, SEEDS = (0.02, 0.05, 0.15), (0, 1)
 STEPS_OF_A_FIT = 2000
 CHECKPOINTS = np.unique(np.geomspace(1, STEPS_OF_A_FIT, 120).round().astype(int))  # the steps after which a fit is evaluated
 PARTICLES = 2000  # of an evaluation
