@@ -248,7 +248,7 @@ def choices(asked: Options) -> None:
 
 
 def in_steps(side: Side) -> str:
-    """The steps that a side takes, and at which step size."""
+    """The steps of a side and its step size, as text."""
     return f"{figure(side.steps)} at {side.step_size}" if np.isfinite(side.steps) else f"more than {STEPS_OF_A_FIT}"
 
 

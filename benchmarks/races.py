@@ -76,7 +76,7 @@ class Race(NamedTuple):
 
 
 def race(h: Any, make: Callable[[Any], Program], elbos: tuple[Any, ...], checkpoints: np.ndarray = CHECKPOINTS) -> Race:
-    """Fit a program by the default and by the recommended objective, or by the default alone where both are the same."""
+    """Fit a program with the default and with the recommended objective, or only once if both are the same."""
     program, evaluate = make(h), evaluator(make)
     programs = [program._replace(guide=adaptive(program.guide, elbo)) if h is NumPyro else program for elbo in elbos]
     curves: list[dict[float, np.ndarray]] = [{} for _ in elbos]  # the mean ELBO over the seeds
@@ -106,7 +106,7 @@ def step_times(a: Any, b: Any) -> np.ndarray:
 
 
 def fit(h: Any, side: Any, program: Program, seed: int, checkpoints: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """The parameters after so many steps."""
+    """The parameters after each of some numbers of steps."""
     if h is NumPyro:
         side.state = side.svi.init(jax.random.key(seed), *program.args)
     else:
@@ -147,7 +147,7 @@ def best_side(curves: dict[float, np.ndarray], target: float, checkpoints: np.nd
 
 
 def reached(elbos: np.ndarray, target: float, checkpoints: np.ndarray) -> float:
-    """The step at which the ELBO first reached the target, between two evaluations by a straight line; infinity if it did not."""
+    """The step at which the ELBO first reached the target, by linear interpolation; infinity if it never did."""
     if not (elbos >= target).any():
         return float("inf")
     i = int((elbos >= target).argmax())
