@@ -30,7 +30,7 @@ import pyro
 import torch
 from planted import BIASES, NUM_STRUCTURES, Planted, parameter, right
 from programs import HOSTS, NumPyro, Program, eight_schools, mixture_guide, noisy_cone
-from races import CHECKPOINTS, CLOSE, SEEDS, STEP_SIZES, STEPS_OF_A_FIT, Side, race
+from races import CHECKPOINTS, CLOSE, SEEDS, SETTLED, STEP_SIZES, STEPS_OF_A_FIT, Side, race
 from races import PROGRAMS as RACES
 from tables import Options, figure, options, table
 from timing import STEPS, use_one_thread
@@ -50,7 +50,6 @@ from flowvi.pyro.guidance import PyroBench
 CHECK, RIGHT, CHOICE, TRUTH = 10.0, 1.5, {"NumPyro": 40.0, "Pyro": 20.0}, 4.0  # seconds
 NUM_RIGHT, CONFIDENCE = 100, 0.999  # in each host
 NUM_PARTICLES, ADVICE = (1, 4, 16), 60.0  # the particles to choose from, and the seconds, before a race
-SETTLED = 200  # steps of the default before `recommend`
 
 
 def check(h: Any, planted: Planted, seconds: float) -> tuple[Any, float]:
@@ -254,10 +253,10 @@ def in_steps(side: Side) -> str:
 
 def sooner(asked: Options) -> None:
     about = (
-        f"Fits by what `recommend` chooses in {ADVICE:.0f} seconds after {SETTLED} steps of the default, with "
-        f"{', '.join(map(str, NUM_PARTICLES))} particles to choose from, and by the default: "
-        f"the steps to the best ELBO less {CLOSE} nats, at the best of {len(STEP_SIZES)} step sizes, for the mean of {len(SEEDS)} "
-        "seeds; "
+        f"Fits that go on with what `recommend` chooses in {ADVICE:.0f} seconds after {SETTLED} steps of the default, with "
+        f"{', '.join(map(str, NUM_PARTICLES))} particles to choose from, and fits by the default throughout: the steps to the best "
+        f"ELBO less {CLOSE} nats, the first {SETTLED} included, at the best of {len(STEP_SIZES)} step sizes, for the mean of "
+        f"{len(SEEDS)} seeds; "
         "the time of a recommended step over that of a default one, taken in "
         "turn, with its 95% interval; and how many times as long the default takes to that ELBO."
     )
@@ -277,6 +276,8 @@ def sooner(asked: Options) -> None:
                 steps = [in_steps(side) for side in (found.advised, found.default)]
                 time = "{:.2f} ({:.2f} to {:.2f})".format(*found.time)
                 gain = f"{figure(found.gain)} times as long" if np.isfinite(found.gain) else "longer than it was run"
+                if found.default == found.advised:
+                    gain = "equal: the choice is the default" if len(elbos) == 1 else "equal: it is there before the advice"
                 row(h.name, name, chosen(advice, *NUM_PARTICLES), figure(found.target, ".2f"), *steps, time, gain)
 
 
