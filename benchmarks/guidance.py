@@ -30,7 +30,7 @@ import pyro
 import torch
 from planted import BIASES, NUM_STRUCTURES, Planted, parameter, right
 from programs import HOSTS, NumPyro, Program, eight_schools, mixture_guide, noisy_cone
-from races import CHECKPOINTS, CLOSE, EVERY, SEEDS, STEP_SIZES, Side, race
+from races import CHECKPOINTS, CLOSE, SEEDS, SETTLED, STEP_SIZES, STEPS_OF_A_FIT, Side, race
 from races import PROGRAMS as RACES
 from tables import Options, figure, options, table
 from timing import STEPS, use_one_thread
@@ -49,7 +49,7 @@ from flowvi.pyro.guidance import PyroBench
 
 CHECK, RIGHT, CHOICE, TRUTH = 10.0, 1.5, {"NumPyro": 40.0, "Pyro": 20.0}, 4.0  # seconds
 NUM_RIGHT, CONFIDENCE = 100, 0.999  # in each host
-SETTLED = 200  # steps of the default before `recommend`
+NUM_PARTICLES, ADVICE = (1, 4, 16), 60.0  # the particles to choose from, and the seconds, before a race
 
 
 def check(h: Any, planted: Planted, seconds: float) -> tuple[Any, float]:
@@ -199,9 +199,11 @@ def bench_of(h: Any, program: Program, estimators: Any = None, steps: int = 0) -
             yield bench, OF_PYRO
 
 
-def chosen(advice: Recommendation) -> str:
-    """The chosen estimators and entropy, as text."""
-    return ", ".join(f"`{site}`: {e}" for site, e in advice.estimators.items()) + f"; {advice.options['entropy']!r}"
+def chosen(advice: Recommendation, *num_particles: int) -> str:
+    """The chosen estimators and entropy, as text; also the particles if there are several numbers to choose from."""
+    number, how = advice.options["num_particles"], advice.options.get("particles", "independent")
+    particles = f"; {number} {f'{how} particles' if number > 1 else 'particle'}" if num_particles else ""
+    return ", ".join(f"`{site}`: {e}" for site, e in advice.estimators.items()) + f"; {advice.options['entropy']!r}{particles}"
 
 
 def in_seconds() -> str:
@@ -217,10 +219,10 @@ def over_the_best(search: Search, seconds: float) -> tuple[float, str, int]:
             trial.run()
         if perf_counter() - start > seconds:
             break
-    best = min(trials, key=lambda setting: trials[setting].score)
+    best = min(trials, key=lambda setting: trials[setting].score())
     others = ", ".join(f"{name}: {e}" for name, e in best.chosen if search.estimator(name) != e)
     which = "" if best == search.best else f"{others or 'default'}; {best.entropy!r}"
-    return trials[search.best].score / trials[best].score, which, len(trials)
+    return trials[search.best].score() / trials[best].score(), which, len(trials)
 
 
 def choices(asked: Options) -> None:
@@ -246,14 +248,15 @@ def choices(asked: Options) -> None:
 
 def in_steps(side: Side) -> str:
     """The steps of a side and its step size, as text."""
-    return f"{figure(side.steps)} at {side.step_size}" if np.isfinite(side.steps) else f"more than {EVERY * (CHECKPOINTS - 1)}"
+    return f"{figure(side.steps)} at {side.step_size}" if np.isfinite(side.steps) else f"more than {STEPS_OF_A_FIT}"
 
 
 def sooner(asked: Options) -> None:
     about = (
-        f"Fits by what `recommend` chooses in {in_seconds()} after {SETTLED} steps of the default, and by the default: "
-        f"the steps to the best ELBO less {CLOSE} nats, at the best of {len(STEP_SIZES)} step sizes, for the mean of {len(SEEDS)} "
-        "seeds; "
+        f"Fits that go on with what `recommend` chooses in {ADVICE:.0f} seconds after {SETTLED} steps of the default, with "
+        f"{', '.join(map(str, NUM_PARTICLES))} particles to choose from, and fits by the default throughout: the steps to the best "
+        f"ELBO less {CLOSE} nats, the first {SETTLED} included, at the best of {len(STEP_SIZES)} step sizes, for the mean of "
+        f"{len(SEEDS)} seeds; "
         "the time of a recommended step over that of a default one, taken in "
         "turn, with its 95% interval; and how many times as long the default takes to that ELBO."
     )
@@ -263,17 +266,19 @@ def sooner(asked: Options) -> None:
             for name, make in RACES.items():
                 if (asked.smoke and name != "Poisson") or not asked.wants(h.name, "races", name):
                     continue
-                with bench_of(h, make(h), steps=SETTLED) as (bench, particles), Watch(CHOICE[h.name], False) as clock:
-                    search = Search(bench, 1, clock)
-                    advice = advise(search, CHOICE[h.name], particles)
+                with bench_of(h, make(h), steps=SETTLED) as (bench, particles), Watch(ADVICE, False) as clock:
+                    search = Search(bench, NUM_PARTICLES, clock)
+                    advice = advise(search, ADVICE, particles)
                 elbo, plain = h.flow.TraceFlow_ELBO, h.flow.TraceFlow_ELBO()
                 recommended = elbo(estimators=advice.estimators, **advice.options)
                 elbos = (plain,) if search.best == search.default else (plain, recommended)
-                found = race(h, make, elbos, *([20] if asked.smoke else []))
+                found = race(h, make, elbos, *([CHECKPOINTS[:40]] if asked.smoke else []))
                 steps = [in_steps(side) for side in (found.advised, found.default)]
                 time = "{:.2f} ({:.2f} to {:.2f})".format(*found.time)
                 gain = f"{figure(found.gain)} times as long" if np.isfinite(found.gain) else "longer than it was run"
-                row(h.name, name, chosen(advice), figure(found.target, ".2f"), *steps, time, gain)
+                if found.default == found.advised:
+                    gain = "equal: the choice is the default" if len(elbos) == 1 else "equal: it is there before the advice"
+                row(h.name, name, chosen(advice, *NUM_PARTICLES), figure(found.target, ".2f"), *steps, time, gain)
 
 
 STUDIES = {"biases": biases, "right": false_alarms, "choices": choices, "races": sooner}

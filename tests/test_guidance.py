@@ -131,6 +131,7 @@ def test_noise_counts_elements_in_the_units_of_adam():
 def test_elements_without_a_gradient_do_not_count():
     scale = Scale.of([np.array([[1.0, 0.0], [3.0, 0.0]])])
     np.testing.assert_allclose(scale.weights, [1 / 5, 0.0])
+    np.testing.assert_allclose(scale.signal, 3 / 5)  # the product of the two samples is the unbiased squared mean
 
 
 class Seldom:
@@ -149,6 +150,49 @@ class Seldom:
             return Batch(1.0 + (noise if setting.entropy == "full" else seldom), 1.0)
 
         return draw
+
+
+class Particles:
+    """A program whose gradient is a mean and noise; the time of a step grows with the particles."""
+
+    sites: dict = {}
+    parameters = {"loc": 2}
+    marginalises = False
+    drawn = (("independent", False),)
+
+    def __init__(self, mean, time):
+        self.mean, self.time = mean, time
+
+    def gradients(self, setting):
+        n = setting.num_particles
+
+        def draw(number):
+            noise = np.random.default_rng([number + 10, n]).normal(size=(64, 2))
+            return Batch(self.mean + noise / math.sqrt(n), self.time[n])
+
+        return draw
+
+
+@pytest.mark.parametrize(
+    ("mean", "time", "expected"),
+    [
+        (0.0, {1: 1.0, 4: 2.0, 16: 6.0}, 16),  # half the noise x time at each step
+        (1.0, {1: 1.0, 4: 2.0, 16: 6.0}, 1),  # signal + noise times time: 2, 2.5, 6.4
+        (1.0, {1: 1.0, 4: 1.1, 16: 1.4}, 4),  # 2, 1.4, 1.5
+        (3.0, {1: 1.0, 4: 1.2, 16: 1.3}, 1),
+        (0.0, {1: 1.0, 4: 5.0, 16: 20.0}, 1),
+    ],
+)
+def test_particles_that_shorten_a_fit(mean, time, expected):
+    """More particles save steps only where the noise is large beside the mean gradient."""
+    with Watch(10.0, False) as clock:
+        search = Search(Particles(mean, time), (1, 4, 16), clock)
+        assert abs(search.scale.signal - mean**2 / (1 + mean**2)) < 0.1
+        search.run(5.0)
+        assert search.best.num_particles == expected
+        search.best = search.best._replace(num_particles=16)
+        search.keep_default(1.0)
+        assert search.best.num_particles == (16 if expected > 1 else 1)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 10.0])

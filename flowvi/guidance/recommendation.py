@@ -58,7 +58,8 @@ class Recommendation(Table):
     Attributes:
         estimators: A mapping from sites to estimators, as ``TraceFlow_ELBO`` takes it. A site whose annotation is best is left out.
         options: The other options of ``TraceFlow_ELBO``.
-        gain_over_default: Noise times time of ``TraceFlow_ELBO()`` with as many particles, relative to that of the choice.
+        gain_over_default: Noise times time of ``TraceFlow_ELBO()``, relative to that of the choice. The default has the first of the
+            numbers of particles to choose from.
         gain_over_host: The same for the host's own objective; None if it cannot run the program.
         sites: The advice for each site.
         check: The result of ``check_program`` for the choice.
@@ -142,15 +143,14 @@ def advise(search: Search, seconds: float, check_particles: int) -> Recommendati
             search.ban(one.site, 0.1 * seconds)
         check = _check(bench, search, CHECK * seconds, clock, check_particles)
     clock.show("gain")
-    plain = search.default._replace(num_particles=search.best.num_particles)
-    of_host = Setting(num_particles=search.best.num_particles, of_host=True)
-    measured = search.measure([search.best, plain, of_host], max(GAIN * seconds, clock.left()))
+    of_host = Setting(num_particles=search.default.num_particles, of_host=True)
+    measured = search.measure([search.best, search.default, of_host], max(GAIN * seconds, clock.left()))
     best = measured[search.best]
     advice = tuple(_advice(search, site) for site in bench.sites.values())
     return Recommendation(
         {one.site: one.estimator for one in advice if _is_explicit(search, bench.sites[one.site])},
         _options(search.best),
-        Gain(*ratio(measured[plain], best)),
+        Gain(*ratio(measured[search.default], best)),
         Gain(*ratio(measured[of_host], best)) if of_host in measured else None,
         advice,
         check,
@@ -194,4 +194,4 @@ def _advice(search: Search, site: GuideSite) -> SiteAdvice:
 def _versus(other: Tried) -> str:
     exact = other.noise > 0.1 / FLOOR
     noise = "noisy where this is exact" if exact else f"{other.noise:.2g} times as noisy"
-    return f"{other.estimator} would be {noise} at {other.time:.2g} of the time"
+    return f"{other.estimator} would be {noise} at {other.time:.2g} times the time"

@@ -1,4 +1,7 @@
-"""The search for the objective of least noise times time: by successive halving, for sites of one kind at a time."""
+"""The search for the objective of least noise times time: by successive halving, for sites of one kind at a time.
+
+The number of particles is that of the shortest fit: least (signal + noise) times time.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +34,13 @@ class Unit(NamedTuple):
         name: Its name in the progress bar.
         sites: The sites that get the estimator; none for the other choices.
         options: The options to choose from.
+        signal: What is added to the noise.
     """
 
     name: str
     sites: tuple[str, ...]
     options: tuple[Any, ...]
+    signal: float = 0.0
 
 
 class Tried(NamedTuple):
@@ -110,7 +115,7 @@ class Search:
 
         Particles come first, since a plate of particles takes less time with every estimator.
         """
-        particles = [Unit("particles", (), options)] if len(options := self._particles()) > 1 else []
+        particles = [Unit("particles", (), options, self.scale.signal)] if len(options := self._particles()) > 1 else []
         return [*particles, *map(self._unit, self._kinds()), Unit("entropy", (), ("full", "stl", "analytic"))]
 
     def _particles(self) -> tuple[tuple[int, Particles, bool], ...]:
@@ -133,24 +138,36 @@ class Search:
 
     def at(self, unit: Unit, option: Any) -> Setting:
         """The best setting so far, with one option of a unit."""
-        if unit.name == "entropy":
+        if unit.name == "entropy" and not unit.sites:
             return self.best._replace(entropy=option)
-        if unit.name == "particles":
+        if unit.name == "particles" and not unit.sites:
             number, how, vectorized = option
             return self.best._replace(num_particles=number, particles=how, vectorized=vectorized)
         kept = frozenset(name for name in unit.sites if self.bench.sites[name].estimator == option)
         return self.best.without(kept).at({name: option for name in unit.sites if name not in kept})
 
     def keep_default(self, seconds: float) -> None:
-        """Go back to the default unless the choice is better when both are measured again.
+        """Go back to the default unless the choice is better when both are measured again: the particles, then all else.
 
         With few samples, an estimator whose gradient is seldom large, such as a score, looks better than it is. Among many candidates,
         such an estimator can win by chance.
         """
-        plain = self.default._replace(num_particles=self.best.num_particles)
-        measured = self.measure([self.best, plain], seconds)
-        excess, error = measured[self.best].excess(measured[plain])
-        if self.best != plain and excess > -min(error, TOLERATED):
+
+        def without_particles(setting: Setting) -> Setting:
+            return setting._replace(num_particles=self.default.num_particles, particles="independent", vectorized=False)
+
+        plain = self.best._replace(chosen=(), entropy=self.default.entropy)
+        measured = self.measure([self.best, plain, without_particles(self.best), without_particles(plain)], seconds)
+
+        def gains(setting: Setting, signal: float) -> bool:
+            if setting not in measured:
+                return True
+            excess, error = measured[self.best].excess(measured[setting], signal)
+            return setting == self.best or excess < -min(error, TOLERATED)
+
+        if not gains(few := without_particles(self.best), self.scale.signal):
+            self.best, plain = few, without_particles(plain)
+        if not gains(plain, 0.0):
             found, kept = measured[self.best], measured[plain]
             for name, estimator in self.best.chosen:  # they were measured together
                 self.tried[name][estimator] = Tried(estimator, found.noise / kept.noise, found.seconds / kept.seconds)
@@ -227,7 +244,7 @@ class Search:
                 racers[setting], options_of[setting] = trial, option
         if not racers:
             return
-        self.best = self._race(racers, own_end, end)
+        self.best = self._race(racers, own_end, end, unit.signal)
         winner = racers[self.best]
         for name in unit.sites:
             for setting, trial in racers.items():
@@ -253,7 +270,7 @@ class Search:
             self.compilation = max(0.7 * self.compilation, before - self.clock.left())
         return self.trials[setting]
 
-    def _race(self, racers: Mapping[Setting, Trial], own_end: float, end: float) -> Setting:
+    def _race(self, racers: Mapping[Setting, Trial], own_end: float, end: float, signal: float) -> Setting:
         """The setting of least score, by successive halving: in each round the remaining settings get twice as many batches."""
         racing = dict(racers)
         batches = max(FIRST, -(-FEWEST // self.size))
@@ -261,26 +278,26 @@ class Search:
             for trial in racing.values():
                 while len(trial.times) < batches and (not trial.times or self.clock.left() > end):
                     trial.run()
-            ordered = sorted(racing, key=lambda setting: racing[setting].score)
+            ordered = sorted(racing, key=lambda setting: racing[setting].score(signal))
             best = racing[ordered[0]]
             racing = {
                 setting: racing[setting]
                 for i, setting in enumerate(ordered)
-                if not self._is_worse(racing[setting], best, i, len(ordered))
+                if not self._is_worse(racing[setting], best, i, len(ordered), signal)
             }
-            alike = all(sum(trial.excess(best)) < ALIKE for trial in racing.values())
+            alike = all(sum(trial.excess(best, signal)) < ALIKE for trial in racing.values())
             batches *= 2
             if len(racing) == 1 or (alike and batches > 2 * FIRST) or batches > BATCHES or self.clock.left() < own_end:
-                return self.best if self.best in racing and self._is_as_good(racing, best) else ordered[0]
+                return self.best if self.best in racing and self._is_as_good(racing, best, signal) else ordered[0]
 
-    def _is_worse(self, trial: Trial, best: Trial, rank: int, size: int) -> bool:
+    def _is_worse(self, trial: Trial, best: Trial, rank: int, size: int, signal: float) -> bool:
         """Whether a trial drops out: clearly worse, or in the worse half and probably worse."""
-        excess, error = trial.excess(best)
+        excess, error = trial.excess(best, signal)
         return trial is not best and (excess > CLEARLY * error if rank < size / 2 else excess > error) and excess > 0
 
-    def _is_as_good(self, racing: Mapping[Setting, Trial], best: Trial) -> bool:
+    def _is_as_good(self, racing: Mapping[Setting, Trial], best: Trial, signal: float) -> bool:
         """Whether the best setting so far is good enough to stay."""
-        excess, error = racing[self.best].excess(best)
+        excess, error = racing[self.best].excess(best, signal)
         return excess < max(ALIKE, min(error, TOLERATED))
 
 

@@ -67,6 +67,9 @@ def recommend(
     there is time. Bad candidates are dropped early. Estimators that learn are trained first. An estimator that :func:`check_program`
     finds biased is never recommended.
 
+    The number of particles is that of the shortest fit: the least (signal + noise) times time, since less noise saves steps only until
+    the step size limits them. The signal is the mean of :math:`g_i^2 / m_i`, and g the mean gradient.
+
     **Requirements**: as for :func:`gradient_report`. Parameters are read from the parameter store, which is not changed.
 
     Args:
@@ -102,7 +105,8 @@ def recommend(
         >>> pyro.clear_param_store()
 
     References:
-        Parmas and Sugiyama 2021, eq. 19. Karnin, Koren and Somekh 2013 (successive halving).
+        Parmas and Sugiyama 2021, eq. 19. Karnin, Koren and Somekh 2013 (successive halving). McCandlish et al. 2018, section 2.2
+        (signal and noise).
     """
     with Watch(seconds, progress_bar) as clock, PyroBench.opened(model, guide, args, kwargs, None, Auto(), seed) as bench:
         return advise(Search(bench, num_particles, clock), seconds, PARTICLES)
@@ -215,6 +219,7 @@ class PyroBench:
     def gradients(self, setting: Setting) -> Draw:
         elbo = self._objective(setting)
         learned = {} if setting.of_host else self._learned(elbo)
+        of_adam = seconds_of_adam([*self.leaves.values(), *learned.values()])
 
         def draw(number: int) -> Batch:
             leaves = {**self.leaves, **self._restored(learned)}
@@ -223,10 +228,11 @@ class PyroBench:
                 seed_generators(self._seed(number * self.size + i))
                 self._clear(leaves)
                 start = perf_counter()
-                elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
+                with poutine.trace(param_only=True):  # as in SVI.step
+                    elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
                 seconds += perf_counter() - start
                 rows.append(np.concatenate([_row(leaf) for leaf in self.leaves.values()] or [np.zeros(0)]))
-            return Batch(np.stack(rows), seconds / self.size)
+            return Batch(np.stack(rows), seconds / self.size + of_adam)
 
         elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)  # runs the checks; a first step takes longer
         return draw
@@ -331,6 +337,21 @@ class PyroProbe:
     def _at(self, run: Run, x: torch.Tensor) -> dict[str, Any]:
         again = run.again({**held_values(HOST, run), self.site: Held(x)})
         return {name: torch.as_tensor(s.log_density) for name, s in statements(again).items()}
+
+
+def seconds_of_adam(leaves: list[torch.Tensor]) -> float:
+    """The time of a step of Adam, one optimizer for each parameter as in Pyro, on copies of them."""
+    copies = [torch.zeros_like(leaf, requires_grad=True) for leaf in leaves]
+    optimizers = [torch.optim.Adam([copy]) for copy in copies]
+    times = []
+    for _ in range(LARGEST):
+        for copy in copies:
+            copy.grad = torch.ones_like(copy)
+        start = perf_counter()
+        for optimizer in optimizers:
+            optimizer.step()
+        times.append(perf_counter() - start)
+    return min(times)
 
 
 def _row(leaf: torch.Tensor) -> np.ndarray:
