@@ -78,13 +78,16 @@ class RP(Estimator):
     jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
 
     def __post_init__(self):
+        super().__post_init__()
         if self.control_variate not in ("cubic", "quadratic", "diagonal", None):
             raise TypeError(f"RP: expected control_variate='cubic', 'quadratic', 'diagonal' or None, found {self.control_variate!r}.")
         if self.control_variate is None and self.shares:
             given = "shared=True" if self.shared else "features"
             raise TypeError(f"RP: {given} is for the coefficients of a control variate, found control_variate=None; remove it.")
         if self.control_variate is not None and self.q is not None:
-            raise TypeError("RP takes a control variate or q, found both; the mean of the control variate is only known under p.")
+            raise TypeError(
+                "RP takes a control variate or q, found both; remove one, as the mean of the control variate is only known under p."
+            )
 
     @property
     def shares(self) -> bool:

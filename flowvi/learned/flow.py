@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 from flowvi.baselines import Baseline, BaselineField
-from flowvi.estimators import Draw, Estimator, refuse_discrete, refuse_moving_support
+from flowvi.estimators import Draw, Estimator, is_proposal, refuse_discrete, refuse_moving_support
 from flowvi.family import Standardization, family_of, names
 from flowvi.fields.field import Field, Part
 from flowvi.learned.amortised import Amortised, Features
@@ -97,12 +97,12 @@ class AdaptiveFlow(Estimator):
     features: Features | None = None
 
     def __post_init__(self):
+        if self.q is not None and self.q != "learned" and not is_proposal(self.q):
+            raise TypeError(f"AdaptiveFlow: expected q='learned', a function q(p) or None, found {self.q!r}.")
         if self.bumps < 0:
             raise ValueError(f"AdaptiveFlow: expected a number of bumps, 0 or more, found {self.bumps}.")
         if not 0 <= self.epsilon < 1:
             raise ValueError(f"AdaptiveFlow: expected an epsilon between 0 and 1, found {self.epsilon}.")
-        if self.q is not None and self.q != "learned" and not callable(self.q):
-            raise TypeError(f"AdaptiveFlow: expected q='learned', a function q(p) or None, found {self.q!r}.")
         if self.field is not None and self.field.parts is None:
             raise TypeError(
                 f"AdaptiveFlow needs a pathwise field with a part for each parameter, found {self.field}; "
