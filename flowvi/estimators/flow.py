@@ -27,8 +27,9 @@ class _FieldEstimator(Estimator):
 
 
 class Flow(_FieldEstimator):
-    r"""The probability-flow estimator with your own velocity field: :math:`E = w\,[u\cdot\nabla\phi + \psi\,\phi]`.
+    r"""The probability-flow estimator with your own velocity field, which says how the sample moves as a parameter grows.
 
+    The estimate is :math:`E = w\,[u\cdot\nabla\phi + \psi\,\phi]`, with the velocity u, the cost :math:`\phi` and the weight w = p/q.
     :math:`\psi = \nabla\cdot u + u\cdot\nabla_x\log p + \partial_\theta\log p` is computed for you, so *any* field is unbiased.
     ("Probability flow" is the flow of mass as the parameters change. It is neither the ODE of diffusion models nor a normalizing flow.)
     There are two forms:

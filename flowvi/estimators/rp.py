@@ -18,10 +18,12 @@ from flowvi.target import Target
 
 @dataclass(frozen=True, repr=False)
 class RP(Estimator):
-    r"""Reparameterization (pathwise): :math:`E = w\,\nabla_\theta\,\phi(T(\epsilon;\theta))`.
+    r"""Reparameterization (pathwise): the derivative of the cost through the sampler, at fixed random numbers.
 
-    u is the velocity of the host's own sampler and psi = 0. With a proposal, the sampler is inverted at the sample of q: through a
-    known standardization of the family (location-scale, LogNormal, MultivariateNormal, ...) or through the cdf of a scalar.
+    The estimate is :math:`E = w\,\nabla_\theta\,\phi(T(\epsilon;\theta))`, with the cost :math:`\phi`, the sample x = T(epsilon;
+    theta) and the weight w = p/q. u is the velocity of the host's own sampler and psi = 0. With a proposal, the sampler is inverted
+    at the sample of q: through a known standardization of the family (location-scale, LogNormal, MultivariateNormal, ...) or
+    through the cdf of a scalar.
 
     A control variate adds :math:`\nabla_\theta (E_p[f] - f(T(\epsilon;\theta)))`. f is a polynomial model of the cost, whose mean under
     a Normal is known. Its coefficients are parameters of the program. The user's optimizer trains them while SVI runs, from the same

@@ -27,9 +27,11 @@ WIDTH = 0.7  # of a bump, in units of the distance between two
 
 @dataclass(frozen=True, repr=False)
 class AdaptiveFlow(Estimator):
-    r"""A flow whose velocity field is learned while SVI runs: :math:`E_i = w\,[u_i\cdot\nabla\phi + \psi_i\,\phi + \zeta_i]`.
+    r"""A flow that learns its velocity field and a control variate while SVI runs, so that its gradient has less noise.
 
-    With :math:`u'_i` the pathwise field of parameter i, :math:`s_i` its score, and z the standardized sample,
+    The estimate for parameter i is :math:`E_i = w\,[u_i\cdot\nabla\phi + \psi_i\,\phi + \zeta_i]`, with the cost :math:`\phi`, the
+    weight w = p/q and a control variate :math:`\zeta_i`. With :math:`u'_i` the pathwise field of parameter i, :math:`s_i` its
+    score, and z the standardized sample,
 
     .. math:: u_i = m_i(z)\,u'_i, \qquad \psi_i = (1 - m_i)\,s_i + u'_i\,\partial_x m_i, \qquad
         m_i(z) = a_{i0} + \sum_j a_{ij}\,e^{-(z - c_j)^2 / 2 h^2} .
