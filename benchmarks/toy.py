@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
 
                 keys = jax.random.split(jax.random.key(1), samples)
                 gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(jnp.asarray(problem.logits), keys)
-                evaluations = particles * elbo.describe(model, guide).evaluations
+                evaluations = particles * elbo.describe(model, adaptive(guide, elbo)).evaluations
                 mean, variance = (float(of.sum()) for of in (gradients.mean(0), gradients.var(0)))
                 row(name, label, evaluations, *map(figure, (exact(problem), mean, variance)))
 

@@ -313,8 +313,9 @@ class Describes:
         whose particles are drawn together, the sites that a control variate for the whole guide covers, and under
         ``entropy="analytic"`` the sites whose divergence has a closed form.
 
-        It runs guide and model once, and leaves an autoguide as it was. In NumPyro they have their initial parameters; in Pyro the
-        parameter store and the state of torch's generators are restored.
+        It runs guide and model, and then the loss once, so that it raises the errors that the fit would raise. It leaves an autoguide as it
+        was. In NumPyro guide and model have their initial parameters, and the loss is only traced; in Pyro the parameter store and the
+        state of torch's generators are restored.
 
         Args:
             model: The model.
@@ -324,8 +325,17 @@ class Describes:
 
         Returns:
             A tuple of records that prints as a table.
+
+        Raises:
+            ValueError: Whatever the loss raises at the first step of a fit.
         """
-        return self._describe(model, guide, args, kwargs)
+        description = self._describe(model, guide, args, kwargs)
+        self._try_loss(model, guide, args, kwargs)
+        return description
 
     def _describe(self, model, guide, args, kwargs) -> Description:
+        raise NotImplementedError
+
+    def _try_loss(self, model, guide, args, kwargs) -> None:
+        """Run the loss as a fit would, only for its errors."""
         raise NotImplementedError

@@ -35,10 +35,13 @@ class ForwardsToBase:
         return self.base_dist.entropy()
 
 
-def require_an_estimator(estimator: Any) -> Estimator:
+def require_parts(base_dist: Any, estimator: Any, kind: type, host: str) -> None:
+    """Refuse anything but a distribution of the host, an instance of ``kind``, and an estimator."""
     if not isinstance(estimator, Estimator):
-        raise TypeError(f"Estimated: expected an estimator such as flowvi.LR(), found {estimator!r}")
-    return estimator
+        hint = "; the distribution comes first" if isinstance(base_dist, Estimator) else ""
+        raise TypeError(f"Estimated: expected an estimator such as flowvi.LR(), found {estimator!r}{hint}")
+    if not isinstance(base_dist, kind):
+        raise TypeError(f"Estimated: expected a distribution of {host}, found {base_dist!r} of {type(base_dist).__module__}.")
 
 
 def name_of_site(family: Any) -> str:

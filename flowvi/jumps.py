@@ -31,6 +31,11 @@ class JumpsField:
             value = (value,)
         if not isinstance(value, list | tuple):
             raise TypeError(f"{type(estimator).__name__}: expected jumps=[t, ...], found {value!r}.")
+        for jump in value:
+            if not (isinstance(jump, int | float | Surface) or callable(jump) or hasattr(jump, "shape")):
+                raise TypeError(
+                    f"{type(estimator).__name__}: expected jumps=[t, ...] with numbers, arrays, functions or surfaces, found {jump!r}."
+                )
         if len({isinstance(jump, Surface) for jump in value}) > 1:
             raise TypeError(f"{type(estimator).__name__}: expected jumps that are all numbers or all surfaces, found {value!r}.")
         vars(estimator)["jumps"] = tuple(value)

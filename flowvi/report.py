@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, cast
 
 import numpy as np
@@ -188,8 +189,21 @@ def by_label(estimators: Candidates) -> dict[str, Estimators]:
     return {"": cast(Estimators, estimators)}
 
 
-def require_noise(options: Mapping[str, Any]) -> None:
-    """Refuse to measure an objective that has none."""
+def require_measurable(
+    objective: Callable, model: Any, guide: Any, kwargs: Mapping[str, Any], num_samples: int, options: Mapping[str, Any]
+) -> None:
+    """Refuse arguments with which ``gradient_report`` cannot measure the noise; ``objective`` is the constructor of the loss."""
+    for what, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise TypeError(f"{what}: expected a function, found {type(program).__name__}.")
+        accepted = signature(program).parameters.values()
+        for name in kwargs if all(p.kind is not p.VAR_KEYWORD for p in accepted) else ():
+            if name in signature(objective).parameters and all(p.name != name for p in accepted):
+                raise TypeError(
+                    f"{name}: the {what} takes no such argument; options of the objective go in options={ {name: kwargs[name]} }."
+                )
+    if num_samples < 2:
+        raise ValueError(f"num_samples: expected 2 or more, found {num_samples}.")
     if options.get("particles") == "fixed":
         raise ValueError(
             "options: expected an objective that draws anew at every step, found particles='fixed', under which every sample of the "

@@ -136,6 +136,11 @@ class Target(Shapes, ABC):
 
     # ---- the family, and the way from it to the site
 
+    @property
+    def of_arrays(self) -> Any:
+        """``p``, where the host leaves numbers as they are with arrays instead; user functions of live parameters get it."""
+        return self.p
+
     @cached_property
     def p0(self) -> Any:
         return self.detach(self.p)
@@ -215,7 +220,7 @@ class Target(Shapes, ABC):
         if bounds := self.moving_bounds():
             self.refuse(
                 f"{what} is biased where the support moves with a parameter, but the support of {self.family} moves with "
-                f"{', '.join(bounds)} (or may move, if traced); remove the option, or make the bound a constant."
+                f"{', '.join(bounds)} (or is traced, so flowvi cannot tell); remove the option, or make the bound a constant."
             )
 
     def is_discrete(self) -> bool:

@@ -55,7 +55,7 @@ def test_a_model_annotation_costs_no_run_after_the_first(host):
 
     elbo = host.flow.TraceFlow_ELBO()
     for expected in (2, 3, 4):
-        assert elbo.describe(model, guide)[0].source == "model"
+        assert elbo._describe(model, guide, (), {})[0].source == "model"
         assert len(runs) == expected
 
 

@@ -98,8 +98,10 @@ def test_a_bound_has_no_exact_sum(host):
 
 def test_a_scan():
     def part():
+        logits = numpyro.param("l", 0.3)
+
         def body(carry, _):
-            return carry, numpyro.sample("b", numpyro.distributions.Bernoulli(logits=numpyro.param("l", 0.3) + 0 * carry))
+            return carry, numpyro.sample("b", numpyro.distributions.Bernoulli(logits=logits + 0 * carry))
 
         numpyro.contrib.control_flow.scan(body, jnp.array(0.0), None, length=2)
 

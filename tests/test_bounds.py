@@ -306,7 +306,7 @@ REFUSED = {
     "a score under dreg": (LR(), {"gradient": "dreg"}, "site 'x': gradient='dreg' needs sites without a score"),
     "another gradient": (RP(), {"gradient": "stl"}, "gradient: expected 'plain' or 'dreg', found 'stl'"),
     "another baseline": (RP(), {"baseline": "vimco"}, "baseline: expected 'loo' or None, found 'vimco'"),
-    "alpha 1": (RP(), {"alpha": 1.0}, "alpha should not be equal to 1"),
+    "alpha 1": (RP(), {"alpha": 1.0}, "alpha: expected a number other than 1, found 1.0; use TraceFlow_ELBO"),
 }
 
 

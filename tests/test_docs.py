@@ -140,7 +140,7 @@ def test_readme_asks_for_advice(monkeypatch):
     """The two inline expressions run, with a fake recommendation that takes no time."""
     ask, take = re.findall(r"`([^`\n]*advice[^`\n]*)`", README)
     advice = SimpleNamespace(estimators={"matters": Enumerate()}, options={"entropy": "stl", "num_particles": 4})
-    monkeypatch.setattr(flowvi.numpyro, "recommend", lambda model, guide: advice)
+    monkeypatch.setattr(flowvi.numpyro, "recommend", lambda model, guide, num_particles: advice)
     names = {"recommend": flowvi.numpyro.recommend, "TraceFlow_ELBO": flowvi.numpyro.TraceFlow_ELBO, "model": None, "guide": None}
     exec(ask, names)
     elbo = eval(take, names)
@@ -249,5 +249,5 @@ def test_numbers_of_the_decision_table_are_measured():
         tables = "".join(
             (DOCS / "_measured" / f"{name}.md").read_text() for name in re.findall(r"_measured/(\w+)\.md", anchors[anchor])
         )
-        for number in numbers.split(" → "):
+        for number in numbers.removeprefix("refused → ").split(" → "):
             assert f" {number} |" in tables, (anchor, number)

@@ -234,7 +234,8 @@ def test_the_noise_falls():
 
 def test_describe():
     model, guide = chain(AdaptiveFlow(shared=True), 3, False, loop=False)
-    (site,) = TraceFlow_ELBO().describe(model, guide)
+    elbo = TraceFlow_ELBO()
+    (site,) = elbo.describe(model, adaptive(guide, elbo))
     assert (site.name, site.estimator, site.source) == ("x", AdaptiveFlow(shared=True), "Estimated")
 
 

@@ -95,8 +95,10 @@ def main(*names, markdown=False):
     numpyro.enable_x64()
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore")  # NumPyro warns about a missing plate in one case
-    rows = [HEAD]
-    rows += [row(test, arguments) for test, arguments in CASES.items() if not names or test.__name__.removeprefix("test_") in names]
+    cases = {test.__name__.removeprefix("test_"): (test, arguments) for test, arguments in CASES.items()}
+    if unknown := [name for name in names if name not in cases]:
+        sys.exit(f"unknown case {unknown[0]!r}; the cases are: {', '.join(cases)}")
+    rows = [HEAD, *(row(*cases[name]) for name in cases if not names or name in names)]
     if markdown:
         lines = [HEAD, ("---", "---", "---:", "---:", "---:"), *((f"`{case}`", *cells) for case, *cells in rows[1:])]
         print("\n".join("| " + " | ".join(cells) + " |" for cells in lines))

@@ -11,7 +11,7 @@ of Parmas and Sugiyama (AISTATS 2021, eq. 19), where phi is the cost of the rest
 from flowvi.estimators.auto import Auto
 from flowvi.estimators.disarm import DisARM
 from flowvi.estimators.enumerate import Enumerate
-from flowvi.estimators.estimator import Draw, Estimator, attach, refuse_discrete, refuse_moving_support
+from flowvi.estimators.estimator import Draw, Estimator, attach, is_proposal, refuse_discrete, refuse_moving_support
 from flowvi.estimators.finite_difference import FiniteDifference
 from flowvi.estimators.flow import Flow
 from flowvi.estimators.gumbel_softmax import GumbelSoftmax
@@ -38,6 +38,7 @@ __all__ = [
     "ReinMax",
     "StraightThrough",
     "attach",
+    "is_proposal",
     "refuse_discrete",
     "refuse_moving_support",
 ]

@@ -14,12 +14,14 @@ from flowvi.target import Target
 
 @dataclass(frozen=True, repr=False)
 class DisARM(Estimator):
-    r"""The antithetic estimator for Bernoullis: :math:`E_i = \tfrac12 (b'_i - b_i)\,m_i\,(\phi(b') - \phi(b))\,\nabla_\theta l_i`.
+    r"""The antithetic estimator: compares the cost at the draw with the cost at an opposite value, which all elements share.
 
-    l are the logits, p the probabilities and :math:`m = \max(p, 1-p)`. For a uniform number v, the draw is b = [v < p] and its opposite
-    is b' = [1 - v < p]. u = 0 and there is no score. All elements of the site share one more evaluation of the program, which uses the
-    same random numbers for the other draws. The factor of each element multiplies the whole difference of the costs. In a plate it
-    multiplies the difference of the element's own costs, if everything that depends on the element stays within the plate.
+    For Bernoullis the estimate is :math:`E_i = \tfrac12 (b'_i - b_i)\,m_i\,(\phi(b') - \phi(b))\,\nabla_\theta l_i`, with the cost
+    :math:`\phi`. l are the logits, p the probabilities and :math:`m = \max(p, 1-p)`. For a uniform number v, the draw is b = [v <
+    p] and its opposite is b' = [1 - v < p]. u = 0 and there is no score. All elements of the site share one more evaluation of the
+    program, which uses the same random numbers for the other draws. The factor of each element multiplies the whole difference of
+    the costs. In a plate it multiplies the difference of the element's own costs, if everything that depends on the element stays
+    within the plate.
 
     With ``num_values`` of n this is ARMS: each element has n values, any two of which have the same correlation rho < 0, and
     :math:`E_i = \tfrac{1}{(n-1)(1-\rho_i)} \sum_m (b^m_i - \bar b_i)\,\phi(b^m)\,\nabla_\theta l_i`. It takes n - 1 more evaluations.

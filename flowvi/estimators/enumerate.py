@@ -13,10 +13,11 @@ from flowvi.target import Target
 
 @dataclass(frozen=True, repr=False)
 class Enumerate(Estimator):
-    r"""The exact sum over a finite support: :math:`E = \sum_m \nabla_\theta\,p(m;\theta)\,(\phi(m) - \phi(x))`.
+    r"""The exact sum over the values of a finite support, without noise from the site itself.
 
-    u = 0 and there is no score: the cost is evaluated at all values m of the site. The other draws use the same random numbers, so only
-    the noise of other sites remains.
+    It is :math:`E = \sum_m \nabla_\theta\,p(m;\theta)\,(\phi(m) - \phi(x))`, with the cost :math:`\phi` at each value m and at the
+    draw x. u = 0 and there is no score: the cost is evaluated at all values m of the site. The other draws use the same random
+    numbers, so only the noise of other sites remains.
 
     All elements of a plate share one run if everything that depends on them stays within the plate: a thousand local Bernoullis take
     one more evaluation of the program. Otherwise each element needs its own runs. ``describe`` shows how many evaluations a step takes.

@@ -70,6 +70,13 @@ class Estimator(ABC):
     biased: bool = False
     inputs: Sequence[Any] = ()
 
+    def __post_init__(self):
+        if self.q is not None and not is_proposal(self.q):
+            raise TypeError(
+                f"{type(self).__name__}: expected q=q(p), a function of the distribution, found {type(self.q).__name__}; "
+                "write q=lambda p: ..."
+            )
+
     @property
     def compares(self) -> bool:
         return bool(self.jumps)
@@ -125,6 +132,11 @@ class Estimator(ABC):
         """Attach derivatives to a detached sample ``x`` of the proposal; :func:`attach` adds the weight."""
 
 
+def is_proposal(q: Any) -> bool:
+    """Whether q may be a function of p. A distribution is callable too, but the call draws."""
+    return callable(q) and not hasattr(q, "log_prob")
+
+
 def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:
     """The draw at ``target`` for a sample ``x`` of the estimator's proposal, weight and baseline included."""
     x = ops.stop_gradient(x)
@@ -166,7 +178,7 @@ def refuse_moving_support(target: Target, what: str) -> None:
     if bounds := target.moving_bounds():
         target.refuse(
             f"{what} is biased where the support moves with a parameter, but the support of {target.family} moves with "
-            f"{', '.join(bounds)} (or may move, if traced); use RP() or ImplicitRP(), or make the bound a constant."
+            f"{', '.join(bounds)} (or is traced, so flowvi cannot tell); use RP() or ImplicitRP(), or make the bound a constant."
         )
 
 

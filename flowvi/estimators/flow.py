@@ -27,8 +27,9 @@ class _FieldEstimator(Estimator):
 
 
 class Flow(_FieldEstimator):
-    r"""The probability-flow estimator with your own velocity field: :math:`E = w\,[u\cdot\nabla\phi + \psi\,\phi]`.
+    r"""The probability-flow estimator with your own velocity field, which says how the sample moves as a parameter grows.
 
+    The estimate is :math:`E = w\,[u\cdot\nabla\phi + \psi\,\phi]`, with the velocity u, the cost :math:`\phi` and the weight w = p/q.
     :math:`\psi = \nabla\cdot u + u\cdot\nabla_x\log p + \partial_\theta\log p` is computed for you, so *any* field is unbiased.
     ("Probability flow" is the flow of mass as the parameters change. It is neither the ODE of diffusion models nor a normalizing flow.)
     There are two forms:
@@ -86,13 +87,21 @@ class Flow(_FieldEstimator):
         **per_parameter: Callable[[Array, Any], Array],
     ):
         if (velocity is None) == (not per_parameter):
-            raise TypeError("Flow takes either velocity(x, p, dtheta) or one function u(x, p) for each parameter by name.")
+            found = "neither" if velocity is None else f"both, the latter for {', '.join(per_parameter)}"
+            raise TypeError(
+                f"Flow takes either velocity(x, p, dtheta) or one function u(x, p) for each parameter by name, found {found}; give one."
+            )
         if divergence is not None and velocity is None:
-            raise TypeError("Flow takes a divergence with the general form only; per parameter it is exact and cheap.")
+            raise TypeError("Flow takes a divergence with the general form only; per parameter it is exact and cheap; remove it.")
         if isinstance(velocity, Field) and divergence is not None:
-            raise TypeError("Flow takes no divergence with a Field, which has its own.")
+            raise TypeError("Flow takes no divergence with a Field, which has its own; remove it.")
         if isinstance(divergence, str) and divergence != "pathwise":
             raise TypeError(f"Flow's divergence is a function, 'pathwise' or None; found {divergence!r}.")
+        if velocity is not None and not callable(velocity) and not isinstance(velocity, Field):
+            raise TypeError(f"Flow: expected a function velocity(x, p, dtheta) or a Field, found {velocity!r}.")
+        for name, u in per_parameter.items():
+            if not callable(u):
+                raise TypeError(f"Flow: expected {name}=u(x, p), a function, found {u!r}; write {name}=lambda x, p: ...")
         if velocity is None:
             field = per_element(**per_parameter)
         elif isinstance(velocity, Field):

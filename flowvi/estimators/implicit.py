@@ -65,7 +65,7 @@ class ImplicitRP(Estimator):
         if not self.exact:
             refuse_moving_support(target, "ImplicitRP(exact=False)")
         s = self.standardization or target.cdf
-        eps = s(x, target.p)
+        eps = s(x, target.of_arrays)
         if tuple(eps.shape) != tuple(x.shape):
             target.refuse(
                 f"the standardization function must return the shape of x, expected {tuple(x.shape)}, "
@@ -84,7 +84,7 @@ class ImplicitRP(Estimator):
             value = x - ops.solve(slope, tangent.reshape(slope.shape[:-1])).reshape(x.shape)
         if self.exact:
             return Draw(target.push(value))
-        slope = _slope(ops, target, lambda x: s(x, target.p), value, live=True)
+        slope = _slope(ops, target, lambda x: s(x, target.of_arrays), value, live=True)
         log_volume = ops.log_abs(slope) if target.event_ndim == 0 else ops.log_abs_det(slope)
         return Draw(target.push(value), target.to_batch(target.p.log_prob(value) - log_volume))
 

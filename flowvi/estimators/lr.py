@@ -15,9 +15,10 @@ from flowvi.target import Target
 
 @dataclass(frozen=True, repr=False)
 class LR(Estimator):
-    r"""Likelihood ratio (score function, REINFORCE): :math:`E = w\,\phi(x)\,\nabla_\theta \log p(x;\theta)`.
+    r"""The likelihood ratio (score function, REINFORCE): the cost of the drawn value times the derivative of its log density.
 
-    u = 0 and psi is the score. It acts on the site's value, after all transforms.
+    The estimate is :math:`E = w\,\phi(x)\,\nabla_\theta \log p(x;\theta)`, with the cost :math:`\phi`, the part of the loss that
+    depends on x, and the weight w = p/q. u = 0 and psi is the score. It acts on the site's value, after all transforms.
 
     **Requirements**: ``log_prob`` differentiable in the parameters, and a support that does not move with them. The cost may be
     discontinuous or a black box, as long as its jumps do not move with the parameters.

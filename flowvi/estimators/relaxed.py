@@ -21,13 +21,17 @@ class Relaxed(Estimator):
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         what, relaxation = type(self).__name__, family_of(target.p).relaxation
         if relaxation is None:
-            known = ", ".join(names(lambda family: family.relaxation))
-            target.refuse(f"{what} needs a site whose value can be relaxed, expected one of {known}, found {target.family}; use LR().")
+            relaxed = names(lambda family: family.relaxation)
+            known = ", ".join(name for name in relaxed if not name.startswith("Categorical"))  # whose value is an index
+            instead = "LR()" if target.is_discrete() else "RP()"
+            target.refuse(
+                f"{what} needs a site whose value can be relaxed, expected one of {known}, found {target.family}; use {instead}."
+            )
         eta = relaxation.eta(ops, target.p, target.batch_shape)
         if x.ndim < eta.ndim:
             target.refuse(
-                f"{what} needs a value that can move, but the value of a {target.family} is an index; use a OneHotCategorical if the "
-                "host has one, a Bernoulli, or Enumerate() or Surrogate(c), which take an index."
+                f"{what} needs a value that can move, but the value of a {target.family} is an index; use Enumerate() or Surrogate(c), "
+                "which take an index, a Bernoulli, or in Pyro a OneHotCategorical."
             )
         fixed = ops.stop_gradient(eta)
         hard = relaxation.hard(ops, x, fixed)

@@ -18,10 +18,12 @@ from flowvi.target import Target
 
 @dataclass(frozen=True, repr=False)
 class RP(Estimator):
-    r"""Reparameterization (pathwise): :math:`E = w\,\nabla_\theta\,\phi(T(\epsilon;\theta))`.
+    r"""Reparameterization (pathwise): the derivative of the cost through the sampler, at fixed random numbers.
 
-    u is the velocity of the host's own sampler and psi = 0. With a proposal, the sampler is inverted at the sample of q: through a
-    known standardization of the family (location-scale, LogNormal, MultivariateNormal, ...) or through the cdf of a scalar.
+    The estimate is :math:`E = w\,\nabla_\theta\,\phi(T(\epsilon;\theta))`, with the cost :math:`\phi`, the sample x = T(epsilon;
+    theta) and the weight w = p/q. u is the velocity of the host's own sampler and psi = 0. With a proposal, the sampler is inverted
+    at the sample of q: through a known standardization of the family (location-scale, LogNormal, MultivariateNormal, ...) or
+    through the cdf of a scalar.
 
     A control variate adds :math:`\nabla_\theta (E_p[f] - f(T(\epsilon;\theta)))`. f is a polynomial model of the cost, whose mean under
     a Normal is known. Its coefficients are parameters of the program. The user's optimizer trains them while SVI runs, from the same
@@ -78,13 +80,16 @@ class RP(Estimator):
     jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
 
     def __post_init__(self):
+        super().__post_init__()
         if self.control_variate not in ("cubic", "quadratic", "diagonal", None):
             raise TypeError(f"RP: expected control_variate='cubic', 'quadratic', 'diagonal' or None, found {self.control_variate!r}.")
         if self.control_variate is None and self.shares:
             given = "shared=True" if self.shared else "features"
             raise TypeError(f"RP: {given} is for the coefficients of a control variate, found control_variate=None; remove it.")
         if self.control_variate is not None and self.q is not None:
-            raise TypeError("RP takes a control variate or q, found both; the mean of the control variate is only known under p.")
+            raise TypeError(
+                "RP takes a control variate or q, found both; remove one, as the mean of the control variate is only known under p."
+            )
 
     @property
     def shares(self) -> bool:

@@ -31,7 +31,7 @@ class Gain(NamedTuple):
         """The ratio and the interval."""
         if self.ratio > UNCOUNTED:
             return "more than a million"
-        return f"{self.ratio:.3g} ({self.low:.3g} to {self.high:.3g})"
+        return f"{self.ratio:.3g} (95% interval: {self.low:.3g} to {self.high:.3g})"
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ class Recommendation(Table):
     @property
     def footer(self) -> tuple[str, ...]:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        lines = [f"options: {options}", f"noise x time: the default needs {self.gain_over_default} times as much"]
-        if self.gain_over_host is not None:
-            lines.append(f"noise x time: the host's own objective needs {self.gain_over_host} times as much")
+        lines = [f"options: {options}"]
+        for name, gain in (("the default", self.gain_over_default), ("the host's own objective", self.gain_over_host)):
+            if gain is not None:
+                lines.append(f"noise x time: {name} has {gain} times that of this choice")
         lines += [f"check_program: '{one.site}' may be biased: {one.remark}" for one in self.check.failed]
         return (*lines, *self.hints, *([f"no time for {self.untried} candidates; give more seconds"] if self.untried else []))
 
@@ -192,6 +193,8 @@ def _advice(search: Search, site: GuideSite) -> SiteAdvice:
 
 
 def _versus(other: Tried) -> str:
+    if all(0.9 < ratio < 1.1 for ratio in (other.noise, other.time)):
+        return f"no measurable difference to {other.estimator}"
     exact = other.noise > 0.1 / FLOOR
     noise = "noisy where this is exact" if exact else f"{other.noise:.2g} times as noisy"
     return f"{other.estimator} would be {noise} at {other.time:.2g} times the time"

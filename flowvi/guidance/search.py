@@ -15,7 +15,7 @@ from flowvi.guidance.bench import Bench, Clock, Setting
 from flowvi.guidance.bias import MeanTest
 from flowvi.guidance.candidates import GuideSite, candidates, misses_jumps
 from flowvi.guidance.noise import FLOOR, Scale, Trial
-from flowvi.particles import Particles, can_be_joint
+from flowvi.particles import Particles, can_be_joint, require_num_particles
 
 CLEARLY = 2.5  # standard errors
 TOLERATED = 0.2  # the share by which an uncertain score may be larger
@@ -81,7 +81,9 @@ class Search:
 
     def __init__(self, bench: Bench, num_particles: int | tuple[int, ...], clock: Clock):
         self.bench, self.clock = bench, clock
-        self.num_particles = (num_particles,) if isinstance(num_particles, int) else tuple(num_particles)
+        self.num_particles = tuple(num_particles) if isinstance(num_particles, list | tuple) else (num_particles,)
+        for number in self.num_particles:
+            require_num_particles(number)
         self.default = self.best = Setting(num_particles=self.num_particles[0])
         self.trials: dict[Setting, Trial] = {}
         self.refused: dict[Setting, str] = {}

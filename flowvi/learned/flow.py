@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 from flowvi.baselines import Baseline, BaselineField
-from flowvi.estimators import Draw, Estimator, refuse_discrete, refuse_moving_support
+from flowvi.estimators import Draw, Estimator, is_proposal, refuse_discrete, refuse_moving_support
 from flowvi.family import Standardization, family_of, names
 from flowvi.fields.field import Field, Part
 from flowvi.learned.amortised import Amortised, Features
@@ -27,9 +27,11 @@ WIDTH = 0.7  # of a bump, in units of the distance between two
 
 @dataclass(frozen=True, repr=False)
 class AdaptiveFlow(Estimator):
-    r"""A flow whose velocity field is learned while SVI runs: :math:`E_i = w\,[u_i\cdot\nabla\phi + \psi_i\,\phi + \zeta_i]`.
+    r"""A flow that learns its velocity field and a control variate while SVI runs, so that its gradient has less noise.
 
-    With :math:`u'_i` the pathwise field of parameter i, :math:`s_i` its score, and z the standardized sample,
+    The estimate for parameter i is :math:`E_i = w\,[u_i\cdot\nabla\phi + \psi_i\,\phi + \zeta_i]`, with the cost :math:`\phi`, the
+    weight w = p/q and a control variate :math:`\zeta_i`. With :math:`u'_i` the pathwise field of parameter i, :math:`s_i` its
+    score, and z the standardized sample,
 
     .. math:: u_i = m_i(z)\,u'_i, \qquad \psi_i = (1 - m_i)\,s_i + u'_i\,\partial_x m_i, \qquad
         m_i(z) = a_{i0} + \sum_j a_{ij}\,e^{-(z - c_j)^2 / 2 h^2} .
@@ -97,12 +99,12 @@ class AdaptiveFlow(Estimator):
     features: Features | None = None
 
     def __post_init__(self):
+        if self.q is not None and self.q != "learned" and not is_proposal(self.q):
+            raise TypeError(f"AdaptiveFlow: expected q='learned', a function q(p) or None, found {self.q!r}.")
         if self.bumps < 0:
             raise ValueError(f"AdaptiveFlow: expected a number of bumps, 0 or more, found {self.bumps}.")
         if not 0 <= self.epsilon < 1:
             raise ValueError(f"AdaptiveFlow: expected an epsilon between 0 and 1, found {self.epsilon}.")
-        if self.q is not None and self.q != "learned" and not callable(self.q):
-            raise TypeError(f"AdaptiveFlow: expected q='learned', a function q(p) or None, found {self.q!r}.")
         if self.field is not None and self.field.parts is None:
             raise TypeError(
                 f"AdaptiveFlow needs a pathwise field with a part for each parameter, found {self.field}; "

@@ -22,7 +22,7 @@ from numpyro.distributions.flows import BlockNeuralAutoregressiveTransform
 from numpyro.distributions.transforms import ComposeTransform, Transform, _InverseTransform
 
 import flowvi.ops.jax as ops
-from flowvi.estimated import ForwardsToBase, forwarded, name_of_site, require_an_estimator
+from flowvi.estimated import ForwardsToBase, forwarded, name_of_site, require_parts
 from flowvi.estimators import Draw, Estimator, attach
 from flowvi.numpyro.threefry import is_unrolled, rolled, takes
 from flowvi.rebuild import rebuild
@@ -87,9 +87,13 @@ class NumPyroTarget(Target):
         return VALIDATION_IS_OPT_IN or bool(dist.Distribution._validate_args)
 
     def detach(self, p):
-        p = jax.tree.map(stop_gradient, p)
+        p = jax.tree.map(stop_gradient, jax.tree.map(_as_array, p))
         p._validate_args = False
         return p
+
+    @property
+    def of_arrays(self):
+        return jax.tree.map(_as_array, self.p)
 
     def is_live(self, value):
         return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
@@ -189,7 +193,7 @@ class Estimated(ForwardsToBase, dist.Distribution):
         estimator: The estimator of the site.
 
     Raises:
-        TypeError: ``estimator`` is not an estimator.
+        TypeError: ``base_dist`` is not a distribution of NumPyro, or ``estimator`` is not an estimator.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -207,7 +211,8 @@ class Estimated(ForwardsToBase, dist.Distribution):
     pytree_aux_fields = ("estimator",)
 
     def __init__(self, base_dist: dist.Distribution, estimator: Estimator, *, validate_args: bool | None = None):
-        self.base_dist, self.estimator = base_dist, require_an_estimator(estimator)
+        require_parts(base_dist, estimator, dist.Distribution, "NumPyro")
+        self.base_dist, self.estimator = base_dist, estimator
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args)
 
     support = forwarded("support")
@@ -249,6 +254,11 @@ def attaching(moving_leaves: MovingLeaves | None):
         yield
     finally:
         _ATTACHING.reset(token)
+
+
+def _as_array(leaf: Any) -> Any:
+    """A float as an array, which NumPyro leaves as it is outside of ``jit``; anything else unchanged."""
+    return jnp.asarray(leaf) if isinstance(leaf, float) else leaf
 
 
 def _made_up(leaf: Any) -> Any:

@@ -17,7 +17,7 @@ from flowvi.estimators import Auto, Estimator
 from flowvi.learned.coupling import JointKind
 from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.particles import Together
-from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program
+from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program, trace_loss
 from flowvi.numpyro.threefry import split, typed_like
 from flowvi.objectives import LeaveOneOut, Particle, described, elbo_of, estimate, particle_baseline, require_options
 from flowvi.particles import Particles, are_together, require_fixed, require_particles
@@ -108,9 +108,9 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         seed: int = 0,
         control_variate: JointKind | None = None,
     ):
-        super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         require_options(entropy, baseline, dependencies, control_variate, particles)
         require_particles(particles, num_particles, vectorize_particles, entropy)
+        super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         if control_variate is not None and multi_sample_guide:
             raise ValueError(
                 f"control_variate: expected None with multi_sample_guide=True, found {control_variate!r}; use num_particles instead."
@@ -148,6 +148,10 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         if self.particles == "fixed":
             require_fixed(run)
         return elbo_of(HOST, run, self.dependencies, by_statement=not self.sum_sites), run.mutable_state or None
+
+    def _try_loss(self, model, guide, args, kwargs) -> None:
+        with as_found(guide):
+            trace_loss(self, model, guide, args, kwargs)
 
     def _describe(self, model, guide, args, kwargs) -> Description:
         together = self._together(0, random.key(1)) if are_together(self.particles) else None

@@ -192,7 +192,7 @@ class NumPyroBench:
         self.constrained = svi.constrain_fn(unconstrained)
         run = self._run(self.key)
         self.marginalises = bool(run.marginalised)
-        self.sites = guide_sites(HOST, run, self.elbo.describe(model, guide, *args, **kwargs))
+        self.sites = guide_sites(HOST, run, self.elbo._describe(model, guide, args, kwargs))
         self.learns_already = bool(run.sites.learned)
         of_program = {name: value for name, value in unconstrained.items() if name not in run.sites.learned}
         self.parameters = {name: ravel_pytree(of_program[name])[0].size for name in sorted(of_program)}

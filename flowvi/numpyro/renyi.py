@@ -12,7 +12,7 @@ from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.numpyro.handlers import seeded
 from flowvi.numpyro.host import HOST, as_found
-from flowvi.numpyro.run import NumPyroProgram, of_first_particle, run_program
+from flowvi.numpyro.run import NumPyroProgram, of_first_particle, run_program, trace_loss
 from flowvi.numpyro.threefry import split
 from flowvi.objectives import Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
 
@@ -74,8 +74,8 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         baseline: LeaveOneOut = "loo",
         gradient: Gradient = "plain",
     ):
+        require_bound_options(alpha, num_particles, baseline, gradient)
         super().__init__(alpha, num_particles)
-        require_bound_options(baseline, gradient)
         self.vectorize_particles_fn = self._assign_vectorize_particles_fn(vectorize_particles)
         self.baseline: LeaveOneOut = baseline
         self.gradient: Gradient = gradient
@@ -96,6 +96,10 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         particles, scale, mutable_state = self.vectorize_particles_fn(particle, split(rng_key, self.num_particles))
         loss = -renyi_bound(ops, particles, self.alpha, self.baseline).sum() * scale[0]
         return {"loss": loss, "mutable_state": of_first_particle(mutable_state)}
+
+    def _try_loss(self, model, guide, args, kwargs) -> None:
+        with as_found(guide):
+            trace_loss(self, model, guide, args, kwargs)
 
     def _describe(self, model, guide, args, kwargs):
         with as_found(guide):

@@ -21,7 +21,7 @@ from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.learning import adaptive
 from flowvi.numpyro.run import NumPyroProgram
 from flowvi.progress import Bar
-from flowvi.report import Candidates, GradientReport, Measured, compare, require_noise
+from flowvi.report import Candidates, GradientReport, Measured, compare, require_measurable
 
 BATCH = 100
 
@@ -64,7 +64,8 @@ def gradient_report(
         A :class:`flowvi.report.GradientReport`, which prints as a table.
 
     Raises:
-        ValueError: Naming the site; see the estimators. Under ``particles="fixed"``, whose gradient has no noise.
+        TypeError: The model or the guide is not a function, or does not take an option of the objective.
+        ValueError: Naming the site; see the estimators. Fewer than two samples; ``particles="fixed"``, whose gradient has no noise.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -83,7 +84,7 @@ def gradient_report(
     References:
         Parmas and Sugiyama 2021, eq. 19.
     """
-    require_noise(options or {})
+    require_measurable(TraceFlow_ELBO.__init__, model, guide, kwargs, num_samples, options or {})
     key = random.key(0) if rng_key is None else rng_key
 
     def measure(choice: Estimators) -> Measured:
@@ -107,7 +108,7 @@ def gradient_report(
         def log_weights(key):
             return {name: draw.log_weight for name, draw in run(key).draws.items() if draw.log_weight is not None}
 
-        description = elbo.describe(model, guide, *args, **kwargs)
+        description = elbo._describe(model, guide, args, kwargs)
         measured = Measured(description, _readers(run, key, {name: constrained[name] for name in of_program}, constrained))
         size = min(BATCH, num_samples)
         gradient, log_weights = jax.jit(jax.vmap(gradient)), jax.jit(jax.vmap(log_weights))

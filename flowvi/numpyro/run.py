@@ -15,8 +15,10 @@ from jax import random
 from jax.lax import stop_gradient
 from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import block, replay, seed, substitute, trace
+from numpyro.infer import SVI
 from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
+from numpyro.optim import SGD
 from numpyro.util import _validate_model, check_model_guide_match
 
 import flowvi.ops.jax as ops
@@ -284,7 +286,10 @@ class NumPyroProgram:
         }
         samples = [site["value"].shape[0] for site in guide_trace.values() if site["type"] == "sample"]
         if not samples:
-            raise ValueError("guide is missing `sample` sites.")
+            raise ValueError(
+                "multi_sample_guide=True: expected a guide with sample statements, whose values have a leading dim of samples, found "
+                "none; add one, or remove multi_sample_guide."
+            )
 
         def log_probs(key, latents):
             with own_keys(None, key), seed(rng_seed=unrolled(key)), hold(data={**latents, **plates}):
@@ -300,6 +305,18 @@ def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entrop
     """Run a program with the estimators of an assignment."""
     assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # a tracer of an earlier trace
     return run(program, GuideSites(assignment, entropy))
+
+
+def trace_loss(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Trace the loss at the initial parameters, as a step of ``SVI`` does."""
+    svi = SVI(model, guide, SGD(0.0), elbo)
+    state = svi.init(random.key(0), *args, **kwargs)
+    mutable_state = state.mutable_state or {}
+
+    def loss(params):
+        return elbo.loss_with_mutable_state(state.rng_key, params | mutable_state, model, guide, *args, **kwargs)["loss"]
+
+    jax.eval_shape(loss, svi.get_params(state))
 
 
 def of_first_particle(mutable_state: Any) -> Any:

@@ -99,7 +99,11 @@ def _bound_particle(ops: Ops, run: Run, terms: list[Term], at_fixed_draws: list[
         if draw.control is not None:
             _refuse(name, "a control variate has mean 0 only under an ELBO; use TraceFlow_ELBO, or an estimator that does not learn.")
         if draw.comparison is not None:
-            _refuse(name, "the bound is not a sum of costs, which could be compared at several values of a site; use LR() here.")
+            _refuse(
+                name,
+                "TraceFlow_RenyiELBO takes no estimator that compares the cost at several values, such as Enumerate(); use LR() here, "
+                "or TraceFlow_ELBO.",
+            )
         if draw.baseline is not None:
             _refuse(name, "the bound has its own baseline, the bound without the particle; remove the baseline of the estimator.")
         if at_fixed_draws is not None and draw.score is not None:

@@ -19,7 +19,7 @@ from torch.distributions.kl import kl_divergence, register_kl
 from torch.distributions.transforms import _InverseTransform
 
 import flowvi.ops.torch as ops
-from flowvi.estimated import ForwardsToBase, name_of_site, require_an_estimator
+from flowvi.estimated import ForwardsToBase, name_of_site, require_parts
 from flowvi.estimators import Draw, Estimator, attach
 from flowvi.pyro.detach import detached, tensors_in
 from flowvi.pyro.generators import generator_states, uniforms
@@ -190,7 +190,7 @@ class Estimated(ForwardsToBase, dist.TorchDistribution):
         estimator: The estimator of the site.
 
     Raises:
-        TypeError: ``estimator`` is not an estimator.
+        TypeError: ``base_dist`` is not a distribution of Pyro, or ``estimator`` is not an estimator.
 
     Example:
         >>> import pyro.distributions as dist
@@ -206,7 +206,8 @@ class Estimated(ForwardsToBase, dist.TorchDistribution):
     arg_constraints: ClassVar[dict] = {}
 
     def __init__(self, base_dist: Any, estimator: Estimator, *, validate_args: bool | None = None):
-        self.base_dist, self.estimator = base_dist, require_an_estimator(estimator)
+        require_parts(base_dist, estimator, torch.distributions.Distribution, "Pyro")
+        self.base_dist, self.estimator = base_dist, estimator
         # whether psi = 0 at q = p; an attribute, not a property, because Pyro assigns it
         self.has_rsample = estimator.psi_is_zero(PyroTarget(self._name, base_dist, enters=True))
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args)

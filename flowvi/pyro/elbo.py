@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 
 import pyro
 import torch
@@ -130,6 +131,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         seed: int = 0,
         control_variate: JointKind | None = None,
     ):
+        require_options(entropy, baseline, dependencies, control_variate, particles)
+        require_particles(particles, num_particles, vectorize_particles, entropy)
         super().__init__(
             num_particles,
             max_plate_nesting,
@@ -141,8 +144,6 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             retain_graph,
             tail_adaptive_beta,
         )
-        require_options(entropy, baseline, dependencies, control_variate, particles)
-        require_particles(particles, num_particles, vectorize_particles, entropy)
         self.particles: Particles = particles
         self.seed = seed
         self.entropy: Entropy = entropy
@@ -276,6 +277,10 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
     def _first_run(self, model, guide, args, kwargs) -> Run:
         follows = follows_tensors(self.dependencies)
         return self._run(PyroProgram(model, guide, args, kwargs, self, follows, self.particles))
+
+    def _try_loss(self, model, guide, args, kwargs) -> None:
+        with as_found(model, guide), torch.enable_grad():
+            copy(self)._surrogate(model, guide, args, kwargs)  # a copy, because Pyro sets max_plate_nesting
 
     def _run(self, program: PyroProgram) -> Run:
         return apply_entropy(HOST, run(program, GuideSites(self.assignment, self.entropy)), self.entropy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import copy
 
 import torch
 from pyro.infer import RenyiELBO
@@ -88,8 +89,8 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         baseline: LeaveOneOut = "loo",
         gradient: Gradient = "plain",
     ):
+        require_bound_options(alpha, num_particles, baseline, gradient)
         super().__init__(alpha, num_particles, max_plate_nesting, max_iarange_nesting, vectorize_particles, strict_enumeration_warning)
-        require_bound_options(baseline, gradient)
         self.baseline: LeaveOneOut = baseline
         self.gradient: Gradient = gradient
         self._assignment = Assignment(estimators, default)
@@ -154,6 +155,10 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         with as_found(model, guide):
             run = self._run(PyroProgram(model, guide, args, kwargs, self))
             return Description(run.sites.random.values(), marginalised=run.marginalised)
+
+    def _try_loss(self, model, guide, args, kwargs) -> None:
+        with as_found(model, guide), torch.enable_grad():
+            copy(self)._surrogate(model, guide, args, kwargs)  # a copy, because Pyro sets max_plate_nesting
 
     def _get_trace(self, model, guide, args, kwargs):
         program = PyroProgram(model, guide, args, kwargs, self)

@@ -19,7 +19,7 @@ from flowvi.pyro.generators import seed_generators
 from flowvi.pyro.host import HOST, as_found
 from flowvi.pyro.module import unconstrained
 from flowvi.pyro.run import PyroProgram
-from flowvi.report import Candidates, GradientReport, Measured, compare, require_noise
+from flowvi.report import Candidates, GradientReport, Measured, compare, require_measurable
 from flowvi.run import Run
 
 
@@ -58,7 +58,8 @@ def gradient_report(
         A :class:`flowvi.report.GradientReport`, which prints as a table.
 
     Raises:
-        ValueError: Naming the site; see the estimators. Under ``particles="fixed"``, whose gradient has no noise.
+        TypeError: The model or the guide is not a function, or does not take an option of the objective.
+        ValueError: Naming the site; see the estimators. Fewer than two samples; ``particles="fixed"``, whose gradient has no noise.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -79,11 +80,11 @@ def gradient_report(
     References:
         Parmas and Sugiyama 2021, eq. 19.
     """
-    require_noise(options or {})
+    require_measurable(TraceFlow_ELBO.__init__, model, guide, kwargs, num_samples, options or {})
 
     def measure(choice: Estimators) -> Measured:
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
-        description = elbo.describe(model, guide, *args, **kwargs)
+        description = elbo._describe(model, guide, args, kwargs)
         program = partial(PyroProgram, model, guide, args, kwargs, elbo)
         with poutine.trace(param_only=True) as used:
             seed_generators(seed)
