@@ -1,9 +1,9 @@
 """How soon a fit comes close to the best ELBO: with the choice of `recommend` once there is one, and with the default throughout.
 
 A choice is made for the parameters after `SETTLED` steps of the default, so both sides start with these steps. Then one side goes on
-with the choice, and with a new optimizer. For each side, the steps to the best ELBO minus `CLOSE` nats are counted, as a mean over seeds
-and at the best step size. They are multiplied by the CPU time of a step. The steps are timed in turn, so a busy machine hardly matters.
-NumPyro computes all ELBOs from the parameters of the fit, which have the same names in both hosts, with the same draws.
+with the choice, and with a new optimizer. For each side, the steps to the best ELBO minus `CLOSE` nats are counted, as a mean over
+seeds and at the best step size. They are multiplied by the CPU time of a step. The steps are timed in turn, so a busy machine hardly
+matters. NumPyro computes all ELBOs from the parameters of the fit, which have the same names in both hosts, with the same draws.
 """
 
 from __future__ import annotations
