@@ -40,7 +40,7 @@ from flowvi.numpyro.marginal import (
     unshifted,
 )
 from flowvi.numpyro.particles import Together
-from flowvi.numpyro.scans import hold, replay_guide
+from flowvi.numpyro.scans import hold, is_reversed, mark_reverse_scans, replay_guide
 from flowvi.numpyro.threefry import split, unrolled
 from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
@@ -65,7 +65,7 @@ class NumPyroProgram:
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
         guide = self._seeded_guide()
         if values:
-            guide = hold(guide, data=dict(values))
+            guide = hold(guide, values, reverse=values)
         guide = attach_estimators(guide, sites, self.moving_leaves, self.own_rows, self.together)
         log_probs, guide_trace = self._log_probs(guide, self.param_map)
         _require_names(sites, guide_trace)
@@ -79,6 +79,8 @@ class NumPyroProgram:
             model_log_probs, model_trace = self._map_model(model, guide_trace, mutable_state)
         else:
             model_log_probs, model_trace = self._replay_model(model, guide_trace)
+            if sites.entropy == "analytic":
+                _require_one_order(model_trace, guide_trace)
             check_model_guide_match(model_trace, guide_trace)
             _validate_model(model_trace, plate_warning="loose")
             mutable_state |= _values(model_trace, "mutable")
@@ -263,7 +265,7 @@ class NumPyroProgram:
         return rows
 
     def _seeded_guide(self):
-        return seeded(self.guide, split(self.rng_key)[1])
+        return mark_reverse_scans(seeded(self.guide, split(self.rng_key)[1]))
 
     def _log_probs(self, program, params):
         params = jax.tree.map(lambda leaf: leaf, params)  # NumPyro before 0.21 changes mutable state in place
@@ -284,6 +286,7 @@ class NumPyroProgram:
             for name, site in guide_trace.items()
             if (site["type"] == "sample" and site["value"].size > 0) or site["type"] == "deterministic"
         }
+        reverse = {name for name, site in guide_trace.items() if is_reversed(site)}
         samples = [site["value"].shape[0] for site in guide_trace.values() if site["type"] == "sample"]
         if not samples:
             raise ValueError(
@@ -292,7 +295,7 @@ class NumPyroProgram:
             )
 
         def log_probs(key, latents):
-            with own_keys(None, key), seed(rng_seed=unrolled(key)), hold(data={**latents, **plates}):
+            with own_keys(None, key), seed(rng_seed=unrolled(key)), hold(data={**latents, **plates}, reverse=reverse):
                 log_probs, model_trace = self._log_probs(model, {**self.param_map, **mutable_state})
             _validate_model(model_trace, plate_warning="loose")
             traces.append(model_trace)
@@ -322,6 +325,18 @@ def trace_loss(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs:
 def of_first_particle(mutable_state: Any) -> Any:
     """The mutable state of the first particle, from the stacked states of all particles."""
     return jax.tree.map(lambda a: a[0], mutable_state)
+
+
+def _require_one_order(model_trace: Mapping[str, Any], guide_trace: Mapping[str, Any]) -> None:
+    """Refuse to pair the steps of model and guide for a closed form if only the model's scan is reverse."""
+    if drawn := [
+        name for name, site in model_trace.items() if is_reversed(site) and name in guide_trace and not is_reversed(guide_trace[name])
+    ]:
+        raise refusal(
+            drawn[0],
+            "entropy='analytic' compares the distributions of guide and model step by step, but the model draws the site inside "
+            "scan(..., reverse=True) and the guide does not; use entropy='full', or scan xs[::-1] forward in the model.",
+        )
 
 
 def _require_replayed(of_model: Mapping[str, Statement], guide_trace: Mapping[str, Any]) -> None:

@@ -1,13 +1,15 @@
 """Given values inside NumPyro's ``scan``.
 
-``scan`` stacks the values of its steps in the order of ``xs``. It takes given values in the order in which the steps run. With
-``reverse=True`` these orders differ, so values are flipped before a reverse scan gets them.
+``scan`` stacks the values of its steps in the order of ``xs``. It takes given values in the order in which the steps run, and so do
+NumPyro's tools for a fitted model, such as ``Predictive``. With ``reverse=True`` these orders differ. So values that a reverse scan has
+stacked are flipped before a reverse scan gets them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,14 +36,28 @@ class mark_reverse_scans(Messenger):
     """Mark the sites inside reverse scans for :func:`is_reversed`."""
 
     def postprocess_message(self, msg):
-        if is_reverse_scan(msg):
-            _, (steps, _) = msg["value"]
-            for site in steps.trace.values():
-                site["_reversed"] = True
+        _mark(msg)
+
+
+def _mark(msg: Mapping[str, Any]) -> None:
+    if is_reverse_scan(msg):
+        _, (steps, _) = msg["value"]
+        for site in steps.trace.values():
+            site["_reversed"] = True
 
 
 class hold(substitute):
-    """Substitute values. Those of a site inside ``scan`` are in the order of ``xs``."""
+    """Substitute values.
+
+    Args:
+        fn: The program.
+        data: The values, by site.
+        reverse: The sites whose values a reverse scan has stacked; a site that is in no reverse scan does not matter.
+    """
+
+    def __init__(self, fn=None, data: Mapping[str, Any] = MappingProxyType({}), reverse: Container[str] = ()):
+        self.reverse = reverse
+        super().__init__(fn, data=dict(data))
 
     def process_message(self, msg):
         if is_scan(msg):
@@ -60,15 +76,20 @@ class hold(substitute):
                 "expected a site inside one scan, found one inside nested scans, where NumPyro cannot hold a value fixed; "
                 "use entropy='full' or 'analytic', or write the inner scan as a plate or a loop.",
             )
-        return jnp.flip(value, 0) if reverse else value
+        return jnp.flip(value, 0) if reverse and site["name"] in self.reverse else value
 
 
 class replay_guide(replay):
-    """Replay the guide's values in the model. Those of a site inside ``scan`` are in the order of ``xs``."""
+    """Replay the guide's values in the model: in a reverse scan, too, a step has the density of the value that it gets."""
 
     def process_message(self, msg):
+        value = msg["value"]
         super().process_message(msg)
         if is_reverse_scan(msg):
-            drawn = {name: site for name, site in self.trace.items() if site["type"] == "sample" and jnp.ndim(site["value"])}
-            flipped = {name: {**site, "value": jnp.flip(site["value"], 0)} for name, site in drawn.items()}
+            flipped = {name: {**site, "value": jnp.flip(site["value"], 0)} for name, site in self.trace.items() if is_reversed(site)}
             msg["kwargs"]["substitute_stack"][-1] = ("replay", {**self.trace, **flipped})
+        elif is_reversed(msg):  # the scan has stacked the value
+            msg["value"] = value
+
+    def postprocess_message(self, msg):
+        _mark(msg)
