@@ -13,7 +13,7 @@ sample is a smooth function of the parameters at fixed random numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral
+from operator import index
 from typing import Any, Literal, NoReturn
 
 from flowvi.ops import Array, Ops
@@ -35,17 +35,20 @@ def are_together(particles: Particles) -> bool:
     return particles in ("stratified", "antithetic")
 
 
-def require_num_particles(num_particles: Any) -> None:
-    """Refuse anything but a positive integer."""
-    if not isinstance(num_particles, Integral) or num_particles < 1:
+def require_num_particles(num_particles: Any) -> int:
+    """The number as an int; anything but a positive integer is refused."""
+    try:
+        number = index(num_particles)
+    except TypeError:
         hint = "; did you mean estimators=...?" if isinstance(num_particles, Mapping) else "."
-        error = ValueError if isinstance(num_particles, Integral) else TypeError
-        raise error(f"num_particles: expected an integer of 1 or more, found {num_particles!r}{hint}")
+        raise TypeError(f"num_particles: expected an integer of 1 or more, found {num_particles!r}{hint}") from None
+    if number < 1:
+        raise ValueError(f"num_particles: expected an integer of 1 or more, found {number}.")
+    return number
 
 
 def require_particles(particles: Particles, num_particles: int, vectorized: Any, entropy: Entropy) -> None:
     """Refuse particles that cannot be drawn in this way."""
-    require_num_particles(num_particles)
     if particles not in ("independent", "stratified", "antithetic", "fixed"):
         raise ValueError(f"particles: expected 'independent', 'stratified', 'antithetic' or 'fixed', found {particles!r}.")
     if particles == "fixed" and entropy == "stl":

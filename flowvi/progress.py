@@ -35,9 +35,11 @@ class Bar(tqdm):
     def close(self) -> None:
         """Draw the bar for the last time."""
         if not self.disable:
-            super().close()
-            if self.rich is not None:
-                self.rich.stop()
+            try:
+                super().close()
+            finally:
+                if self.rich is not None:
+                    self.rich.stop()
 
 
 def _rich_bar(unit: str) -> Any:
@@ -47,7 +49,7 @@ def _rich_bar(unit: str) -> Any:
     except ImportError:
         return None
     count = TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}")
-    columns = TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(elapsed_when_finished=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), count, TimeRemainingColumn(elapsed_when_finished=True)
     bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
     bar.add_task("", total=0)
     return bar

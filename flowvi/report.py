@@ -196,7 +196,7 @@ def require_measurable(
     for what, program in (("model", model), ("guide", guide)):
         if not callable(program):
             raise TypeError(f"{what}: expected a function, found {type(program).__name__}.")
-        accepted = signature(program).parameters.values()
+        accepted = signature(program, follow_wrapped=False).parameters.values()
         for name in kwargs if all(p.kind is not p.VAR_KEYWORD for p in accepted) else ():
             if name in signature(objective).parameters and all(p.name != name for p in accepted):
                 raise TypeError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 
@@ -17,7 +17,7 @@ def unchanged(programs: Iterable[Any], kinds: type | tuple[type, ...]) -> Iterat
         programs: Model or guide, as the user gave them.
         kinds: The host's classes whose objects change when a program runs for the first time.
     """
-    states = [_State(found) for found in _held(list(programs), set()) if isinstance(found, kinds)]
+    states = [_State(found) for found in _held(list(programs)) if isinstance(found, kinds)]
     try:
         yield
     finally:
@@ -29,11 +29,13 @@ class _State:
     """The attributes of an object at this time."""
 
     def __init__(self, owner: Any):
-        self.owner, self.attributes = owner, dict(vars(owner))
+        self.owner, self.kind, self.attributes = owner, type(owner), dict(vars(owner))
         containers = [value for value in self.attributes.values() if isinstance(value, dict | list | set)]
         self.contents = [(container, container.copy()) for container in containers]
 
     def restore(self) -> None:
+        if type(self.owner) is not self.kind:  # a lazy module has become another one
+            return
         vars(self.owner).clear()
         vars(self.owner).update(self.attributes)
         for container, items in self.contents:
@@ -41,22 +43,21 @@ class _State:
             container.extend(items) if isinstance(container, list) else container.update(items)
 
 
-def _held(value: Any, seen: set[int]) -> Iterator[Any]:
-    """An object, and the callables and containers that it holds: attributes, arguments, closed-over and global variables."""
-    if id(value) in seen or isinstance(value, type):
-        return
-    seen.add(id(value))
-    if isinstance(value, Mapping):
-        inner = list(value.values())
-    elif isinstance(value, list | tuple | set):
-        inner = list(value)
-    elif callable(value):
-        yield value
-        inner = [*getattr(value, "__dict__", {}).values(), *_variables(value)]
-    else:
-        return
-    for item in inner:
-        yield from _held(item, seen)
+def _held(values: list[Any]) -> Iterator[Any]:
+    """The callables that objects hold: in attributes, arguments, containers, and variables that a function reads."""
+    seen: dict[int, Any] = {}
+    while values:
+        value = values.pop()
+        if id(value) in seen or isinstance(value, type):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, list | tuple | set):
+            values += value
+        elif callable(value):
+            yield value
+            values += [*getattr(value, "__dict__", {}).values(), *_variables(value)]
 
 
 def _variables(value: Any) -> Iterator[Any]:
@@ -65,13 +66,15 @@ def _variables(value: Any) -> Iterator[Any]:
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, MethodType):
         yield from (value.__self__, getattr(value.__self__, "__dict__", {}), value.__func__)
-    elif (code := getattr(value, "__code__", None)) is not None:
+    elif isinstance(value, FunctionType):
+        yield from (value.__defaults__, value.__kwdefaults__)
         for cell in value.__closure__ or ():
             try:
                 yield cell.cell_contents
             except ValueError:  # a variable that is not set yet
                 continue
-        for name in code.co_names:
+        for name in value.__code__.co_names:
             found = value.__globals__.get(name)
-            if callable(found) and getattr(found, "__globals__", value.__globals__) is value.__globals__:  # not into libraries
+            own = getattr(found, "__globals__", value.__globals__) is value.__globals__  # a function of this module, not of a library
+            if isinstance(found, dict | list | tuple) or (callable(found) and own):
                 yield found

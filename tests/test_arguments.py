@@ -1,5 +1,6 @@
 """Wrong arguments are refused where they are given."""
 
+import numpy as np
 import pytest
 from hosts import HOSTS
 
@@ -96,3 +97,27 @@ def test_functions_of_p_get_arrays(host):
     elbo = host.flow.TraceFlow_ELBO()
     with_parameters = host.flow.adaptive(guide, elbo) if host.name == "numpyro" else guide
     assert [site.name for site in elbo.describe(model, with_parameters)] == list(FUNCTIONS)
+
+
+def test_accepted(host):
+    """Other integers than int, and a class that makes a distribution of p."""
+
+    class Wider(host.dist.Normal):
+        def __init__(self, p):
+            super().__init__(p.loc, 2 * p.scale)
+
+    elbo = host.flow.TraceFlow_ELBO(np.int64(2), estimators={"z": LR(q=Wider)})
+    assert type(elbo.num_particles) is int
+    assert host.flow.TraceFlow_RenyiELBO(num_particles=np.array(3)).num_particles == 3
+
+
+def test_a_gradient_that_is_not_finite(host):
+    def model():
+        host.factor("f", (normal_value(host) * 0.0) ** 0.5)  # whose derivative at 0 is infinite
+
+    with pytest.raises(ValueError, match="recommend: expected a finite gradient"):
+        host.flow.recommend(model, lambda: normal_value(host, host.param("m", host.array(1.0))), seconds=1, progress_bar=False)
+
+
+def normal_value(h, loc=0.0):
+    return h.sample("z", h.dist.Normal(h.array(0.0) + loc, h.array(1.0)))

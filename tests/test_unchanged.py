@@ -11,7 +11,7 @@ import pyro
 import pyro.infer.autoguide
 import pytest
 import torch
-from hosts import always, each, slow_in_numpyro
+from hosts import HOSTS, always, each, slow_in_numpyro
 
 from flowvi import RP
 from flowvi.unchanged import unchanged
@@ -180,3 +180,88 @@ def test_attributes_and_their_containers_are_restored():
         raise ZeroDivisionError
     assert vars(one) == {"names": ["a"], "sizes": {"a": 1}, "number": 0}
     assert one.names is names
+
+
+def with_decaying_baseline():
+    """A model and a guide whose baseline is in the parameter store, and changes at every run."""
+
+    def model():
+        k = pyro.sample("k", pyro.distributions.Bernoulli(0.5))
+        pyro.sample("y", pyro.distributions.Normal(k, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        infer = {"baseline": {"use_decaying_avg_baseline": True}}
+        pyro.sample("k", pyro.distributions.Bernoulli(logits=pyro.param("l", torch.tensor(0.0))), infer=infer)
+
+    return model, guide
+
+
+@pytest.mark.parametrize("look", ["describe", "report"])
+def test_pyro_a_fit_goes_on_as_if_nobody_had_looked(look):
+    """The decaying average is one of the values in the parameter store."""
+    found = []
+    for looks in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        model, guide = with_decaying_baseline()
+        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), HOSTS["pyro"].flow.TraceFlow_ELBO())
+        for _ in range(3):
+            svi.step()
+        if looks and look == "describe":
+            svi.loss.__self__.describe(model, guide)
+        elif looks:
+            HOSTS["pyro"].flow.gradient_report(model, guide, num_samples=5)
+        for _ in range(3):
+            svi.step()
+        found.append({name: value.item() for name, value in pyro.get_param_store().items()})
+    assert found[0] == found[1]
+
+
+def test_pyro_programs_that_keep_one_tensor_under_two_names():
+    model = model_of(HOSTS["pyro"])
+    guide = pyro.infer.autoguide.AutoIAFNormal(model)
+    pyro.clear_param_store()
+    HOSTS["pyro"].flow.TraceFlow_ELBO().describe(model, guide)
+    assert not pyro.get_param_store().keys()
+
+
+def test_pyro_a_lazy_module():
+    net = torch.nn.LazyLinear(1)
+
+    def guide():
+        loc = net(torch.ones(2))[0]
+        pyro.module("net", net)
+        pyro.sample("x", pyro.distributions.Normal(loc, 1.0))
+
+    def model():
+        pyro.sample("x", pyro.distributions.Normal(0.0, 1.0))
+
+    pyro.clear_param_store()
+    HOSTS["pyro"].flow.TraceFlow_ELBO().describe(model, guide)
+    pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), HOSTS["pyro"].flow.TraceFlow_ELBO()).step()
+
+
+def test_what_a_program_holds():
+    """Deeply nested containers do not matter, and an object is found in default arguments too."""
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+
+    def program(of=deep):
+        of[0] = None
+
+    class Guide:
+        x = 1
+
+        def __call__(self):
+            self.x = 2
+
+    guide = Guide()
+
+    def outer(first=[[guide]]):  # noqa: B006
+        first[0][0]()
+
+    with unchanged([program, outer], Guide):
+        outer()
+        assert guide.x == 2
+    assert guide.x == 1

@@ -134,7 +134,7 @@ class Estimator(ABC):
 
 def is_proposal(q: Any) -> bool:
     """Whether q may be a function of p. A distribution is callable too, but the call draws."""
-    return callable(q) and not hasattr(q, "log_prob")
+    return callable(q) and (isinstance(q, type) or not hasattr(q, "log_prob"))
 
 
 def attach(ops: Ops, target: Target, estimator: Estimator, x: Array) -> Draw:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from flowvi.estimators import Estimator
 from flowvi.guidance.bench import Bench, Clock, Setting
 from flowvi.guidance.bias import MeanTest
@@ -81,9 +83,8 @@ class Search:
 
     def __init__(self, bench: Bench, num_particles: int | tuple[int, ...], clock: Clock):
         self.bench, self.clock = bench, clock
-        self.num_particles = tuple(num_particles) if isinstance(num_particles, list | tuple) else (num_particles,)
-        for number in self.num_particles:
-            require_num_particles(number)
+        numbers = num_particles if isinstance(num_particles, list | tuple) and num_particles else (num_particles,)
+        self.num_particles = tuple(map(require_num_particles, numbers))
         self.default = self.best = Setting(num_particles=self.num_particles[0])
         self.trials: dict[Setting, Trial] = {}
         self.refused: dict[Setting, str] = {}
@@ -93,6 +94,11 @@ class Search:
         clock.show("default")
         draw = bench.gradients(self.default)
         first = [draw(-1 - i).gradients for i in range(FIRST)]
+        if not all(np.isfinite(gradients).all() for gradients in first):
+            raise ValueError(
+                "recommend: expected a finite gradient of the objective without advice at these parameters, found NaN or infinity; "
+                "look for a site whose value leaves the support of the model, or give other parameters."
+            )
         self.scale, self.size = Scale.of(first), len(first[0])
         self.trials[self.default] = Trial(draw, self.scale)
 

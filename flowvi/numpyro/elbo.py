@@ -20,7 +20,7 @@ from flowvi.numpyro.particles import Together
 from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program, trace_loss
 from flowvi.numpyro.threefry import split, typed_like
 from flowvi.objectives import LeaveOneOut, Particle, described, elbo_of, estimate, particle_baseline, require_options
-from flowvi.particles import Particles, are_together, require_fixed, require_particles
+from flowvi.particles import Particles, are_together, require_fixed, require_num_particles, require_particles
 from flowvi.run import Run
 from flowvi.sites import Entropy
 from flowvi.tape import Dependencies
@@ -109,6 +109,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         control_variate: JointKind | None = None,
     ):
         require_options(entropy, baseline, dependencies, control_variate, particles)
+        num_particles = require_num_particles(num_particles)
         require_particles(particles, num_particles, vectorize_particles, entropy)
         super().__init__(num_particles, vectorize_particles, multi_sample_guide, sum_sites)
         if control_variate is not None and multi_sample_guide:

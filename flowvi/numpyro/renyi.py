@@ -15,6 +15,7 @@ from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.run import NumPyroProgram, of_first_particle, run_program, trace_loss
 from flowvi.numpyro.threefry import split
 from flowvi.objectives import Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
+from flowvi.particles import require_num_particles
 
 
 class TraceFlow_RenyiELBO(Describes, RenyiELBO):
@@ -74,7 +75,8 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         baseline: LeaveOneOut = "loo",
         gradient: Gradient = "plain",
     ):
-        require_bound_options(alpha, num_particles, baseline, gradient)
+        require_bound_options(alpha, baseline, gradient)
+        num_particles = require_num_particles(num_particles)
         super().__init__(alpha, num_particles)
         self.vectorize_particles_fn = self._assign_vectorize_particles_fn(vectorize_particles)
         self.baseline: LeaveOneOut = baseline

@@ -7,7 +7,7 @@ from typing import Literal
 
 from flowvi.baselines import ParticleMean
 from flowvi.learned.coupling import JointKind
-from flowvi.particles import Particles, require_num_particles
+from flowvi.particles import Particles
 from flowvi.sites import Entropy
 from flowvi.tape import Dependencies
 
@@ -39,13 +39,12 @@ def require_options(
         )
 
 
-def require_bound_options(alpha: float, num_particles: int, baseline: LeaveOneOut, gradient: Gradient) -> None:
+def require_bound_options(alpha: float, baseline: LeaveOneOut, gradient: Gradient) -> None:
     """Refuse options of a bound that do not exist."""
     if isinstance(alpha, Mapping):
         raise TypeError(f"alpha: expected a number, found {alpha!r}; did you mean estimators=...?")
     if alpha == 1:
         raise ValueError(f"alpha: expected a number other than 1, found {alpha}; use TraceFlow_ELBO, which is the bound at 1.")
-    require_num_particles(num_particles)
     if baseline not in ("loo", None):
         raise ValueError(f"baseline: expected 'loo' or None, found {baseline!r}.")
     if gradient not in ("plain", "dreg"):

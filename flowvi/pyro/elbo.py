@@ -27,7 +27,7 @@ from flowvi.objectives import (
     stack_particles,
 )
 from flowvi.ops import times
-from flowvi.particles import Particles, require_fixed, require_particles
+from flowvi.particles import Particles, require_fixed, require_num_particles, require_particles
 from flowvi.pyro.baselines import annotated_baselines
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST, as_found
@@ -132,6 +132,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         control_variate: JointKind | None = None,
     ):
         require_options(entropy, baseline, dependencies, control_variate, particles)
+        num_particles = require_num_particles(num_particles)
         require_particles(particles, num_particles, vectorize_particles, entropy)
         super().__init__(
             num_particles,
@@ -272,7 +273,8 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _describe(self, model, guide, args, kwargs):
         with as_found(model, guide):
-            return described(self._first_run(model, guide, args, kwargs), self.dependencies)
+            # a copy, because Pyro sets max_plate_nesting
+            return described(copy(self)._first_run(model, guide, args, kwargs), self.dependencies)
 
     def _first_run(self, model, guide, args, kwargs) -> Run:
         follows = follows_tensors(self.dependencies)

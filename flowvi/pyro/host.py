@@ -118,15 +118,15 @@ HOST = PyroHost()
 
 @contextmanager
 def as_found(model: Any, guide: Any) -> Iterator[None]:
-    """A context that leaves modules, the names in the parameter store and the generators as they were.
+    """A context that leaves modules, the parameter store and the generators as they were, but not buffers that change in place.
 
     An autoguide that runs for the first time makes its parameters, at a start that it may draw.
     """
     store = pyro.get_param_store()
-    known = set(store.keys())
+    state = store.get_state()
     with forked_generators(), unchanged([model, guide], torch.nn.Module):
         try:
             yield
         finally:
-            for name in set(store.keys()) - known:
-                del store[name]
+            store.clear()
+            store.set_state(state)

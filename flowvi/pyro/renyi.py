@@ -15,6 +15,7 @@ from flowvi.assignment import Assignment, Describes, Description, Estimators
 from flowvi.estimators import Auto, Estimator
 from flowvi.objectives import BoundParticle, Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
 from flowvi.ops import times
+from flowvi.particles import require_num_particles
 from flowvi.pyro.baselines import annotated_baselines
 from flowvi.pyro.handlers import share_subsamples
 from flowvi.pyro.host import HOST, as_found
@@ -89,7 +90,8 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         baseline: LeaveOneOut = "loo",
         gradient: Gradient = "plain",
     ):
-        require_bound_options(alpha, num_particles, baseline, gradient)
+        require_bound_options(alpha, baseline, gradient)
+        num_particles = require_num_particles(num_particles)
         super().__init__(alpha, num_particles, max_plate_nesting, max_iarange_nesting, vectorize_particles, strict_enumeration_warning)
         self.baseline: LeaveOneOut = baseline
         self.gradient: Gradient = gradient

@@ -152,8 +152,8 @@ class CompiledSVI:
         Returns:
             The losses, of shape (num_steps,).
         """
-        steps = Bar(range(num_steps), unit="steps", disable=not progress_bar, desc="SVI")
-        return torch.tensor([self.step(*args, **kwargs) for _ in steps])
+        with Bar(range(num_steps), unit="steps", disable=not progress_bar, desc="SVI") as steps:
+            return torch.tensor([self.step(*args, **kwargs) for _ in steps])
 
 
 def _number(loss: torch.Tensor) -> float:
