@@ -36,14 +36,10 @@ class mark_reverse_scans(Messenger):
     """Mark the sites inside reverse scans for :func:`is_reversed`."""
 
     def postprocess_message(self, msg):
-        _mark(msg)
-
-
-def _mark(msg: Mapping[str, Any]) -> None:
-    if is_reverse_scan(msg):
-        _, (steps, _) = msg["value"]
-        for site in steps.trace.values():
-            site["_reversed"] = True
+        if is_reverse_scan(msg):
+            _, (steps, _) = msg["value"]
+            for site in steps.trace.values():
+                site["_reversed"] = True
 
 
 class hold(substitute):
@@ -82,6 +78,9 @@ class hold(substitute):
 class replay_guide(replay):
     """Replay the guide's values in the model: in a reverse scan, too, a step has the density of the value that it gets."""
 
+    def __init__(self, fn, trace):
+        super().__init__(mark_reverse_scans(fn), trace)
+
     def process_message(self, msg):
         value = msg["value"]
         super().process_message(msg)
@@ -90,6 +89,3 @@ class replay_guide(replay):
             msg["kwargs"]["substitute_stack"][-1] = ("replay", {**self.trace, **flipped})
         elif is_reversed(msg):  # the scan has stacked the value
             msg["value"] = value
-
-    def postprocess_message(self, msg):
-        _mark(msg)
