@@ -28,6 +28,8 @@ import numpyro
 import numpyro.distributions
 import pyro
 import pyro.distributions
+import pyro.infer
+import pyro.optim
 import torch
 from jax.flatten_util import ravel_pytree
 from scipy.optimize import minimize
@@ -137,7 +139,7 @@ class Pyro:
         guide = pyro.poutine.substitute(partial(problem.guide, self), data=copies)
         elbo = self.elbo(problem, num_particles=draws, estimators=estimators, baseline=None)  # a baseline would couple the particles
         loss = draws * elbo.differentiable_loss(partial(problem.model, self), guide)
-        return {name: gradient.numpy() for name, gradient in zip(copies, torch.autograd.grad(loss, copies.values()), strict=True)}
+        return {name: gradient.numpy() for name, gradient in zip(copies, torch.autograd.grad(loss, list(copies.values())), strict=True)}
 
     def _copies(self, value, draws, plates):
         value = torch.as_tensor(np.array(value))
@@ -340,7 +342,7 @@ def eight_schools(assignments, steps, draws):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Two models, two hosts, one set of estimator objects.")
     parser.add_argument("--smoke", action="store_true", help="one assignment of each model, a few steps and draws")
     start = time.perf_counter()
     if parser.parse_args().smoke:

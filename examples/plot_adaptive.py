@@ -19,6 +19,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
+from pyro.optim import Adam
 
 from flowvi import LR, RP, AdaptiveFlow, plot
 from flowvi.pyro import TraceFlow_ELBO, gradient_report
@@ -63,7 +64,7 @@ for label, estimator in CANDIDATES.items():
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     elbo = TraceFlow_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=0, estimators={"x": estimator})
-    svi = SVI(model, guide, pyro.optim.Adam(step_size), elbo)
+    svi = SVI(model, guide, Adam(step_size), elbo)
     for _ in range(STEPS if isinstance(estimator, AdaptiveFlow) else 1):
         svi.step()
         if label == "blend":

@@ -69,26 +69,26 @@ RUNS = {
     "LR(), three particles": (3, LR()),
     "DisARM(), one particle": (1, DisARM()),
 }
-losses = {}
+fits = {}
 for label, (particles, estimator) in RUNS.items():
     elbo = TraceFlow_ELBO(particles, default=estimator)
     print(f"{label}: {particles * elbo.describe(model, guide, IMAGES).evaluations} evaluations of the program a step")
     svi = SVI(model, guide, numpyro.optim.Adam(3e-3), elbo)
-    result = svi.run(jax.random.key(0), STEPS, IMAGES, progress_bar=False)
-    losses[label], fitted = np.array(result.losses) / len(IMAGES), result.params
+    fits[label] = svi.run(jax.random.key(0), STEPS, IMAGES, progress_bar=False)
 
 # %%
 # Left: the losses. Right: digits, and samples from the network of the last fit.
 
+fitted = fits["DisARM(), one particle"].params
 draw = numpyro.handlers.seed(numpyro.handlers.substitute(numpyro.handlers.uncondition(model), fitted), 1)
 bottom = numpyro.handlers.trace(draw).get_trace(IMAGES)["bottom"]["value"][:32]
 drawn = jax.nn.sigmoid(bottom @ fitted["out_weights"] + fitted["out_bias"])
 plt.rcParams.update(plot.STYLE)
 figure = plt.figure(figsize=(9.0, 3.6))
-left, right = figure.subfigures(1, 2, width_ratios=(5, 4))
+left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5, 4))[0]
 ax, window = left.subplots(), max(1, STEPS // 30)
-for label, of_fit in losses.items():
-    ax.plot(np.arange(len(of_fit) - window + 1), np.convolve(of_fit, np.ones(window) / window, "valid"), label=label)
+for label, fit in fits.items():
+    ax.plot(np.convolve(fit.losses / len(IMAGES), np.ones(window) / window, "valid"), label=label)
 ax.set(xlabel="step", ylabel=f"-ELBO in nats per image, mean over {window} steps")
 ax.legend()
 for row, (title, images) in zip(right.subplots(2), {"digits": IMAGES[:32], "drawn by the network": drawn}.items(), strict=True):

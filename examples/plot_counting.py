@@ -131,7 +131,7 @@ def train(state):
 
 for _ in range(CHUNKS):
     state = train(state)
-    there, corners = look(svi.get_params(state), others)
+    there, _ = look(svi.get_params(state), others)
     right.append((there.sum(0) == counts).mean())
 print(f"counted right: {right[-1]:.0%}")
 
@@ -139,9 +139,10 @@ print(f"counted right: {right[-1]:.0%}")
 # Left: the share of images with the right count. Right: held-out images, with the windows of the objects that the guide
 # finds.
 
+there, corners = look(svi.get_params(state), others)
 plt.rcParams.update(plot.STYLE)
 figure = plt.figure(figsize=(9.0, 3.6))
-left, grid = figure.subfigures(1, 2, width_ratios=(4, 5))
+left, grid = figure.subfigures(1, 2, squeeze=False, width_ratios=(4, 5))[0]
 ax = left.subplots()
 ax.plot(STEPS * np.arange(1, CHUNKS + 1), right, "o-")
 ax.set(xlabel="step", ylabel="share counted right", ylim=(0.0, 1.0))

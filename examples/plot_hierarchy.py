@@ -103,7 +103,7 @@ for ax, host in zip(axes, (NumPyro, Pyro), strict=True):
     ax.set(title=host.__name__, xlabel="variance of one sample")
     ax.get_legend().remove()
 axes[1].set_yticklabels([])
-figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 plt.show()
 
 # %%

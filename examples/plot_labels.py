@@ -18,6 +18,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
+from pyro.optim import Adam
 from sklearn.datasets import load_iris
 
 from flowvi import LR, plot
@@ -72,7 +73,7 @@ for label, (model, of_guide) in PROGRAMS.items():
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     elbo = TraceFlow_ELBO(max_plate_nesting=1)
-    svi = SVI(model, of_guide, pyro.optim.Adam({"lr": 0.02}), elbo)
+    svi = SVI(model, of_guide, Adam({"lr": 0.02}), elbo)
     losses[label] = np.array([svi.step() for _ in range(STEPS)])
     print(f"{label}\n{elbo.describe(model, of_guide)}\n")
 

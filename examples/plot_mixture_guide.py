@@ -20,6 +20,8 @@ import numpyro
 import numpyro.distributions
 import pyro
 import pyro.distributions
+import pyro.infer
+import pyro.optim
 import torch
 from jax import random
 

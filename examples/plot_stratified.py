@@ -17,6 +17,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
+from pyro.optim import Adam
 from sklearn.datasets import load_breast_cancer
 
 from flowvi import plot
@@ -45,7 +46,7 @@ STEPS, NUM_SAMPLES, COUNTS = (2, 5, (4, 8)) if "--smoke" in sys.argv else (300, 
 pyro.clear_param_store()
 pyro.set_rng_seed(0)
 elbo = TraceFlow_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=0, particles="stratified")
-svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
+svi = SVI(model, guide, Adam({"lr": 0.02}), elbo)
 losses = [svi.step() for _ in range(STEPS)]
 print(elbo.describe(model, guide))
 

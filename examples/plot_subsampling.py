@@ -20,6 +20,7 @@ import pyro.distributions as dist
 import torch
 from matplotlib.cbook import get_sample_data
 from pyro.infer import SVI
+from pyro.optim import ExponentialLR
 
 from flowvi import LR, RP, plot
 from flowvi.pyro import TraceFlow_ELBO, gradient_report
@@ -66,7 +67,7 @@ def guide(batch):
 STEPS, NUM_SAMPLES = (3, 5) if "--smoke" in sys.argv else (1500, 200)
 pyro.clear_param_store()
 pyro.set_rng_seed(0)
-adam = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.03}, "gamma": 0.05 ** (1 / STEPS)})
+adam = ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.03}, "gamma": 0.05 ** (1 / STEPS)})
 svi = SVI(model, guide, adam, TraceFlow_ELBO())
 for _ in range(STEPS):
     svi.step(128)

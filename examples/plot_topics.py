@@ -72,17 +72,17 @@ def guide(counts):
 
 
 RUNS = {"LR()": LR(), "MeasureValued()": MeasureValued()}
-losses = {}
+fits = {}
 for label, estimator in RUNS.items():
     elbo = TraceFlow_ELBO(estimators={"z": estimator})
     print(f"{label}: {elbo.describe(model, guide, COUNTS).evaluations} evaluations of the program")
     svi = SVI(model, guide, numpyro.optim.Adam(0.01), elbo)
-    result = svi.run(jax.random.key(0), STEPS, COUNTS, progress_bar=False)
-    losses[label], fitted = np.array(result.losses) / len(COUNTS), result.params
+    fits[label] = svi.run(jax.random.key(0), STEPS, COUNTS, progress_bar=False)
 
 # %%
 # Left: the losses. Right: the share of each topic in each module, and the words that are typical of the topic.
 
+fitted = fits["MeasureValued()"].params
 share = jax.nn.softmax(jnp.log1p(COUNTS) @ fitted["weights"])
 of_module = np.array([share[np.array([name.startswith(module) for name in documents])].mean(0) for module in MODULES]).T
 order = np.argsort(of_module.argmax(1))
@@ -91,8 +91,8 @@ titles = [", ".join(WORDS[i] for i in np.argsort(-np.asarray(row))[:3]) for row 
 plt.rcParams.update(plot.STYLE)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10.0, 3.6), width_ratios=(2, 3))
 window = max(1, STEPS // 30)
-for label, of_fit in losses.items():
-    left.plot(np.convolve(of_fit, np.ones(window) / window, "valid"), label=label)
+for label, fit in fits.items():
+    left.plot(np.convolve(fit.losses / len(COUNTS), np.ones(window) / window, "valid"), label=label)
 left.set(xlabel="step", ylabel=f"-ELBO in nats per text, mean over {window} steps")
 left.legend()
 shown = right.imshow(of_module[order], vmin=0.0, aspect="auto")

@@ -18,6 +18,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
+from pyro.optim import Adam
 from sklearn.datasets import load_digits
 
 from flowvi import LR, RP, plot
@@ -67,7 +68,7 @@ def train(kind, estimator, baseline):
             pyro.sample("z", latent(kind, encoder(images[i])), infer={"estimator": estimator})
 
     elbo = TraceFlow_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1, baseline=baseline)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 3e-3}), elbo)
+    svi = SVI(model, guide, Adam({"lr": 3e-3}), elbo)
     return np.array([svi.step(IMAGES) for _ in range(STEPS)]) / len(IMAGES), encoder, decoder
 
 
@@ -76,7 +77,7 @@ def train(kind, estimator, baseline):
 
 plt.rcParams.update(plot.STYLE)
 figure = plt.figure(figsize=(9.0, 3.6))
-left, right = figure.subfigures(1, 2, width_ratios=(5, 4))
+left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5, 4))[0]
 ax, shown = left.subplots(), {"digit": IMAGES[:8]}
 for label, run in RUNS.items():
     losses, encoder, decoder = train(*run)

@@ -43,7 +43,7 @@ figure = plot.velocity(numpyro.distributions.Normal(0.0, 1.0), ESTIMATORS, x=x)
 in_pyro = plot.velocity(pyro.distributions.Normal(0.0, 1.0), ESTIMATORS, x=x)
 for ax, other in zip(figure.axes[:4], in_pyro.axes[:4], strict=True):
     for line in other.lines[:3]:
-        ax.plot(x[::24], line.get_ydata()[::24], "k.", markersize=3)
+        ax.plot(x, line.get_ydata(), "k.", markersize=3, markevery=24)
 plt.close(in_pyro)
 
 # %%

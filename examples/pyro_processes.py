@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.distributed
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule
 from torch.nn.parallel import DistributedDataParallel
 
 from flowvi import LR
@@ -32,8 +32,8 @@ class Model(PyroModule):
 class Guide(PyroModule):
     def __init__(self):
         super().__init__()
-        self.logits = PyroParam(torch.tensor(0.0))
-        self.loc = PyroParam(torch.tensor(0.0))
+        self.logits = torch.nn.Parameter(torch.tensor(0.0))
+        self.loc = torch.nn.Parameter(torch.tensor(0.0))
 
     def forward(self, y):
         pyro.sample("on", dist.Bernoulli(logits=self.logits))
@@ -51,14 +51,15 @@ def main():
     elbo = TraceFlow_ELBO(num_particles=4, estimators={"on": LR()})
     loss = DistributedDataParallel(elbo(Model(), Guide()))
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.05)
+    losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        value = loss(part)
-        value.backward()
+        losses.append(loss(part))
+        losses[-1].backward()
         optimizer.step()
     if rank == 0:
         found = {name.removeprefix("module.guide."): round(p.item(), 2) for name, p in loss.named_parameters()}
-        print(f"{processes} processes, loss {value.item():.2f}, {found}")
+        print(f"{processes} processes, loss {losses[-1].item():.2f}, {found}")
     torch.distributed.destroy_process_group()
 
 

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam
 
 from flowvi import LR, RP, Flow, ImplicitRP
 from flowvi.pyro import TraceFlow_ELBO
@@ -57,10 +58,10 @@ def guide(x, y):
 
 def train(model, guide, steps):
     elbo = TraceFlow_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), elbo)
+    svi = SVI(model, guide, Adam({"lr": 0.02}), elbo)
     losses = [svi.step(X, Y) for _ in range(steps)]
     print(elbo.describe(model, guide, X, Y))
-    print(f"loss: {losses[0]:.2f} at the first step, {sum(losses[-100:]) / len(losses[-100:]):.2f} over the last\n")
+    print(f"loss: {losses[0]:.2f} at the first step, {torch.tensor(losses[-100:]).mean():.2f} over the last\n")
 
 
 if __name__ == "__main__":

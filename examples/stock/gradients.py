@@ -48,7 +48,7 @@ class Watch:
     """The estimates of a test, by objective, and the exact gradient with which it compares them."""
 
     def __init__(self):
-        self.objectives, self.exact = {}, None
+        self.objectives, self.exact = {}, np.nan
 
     def estimates(self, gradients_of):
         def watched(host, elbo, *args, **options):
