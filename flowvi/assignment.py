@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from flowvi.baselines import Baseline
 from flowvi.closures import closed_over, identity
@@ -295,7 +295,7 @@ class Describes:
 
     _given: tuple[tuple[Any, ...], dict[str, Any]]
 
-    def __new__(cls, *args: Any, **kwargs: Any):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         objective = super().__new__(cls)
         objective._given = args, kwargs
         return objective
@@ -306,7 +306,7 @@ class Describes:
         given = [*map(name_of, args), *(f"{name}={name_of(value)}" for name, value in kwargs.items())]
         return f"{type(self).__name__}({', '.join(given)})"
 
-    def describe(self, model, guide, *args, **kwargs) -> Description:
+    def describe(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Description:
         """A table of the random sites: the estimator, where it was given, the distribution's parameters and the plates.
 
         Lines below the table show, if they apply: the number of evaluations of the program, the sites that the host sums out, the sites

@@ -249,7 +249,8 @@ class Baseline(SiteBaseline):
     def __init__(self, fn: Callable[..., Array], *inputs: Any):
         if not callable(fn):
             raise TypeError(f"Baseline: expected a function of the inputs, found {fn!r}; for a constant c write Baseline(lambda: c).")
-        self.fn, self.inputs = fn, inputs
+        self.fn: Callable[..., Array] = fn
+        self.inputs: tuple[Any, ...] = inputs
 
     def __repr__(self) -> str:
         """The function by name."""

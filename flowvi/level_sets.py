@@ -70,7 +70,7 @@ class LevelSet(Surface):
     centre: Array | Callable[[Any], Array] | None = None
     along: Array | Callable[[Any], Array] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not callable(self.g):
             raise TypeError(f"LevelSet: expected a function g(x, p), found {self.g!r}.")
         if (self.centre is None) == (self.along is None):

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from flowvi.assignment import Description, Estimators, summed_out
 from flowvi.estimators import Estimator
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 Candidates = Estimators | Mapping[str, Estimators]
 
@@ -92,13 +99,13 @@ class GradientReport:
                 *(float(np.sqrt((p.mean**2).sum())), p.std, p.snr, p.share, ess, 1e6 * self.seconds[p.candidate]),
             )
 
-    def to_pandas(self):
+    def to_pandas(self) -> pd.DataFrame:
         """The table as a ``pandas.DataFrame``."""
         import pandas as pd
 
         return pd.DataFrame(list(self.rows()), columns=list(self._columns))
 
-    def to_xarray(self):
+    def to_xarray(self) -> xr.Dataset:
         """The mean, std and snr of each element of the parameters, as an ``xarray.Dataset`` with the layout of ArviZ.
 
         Each parameter is a variable with the dims ``candidate``, ``statistic`` and its own ``<parameter>_dim_0``, ...; its attribute
@@ -134,7 +141,7 @@ class GradientReport:
         }
         return xr.Dataset(variables, coordinates, {"num_samples": self.num_samples, "marginalised": list(self.marginalised)})
 
-    def to_rich(self):
+    def to_rich(self) -> Table:
         """The table as a ``rich.table.Table``, for ``rich.print``."""
         from rich.table import Table
 
@@ -145,7 +152,7 @@ class GradientReport:
             table.add_row(*row)
         return table
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Figure:
         """Bars of the variance of each parameter's gradient, candidates side by side, as a ``matplotlib`` figure.
 
         Args:
@@ -168,7 +175,7 @@ class GradientReport:
         ax.invert_yaxis()
         if len(labels) > 1:
             ax.legend()
-        return ax.figure
+        return ax.figure.figure  # the whole figure, also for axes in a part of it
 
     def _cells(self) -> Iterator[tuple[str, ...]]:
         for *names, mean, std, snr, share, ess, microseconds in self.rows():

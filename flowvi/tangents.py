@@ -19,8 +19,11 @@ class Tangents:
     """
 
     def __init__(self, ops: Ops, target: Any, part: Callable[[Any], Any] = lambda p: p):
-        self.ops, self.target, self._part = ops, target, part
-        self.p, self.p0 = part(target.p), part(target.p0)
+        self.ops: Ops = ops
+        self.target: Any = target
+        self.p: Any = part(target.p)
+        self.p0: Any = part(target.p0)
+        self._part = part
 
     def __getattr__(self, name: str) -> Array:
         if name not in self.p.arg_constraints:

@@ -12,6 +12,7 @@ from flowvi.ops import Array
 from flowvi.run import Run, Statement
 
 Ancestors = Mapping[str, frozenset[Ancestor]]
+Rule = Literal["graph", "plates"]
 
 
 class Joint(NamedTuple):
@@ -22,11 +23,11 @@ class Joint(NamedTuple):
         sites: The names of the sites.
     """
 
-    base: Literal["graph", "plates"]
+    base: Rule
     sites: frozenset[str]
 
 
-Dependencies = Literal["graph", "plates"] | Joint
+Dependencies = Rule | Joint
 
 
 def follows_tensors(dependencies: Dependencies) -> bool:

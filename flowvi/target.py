@@ -53,17 +53,19 @@ class Target(Shapes, ABC):
     transformed: ClassVar[tuple[type, ...]]
 
     def __init__(self, name: str, fn: Any, enters: bool, *, frames: Any = (), first_use: bool = True, validate: bool | None = None):
-        self.name, self.frames, self.first_use = name, frames, first_use
-        self.batch_ndim = len(fn.batch_shape)
+        self.name: str = name
+        self.frames: Any = frames
+        self.first_use: bool = first_use
+        self.batch_ndim: int = len(fn.batch_shape)
         self.p: Any = self.unwrap(fn)
-        self.shape = fn.batch_shape + fn.event_shape
+        self.shape: tuple[int, ...] = fn.batch_shape + fn.event_shape
         self.transforms: list[Any] = []
         if enters and type(self.p) in self.plain_transformed:
             self.p, self.transforms = self._enter(self.plain_transformed)
             for transform in reversed(self.transforms):
                 self.shape = transform.inverse_shape(self.shape)
-        self.event_ndim = len(self.p.event_shape)
-        self.validate = self.host_validates() if validate is None else validate
+        self.event_ndim: int = len(self.p.event_shape)
+        self.validate: bool = self.host_validates() if validate is None else validate
 
     # ---- what each host implements
 

@@ -68,7 +68,7 @@ class DisARM(Estimator):
     enters = False
     compares = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.num_values, int) or self.num_values < 2:
             raise TypeError(f"DisARM: expected num_values of 2 or more, found {self.num_values!r}.")
 

@@ -54,7 +54,7 @@ class Enumerate(Estimator):
     enters = False
     compares = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_lanes(self.lanes, "Enumerate")
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:

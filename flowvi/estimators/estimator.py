@@ -70,7 +70,7 @@ class Estimator(ABC):
     biased: bool = False
     inputs: Sequence[Any] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.q is not None and not is_proposal(self.q):
             raise TypeError(
                 f"{type(self).__name__}: expected q=q(p), a function of the distribution, found {type(self.q).__name__}; "

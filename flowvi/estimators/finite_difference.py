@@ -63,7 +63,7 @@ class FiniteDifference(Estimator):
     enters = False
     compares = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_lanes(self.lanes, "FiniteDifference")
         if not isinstance(self.share, (int, float)) or not math.isfinite(self.share) or self.share == 0:
             raise TypeError(f"FiniteDifference: expected a share that is a finite number and not 0, found {self.share!r}; 0 is LR().")

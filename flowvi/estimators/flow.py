@@ -81,7 +81,7 @@ class Flow(_FieldEstimator):
         velocity: Callable[[Array, Any, Any], Array] | Field | None = None,
         *,
         q: Callable[[Any], Any] | None = None,
-        divergence: Callable[[Array, Any, Any], Array] | str | None = None,
+        divergence: Callable[[Array, Any, Any], Array] | Literal["pathwise"] | None = None,
         baseline: Baseline | Literal["plate"] | None = None,
         jumps: Sequence[Jump] = (),
         **per_parameter: Callable[[Array, Any], Array],

@@ -48,7 +48,7 @@ class GumbelSoftmax(Relaxed):
 
     temperature: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"GumbelSoftmax: expected a positive temperature, found {self.temperature}.")
 

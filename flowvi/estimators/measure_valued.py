@@ -69,7 +69,7 @@ class MeasureValued(Estimator):
     enters = False
     compares = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_lanes(self.lanes, "MeasureValued")
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:

@@ -79,7 +79,7 @@ class RP(Estimator):
     features: Features | None = None
     jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.control_variate not in ("cubic", "quadratic", "diagonal", None):
             raise TypeError(f"RP: expected control_variate='cubic', 'quadratic', 'diagonal' or None, found {self.control_variate!r}.")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from flowvi.ops import Array, Ops, times
 from flowvi.shapes import broadcasts
@@ -147,7 +147,7 @@ class Field:
     """
 
     velocity: Velocity
-    divergence: Velocity | str | None = None
+    divergence: Velocity | Literal["pathwise"] | None = None
     rides: bool = False
     families: tuple[str, ...] = ()
     name: str = ""

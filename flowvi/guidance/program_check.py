@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from flowvi.estimators import LR, Estimator
 from flowvi.guidance.bench import Bench, Clock, Draw, Setting, parameter_at
 from flowvi.guidance.bias import BiasTest, MeanTest
 from flowvi.guidance.jumps import Place, reading_elements, where
 from flowvi.guidance.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ITSELF = "it is the reference itself"
 AT_FAULT = 5.0  # seconds to test again a biased site that comes before another biased site
@@ -78,14 +83,14 @@ class ProgramCheck(Table):
     def title(self) -> str:
         return f"bias of the gradient, confidence {self.confidence:.4g}"
 
-    def rows(self) -> Iterator[tuple]:
+    def rows(self) -> Iterator[tuple[Any, ...]]:
         """The table: site, estimator, result, z-score, bias and detectable bias relative to the gradient, samples, remark."""
         for one in self.sites:
             t = one.test
             numbers = (float("nan"),) * 3 + (0,) if t is None else (t.z, t.bias, t.detectable, t.num_samples)
             yield (one.site, repr(one.estimator), one.verdict, *numbers, one.remark)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Figure:
         """Bars of the bias at each site, or of the smallest bias that would have been found, as a ``matplotlib`` figure.
 
         Args:
@@ -104,7 +109,7 @@ class ProgramCheck(Table):
         ax.set_xscale("log")
         ax.set_xlabel("bias (red), or the smallest one that would have been found, relative to the gradient")
         ax.invert_yaxis()
-        return ax.figure
+        return ax.figure.figure  # the whole figure, also for axes in a part of it
 
 
 class Checker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowvi.estimators import LR, RP, Estimator
 from flowvi.guidance.bench import Bench, Clock, Setting
@@ -13,6 +13,10 @@ from flowvi.guidance.noise import FLOOR
 from flowvi.guidance.program_check import Checker, ProgramCheck
 from flowvi.guidance.search import Search, Tried, ratio
 from flowvi.guidance.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SEARCH, CONFIRM, CHECK, GAIN = 0.5, 0.15, 0.25, 0.1  # the shares of the time
 UNCOUNTED = 1e6  # above this, a ratio is not shown as a number, since the choice has no noise
@@ -92,14 +96,14 @@ class Recommendation(Table):
         lines += [f"check_program: '{one.site}' may be biased: {one.remark}" for one in self.check.failed]
         return (*lines, *self.hints, *([f"no time for {self.untried} candidates; give more seconds"] if self.untried else []))
 
-    def rows(self) -> Iterator[tuple]:
+    def rows(self) -> Iterator[tuple[Any, ...]]:
         """The table: site, estimator, noise and time of the second best relative to the best, reason."""
         for advice in self.sites:
             others = [t for t in advice.tried if t.estimator != advice.estimator]
             noise, time = (others[0].noise, others[0].time) if others else (float("nan"), float("nan"))
             yield (advice.site, repr(advice.estimator), noise, time, advice.reason)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Figure:
         """Noise times time of all estimators tried at each site, relative to the recommended one, as a ``matplotlib`` figure.
 
         Args:
@@ -120,7 +124,7 @@ class Recommendation(Table):
         ax.set_xscale("log")
         ax.set_xlabel("noise x time, relative to the recommended estimator (red)")
         ax.invert_yaxis()
-        return ax.figure
+        return ax.figure.figure  # the whole figure, also for axes in a part of it
 
 
 def advise(search: Search, seconds: float, check_particles: int) -> Recommendation:

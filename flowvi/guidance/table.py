@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table as RichTable
 
 
 class Table(ABC):
@@ -32,13 +36,13 @@ class Table(ABC):
         """Lines below the table."""
         return ()
 
-    def to_pandas(self):
+    def to_pandas(self) -> pd.DataFrame:
         """The table as a ``pandas.DataFrame``."""
         import pandas as pd
 
         return pd.DataFrame(list(self.rows()), columns=list(self.columns))
 
-    def to_rich(self):
+    def to_rich(self) -> RichTable:
         """The table as a ``rich.table.Table``, for ``rich.print``."""
         from rich.table import Table as RichTable
 

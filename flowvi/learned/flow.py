@@ -98,7 +98,7 @@ class AdaptiveFlow(Estimator):
     baseline: Baseline | Literal["plate"] | None = BaselineField()  # type: ignore[assignment]  # noqa: RUF009
     features: Features | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.q is not None and self.q != "learned" and not is_proposal(self.q):
             raise TypeError(f"AdaptiveFlow: expected q='learned', a function q(p) or None, found {self.q!r}.")
         if self.bumps < 0:

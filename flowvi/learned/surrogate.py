@@ -86,7 +86,7 @@ class Surrogate(Estimator):
     temperature: float | None = None
     q = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not callable(self.c):
             raise TypeError(f"Surrogate: expected a function c(z), found {self.c!r}.")
         if self.temperature is not None and not 0 < self.temperature < math.inf:

@@ -23,7 +23,7 @@ from flowvi.objectives import LeaveOneOut, Particle, described, elbo_of, estimat
 from flowvi.particles import Particles, are_together, require_fixed, require_num_particles, require_particles
 from flowvi.run import Run
 from flowvi.sites import Entropy
-from flowvi.tape import Dependencies
+from flowvi.tape import Dependencies, Rule
 
 
 class TraceFlow_ELBO(Describes, Trace_ELBO):
@@ -103,7 +103,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         default: Estimator = Auto(),  # noqa: B008
         entropy: Entropy = "full",
         baseline: LeaveOneOut = "loo",
-        dependencies: Dependencies = "graph",
+        dependencies: Rule = "graph",
         particles: Particles = "independent",
         seed: int = 0,
         control_variate: JointKind | None = None,

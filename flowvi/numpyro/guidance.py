@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -48,15 +48,15 @@ PARTICLES = 16  # of a gradient that is checked
 
 
 def recommend(
-    model,
-    guide,
-    *args,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
     num_particles: int | tuple[int, ...] = 1,
     seconds: float = 60.0,
     params: dict[str, Any] | None = None,
     rng_key: jax.Array | None = None,
     progress_bar: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> Recommendation:
     r"""Choose the estimator of each site by measuring: the least noise times time, :math:`\overline{v_i / m_i} \cdot t`.
 
@@ -112,9 +112,9 @@ def recommend(
 
 
 def check_program(
-    model,
-    guide,
-    *args,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
     estimators: Estimators = None,
     default: Estimator = Auto(),  # noqa: B008
     confidence: float = 0.999,
@@ -122,7 +122,7 @@ def check_program(
     params: dict[str, Any] | None = None,
     rng_key: jax.Array | None = None,
     progress_bar: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> ProgramCheck:
     r"""Check that no site's estimator is biased on this program: :math:`E[g_s] = E[g_{\mathrm{LR}}]` for each site s.
 

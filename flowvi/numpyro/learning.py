@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jax import random
@@ -10,6 +11,7 @@ from numpyro.primitives import Messenger
 
 from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import is_attaching
+from flowvi.numpyro.elbo import TraceFlow_ELBO
 from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.parameters import LearningInScan, Sizes, declare, target_of
 from flowvi.numpyro.run import NumPyroProgram
@@ -55,7 +57,7 @@ class adaptive(Messenger):
         Parmas and Sugiyama 2021, eq. 19; Geffner and Domke 2020.
     """
 
-    def __init__(self, guide, elbo, model=None):
+    def __init__(self, guide: Callable[..., Any], elbo: TraceFlow_ELBO, model: Callable[..., Any] | None = None):
         if not hasattr(elbo, "assignment"):
             raise TypeError(f"adaptive: expected a TraceFlow_ELBO, found {type(elbo).__name__}; no other objective learns.")
         self.assignment: Assignment = elbo.assignment
@@ -63,7 +65,7 @@ class adaptive(Messenger):
         self.sizes: Any = None  # outside of a run, whose arguments may be tracers
         super().__init__(guide)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         program = NumPyroProgram(random.key(0), {}, self.model or self.fn, self.fn, args, kwargs)
         outer, self.sizes = self.sizes, Sizes(program.own_rows)  # the run of a guide may run it once more
         try:
@@ -77,7 +79,7 @@ class adaptive(Messenger):
         finally:
             self.sizes = outer
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         """The attributes of the guide, such as ``median``, ``quantiles`` and ``sample_posterior``."""
         if name.startswith("__") or "fn" not in vars(self):  # copying and pickling ask for attributes that do not exist
             raise AttributeError(name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
+from typing import Any
 
 import pyro
 import torch
@@ -35,7 +36,7 @@ from flowvi.pyro.module import LearningModule
 from flowvi.pyro.run import PyroProgram, programs
 from flowvi.run import Run, run
 from flowvi.sites import Entropy, GuideSites
-from flowvi.tape import Dependencies, follows_tensors
+from flowvi.tape import Dependencies, Rule, follows_tensors
 
 
 class TraceFlow_ELBO(Describes, Trace_ELBO):
@@ -118,7 +119,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         vectorize_particles: bool = False,
         strict_enumeration_warning: bool = True,
         ignore_jit_warnings: bool = False,
-        jit_options: dict | None = None,
+        jit_options: dict[str, Any] | None = None,
         retain_graph: bool | None = None,
         tail_adaptive_beta: float = -1.0,
         *,
@@ -126,7 +127,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         default: Estimator = Auto(),  # noqa: B008
         entropy: Entropy = "full",
         baseline: LeaveOneOut = "loo",
-        dependencies: Dependencies = "plates",
+        dependencies: Rule = "plates",
         particles: Particles = "independent",
         seed: int = 0,
         control_variate: JointKind | None = None,
@@ -152,7 +153,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         self.dependencies: Dependencies = dependencies
         self.assignment = Assignment(estimators, default, control_variate)
 
-    def __call__(self, model, guide) -> LearningModule:
+    def __call__(self, model: torch.nn.Module, guide: torch.nn.Module) -> LearningModule:
         """Model, guide and loss as one torch module, whose parameters include what the estimators learn.
 
         Args:
@@ -164,7 +165,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         """
         return LearningModule(model, guide, self)
 
-    def loss(self, model, guide, *args, **kwargs) -> float:
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """The loss, a float, without a derivative.
 
         Args:
@@ -181,7 +182,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         warn_if_nan(total, "loss")  # type: ignore[call-overload]
         return total
 
-    def differentiable_loss(self, model, guide, *args, **kwargs) -> torch.Tensor:
+    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss as a scalar tensor: its value is minus the estimate of the ELBO, its derivative the estimator.
 
         Args:
@@ -197,7 +198,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         warn_if_nan(loss, "loss")
         return loss
 
-    def loss_and_grads(self, model, guide, *args, **kwargs) -> float:
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """The loss, a float; its derivative is added to the ``.grad`` of the parameters.
 
         Args:

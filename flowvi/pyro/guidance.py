@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from time import perf_counter
 from typing import Any
@@ -50,14 +50,14 @@ PARTICLES = 4  # of a gradient that is checked
 
 
 def recommend(
-    model,
-    guide,
-    *args,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
     num_particles: int | tuple[int, ...] = 1,
     seconds: float = 60.0,
     seed: int = 0,
     progress_bar: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> Recommendation:
     r"""Choose the estimator of each site by measuring: the least noise times time, :math:`\overline{v_i / m_i} \cdot t`.
 
@@ -113,16 +113,16 @@ def recommend(
 
 
 def check_program(
-    model,
-    guide,
-    *args,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
     estimators: Estimators = None,
     default: Estimator = Auto(),  # noqa: B008
     confidence: float = 0.999,
     seconds: float = 60.0,
     seed: int = 0,
     progress_bar: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> ProgramCheck:
     r"""Check that no site's estimator is biased on this program: :math:`E[g_s] = E[g_{\mathrm{LR}}]` for each site s.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -25,7 +26,7 @@ class _Jit:
         self._backend: Backend = backend
         self._compiled: dict[Any, CompiledLoss] = {}
 
-    def loss_and_grads(self, model, guide, *args, **kwargs) -> float:
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """The loss, a float; its derivative is added to the ``.grad`` of the parameters.
 
         Args:
@@ -46,7 +47,7 @@ class _Jit:
         loss: Any = value.loss.item()
         return warn_if_nan(loss, "loss")
 
-    def differentiable_loss(self, model, guide, *args, **kwargs) -> torch.Tensor:
+    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss as a scalar tensor: its value is minus the estimate of the objective, its derivative the estimator.
 
         Args:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
+from typing import Any
 
 import torch
 from pyro.infer import RenyiELBO
@@ -97,7 +99,7 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         self.gradient: Gradient = gradient
         self._assignment = Assignment(estimators, default)
 
-    def loss(self, model, guide, *args, **kwargs) -> float:
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """The loss, a float, without a derivative.
 
         Args:
@@ -112,7 +114,7 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def loss_and_grads(self, model, guide, *args, **kwargs) -> float:
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """The loss, a float; its derivative is added to the ``.grad`` of the parameters.
 
         Args:
@@ -129,7 +131,7 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
             loss.backward(retain_graph=self.retain_graph)
         return float(loss.detach())
 
-    def differentiable_loss(self, model, guide, *args, **kwargs) -> torch.Tensor:
+    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss as a scalar tensor: its value is minus the estimate of the bound, its derivative the estimator.
 
         Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -24,16 +24,16 @@ from flowvi.run import Run
 
 
 def gradient_report(
-    model,
-    guide,
-    *args,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
     estimators: Candidates = None,
     default: Estimator = Auto(),  # noqa: B008
     num_samples: int = 1000,
     seed: int = 0,
     progress_bar: bool = False,
     options: Mapping[str, Any] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> GradientReport:
     r"""Measure the noise of the gradient: its mean and variance in each parameter, over many samples.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -74,8 +75,8 @@ class CompiledSVI:
 
     def __init__(
         self,
-        model,
-        guide,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         optim: PyroOptim,
         loss: TraceFlow_ELBO | TraceFlow_RenyiELBO,
         *,
@@ -84,7 +85,10 @@ class CompiledSVI:
         if not isinstance(loss, TraceFlow_ELBO | TraceFlow_RenyiELBO):
             raise TypeError(f"loss: expected a TraceFlow_ELBO or a TraceFlow_RenyiELBO of flowvi.pyro, found {type(loss).__name__}.")
         require_backend(backend)
-        self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
+        self.model = model
+        self.guide = guide
+        self.optim: PyroOptim = optim
+        self.loss: TraceFlow_ELBO | TraceFlow_RenyiELBO = loss
         self._optimizer = JointOptimizer(optim)
         self._loss_and_gradients = CompiledLoss(loss, model, guide, backend)
         self._loss = CompiledLoss(loss, model, guide, backend, gradient=False)
@@ -94,7 +98,7 @@ class CompiledSVI:
         """The torch optimizer; None before the first step."""
         return self._optimizer.torch
 
-    def step(self, *args, **kwargs) -> float:
+    def step(self, *args: Any, **kwargs: Any) -> float:
         """Take a gradient step.
 
         Args:
@@ -121,7 +125,7 @@ class CompiledSVI:
         self._optimizer.step(leaves)
         return loss
 
-    def evaluate_loss(self, *args, **kwargs) -> float:
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss, without a step.
 
         Args:
@@ -140,7 +144,7 @@ class CompiledSVI:
             return loss
         return _number(value.loss)
 
-    def run(self, num_steps: int, *args, progress_bar: bool = True, **kwargs) -> torch.Tensor:
+    def run(self, num_steps: int, *args: Any, progress_bar: bool = True, **kwargs: Any) -> torch.Tensor:
         """Take many steps with the same arguments.
 
         Args:
