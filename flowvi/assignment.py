@@ -83,16 +83,16 @@ class Assignment:
         elif estimators is not None and not callable(estimators):
             raise TypeError(f"estimators: expected a mapping from site names or a function of the site, found {estimators!r}.")
         require_estimator(default, "default")
-        self.estimators = dict(estimators) if isinstance(estimators, Mapping) else estimators
-        self.default = default
+        self.estimators: Estimators = dict(estimators) if isinstance(estimators, Mapping) else estimators
+        self.default: Estimator = default
         self.settled: dict[str, Settled] = {}
         self.annotations: dict[str, Estimator] = {}
-        self.has_read_annotations = False
+        self.has_read_annotations: bool = False
         self.seen: set[str] = set()
         self.compares: bool | None = None
         self.own_rows: dict[tuple[str, str], bool] = {}
-        self.may_change = control_variate is not None
-        self.marginalises = False
+        self.may_change: bool = control_variate is not None
+        self.marginalises: bool = False
         self.control_variate: JointKind | None = control_variate
         self.couplings: Couplings | None = None
 

@@ -18,20 +18,20 @@ class ForwardsToBase:
 
     base_dist: Any
 
-    has_enumerate_support = forwarded("has_enumerate_support")
-    mean = forwarded("mean")
-    variance = forwarded("variance")
+    has_enumerate_support: property = forwarded("has_enumerate_support")
+    mean: property = forwarded("mean")
+    variance: property = forwarded("variance")
 
-    def enumerate_support(self, expand=True):
+    def enumerate_support(self, expand: bool = True) -> Any:
         return self.base_dist.enumerate_support(expand)
 
-    def cdf(self, value):
+    def cdf(self, value: Any) -> Any:
         return self.base_dist.cdf(value)
 
-    def icdf(self, value):
+    def icdf(self, value: Any) -> Any:
         return self.base_dist.icdf(value)
 
-    def entropy(self):
+    def entropy(self) -> Any:
         return self.base_dist.entropy()
 
 

@@ -227,12 +227,12 @@ class Measured:
     """
 
     def __init__(self, description: Description, readers: Mapping[str, tuple[str, ...]]) -> None:
-        self.estimators = {site.name: site.estimator for site in description}
-        self.marginalised = description.marginalised
+        self.estimators: dict[str, Estimator] = {site.name: site.estimator for site in description}
+        self.marginalised: tuple[str, ...] = description.marginalised
         self.readers = readers
         self.gradients: dict[str, list[np.ndarray]] = {}
         self.log_weights: dict[str, list[np.ndarray]] = {}
-        self.seconds = 0.0
+        self.seconds: float = 0.0
 
     def add(self, gradients: Mapping[str, Any], log_weights: Mapping[str, Any]) -> None:
         """Add a batch: arrays with the samples along their first axis."""

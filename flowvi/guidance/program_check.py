@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowvi.estimators import LR, Estimator
 from flowvi.guidance.bench import Bench, Clock, Draw, Setting, parameter_at
@@ -71,8 +71,8 @@ class ProgramCheck(Table):
 
     sites: tuple[SiteCheck, ...]
     confidence: float
-    columns = ("site", "estimator", "result", "z", "bias", "detectable", "samples", "remark")
-    num_words = 3
+    columns: ClassVar[tuple[str, ...]] = ("site", "estimator", "result", "z", "bias", "detectable", "samples", "remark")
+    num_words: ClassVar[int] = 3
 
     @property
     def failed(self) -> tuple[SiteCheck, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from flowvi.estimators import LR, RP, Estimator
 from flowvi.guidance.bench import Bench, Clock, Setting
@@ -79,8 +79,8 @@ class Recommendation(Table):
     check: ProgramCheck
     untried: int
     hints: tuple[str, ...] = ()
-    columns = ("site", "estimator", "noise of the next", "time of the next", "reason")
-    num_words = 2
+    columns: ClassVar[tuple[str, ...]] = ("site", "estimator", "noise of the next", "time of the next", "reason")
+    num_words: ClassVar[int] = 2
 
     @property
     def title(self) -> str:

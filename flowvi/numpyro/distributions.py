@@ -206,19 +206,20 @@ class Estimated(ForwardsToBase, dist.Distribution):
         Parmas and Sugiyama 2021, eq. 19.
     """
 
-    arg_constraints: ClassVar[dict] = {}
-    pytree_data_fields = ("base_dist",)
-    pytree_aux_fields = ("estimator",)
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    pytree_data_fields: tuple[str, ...] = ("base_dist",)
+    pytree_aux_fields: tuple[str, ...] = ("estimator",)
 
     def __init__(self, base_dist: dist.Distribution, estimator: Estimator, *, validate_args: bool | None = None):
         require_parts(base_dist, estimator, dist.Distribution, "NumPyro")
-        self.base_dist, self.estimator = base_dist, estimator
+        self.base_dist: dist.Distribution = base_dist
+        self.estimator: Estimator = estimator
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args)
 
-    support = forwarded("support")
-    has_rsample = forwarded("has_rsample")
+    support: property = forwarded("support")
+    has_rsample: property = forwarded("has_rsample")
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> Any:
         name = name_of_site(unwrap(self))
         estimator = self.estimator.resolve(NumPyroTarget(name, self.base_dist, enters=True))
         if not is_attaching() or estimator.uses_sampler:
@@ -227,7 +228,7 @@ class Estimated(ForwardsToBase, dist.Distribution):
         target = NumPyroTarget(name, fn, estimator.enters)  # inside scan or cond; otherwise the handler draws
         return attach(ops, target._with(rng_key=key), estimator, propose(target, estimator, key)).value
 
-    def log_prob(self, value, intermediates=None):
+    def log_prob(self, value: Any, intermediates: list[Any] | None = None) -> Any:
         return self.base_dist.log_prob(value)
 
 

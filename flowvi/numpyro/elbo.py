@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpyro.infer import Trace_ELBO
 
 import flowvi.ops.jax as ops
 from flowvi.assignment import Assignment, Describes, Description, Estimators
+from flowvi.baselines import ParticleMean
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.learned.coupling import JointKind
@@ -95,7 +97,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
     def __init__(
         self,
         num_particles: int = 1,
-        vectorize_particles: Any = True,
+        vectorize_particles: bool | Callable[..., Any] = True,
         multi_sample_guide: bool = False,
         sum_sites: bool = True,
         *,
@@ -117,13 +119,21 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
                 f"control_variate: expected None with multi_sample_guide=True, found {control_variate!r}; use num_particles instead."
             )
         self.particles: Particles = particles
-        self.seed = seed
+        self.seed: int = seed
         self.entropy: Entropy = entropy
-        self.baseline = particle_baseline(baseline)
+        self.baseline: ParticleMean | None = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
-        self.assignment = Assignment(estimators, default, control_variate)
+        self.assignment: Assignment = Assignment(estimators, default, control_variate)
 
-    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+    def loss_with_mutable_state(
+        self,
+        rng_key: jax.Array,
+        param_map: dict[str, Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         if self.particles == "fixed":
             rng_key = typed_like(random.key(self.seed, impl=random.key_impl(rng_key)), rng_key)
 

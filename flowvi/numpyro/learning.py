@@ -85,7 +85,7 @@ class adaptive(Messenger):
             raise AttributeError(name)
         return getattr(self.fn, name)
 
-    def process_message(self, msg):
+    def process_message(self, msg: dict[str, Any]) -> None:
         if is_scan(msg) and not is_attaching():
             LearningInScan(msg, self.sizes)
         if msg["type"] != "sample" or msg.get("_control_flow_done") or not_random(HOST, msg) or is_attaching():
@@ -94,5 +94,5 @@ class adaptive(Messenger):
         target = target_of(msg, True, self.sizes)
         declare(msg, target, self.assignment.coupled(msg["name"], choice.estimator.resolve(target)), own_density=0.0)
 
-    def postprocess_message(self, msg):
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
         self.sizes.read(msg)

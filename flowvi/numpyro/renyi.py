@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax import random
 from numpyro.infer import RenyiELBO
 
@@ -71,22 +73,38 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         *,
         estimators: Estimators = None,
         default: Estimator = Auto(),  # noqa: B008
-        vectorize_particles: Any = True,
+        vectorize_particles: bool | Callable[..., Any] = True,
         baseline: LeaveOneOut = "loo",
         gradient: Gradient = "plain",
     ):
         require_bound_options(alpha, baseline, gradient)
         num_particles = require_num_particles(num_particles)
         super().__init__(alpha, num_particles)
-        self.vectorize_particles_fn = self._assign_vectorize_particles_fn(vectorize_particles)
+        self.vectorize_particles_fn: Callable[..., Any] = self._assign_vectorize_particles_fn(vectorize_particles)
         self.baseline: LeaveOneOut = baseline
         self.gradient: Gradient = gradient
         self._assignment = Assignment(estimators, default)
 
-    def loss(self, rng_key, param_map, model, guide, *args, **kwargs):
+    def loss(
+        self,
+        rng_key: jax.Array,
+        param_map: dict[str, Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> jax.Array:
         return self.loss_with_mutable_state(rng_key, param_map, model, guide, *args, **kwargs)["loss"]
 
-    def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
+    def loss_with_mutable_state(
+        self,
+        rng_key: jax.Array,
+        param_map: dict[str, Any],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         plate_key, rng_key = split(rng_key)  # one subsample for all particles
         model, guide = (seeded(f, plate_key, hide_types=["sample", "prng_key", "control_flow"]) for f in (model, guide))
 

@@ -203,13 +203,14 @@ class Estimated(ForwardsToBase, dist.TorchDistribution):
         Parmas and Sugiyama 2021, eq. 19.
     """
 
-    arg_constraints: ClassVar[dict] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, base_dist: Any, estimator: Estimator, *, validate_args: bool | None = None):
         require_parts(base_dist, estimator, torch.distributions.Distribution, "Pyro")
-        self.base_dist, self.estimator = base_dist, estimator
+        self.base_dist: Any = base_dist
+        self.estimator: Estimator = estimator
         # whether psi = 0 at q = p; an attribute, not a property, because Pyro assigns it
-        self.has_rsample = estimator.psi_is_zero(PyroTarget(self._name, base_dist, enters=True))
+        self.has_rsample: bool = estimator.psi_is_zero(PyroTarget(self._name, base_dist, enters=True))
         super().__init__(base_dist.batch_shape, base_dist.event_shape, validate_args=validate_args)
 
     @property
@@ -217,19 +218,19 @@ class Estimated(ForwardsToBase, dist.TorchDistribution):
         return name_of_site(unwrap(self.base_dist))
 
     @constraints.dependent_property
-    def support(self):
+    def support(self) -> Any:
         return self.base_dist.support
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Estimated:
         return Estimated(self.base_dist.expand(batch_shape), self.estimator)
 
-    def to_event(self, reinterpreted_batch_ndims=None):
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Estimated:
         return Estimated(self.base_dist.to_event(reinterpreted_batch_ndims), self.estimator)
 
-    def mask(self, mask):
+    def mask(self, mask: Any) -> Estimated:
         return Estimated(self.base_dist.mask(mask), self.estimator)
 
-    def __call__(self, sample_shape=torch.Size()):  # noqa: B008
+    def __call__(self, sample_shape: Any = torch.Size()) -> Any:  # noqa: B008
         fn = self.base_dist.expand_by(sample_shape) if sample_shape else self.base_dist
         estimator = self._at_q_equal_p(fn)
         if estimator.uses_sampler or estimator.biased:
@@ -238,10 +239,10 @@ class Estimated(ForwardsToBase, dist.TorchDistribution):
 
     sample = rsample = __call__
 
-    def log_prob(self, value):
+    def log_prob(self, value: Any) -> Any:
         return self.base_dist.log_prob(value)
 
-    def score_parts(self, value):
+    def score_parts(self, value: Any) -> ScoreParts:
         log_prob = self.log_prob(value)
         estimator = self._at_q_equal_p(self.base_dist)
         if estimator.uses_sampler:

@@ -14,6 +14,7 @@ from pyro.util import warn_if_nan
 
 import flowvi.ops.torch as ops
 from flowvi.assignment import Assignment, Describes, Estimators
+from flowvi.baselines import ParticleMean
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.learned.coupling import JointKind
@@ -147,11 +148,11 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             tail_adaptive_beta,
         )
         self.particles: Particles = particles
-        self.seed = seed
+        self.seed: int = seed
         self.entropy: Entropy = entropy
-        self.baseline = particle_baseline(baseline)
+        self.baseline: ParticleMean | None = particle_baseline(baseline)
         self.dependencies: Dependencies = dependencies
-        self.assignment = Assignment(estimators, default, control_variate)
+        self.assignment: Assignment = Assignment(estimators, default, control_variate)
 
     def __call__(self, model: torch.nn.Module, guide: torch.nn.Module) -> LearningModule:
         """Model, guide and loss as one torch module, whose parameters include what the estimators learn.

@@ -26,11 +26,11 @@ class LearningModule(ELBOModule):
         learned: The module of these parameters.
     """
 
-    def __init__(self, model, guide, elbo):
+    def __init__(self, model: torch.nn.Module, guide: torch.nn.Module, elbo: Any):
         super().__init__(model, guide, elbo)
-        self.learned = torch.nn.Module()
+        self.learned: torch.nn.Module = torch.nn.Module()
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss as a scalar tensor, as by ``differentiable_loss``."""
         with _own_what_is_learned(self.learned):
             return super().forward(*args, **kwargs)
