@@ -60,7 +60,8 @@ class GuideSites:
     """
 
     def __init__(self, assignment: Assignment, entropy: Entropy = "full"):
-        self.assignment, self.entropy = assignment, entropy
+        self.assignment = assignment
+        self.entropy: Entropy = entropy
         self.random: dict[str, SiteDescription] = {}
         self.aliases: dict[str, str] = {}
         self.draws: dict[str, Draw] = {}

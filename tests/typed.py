@@ -12,6 +12,7 @@ import pyro.distributions
 import pyro.infer
 import torch
 from matplotlib.figure import Figure
+from pyro.optim import PyroOptim
 
 import flowvi.numpyro
 import flowvi.pyro
@@ -99,7 +100,6 @@ def in_numpyro():
     flowvi.numpyro.TraceFlow_RenyiELBO(0.5, gradient="dreg")
     flowvi.numpyro.TraceFlow_RenyiELBO(gradient="stl")  # pyright: ignore[reportArgumentType]
     flowvi.numpyro.Estimated(normal, LR())
-    flowvi.numpyro.Estimated(LR(), normal)  # pyright: ignore[reportArgumentType]
     numpyro.infer.SVI(program, flowvi.numpyro.adaptive(program, elbo), numpyro.optim.Adam(0.01), elbo)
     flowvi.numpyro.adaptive(program)  # pyright: ignore[reportCallIssue]
 
@@ -146,7 +146,7 @@ def in_pyro():
     flowvi.pyro.Estimated(normal, LR())
     flowvi.pyro.Estimated(normal, LR)  # pyright: ignore[reportArgumentType]
 
-    optimizer = pyro.optim.PyroOptim(torch.optim.Adam, {"lr": 0.01})
+    optimizer = PyroOptim(torch.optim.Adam, {"lr": 0.01})
     pyro.infer.SVI(program, program, optimizer, elbo)
     svi = flowvi.pyro.CompiledSVI(program, program, optimizer, elbo, backend="eager")
     assert_type(svi.step(1.0), float)

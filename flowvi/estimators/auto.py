@@ -49,8 +49,6 @@ class Auto(Estimator):
         Schulman, Heess, Weber and Abbeel 2015.
     """
 
-    q = None
-
     def resolve(self, target: Target) -> Estimator:
         if not target.lacks_rsample():
             return RP()

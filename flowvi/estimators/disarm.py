@@ -64,7 +64,6 @@ class DisARM(Estimator):
     """
 
     num_values: int = 2
-    q = None
     enters = False
     compares = True
 

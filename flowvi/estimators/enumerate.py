@@ -50,7 +50,6 @@ class Enumerate(Estimator):
     """
 
     lanes: Lanes = "all"
-    q = None
     enters = False
     compares = True
 

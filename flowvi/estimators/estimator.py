@@ -63,7 +63,7 @@ class Estimator(ABC):
         baseline: What is subtracted from the costs that multiply the score; None for the objective's baseline.
     """
 
-    q: Callable[[Any], Any] | None
+    q: Callable[[Any], Any] | None = None
     baseline: SiteBaseline | None = None
     enters: bool = True
     jumps: tuple[Jump, ...] = ()

@@ -59,7 +59,6 @@ class FiniteDifference(Estimator):
     lanes: Lanes = "all"
     downwards: bool = False
     share: float = 1.0
-    q = None
     enters = False
     compares = True
 

@@ -65,7 +65,6 @@ class MeasureValued(Estimator):
     """
 
     lanes: Lanes = "all"
-    q = None
     enters = False
     compares = True
 

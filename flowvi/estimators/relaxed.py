@@ -14,7 +14,6 @@ from flowvi.target import Target
 class Relaxed(Estimator):
     """An estimator that gives a discrete value a velocity, as if the cost were defined, and smooth, between the values."""
 
-    q = None
     enters = False
     biased = True
 

@@ -84,7 +84,6 @@ class Surrogate(Estimator):
     initial: Any = field(default=None, repr=False)
     inputs: Sequence[Array] = field(default=(), repr=False)
     temperature: float | None = None
-    q = None
 
     def __post_init__(self) -> None:
         if not callable(self.c):
