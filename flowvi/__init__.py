@@ -3,8 +3,8 @@
 This module imports neither jax nor torch. The objectives are in ``flowvi.numpyro`` and ``flowvi.pyro``.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import typing as _typing
+from importlib import import_module as _import_module
 
 from flowvi import families, fields, proposals
 from flowvi.baselines import Baseline
@@ -27,8 +27,18 @@ from flowvi.learned.surrogate import Surrogate
 from flowvi.level_sets import LevelSet
 from flowvi.surfaces import HalfSpace
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
+    from flowvi import checks as checks
     from flowvi.checks import check_estimator
+else:  # a type checker that saw this function would accept every name
+
+    def __getattr__(name):
+        """Import ``flowvi.checks`` when it is first used: it needs NumPy, which comes with a host."""
+        if name not in ("checks", "check_estimator"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        checks = _import_module("flowvi.checks")
+        return checks if name == "checks" else checks.check_estimator
+
 
 __all__ = [
     "LR",
@@ -56,9 +66,6 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    """Import ``flowvi.checks`` when it is first used: it needs NumPy, which comes with a host."""
-    if name not in ("checks", "check_estimator"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    checks = import_module("flowvi.checks")
-    return checks if name == "checks" else checks.check_estimator
+def __dir__() -> list[str]:
+    """The names that tab completion offers, also those that are imported when they are first used."""
+    return sorted({*globals(), *__all__})

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+__all__ = ["GradientReport", "ParameterGradient"]
+
 Candidates = Estimators | Mapping[str, Estimators]
 
 

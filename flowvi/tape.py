@@ -12,7 +12,7 @@ from flowvi.ops import Array
 from flowvi.run import Run, Statement
 
 Ancestors = Mapping[str, frozenset[Ancestor]]
-Rule = Literal["graph", "plates"]
+Dependencies = Literal["graph", "plates"]
 
 
 class Joint(NamedTuple):
@@ -23,14 +23,14 @@ class Joint(NamedTuple):
         sites: The names of the sites.
     """
 
-    base: Rule
+    base: Dependencies
     sites: frozenset[str]
 
 
-Dependencies = Rule | Joint
+Rule = Dependencies | Joint
 
 
-def follows_tensors(dependencies: Dependencies) -> bool:
+def follows_tensors(dependencies: Rule) -> bool:
     """Whether the program has to be followed to find which costs depend on which site."""
     return (dependencies.base if isinstance(dependencies, Joint) else dependencies) == "graph"
 
@@ -161,7 +161,7 @@ class Ancestry(NamedTuple):
     names: Mapping[str, frozenset[str]]
 
 
-def record(run: Run, dependencies: Dependencies) -> Tape:
+def record(run: Run, dependencies: Rule) -> Tape:
     """The tape of a run.
 
     Args:

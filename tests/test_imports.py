@@ -35,6 +35,10 @@ def test_estimators_need_no_host():
     assert run(EVERYTHING, code).startswith("Flow(velocity=fields.per_element(loc=<lambda>)) LR() ")
 
 
+def test_tab_completion_offers_every_public_name():
+    assert set(flowvi.__all__) <= set(dir(flowvi))
+
+
 @pytest.mark.parametrize(
     ("module", "missing", "hint"),
     [

@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from pyro.optim import PyroOptim
 
+import flowvi
 import flowvi.numpyro
 import flowvi.pyro
 from flowvi import (
@@ -81,6 +82,10 @@ def estimators():
     Surrogate(lambda x: x, temperature=0.5)
     Surrogate()  # pyright: ignore[reportCallIssue]
     assert_type(fields.von_mises(), Field)
+    flowvi.Reparam()  # pyright: ignore[reportAttributeAccessIssue]
+    flowvi.numpyro.TraceELBO()  # pyright: ignore[reportAttributeAccessIssue]
+    flowvi.pyro.TraceELBO()  # pyright: ignore[reportAttributeAccessIssue]
+    assert_type(flowvi.check_estimator("Normal", RP(), raise_exception=False), flowvi.checks.EstimatorReport)
 
 
 def in_numpyro():

@@ -2,8 +2,8 @@
 
 try:
     import numpyro as _numpyro  # noqa: F401
-except ImportError as error:
-    error.add_note("flowvi.numpyro needs NumPyro: pip install 'flowvi[numpyro]'")
+except ImportError as _error:
+    _error.add_note("flowvi.numpyro needs NumPyro: pip install 'flowvi[numpyro]'")
     raise
 
 from flowvi.host import register as _register

@@ -21,7 +21,7 @@ from flowvi.objectives.weights import weigh
 from flowvi.ops import Array, Ops, total
 from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run
-from flowvi.tape import Ancestors, Dependencies, Site, Tape, Term, costs, record
+from flowvi.tape import Ancestors, Rule, Site, Tape, Term, costs, record
 
 FLOOR = 0.01  # the weight of the uniform distribution in the mixture from which a lane is drawn
 MAX_RUNS = 2  # the most runs per particle that replace scores, for all sites together
@@ -118,7 +118,7 @@ def _placed(plans: list[SitePlan], share: bool) -> list[SitePlan]:
     return placed
 
 
-def described(run: Run, dependencies: Dependencies) -> Description:
+def described(run: Run, dependencies: Rule) -> Description:
     """The random sites with their estimators, and how often a step runs guide and model for each particle.
 
     A step runs them once, and once more for each value of a site that needs its own run.
@@ -149,7 +149,7 @@ def _lane_sizes(comparison: Comparison, frames: frozenset[Frame]) -> list[int]:
     return [comparison.x.shape[axis] for axis in _lane_axes(comparison, frames)]
 
 
-def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Array | None:
+def compared(host: Host, run: Run, tape: Tape, dependencies: Rule) -> Array | None:
     """A scalar of value 0 whose tangent is the gradient of the sites with alternatives; None if there are none."""
     if not run.program.takes_gradients or not (plans := plan(tape, run.program.branches)):
         return None
@@ -183,7 +183,7 @@ def compared(host: Host, run: Run, tape: Tape, dependencies: Dependencies) -> Ar
     return ops.tangent_of(total(contributions))
 
 
-def _terms(of: Run, of_model: Ancestors, of_guide: Ancestors, dependencies: Dependencies) -> list[Term]:
+def _terms(of: Run, of_model: Ancestors, of_guide: Ancestors, dependencies: Rule) -> list[Term]:
     """The costs of a run with their ancestors, which are those of the first run unless the program has taken another branch."""
     for program, ancestors in ((of.model, of_model), (of.guide, of_guide)):
         if any(s.log_density is not None and name not in ancestors for name, s in program.items()):

@@ -24,7 +24,7 @@ from flowvi.objectives.plates import sum_to
 from flowvi.objectives.weights import weigh, weight_of
 from flowvi.ops import Array, Ops, total
 from flowvi.run import Run, Statement
-from flowvi.tape import Dependencies, Site, Tape, control_terms, record, scored_draws
+from flowvi.tape import Rule, Site, Tape, control_terms, record, scored_draws
 
 REASON = "its estimators or its entropy"  # the reason why there is no second derivative
 
@@ -42,7 +42,7 @@ class Particle(NamedTuple):
 
 
 def elbo_of(
-    host: Host, run: Run, dependencies: Dependencies, *, by_statement: bool = False, baselines: Mapping[str, MakeScores] | None = None
+    host: Host, run: Run, dependencies: Rule, *, by_statement: bool = False, baselines: Mapping[str, MakeScores] | None = None
 ) -> Particle:
     """Reduce a run to its weighted costs and its scores.
 

@@ -9,7 +9,7 @@ from flowvi.baselines import ParticleMean
 from flowvi.learned.coupling import JointKind
 from flowvi.particles import Particles
 from flowvi.sites import Entropy
-from flowvi.tape import Rule
+from flowvi.tape import Dependencies
 
 LeaveOneOut = Literal["loo"] | None
 Gradient = Literal["plain", "dreg"]
@@ -21,7 +21,7 @@ def particle_baseline(baseline: LeaveOneOut) -> ParticleMean | None:
 
 
 def require_options(
-    entropy: Entropy, baseline: LeaveOneOut, dependencies: Rule, control_variate: JointKind | None, particles: Particles
+    entropy: Entropy, baseline: LeaveOneOut, dependencies: Dependencies, control_variate: JointKind | None, particles: Particles
 ) -> None:
     """Refuse options of an objective that do not exist or exclude each other."""
     for name, found, known in (

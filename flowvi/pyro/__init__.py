@@ -2,8 +2,8 @@
 
 try:
     import pyro as _pyro  # noqa: F401
-except ImportError as error:
-    error.add_note("flowvi.pyro needs Pyro: pip install 'flowvi[pyro]'")
+except ImportError as _error:
+    _error.add_note("flowvi.pyro needs Pyro: pip install 'flowvi[pyro]'")
     raise
 
 from flowvi.host import register as _register

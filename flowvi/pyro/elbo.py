@@ -128,7 +128,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         default: Estimator = Auto(),  # noqa: B008
         entropy: Entropy = "full",
         baseline: LeaveOneOut = "loo",
-        dependencies: Rule = "plates",
+        dependencies: Dependencies = "plates",
         particles: Particles = "independent",
         seed: int = 0,
         control_variate: JointKind | None = None,
@@ -151,7 +151,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         self.seed: int = seed
         self.entropy: Entropy = entropy
         self.baseline: ParticleMean | None = particle_baseline(baseline)
-        self.dependencies: Dependencies = dependencies
+        self.dependencies: Rule = dependencies
         self.assignment: Assignment = Assignment(estimators, default, control_variate)
 
     def __call__(self, model: torch.nn.Module, guide: torch.nn.Module) -> LearningModule:
