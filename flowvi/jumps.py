@@ -15,6 +15,7 @@ from flowvi.surfaces import Surface, surface_comparison
 from flowvi.target import Target
 
 Jump = float | Array | Callable[[Any], Array] | Surface
+Jumps = Sequence[Jump] | Surface
 ULPS = 8  # the distance from t, in units of the last digit of 1 + |t|; even x + 1 > t + 1 then distinguishes the two sides
 
 
@@ -25,7 +26,7 @@ class JumpsField:
         """The jumps of an estimator; for the class itself none, which is the default."""
         return () if estimator is None else vars(estimator)["jumps"]
 
-    def __set__(self, estimator: Any, value: Sequence[Jump] | Surface) -> None:
+    def __set__(self, estimator: Any, value: Jumps) -> None:
         """Refuse anything but a sequence or a surface."""
         if isinstance(value, Surface):
             value = (value,)

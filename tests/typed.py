@@ -53,10 +53,11 @@ class Module(torch.nn.Module): ...
 def estimators():
     LR(baseline="plate")
     LR(baseline="optimal", q=proposals.tempered(2.0))
-    LR(baseline=Baseline(lambda x: x, 0.0), jumps=[0.0, HalfSpace([1.0, 0.0])])
+    LR(baseline=Baseline(lambda x: x, 0.0), jumps=[0.0, lambda p: p.loc])
     LR(baseline="loo")  # pyright: ignore[reportArgumentType]
     LR(jumps=0.0)  # pyright: ignore[reportArgumentType]
     RP(control_variate="cubic", shared=True)
+    RP(jumps=HalfSpace([1.0, 0.0]))
     RP(control_variate="cubik")  # pyright: ignore[reportArgumentType]
     RP(baseline="plate")  # pyright: ignore[reportCallIssue]
     ImplicitRP(lambda x, p: (x - p.loc) / p.scale, exact=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from flowvi.baselines import Baseline, BaselineField
 from flowvi.estimators.estimator import Draw, Estimator, refuse_discrete, refuse_moving_support
 from flowvi.fields import Field, per_element
 from flowvi.fields.field import name_of, require_finite
-from flowvi.jumps import Jump, JumpsField
+from flowvi.jumps import Jumps, JumpsField
 from flowvi.ops import Array, Ops
 from flowvi.tangents import Tangents
 from flowvi.target import Target
@@ -23,7 +23,7 @@ class _FieldEstimator(Estimator):
     velocity: Field
     q: Callable[[Any], Any] | None = None
     baseline: Baseline | Literal["plate"] | None = BaselineField()  # type: ignore[assignment]  # noqa: RUF009
-    jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
+    jumps: Jumps = JumpsField()  # type: ignore[assignment]  # noqa: RUF009
 
 
 class Flow(_FieldEstimator):
@@ -83,7 +83,7 @@ class Flow(_FieldEstimator):
         q: Callable[[Any], Any] | None = None,
         divergence: Callable[[Array, Any, Any], Array] | Literal["pathwise"] | None = None,
         baseline: Baseline | Literal["plate"] | None = None,
-        jumps: Sequence[Jump] = (),
+        jumps: Jumps = (),
         **per_parameter: Callable[[Array, Any], Array],
     ):
         if (velocity is None) == (not per_parameter):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from flowvi.estimators.estimator import Draw, Estimator, refuse_discrete, refuse_moving_support
-from flowvi.jumps import Jump, JumpsField
+from flowvi.jumps import Jumps, JumpsField
 from flowvi.ops import Array, Ops
 from flowvi.target import Target
 
@@ -55,7 +55,7 @@ class ImplicitRP(Estimator):
     q: Callable[[Any], Any] | None = None
     _: KW_ONLY
     exact: bool = True
-    jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
+    jumps: Jumps = JumpsField()  # type: ignore[assignment]  # noqa: RUF009
 
     def psi_is_zero(self, target: Target) -> bool:
         return self.exact

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from flowvi.baselines import Baseline, BaselineField
 from flowvi.estimators.estimator import Draw, Estimator, refuse_moving_support
-from flowvi.jumps import Jump, JumpsField
+from flowvi.jumps import Jumps, JumpsField
 from flowvi.ops import Array, Ops
 from flowvi.target import Target
 
@@ -56,7 +56,7 @@ class LR(Estimator):
     baseline: Baseline | Literal["plate", "optimal"] | None = BaselineField(optimal=True)  # type: ignore[assignment]  # noqa: RUF009
     q: Callable[[Any], Any] | None = None
     _: KW_ONLY
-    jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
+    jumps: Jumps = JumpsField()  # type: ignore[assignment]  # noqa: RUF009
     enters = False
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from flowvi.estimators.estimator import Draw, Estimator
 from flowvi.estimators.implicit import ImplicitRP
-from flowvi.jumps import Jump, JumpsField
+from flowvi.jumps import Jumps, JumpsField
 from flowvi.learned.amortised import Features
 from flowvi.learned.cost_model import CostModel, Kind
 from flowvi.learned.parameters import Learned
@@ -77,7 +77,7 @@ class RP(Estimator):
     control_variate: Kind | None = None
     shared: bool = False
     features: Features | None = None
-    jumps: Sequence[Jump] = JumpsField()  # type: ignore[assignment]
+    jumps: Jumps = JumpsField()  # type: ignore[assignment]  # noqa: RUF009
 
     def __post_init__(self) -> None:
         super().__post_init__()
