@@ -153,7 +153,7 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
 
     if at_fixed_draws is not None:
         value = ops.stop_gradient(bound(log_ratio, 0))
-        w = ops.exp((1 - alpha) * (ops.stop_gradient(log_ratio) - value)) / num_particles
+        w = ops.exp((1 - alpha) * (ops.stop_gradient(log_ratio) - value[None])) / num_particles
         path = ops.tangent_of(log_ratio - at_fixed_draws)
         return value + ((alpha * w + (1 - alpha) * w**2) * path + w * ops.tangent_of(at_fixed_draws)).sum(0)
     value = bound(log_ratio, 0)
