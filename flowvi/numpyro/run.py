@@ -14,11 +14,9 @@ import numpy as np
 from jax import random
 from jax.lax import stop_gradient
 from numpyro.distributions.util import scale_and_mask
-from numpyro.handlers import block, replay, seed, substitute, trace
-from numpyro.infer import SVI
+from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
-from numpyro.optim import SGD
 from numpyro.util import _validate_model, check_model_guide_match
 
 import flowvi.ops.jax as ops
@@ -27,7 +25,7 @@ from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
 from flowvi.marginal import require_number, with_marginals
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
-from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, own_keys, read_annotations, seeded
+from flowvi.numpyro.handlers import attach_estimators, hidden, mark_draws, mark_every_draw, own_keys, read_annotations, seeded
 from flowvi.numpyro.influence import Axes, by_element, influenced
 from flowvi.numpyro.marginal import (
     contract,
@@ -187,8 +185,8 @@ class NumPyroProgram:
         return self.ancestors(sites.fresh())
 
     def initial_parameters(self) -> dict[str, jax.Array]:
-        """The initial values of the parameters."""
-        _, guide_trace = self._log_probs(self._seeded_guide(), {})
+        """The values of the parameters; the initial ones of those that have no value."""
+        _, guide_trace = self._log_probs(self._seeded_guide(), self.param_map)
         _, model_trace = self._replay_model(self.model, guide_trace)
         return _values(guide_trace, "param") | _values(model_trace, "param")
 
@@ -215,7 +213,7 @@ class NumPyroProgram:
         def leaves(mark: jax.Array, movers: Any, fixed: Any) -> list[jax.Array]:
             (params, moving_data), (key, fixed_data) = movers, fixed
             args, kwargs = fixed_data if moving_data is None else moving_data
-            with block(), attaching(None):
+            with hidden(), attaching(None):
                 marked = mark_every_draw(replace(self, rng_key=key)._seeded_guide(), mark, params)
                 sites = trace(substitute(marked, data=params)).get_trace(*args, **kwargs)
             found = []
@@ -243,14 +241,14 @@ class NumPyroProgram:
         """The answers of :meth:`own_rows` for all sites, from two runs of the guide."""
 
         def sites(params):
-            with block(), attaching(None):
+            with hidden(), attaching(None):
                 return trace(substitute(self._seeded_guide(), data=params)).get_trace(*self.args, **self.kwargs)
 
         shifts: list[tuple[str, int]] = []  # for each array its site, and what leads from an axis of it to a dim of the site
 
         def leaves(params):
             found = []
-            for site in sites(self.param_map | params).values():
+            for site in sites(self.param_map | known | params).values():
                 if site["type"] == "sample" and not site["is_observed"]:
                     target = NumPyroTarget(site["name"], site["fn"], True)
                     for leaf in jax.tree.leaves(target.p):
@@ -258,7 +256,8 @@ class NumPyroProgram:
                         shifts.append((site["name"], max(0, jnp.ndim(leaf) - len(target.p.batch_shape)) + target.extra_ndim))
             return found
 
-        params = {name: value for name, value in _values(sites(self.param_map), "param").items() if hasattr(value, "shape")}
+        known = _values(sites(self.param_map), "param")
+        params = {name: value for name, value in known.items() if hasattr(value, "shape")}
         rows: dict[str, Axes] = {}
         for axes, (name, shift) in zip(by_element(leaves, params), shifts, strict=True):
             rows[name] = rows.get(name, frozenset()).union((axis + shift, size) for axis, size in axes)
@@ -308,18 +307,6 @@ def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entrop
     """Run a program with the estimators of an assignment."""
     assignment.forget(lambda value: isinstance(value, jax.core.Tracer))  # a tracer of an earlier trace
     return run(program, GuideSites(assignment, entropy))
-
-
-def trace_loss(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Trace the loss at the initial parameters, as a step of ``SVI`` does."""
-    svi = SVI(model, guide, SGD(0.0), elbo)
-    state = svi.init(random.key(0), *args, **kwargs)
-    mutable_state = state.mutable_state or {}
-
-    def loss(params):
-        return elbo.loss_with_mutable_state(state.rng_key, params | mutable_state, model, guide, *args, **kwargs)["loss"]
-
-    jax.eval_shape(loss, svi.get_params(state))
 
 
 def of_first_particle(mutable_state: Any) -> Any:
