@@ -109,7 +109,7 @@ PROGRAMS = {
     "a Renyi bound": lambda: (TraceFlow_RenyiELBO(0.5, 3, default=LR()), *one_site(normal)),
     "dreg": lambda: (TraceFlow_RenyiELBO(0.5, 3, gradient="dreg"), *one_site(normal)),
 }
-FAST = {"AdaptiveFlow, q", "Surrogate, temperature", "Enumerate, random", "a joint control variate", "jumps across a sphere"}
+FAST = {"AdaptiveFlow, q", "a joint control variate", "jumps across a sphere"}
 
 
 def trace_a_step(name):

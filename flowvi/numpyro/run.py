@@ -14,7 +14,7 @@ import numpy as np
 from jax import random
 from jax.lax import stop_gradient
 from numpyro.distributions.util import scale_and_mask
-from numpyro.handlers import replay, seed, substitute, trace
+from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
 from numpyro.util import _validate_model, check_model_guide_match
@@ -38,7 +38,7 @@ from flowvi.numpyro.marginal import (
     unshifted,
 )
 from flowvi.numpyro.particles import Together
-from flowvi.numpyro.scans import hold, is_reversed, mark_reverse_scans, replay_guide
+from flowvi.numpyro.scans import hold, is_reversed, is_without_history, mark_scans, replay_guide
 from flowvi.numpyro.threefry import split, unrolled
 from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
@@ -87,7 +87,8 @@ class NumPyroProgram:
         of_model, marginalised = _statements(model_trace, model_log_probs), tuple[str, ...]()
         if sites.assignment.marginalises and (names := sites_to_sum_out(statements, of_model)):
             require_summable(of_model, names)
-            _require_replayed(of_model, guide_trace)
+            _require_history(names, model_trace)
+            _require_replayed(model_trace, guide_trace)
             self._require_marginals(names[0], mutable_state)
             nesting = max(jnp.ndim(log_prob) for log_prob in (*log_probs.values(), *model_log_probs.values()))
             with funsor_with_jax():
@@ -110,12 +111,12 @@ class NumPyroProgram:
             name: {**site, "infer": {**site["infer"], "enumerate": None}} for name, site in guide_trace.items() if "infer" in site
         }
         key = split(self.rng_key)[0]
-        replayed = own_keys(replay(seed(self.model, unrolled(key)), {**guide_trace, **guided}), key)
+        replayed = own_keys(replay_guide(seed(self.model, unrolled(key)), {**guide_trace, **guided}), key)
         found = enumerated_trace(replayed, self.args, self.kwargs, self.param_map, max_plate_nesting)
         for name, site in found.items():
             _require_indices(name, site)
             if site["scale"] is not None and jnp.ndim(site["scale"]) > max_plate_nesting:  # it depends on an enumerated site
-                require_number(name, site["scale"])
+                require_number(unshifted(name), site["scale"])
         names = sorted((name for name, site in found.items() if is_enumerated(site)), key=lambda name: name != unshifted(name))
         unscaled = {name: log_density_of(site) for name, site in found.items()}
         scaled = {name: scale_and_mask(log_prob, scale=found[name]["scale"]) for name, log_prob in unscaled.items()}
@@ -264,7 +265,7 @@ class NumPyroProgram:
         return rows
 
     def _seeded_guide(self):
-        return mark_reverse_scans(seeded(self.guide, split(self.rng_key)[1]))
+        return mark_scans(seeded(self.guide, split(self.rng_key)[1]))
 
     def _log_probs(self, program, params):
         params = jax.tree.map(lambda leaf: leaf, params)  # NumPyro before 0.21 changes mutable state in place
@@ -326,13 +327,27 @@ def _require_one_order(model_trace: Mapping[str, Any], guide_trace: Mapping[str,
         )
 
 
-def _require_replayed(of_model: Mapping[str, Statement], guide_trace: Mapping[str, Any]) -> None:
+def _require_history(names: list[str], model_trace: Mapping[str, Any]) -> None:
+    """Refuse to sum out a site where NumPyro enumerates nothing."""
+    for name in names:
+        if is_without_history(model_trace[name]):
+            raise refusal(
+                name,
+                "expected scan(..., history=1) or more around a site that is summed out, found history=0, with which NumPyro "
+                "enumerates nothing; or draw the site in the guide.",
+            )
+
+
+def _require_replayed(model_trace: Mapping[str, Any], guide_trace: Mapping[str, Any]) -> None:
     """Refuse values of the guide inside ``scan``, which NumPyro ignores when it enumerates."""
-    if drawn := [s.name for s in of_model.values() if s.in_control_flow and not s.observed and s.name in guide_trace]:
+    inside = (site for site in model_trace.values() if site["type"] == "sample" and site.get("_control_flow_done"))
+    drawn = [s["name"] for s in inside if not s["is_observed"] and s["name"] in guide_trace and not is_without_history(s)]
+    if drawn:
         raise refusal(
             drawn[0],
             "expected no site of the guide inside a scan if a site of the model is summed out, because NumPyro ignores the "
-            "guide's value there; draw the site outside the scan, or write the chain as a loop with markov.",
+            "guide's value there; draw the site outside the scan, write the chain as a loop with markov, or give the scan history=0 "
+            "if nothing is summed out inside.",
         )
 
 
