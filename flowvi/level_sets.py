@@ -169,8 +169,8 @@ def _log_density_of_distance(ops: Ops, offset: Array, size: int, s: Array) -> Ar
     width = 1 / ops.sqrt(peak**2 + size)
     t = ops.asarray(NODES, s).reshape((len(NODES), *(1,) * s.ndim))
     left = ops.exp(-t)
-    log_s = ops.log(peak) + width * (t + 1 - left)
-    terms = size * log_s - (ops.exp(log_s) + offset) ** 2 / 2 + ops.log1p(left)
+    log_s = ops.log(peak)[None] + width[None] * (t + 1 - left)
+    terms = size * log_s - (ops.exp(log_s) + offset[None]) ** 2 / 2 + ops.log1p(left)
     log_integral = ops.logsumexp(terms, 0) + ops.log(SPACING * width)
     return (size - 1) * ops.log(s) - (s + offset) ** 2 / 2 - log_integral
 

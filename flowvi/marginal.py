@@ -30,6 +30,7 @@ class Factor(NamedTuple):
         log_density: Masked but not scaled, in the form that the host contracts. For a marginalised site it is not masked, so its
             probabilities always add up to 1.
         own_dim: If it is a marginalised site, the one of ``dims`` along which its values lie.
+        label: The program's own name of the statement, for messages; None for ``name``.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Factor(NamedTuple):
     dims: frozenset[str]
     log_density: Any
     own_dim: str | None = None
+    label: str | None = None
 
 
 Contract = Callable[[Sequence[Factor], frozenset[Frame]], Array]
@@ -63,7 +65,7 @@ def with_marginals(
     _require_plates(factors)
     for component in _components(factors):
         names = tuple(dict.fromkeys(factor.name for factor in component))
-        scale = _common_scale(ops, [model[name] for name in names])
+        scale = _common_scale(ops, [(factor.label or factor.name, model[factor.name].scale) for factor in component])
         frames = frozenset.intersection(*(factor.frames for factor in component))
         log_density = contract(component, frames)
         statements |= {name: model[name].with_log_density(None) for name in names}
@@ -96,21 +98,23 @@ def _require_plates(factors: Sequence[Factor]) -> None:
         for site in (owners[dim] for dim in sorted(factor.dims) if dim in owners):
             if left := sorted(frame.name for frame in site.frames - factor.frames if frame.size > 1):
                 raise refusal(
-                    factor.name,
-                    f"expected it inside the plate '{left[0]}', because it depends on '{site.name}', which is summed out there; move "
-                    f"the statement into the plate, or draw '{site.name}' in the guide.",
+                    factor.label or factor.name,
+                    f"expected it inside the plate '{left[0]}', because it depends on '{site.label or site.name}', which is summed out "
+                    f"there; move the statement into the plate, or draw '{site.label or site.name}' in the guide.",
                 )
 
 
-def _common_scale(ops: Ops, statements: Sequence[Statement]) -> Any:
-    """The scale of all statements of a component."""
-    first, *_ = scales = [1.0 if statement.scale is None else statement.scale for statement in statements]
-    for statement, scale in zip(statements, scales, strict=True):
-        require_number(statement.name, scale)
+def _common_scale(ops: Ops, scales: Sequence[tuple[str, Any]]) -> Any:
+    """The scale of all statements of a component, given with their names."""
+    first_name, common = scales[0]
+    first = 1.0 if common is None else common
+    for name, given in scales:
+        scale = 1.0 if given is None else given
+        require_number(name, scale)
         if not ops.is_known_equal(first, scale):
-            found = f"found {first} at '{statements[0].name}' and {scale} at '{statement.name}'"
-            _refuse(statement.name, f"{found}; put the same scale, or the same subsampled plate, around all of them")
-    return statements[0].scale
+            found = f"found {first} at '{first_name}' and {scale} at '{name}'"
+            _refuse(name, f"{found}; put the same scale, or the same subsampled plate, around all of them")
+    return common
 
 
 def require_number(name: str, scale: Any) -> None:

@@ -12,14 +12,21 @@ from flowvi.ops import Array, Ops
 
 
 def bernoulli(ops: Ops, p: Any, values: Array) -> Array:
-    return ops.where(values == 1, p.probs, 1 - p.probs)
+    probs = _over(p.probs, values)
+    return ops.where(values == 1, probs, 1 - probs)
 
 
 def binomial(ops: Ops, p: Any, values: Array) -> Array:
-    probs = p.probs
+    probs = _over(p.probs, values)
     fixed = ops.stop_gradient(probs)
-    score = (values - p.total_count * fixed) / (fixed * (1 - fixed))
+    mean = _over(p.total_count * ops.stop_gradient(p.probs), values)
+    score = (values - mean) / (fixed * (1 - fixed))
     return ops.stop_gradient(ops.exp(p.log_prob(values))) * (1 + score * (probs - fixed))
+
+
+def _over(a: Array, values: Array) -> Array:
+    """An array over the batch of p, with the dims of the values."""
+    return a.reshape((*(1,) * (values.ndim - a.ndim), *a.shape))
 
 
 def categorical(ops: Ops, p: Any, values: Array) -> Array:

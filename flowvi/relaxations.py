@@ -13,6 +13,7 @@ from typing import Any
 from flowvi.ops import Array, Ops
 
 LEAST = 2.0**-26  # replaces a uniform number that was rounded to 0
+IMPOSSIBLE = -80.0  # replaces the log probability of a category of probability 0, whose relaxed value would be infinite
 
 
 class Relaxation(ABC):
@@ -77,6 +78,7 @@ class Categories(Relaxation):
 
     def eta(self, ops: Ops, p: Any, batch_shape: tuple[int, ...]) -> Array:
         eta = ops.log_softmax(1.0 * p.logits, -1)
+        eta = ops.where(eta > IMPOSSIBLE, eta, ops.asarray(IMPOSSIBLE, eta))
         return ops.broadcast_to(eta, (*batch_shape, eta.shape[-1]))
 
     def hard(self, ops: Ops, x: Array, eta: Array) -> Array:

@@ -164,7 +164,7 @@ def _normals(ops: Ops, target: Target, x: Array) -> Normals:
         )
     loc = ops.broadcast_to(ops.stop_gradient(target.p0.loc), x.shape)
     if target.family == "Normal":
-        scale = ops.stop_gradient(target.p0.scale)
+        scale = ops.broadcast_to(ops.stop_gradient(target.p0.scale), x.shape)
         return Normals(loc, lambda z: scale * z, lambda v: v / scale, lambda a: scale**2 * a)
     tril = ops.stop_gradient(target.p0.scale_tril)
 

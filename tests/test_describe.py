@@ -3,14 +3,18 @@
 import re
 from functools import partial
 
+import jax
+import jax.numpy as jnp
+import numpyro
 import pyro
 import pytest
 import torch
 from hosts import HOSTS
+from numpyro.infer import SVI
 
 import flowvi.numpyro
 import flowvi.pyro
-from flowvi import LR, AdaptiveFlow, Enumerate
+from flowvi import LR, RP, AdaptiveFlow, Enumerate, MeasureValued
 
 
 def positive(h, name):
@@ -67,3 +71,80 @@ def test_pyro_describe_leaves_the_objective_as_it_is():
     assert torch.equal(torch.get_rng_state(), state)
     assert vars(elbo) == options
     assert all(leaf.grad is None for _, leaf in pyro.get_param_store().named_parameters())
+
+
+def needs_raw_keys():
+    """A number that only a raw key gives."""
+    return 0.0 * jax.random.split(numpyro.prng_key())[0][0]
+
+
+def numpyro_program(prior, loc):
+    """A model and a guide of a vector in a plate; ``loc`` is a parameter, or its number in the model."""
+
+    def model():
+        with numpyro.plate("n", 3):
+            numpyro.sample("x", numpyro.distributions.Normal(prior(), 1.0))
+        numpyro.factor("cost", 1.0)
+
+    def guide():
+        mean = loc()
+        with numpyro.plate("n", 3):
+            numpyro.sample("x", numpyro.distributions.Normal(mean, 1.0))
+
+    return model, guide
+
+
+KEY, LOC = jax.random.PRNGKey(1), jnp.arange(3.0)
+UNUSUAL = {
+    "raw keys": (numpyro_program(needs_raw_keys, lambda: numpyro.param("loc", LOC) + needs_raw_keys()), {"rng_key": KEY}),
+    "a parameter without an initial value": (
+        numpyro_program(lambda: numpyro.param("prior"), lambda: numpyro.param("loc")),
+        {"params": {"loc": LOC, "prior": jnp.array(0.5)}},
+    ),
+}
+OBJECTIVES = {
+    "ELBO": lambda: flowvi.numpyro.TraceFlow_ELBO(default=LR()),
+    "several values": lambda: flowvi.numpyro.TraceFlow_ELBO(default=MeasureValued()),
+    "learned": lambda: flowvi.numpyro.TraceFlow_ELBO(default=AdaptiveFlow()),
+    "joint": lambda: flowvi.numpyro.TraceFlow_ELBO(control_variate="quadratic"),
+    "bound": lambda: flowvi.numpyro.TraceFlow_RenyiELBO(num_particles=2),
+}
+QUICK = {("raw keys", "joint"), ("a parameter without an initial value", "learned")}
+
+
+def adapted(objective, guide, rng_key=None):
+    return flowvi.numpyro.adaptive(guide, objective, rng_key=rng_key) if hasattr(objective, "assignment") else guide
+
+
+@pytest.mark.parametrize(
+    ("program", "objective"),
+    [pytest.param(p, o, marks=[] if (p, o) in QUICK else pytest.mark.slow) for p in UNUSUAL for o in OBJECTIVES],
+)
+def test_describe_with_a_key_and_with_parameters(program, objective):
+    """Programs that need raw keys or given parameters: ``describe`` takes them, as ``gradient_report`` does."""
+    (model, guide), options = UNUSUAL[program]
+    elbo = OBJECTIVES[objective]()
+    guide = adapted(elbo, guide, options.get("rng_key"))
+    assert [site.name for site in elbo.describe(model, guide, **options)] == ["x"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", UNUSUAL)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_fit_with_a_raw_key_and_with_parameters(program, objective):
+    (model, guide), options = UNUSUAL[program]
+    elbo = OBJECTIVES[objective]()
+    svi = SVI(model, adapted(elbo, guide, KEY), numpyro.optim.Adam(0.01), elbo)
+    result = svi.run(KEY, 2, progress_bar=False, init_params=options.get("params"))
+    assert jnp.isfinite(result.losses).all()
+    again = svi.run(KEY, 2, progress_bar=False, init_params=result.params)  # with what the estimators have learned
+    assert jnp.isfinite(again.losses).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", UNUSUAL)
+@pytest.mark.parametrize("tool", ["gradient_report", "check_program"])
+def test_tools_with_a_raw_key_and_with_parameters(program, tool):
+    (model, guide), options = UNUSUAL[program]
+    options = options | ({"num_samples": 4} if tool == "gradient_report" else {"seconds": 1})
+    getattr(flowvi.numpyro, tool)(model, guide, default=RP(control_variate="quadratic"), **options)

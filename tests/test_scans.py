@@ -114,6 +114,25 @@ def test_predictions_after_a_fit_with_a_reverse_scan():
     np.testing.assert_allclose(numpyro.infer.Predictive(model, z)(KEY)["y"].mean(0), y, atol=0.5)
 
 
+@SLOW
+def test_predictions_from_a_guide_with_a_reverse_scan():
+    """NumPyro's ``Predictive`` gives the model the values of the guide in the order of xs; flipped, they reach their steps."""
+
+    def draw(name, locs):
+        return scan(lambda c, loc: (c, numpyro.sample(name, dist.Normal(loc, 0.01))), 0.0, locs, reverse=True)[1]
+
+    def model():
+        numpyro.deterministic("seen", draw("z", jnp.zeros(4)))
+
+    predictive = numpyro.infer.Predictive(lambda: draw("z", XS), num_samples=3)
+    z = predictive(KEY)
+    np.testing.assert_allclose(z["z"].mean(0), XS, atol=0.1)
+    right = numpyro.infer.Predictive(model, {"z": jnp.flip(z["z"], 1)})(KEY)["seen"]
+    np.testing.assert_allclose(right, z["z"])
+    wrong = numpyro.infer.Predictive(model, guide=lambda: draw("z", XS), num_samples=3)(KEY)["seen"]
+    np.testing.assert_allclose(wrong.mean(0), XS[::-1], atol=0.1)
+
+
 def hidden(history, reverse, ys, mask):
     """A hidden Markov chain with two states, which is summed out."""
     stay = jnp.array([[0.8, 0.2], [0.3, 0.7]])
@@ -184,6 +203,66 @@ def test_a_site_of_the_guide_in_a_scan_beside_a_summed_out_site(steps):
 
     with pytest.raises(ValueError, match="site 'z': expected no site of the guide inside a scan"):
         TraceFlow_ELBO().loss(KEY, {"m": 0.2}, model, lambda: chain_of(numpyro.param("m", 0.2)))
+
+
+LOGITS, MU = jnp.array([[0.2, -0.4, 0.1], [0.5, -0.3, 0.2]]), jnp.array([-1.0, 0.5, 2.0])
+
+
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=SLOW), True])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=SLOW), 3])
+def test_a_site_of_the_guide_in_a_scan_without_history(reverse, steps):
+    """With ``history=0`` a scan gets the guide's values while sites outside are summed out, also sites that it reads."""
+    ys = jnp.array([0.3, -0.2, 0.9])[:steps]
+
+    def model():
+        a, b = (
+            numpyro.sample(name, dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            for name, logits in zip("ab", LOGITS, strict=True)
+        )
+
+        def step(before, y):
+            z = numpyro.sample("z", dist.Normal(MU[a] + 0.2 * before, 1.0))
+            with numpyro.plate("n", 2):
+                numpyro.sample("y", dist.Normal(z + MU[b], 1.0), obs=jnp.stack([y, y + 1]))
+            return z, None
+
+        scan(step, 0.0, ys, reverse=reverse, history=0)
+
+    def guide():
+        loc = numpyro.param("m", 0.3)
+        return scan(lambda _, i: (numpyro.sample("z", dist.Normal(loc + 0.1 * i, 0.5)),) * 2, 0.0, jnp.arange(1.0 * steps))[1]
+
+    def exact(m):
+        z = numpyro.handlers.seed(numpyro.handlers.substitute(guide, data={"m": m}), jax.random.split(KEY)[1])()
+        before, of_step = jnp.concatenate([jnp.zeros(1), z[:-1]]), ys[::-1] if reverse else ys
+        of_a = dist.Normal(MU[:, None] + 0.2 * before, 1.0).log_prob(z).sum(-1) + jax.nn.log_softmax(LOGITS[0])
+        of_b = sum(dist.Normal(z + MU[:, None], 1.0).log_prob(of_step + i).sum(-1) for i in (0, 1)) + jax.nn.log_softmax(LOGITS[1])
+        of_guide = dist.Normal(m + 0.1 * jnp.arange(steps), 0.5).log_prob(z).sum()
+        return of_guide - jax.nn.logsumexp(of_a) - jax.nn.logsumexp(of_b)
+
+    same(jax.value_and_grad(lambda m: TraceFlow_ELBO().loss(KEY, {"m": m}, model, guide))(0.3), jax.value_and_grad(exact)(0.3))
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [pytest.param(0, "site 'z': expected scan.*history=1", marks=SLOW), (1, "site 'y': .*1.0 at 'z' and 2.0 at 'y'")],
+)
+def test_a_refusal_names_the_sites_of_the_program(history, message):
+    """Inside an enumerated scan NumPyro gives the sites of the first steps names of its own."""
+
+    def model():
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+
+        def step(z, y):
+            z = numpyro.sample("z", dist.Categorical(jnp.array([[0.8, 0.2], [0.3, 0.7]])[z]), infer={"enumerate": "parallel"})
+            with numpyro.handlers.scale(scale=2.0):
+                numpyro.sample("y", dist.Normal(a + z, 1.0), obs=y)
+            return z, None
+
+        scan(step, 0, XS[:3], history=history)
+
+    with pytest.raises(ValueError, match=message):
+        TraceFlow_ELBO().loss(KEY, {}, model, lambda: numpyro.sample("a", dist.Normal(numpyro.param("m", 0.2), 1.0)))
 
 
 def test_two_chains_that_share_an_annotation():

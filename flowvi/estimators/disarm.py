@@ -76,7 +76,7 @@ class DisARM(Estimator):
 
     def _of_bits(self, ops: Ops, target: Target, x: Array) -> Draw:
         p = target.p
-        probs = ops.stop_gradient(p.probs)
+        probs = ops.broadcast_to(ops.stop_gradient(p.probs), x.shape)
         others = self.num_values - 1
 
         def make(uniforms: Array) -> Alternatives:
@@ -86,16 +86,15 @@ class DisARM(Estimator):
             u = ops.where(probs > 0.5, 1 - uniforms[0], uniforms[0])
             first = ops.where(is_rare, u * rare, rare + u * (1 - rare)) ** (1 / others)  # 1 - d of the draw
             parts = 1e-30 - ops.log1p(-uniforms[1:])
-            rest = 1 - first * parts / parts.sum(0)
+            rest = 1 - first[None] * parts / parts.sum(0, keepdims=True)
             level = rare ** (1 / others)
             both = ops.where(level > 0.5, 2 * level - 1, 0 * level) ** others  # the probability that two have the rarer value
             spread = rare * (1 - rare)
             correlation = ops.where(spread > 0, (both - rare**2) / ops.where(spread > 0, spread, 0 * spread + 1), 0 * spread)
-            values = ops.where((rest < level) == (probs <= 0.5), 1 + 0 * x, 0 * x)
+            values = ops.where((rest < level[None]) == (probs <= 0.5)[None], (1 + 0 * x)[None], (0 * x)[None])
             mean = (x + values.sum(0)) / (others + 1)
-            moving = 1 + ops.tether(p.logits)  # the 1 keeps a cost that is not finite
-            weights = (values - mean) / (others * (1 - correlation)) * moving
-            return Alternatives(values, ops.broadcast_to(weights, values.shape))
+            moving = ops.broadcast_to(1 + ops.tether(p.logits), x.shape)  # the 1 keeps a cost that is not finite
+            return Alternatives(values, (values - mean[None]) / (others * (1 - correlation))[None] * moving[None])
 
         return Draw(x, comparison=Comparison(make, x, target.event_ndim, target.batch_ndim, others, others + 1, joint=True))
 
@@ -134,7 +133,7 @@ class DisARM(Estimator):
 def _chosen(ops: Ops, masses: Array, u: Array) -> Array:
     """Draw one of the values, from uniform numbers u: unit vectors along the first axis. The masses need not add up to 1."""
     up_to = masses.cumsum(0)
-    reached = (up_to > u * up_to[-1]) | (up_to >= up_to[-1])
+    reached = (up_to > u[None] * up_to[-1:]) | (up_to >= up_to[-1:])
     before = ops.concatenate([reached[:1] & ~reached[:1], reached[:-1]], 0)
     return reached & ~before
 
@@ -143,7 +142,7 @@ def _opposite(ops: Ops, masses: Array, here: Array, u: Array, v: Array) -> Array
     """A value with the same law that is seldom equal to ``here``."""
     proposed = _chosen(ops, ops.where(here, 0 * masses, masses), u)
     accepted = v * (1 - _at(ops, proposed, masses)) < 1 - _at(ops, here, masses)
-    return ops.where(accepted, proposed, here)
+    return ops.where(accepted[None], proposed, here)
 
 
 def _at(ops: Ops, here: Array, masses: Array) -> Array:

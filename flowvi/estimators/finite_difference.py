@@ -69,11 +69,10 @@ class FiniteDifference(Estimator):
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         _require_integers(target)
-        end, step = (target.support.lower, -1) if self.downwards else (target.support.upper, 1)
-        at_end = x <= end if self.downwards else x >= end
+        y, step = self._neighbour(ops, target, x), -1 if self.downwards else 1
+        at_end = y == x
         weight = self._weight(ops, target, ops.where(at_end, x - step, x))
         weight = ops.broadcast_to(ops.where(at_end, 0 * weight, times(weight, self.share)), x.shape)
-        y = ops.where(at_end, x, x + step)
 
         def make(uniforms: Array) -> Alternatives:
             return Alternatives(y[None], weight[None])
@@ -84,6 +83,15 @@ class FiniteDifference(Estimator):
             return Draw(x, comparison=comparison)
         log_prob = target.to_batch(target.p.log_prob(x))
         return Draw(x, (1 - self.share) * log_prob, log_prob=log_prob, comparison=comparison)
+
+    def _neighbour(self, ops: Ops, target: Target, x: Array) -> Array:
+        """The value with which the cost at x is compared: x itself at the end of the support."""
+        step = -1 if self.downwards else 1
+        known = family_of(target.p).neighbours
+        if known is not None and known.next is not None:
+            return known.next(ops, target.p, x, step)
+        at_end = x <= target.support.lower if self.downwards else x >= target.support.upper
+        return ops.where(at_end, x, x + step)
 
     def _weight(self, ops: Ops, target: Target, x: Array) -> Array:
         """The weight of the neighbour with its derivative, at an x that has a neighbour."""

@@ -21,8 +21,9 @@ NODES, WEIGHTS = _rule()
 
 def integral(ops: Ops, f: Callable[[Array], Array], width: Array) -> Array:
     """The integral over (0, inf) of an f that decays on the scale ``width``; f keeps the shape of an array with another axis."""
-    r = width[..., None] * ops.asarray(NODES, width)
-    return width * (f(r) * ops.asarray(WEIGHTS, width)).sum(-1)
+    last = (*(1,) * width.ndim, len(NODES))
+    r = width[..., None] * ops.asarray(NODES, width).reshape(last)
+    return width * (f(r) * ops.asarray(WEIGHTS, width).reshape(last)).sum(-1)
 
 
 def width_of(ops: Ops, slope: Array, curvature: Array) -> Array:

@@ -48,4 +48,5 @@ class Amortised(NamedTuple):
         """a, with the batch shape of the features on the left."""
         own = tuple(w.shape[1:])
         product = self.features @ w[1:].reshape((self.features.shape[-1], math.prod(own)))
-        return w[0] + product.reshape((*self.features.shape[:-1], *own))
+        batch = self.features.shape[:-1]
+        return w[0].reshape((*(1,) * len(batch), *own)) + product.reshape((*batch, *own))

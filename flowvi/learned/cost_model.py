@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from typing import Literal, NamedTuple
 
 from flowvi.learned.amortised import Amortised, Features
@@ -56,6 +57,8 @@ class CostModel:
         batch_ndim = len(target.batch_shape) if self.full_rank else target.batch_ndim
         self.shape = (*target.shape[:batch_ndim], math.prod(target.shape[batch_ndim:]))
         self.directions = min(DIRECTIONS, self.shape[-1]) if kind == "cubic" else 0
+        own_density = target.own_density
+        self.own_weight = own_density if isinstance(own_density, (int, float)) else None  # of the site's log density, if it is a number
 
     def learns(self) -> dict[str, Learned]:
         """The coefficients, a row for each coordinate: b, B, W, v and C. Initially 0, except for the directions v: cosine waves."""
@@ -84,7 +87,7 @@ class CostModel:
         """Cosine waves for each element, of height 1, each over the rows of a column."""
         waves = [[math.cos(math.pi * r * (i + 0.5) / rows) for r in range(columns)] for i in range(rows)]
         zeros = self._zeros(rows, columns)
-        return zeros + self.ops.asarray(waves, zeros)
+        return self.ops.broadcast_to(self.ops.asarray(waves, zeros), zeros.shape)
 
     def attach(self, x: Array) -> tuple[Array, Array, Array]:
         """The value with the derivative of the host's sampler, the control variate over the batch shape of the site, and zeros.
@@ -96,11 +99,11 @@ class CostModel:
         factor = self._in_shape(target.p.scale_tril, (*batch, size, size)) if self.full_rank else self._flat(target.p.scale, x)
         inputs = self._flat(target.p.loc, x), factor, *(self._in_shape(a, (*batch, *a.shape[-2:])) for a in self._rows())
         value = _reshaped(x, self.shape)
-        fixed = (value,) if self._own_weight is not None else (value, self._flat(target.own_density_at(ops, x), x))
+        fixed = (value,) if self.own_weight is not None else (value, self._flat(target.own_density_at(ops, x), x))
         zero = 0 * value[..., 0]
         context = [ops.broadcast_to(zero[..., None], (*batch, self.num_context))] if self.num_context else []
         try:
-            value, control, *context = ops.with_pullback((value, zero, *context), inputs, fixed, self._pullback)
+            value, control, *context = ops.with_pullback((value, zero, *context), inputs, fixed, self._without_site()._pullback)
         except TypeError as error:
             target.refuse_forward_mode(error)
         return _reshaped(value, x.shape), target.to_batch(control) if self.full_rank else control, context[0] if context else control
@@ -117,11 +120,11 @@ class CostModel:
         offset = _reshaped(x - p.loc, self.shape)
         return ops.stop_gradient(ops.solve_lower(p.scale_tril, offset) if self.full_rank else offset / self._flat(p.scale, x))
 
-    @property
-    def _own_weight(self) -> float | None:
-        """The factor of the site's own log density, if it is a number."""
-        own_density = self.target.own_density
-        return own_density if isinstance(own_density, (int, float)) else None
+    def _without_site(self) -> CostModel:
+        """The model without the arrays of its site: JAX keeps the function of a backward pass longer than these may live."""
+        model = copy(self)
+        del model.target, model.amortised
+        return model
 
     def _pullback(self, cotangents: tuple[Array, ...], inputs: tuple[Array, ...], fixed: tuple[Array, ...]) -> tuple[Array, ...]:
         """The derivatives in loc and the factor; for the coefficients, the derivative of the summed squared gradient in dloc and dM.
@@ -135,7 +138,7 @@ class CostModel:
         """
         (through, unit, *context), (loc, factor, *coefficients), (x, *own_density) = cotangents, inputs, fixed
         unit = unit[..., None]
-        own = times(unit, self._own_weight) if self._own_weight is not None else unit * own_density[0]
+        own = times(unit, self.own_weight) if self.own_weight is not None else unit * own_density[0]
         return (self._of_full_rank if self.full_rank else self._of_mean_field)(
             through, unit, own, loc, factor, coefficients, x, *context
         )
@@ -179,8 +182,8 @@ class CostModel:
         of_loc = self._less_context(s * through - unit * model.bend, model, context)
         of_m = (of_loc - unit * model.b)[..., None] * eps[..., None, :] + unit[..., None] * self._times(model, m)
         score = own * ops.solve_upper(m.swapaxes(-2, -1), eps)
-        on_diagonal = ops.where(ops.eye(m.shape[-1], m), m, 1 + 0 * m)
-        inverse = ops.where(ops.eye(m.shape[-1], m), 1 / on_diagonal, 0 * m)
+        unit_matrix = ops.broadcast_to(ops.eye(m.shape[-1], m), m.shape)
+        inverse = ops.where(unit_matrix, 1 / ops.where(unit_matrix, m, 1 + 0 * m), 0 * m)
         g_m = ops.tril(score[..., None] * eps[..., None, :] - of_m - own[..., None] * inverse)
         of_slope = (g_m * eps[..., None, :]).sum(-1)
         of_bend = score - of_loc + of_slope
@@ -244,7 +247,7 @@ class CostModel:
         parts = [of_b[..., None], outer(of_bend, z) - of_curvature]
         if (cubic := model.cubic) is not None:
             of_squares = product_from_the_left(of_bend, cubic.weights)
-            parts += [outer(of_bend, cubic.squares), _row(of_squares + of_squares) * cubic.excess]
+            parts += [outer(of_bend, cubic.squares), (of_squares + of_squares)[..., None, :] * cubic.excess]
         return (ops.concatenate([*parts, *of_context], -1),)
 
     def _flat(self, a: Array, x: Array) -> Array:
@@ -273,12 +276,8 @@ class Model(NamedTuple):
     context: Array | None = None
 
 
-def _row(a: Array) -> Array:
-    return a if a.ndim == 1 else a[..., None, :]
-
-
 def outer(a: Array, b: Array) -> Array:
-    return a[..., None] * _row(b)
+    return a[..., None] * b[..., None, :]
 
 
 def product(matrix: Array, vector: Array) -> Array:

@@ -120,7 +120,8 @@ class Coupling(NamedTuple):
         if self.pairs:
             both = ops.concatenate([bases[name], *linear], -1)
             i, j = ([pair[k] for pair in self.pairs] for k in (0, 1))
-            linear.append(both[..., i] * both[..., j] - ops.asarray([float(a == b) for a, b in self.pairs], both))
+            means = ops.asarray([float(a == b) for a, b in self.pairs], both)
+            linear.append(both[..., i] * both[..., j] - means.reshape((*(1,) * (both.ndim - 1), len(self.pairs))))
         return context * (linear[0] if len(linear) == 1 else ops.concatenate(linear, -1))
 
 

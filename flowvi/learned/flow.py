@@ -224,9 +224,9 @@ class AdaptiveFlow(Estimator):
         u, du = (a[2 : 2 + len(parts)] for a in (values, slopes))
         spacing = 2 * REACH / max(self.bumps - 1, 2)
         centres = [REACH * (2 * j / (self.bumps - 1) - 1) if self.bumps > 1 else 0.0 for j in range(self.bumps)]
-        away = (values[1] - ops.asarray(centres, x).reshape((self.bumps, *(1,) * x.ndim))) / (WIDTH * spacing)
+        away = (values[1:2] - ops.asarray(centres, x).reshape((self.bumps, *(1,) * x.ndim))) / (WIDTH * spacing)
         bumps = ops.exp(-0.5 * away**2)
-        fixed = u, -(du + u * slopes[0]), bumps, away * bumps * (-slopes[1] / (WIDTH * spacing))
+        fixed = u, -(du + u * slopes[:1]), bumps, away * bumps * (-slopes[1:2] / (WIDTH * spacing))
         return fixed if self.mask is None else (*fixed, values[-1], slopes[-1])
 
 
@@ -254,20 +254,21 @@ class _Gradient:
 
     def terms(self, learned: Mapping[str, Array], fixed: tuple[Array, ...]) -> tuple[Array, Array, Array]:
         """u, psi and zeta of each live parameter, along the first axis."""
-        u, score, bumps, dbumps = fixed[:4]
+        u, score, *each_bump = fixed[:4]
         ndim = u.ndim - 1
         velocity, control = (self._of_live(self._over(learned[name], ndim)) for name in ("velocity", "control"))
         of_scores = control[:, self.bumps :]
         if len(self.live) < self.size:
             of_scores = self.ops.stack([of_scores[:, i] for i in self.live], 1)
-        m, zeta = velocity[:, 0], (of_scores * score).sum(1)
+        m, zeta = velocity[:, 0], (of_scores * score[None]).sum(1)
         dm = 0.0
         if self.bumps:
+            bumps, dbumps = (a[None] for a in each_bump)
             of_field, of_control = velocity[:, 1:], control[:, : self.bumps]
             m, dm = m + (of_field * bumps).sum(1), (of_field * dbumps).sum(1)
             zeta = zeta + (of_control * bumps).sum(1) * score - u * (of_control * dbumps).sum(1)
         if self.masked:
-            mask, dmask = fixed[4:6]
+            mask, dmask = (a[None] for a in fixed[4:6])
             m, dm = m * mask, dm * mask + m * dmask
         return m * u, (1 - m) * score + u * dm, zeta
 
@@ -277,7 +278,7 @@ class _Gradient:
         of_score, of_control = (a.reshape((*a.shape, *(1,) * self.extra_ndim)) for a in (of_score, of_control))
         u, psi, zeta = self.terms(learned, fixed)
         own_density, *rest = fixed[6 if self.masked else 4 :]
-        g = of_value * u + of_score * psi + of_control * (zeta - own_density * fixed[1])
+        g = of_value[None] * u + of_score[None] * psi + of_control[None] * (zeta - own_density[None] * fixed[1])
         moment = (g**2).sum()
         if self.proposal is None:
             return moment

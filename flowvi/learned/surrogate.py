@@ -13,6 +13,7 @@ from flowvi.family import family_of, names
 from flowvi.fields.field import Part
 from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
+from flowvi.refusals import refusal
 from flowvi.relaxations import Relaxation
 from flowvi.tangents import Tangents
 from flowvi.target import Target
@@ -115,9 +116,9 @@ class Surrogate(Estimator):
         own_density = own_density.reshape((*x.shape, *(1,) * (last.ndim - x.ndim)))
         fixed = (score, slope, own_density, last, *rest, *self.inputs)
         learned = target.read(partial(self.learns, ops, target))
-        gradient = _Gradient(ops, self, target, relaxation)
+        gradient = _Gradient(ops, self, target.name, target.batch_ndim, relaxation)
         if target.validate and target.first_use:
-            gradient.check_batch(last)
+            gradient.check_batch(target, last)
         detached = {name: ops.stop_gradient(value) for name, value in learned.items()}
         log_prob = target.to_batch(target.p.log_prob(x))
         outputs = log_prob, gradient.to_batch((gradient.of_control(detached, fixed, live=False) * along).sum(0))
@@ -137,7 +138,8 @@ class _Gradient:
 
     ops: Ops
     surrogate: Surrogate
-    target: Target
+    name: str
+    batch_ndim: int
     relaxation: Relaxation | None
 
     def of_control(self, learned: Mapping[str, Array], fixed: tuple[Array, ...], live: bool) -> Array:
@@ -145,44 +147,46 @@ class _Gradient:
         score, slope, _, last, *rest = fixed
         cost = partial(self._cost, learned, rest if self.relaxation is None else rest[2:])
         value, at_last = self.ops.gradient(cost, last, live)
-        result = slope * at_last - self._over(value, last) * score
-        return result if self.relaxation is None else result + self.ops.gradient(cost, rest[1], live)[1]
+        result = slope * at_last[None] - self._over(value, last)[None] * score
+        return result if self.relaxation is None else result + self.ops.gradient(cost, rest[1], live)[1][None]
 
     def second_moment(self, cotangents: tuple[Array, ...], learned: dict[str, Array], fixed: tuple[Array, ...]) -> Array:
         """The sum of the squared gradients in the site's parameters."""
         score, _, own_density, last, *rest = fixed
-        of_score, of_control = (self._over(a, last) for a in cotangents)
-        g = of_score * score + of_control * (self.of_control(learned, fixed, live=True) - own_density * score)
-        return ((g if self.relaxation is None else self.relaxation.in_logits(g, rest[0])) ** 2).sum()
+        of_score, of_control = (self._over(a, last)[None] for a in cotangents)
+        g = of_score * score + of_control * (self.of_control(learned, fixed, live=True) - own_density[None] * score)
+        return ((g if self.relaxation is None else self.relaxation.in_logits(g, rest[0][None])) ** 2).sum()
 
     def to_batch(self, a: Array) -> Array:
         """Sum an array of the shape of z over all but the batch dims of the site."""
-        axes = tuple(range(self.target.batch_ndim, a.ndim))
+        axes = tuple(range(self.batch_ndim, a.ndim))
         return a.sum(axis=axes) if axes else a
 
-    def check_batch(self, z: Array) -> None:
+    def check_batch(self, target: Target, z: Array) -> None:
         """Refuse a c that reads z at another element of the batch."""
-        with self.target.probe(z) as (z, _):
-            learned = {name: parameter.initial() for name, parameter in self.surrogate.learns(self.ops, self.target).items()}
+        with target.probe(z) as (z, _):
+            learned = {name: parameter.initial() for name, parameter in self.surrogate.learns(self.ops, target).items()}
             cost, along = partial(self._cost, learned, list(self.surrogate.inputs)), self.ops.ramp(z)
             ok = self.ops.is_elementwise(lambda t: cost(z + self._over(t, z) * along), self.to_batch(0 * z))
-        self.target.check(self.ops, ok, "c must read z at its own element of the batch only; put what it reads into the event.")
+        target.check(self.ops, ok, "c must read z at its own element of the batch only; put what it reads into the event.")
 
     def _cost(self, learned: Mapping[str, Array], inputs: list[Array], z: Array) -> Array:
         """The surrogate at z, over the batch of the site."""
-        surrogate, target = self.surrogate, self.target
+        surrogate = self.surrogate
         if self.relaxation is not None and surrogate.temperature is not None:
             z = self.relaxation.soft(self.ops, z / self.ops.exp(learned["log_temperature"]))
         params = () if surrogate.initial is None else (_like("c", surrogate.initial, learned),)
         value = self.ops.asarray(surrogate.c(z, *params, *inputs), z)
-        expected = tuple(z.shape[: target.batch_ndim])
+        expected = tuple(z.shape[: self.batch_ndim])
         if tuple(value.shape) != expected:
-            target.refuse(f"c must return a number for each element of the batch, expected {expected}, found {tuple(value.shape)}.")
+            raise refusal(
+                self.name, f"c must return a number for each element of the batch, expected {expected}, found {tuple(value.shape)}."
+            )
         return value if surrogate.temperature is None else learned["scale"] * value
 
     def _over(self, a: Array, z: Array) -> Array:
         """An array over the batch of the site, reshaped to broadcast to z."""
-        return a.reshape((*a.shape, *(1,) * (z.ndim - self.target.batch_ndim)))
+        return a.reshape((*a.shape, *(1,) * (z.ndim - self.batch_ndim)))
 
 
 def _relaxation(target: Target, surrogate: Surrogate) -> Relaxation | None:
@@ -235,7 +239,7 @@ def _continuous(ops: Ops, target: Target, x: Array) -> tuple[Array, ...] | None:
     assert slopes is not None
     u = values[1:]
     along = ops.stack([ops.broadcast_to(d, x.shape) for d, _ in live], 0)
-    return along, -(slopes[1:] + u * slopes[0]), u, x
+    return along, -(slopes[1:] + u * slopes[:1]), u, x
 
 
 def _itself(array: Array) -> Array:

@@ -12,14 +12,15 @@ from jax import random
 from numpyro.infer import Trace_ELBO
 
 import flowvi.ops.jax as ops
-from flowvi.assignment import Assignment, Describes, Description, Estimators
+from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.baselines import ParticleMean
 from flowvi.entropy import apply_entropy
 from flowvi.estimators import Auto, Estimator
 from flowvi.learned.coupling import JointKind
-from flowvi.numpyro.host import HOST, as_found
+from flowvi.numpyro.describe import DescribesProgram
+from flowvi.numpyro.host import HOST
 from flowvi.numpyro.particles import Together
-from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program, trace_loss
+from flowvi.numpyro.run import NumPyroProgram, of_first_particle, require_known, run_program
 from flowvi.numpyro.threefry import split, typed_like
 from flowvi.objectives import LeaveOneOut, Particle, described, elbo_of, estimate, particle_baseline, require_options
 from flowvi.particles import Particles, are_together, require_fixed, require_num_particles, require_particles
@@ -28,7 +29,7 @@ from flowvi.sites import Entropy
 from flowvi.tape import Dependencies, Rule
 
 
-class TraceFlow_ELBO(Describes, Trace_ELBO):
+class TraceFlow_ELBO(DescribesProgram, Trace_ELBO):
     r"""The ELBO with one gradient estimator per latent site; the ``loss`` of :class:`numpyro.infer.SVI`.
 
     Its value is the host's :math:`-\sum_j W_j f_j` (all weights are 1 if every q = p). Its derivative is
@@ -160,21 +161,16 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
             require_fixed(run)
         return elbo_of(HOST, run, self.dependencies, by_statement=not self.sum_sites), run.mutable_state or None
 
-    def _try_loss(self, model, guide, args, kwargs) -> None:
-        with as_found(guide):
-            trace_loss(self, model, guide, args, kwargs)
+    def _describe_program(self, program: NumPyroProgram) -> Description:
+        together = self._together(0, random.fold_in(program.rng_key, 1)) if are_together(self.particles) else None
+        program = replace(program, multi_sample=self.multi_sample_guide, together=together)
+        found = [described(self._run_any(program), self.dependencies)]
+        if found[0].evaluations > 1 or any(site.estimator.compares for site in found[0]):
 
-    def _describe(self, model, guide, args, kwargs) -> Description:
-        together = self._together(0, random.key(1)) if are_together(self.particles) else None
-        program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide, together)
-        with as_found(guide):
-            found = [described(self._run_any(program), self.dependencies)]
-            if found[0].evaluations > 1 or any(site.estimator.compares for site in found[0]):
+            def count(params):  # a parameter counts as live only if it is traced
+                found.append(described(self._run_any(replace(program, param_map=params)), self.dependencies))
 
-                def count(params):  # a parameter counts as live only if it is traced
-                    found.append(described(self._run_any(replace(program, param_map=params)), self.dependencies))
-
-                jax.eval_shape(count, program.initial_parameters())
+            jax.eval_shape(count, program.initial_parameters())
         return found[-1]
 
     def _together(self, number: jax.Array | int, key: jax.Array) -> Together:

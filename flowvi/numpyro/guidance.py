@@ -192,7 +192,7 @@ class NumPyroBench:
         self.constrained = svi.constrain_fn(unconstrained)
         run = self._run(self.key)
         self.marginalises = bool(run.marginalised)
-        self.sites = guide_sites(HOST, run, self.elbo._describe(model, guide, args, kwargs))
+        self.sites = guide_sites(HOST, run, self.elbo._describe(model, guide, args, kwargs, params, self.key))
         self.learns_already = bool(run.sites.learned)
         of_program = {name: value for name, value in unconstrained.items() if name not in run.sites.learned}
         self.parameters = {name: ravel_pytree(of_program[name])[0].size for name in sorted(of_program)}
@@ -243,7 +243,7 @@ class NumPyroBench:
         return random.split(random.fold_in(self.key, number % 2**31), self.size)
 
     def _svi(self, elbo):
-        guide = adaptive(self.guide, elbo, self.model) if isinstance(elbo, TraceFlow_ELBO) else self.guide
+        guide = adaptive(self.guide, elbo, self.model, rng_key=self.key) if isinstance(elbo, TraceFlow_ELBO) else self.guide
         svi = SVI(self.model, guide, numpyro.optim.SGD(1.0), elbo)
         state = svi.init(self.key, *self.args, init_params=self.params, **self.kwargs)
         return svi, svi.optim.get_params(state.optim_state)

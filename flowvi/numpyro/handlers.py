@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from numpyro.handlers import seed
+from numpyro.handlers import block, seed
 from numpyro.primitives import Messenger
 
 import flowvi.ops.jax as ops
@@ -141,6 +141,11 @@ def _refuse_in_control_flow(target: Target, estimator: Estimator, choice: Choice
         f"handlers do not reach into scan and cond, so {estimator} (given by: {choice.source}) cannot act on this draw; "
         "write numpyro.sample(name, flowvi.numpyro.Estimated(distribution, estimator)) there."
     )
+
+
+def hidden() -> block:
+    """Like ``block()``, but a parameter without a value gets it from an outer handler: ``init_params`` of ``SVI`` is one."""
+    return block(hide_fn=lambda msg: msg["type"] != "param" or msg["value"] is not None or msg["args"][0] is not None)
 
 
 def seeded(fn: Callable, key: jax.Array, **options: Any) -> Messenger:

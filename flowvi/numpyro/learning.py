@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax import random
-from numpyro.handlers import block
 from numpyro.primitives import Messenger
 
 from flowvi.assignment import Assignment
 from flowvi.numpyro.distributions import is_attaching
 from flowvi.numpyro.elbo import TraceFlow_ELBO
+from flowvi.numpyro.handlers import hidden
 from flowvi.numpyro.host import HOST, as_found
 from flowvi.numpyro.parameters import LearningInScan, Sizes, declare, target_of
 from flowvi.numpyro.run import NumPyroProgram
@@ -33,6 +34,8 @@ class adaptive(Messenger):
         guide: The guide: a function or an autoguide. It is not changed; an autoguide's methods, such as ``median``, are passed on.
         elbo: The :class:`TraceFlow_ELBO` that ``SVI`` gets.
         model: The model, where it annotates estimators and something learns; then it runs once more before the first step.
+        rng_key: The random key of this run, and of that in which a control variate for the whole guide finds its sites. The fit does
+            not depend on it. Give a ``jax.random.PRNGKey`` if the program needs raw keys.
 
     Raises:
         TypeError: ``elbo`` is another objective.
@@ -57,20 +60,28 @@ class adaptive(Messenger):
         Parmas and Sugiyama 2021, eq. 19; Geffner and Domke 2020.
     """
 
-    def __init__(self, guide: Callable[..., Any], elbo: TraceFlow_ELBO, model: Callable[..., Any] | None = None):
+    def __init__(
+        self,
+        guide: Callable[..., Any],
+        elbo: TraceFlow_ELBO,
+        model: Callable[..., Any] | None = None,
+        *,
+        rng_key: jax.Array | None = None,
+    ):
         if not hasattr(elbo, "assignment"):
             raise TypeError(f"adaptive: expected a TraceFlow_ELBO, found {type(elbo).__name__}; no other objective learns.")
         self.assignment: Assignment = elbo.assignment
         self.model = model
+        self.rng_key = random.key(0) if rng_key is None else rng_key
         self.sizes: Any = None  # outside of a run, whose arguments may be tracers
         super().__init__(guide)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        program = NumPyroProgram(random.key(0), {}, self.model or self.fn, self.fn, args, kwargs)
+        program = NumPyroProgram(self.rng_key, {}, self.model or self.fn, self.fn, args, kwargs)
         outer, self.sizes = self.sizes, Sizes(program.own_rows)  # the run of a guide may run it once more
         try:
             if not is_attaching():
-                with block(), as_found(self.fn):
+                with hidden(), as_found(self.fn):
                     if self.model is not None:
                         self.assignment.remember(program.annotations())
                     if self.assignment.control_variate is not None:

@@ -14,7 +14,7 @@ from numpyro.primitives import Messenger
 
 from flowvi.dependence import Frame
 from flowvi.marginal import Factor
-from flowvi.numpyro.scans import is_reversed, is_scan, mark_reverse_scans
+from flowvi.numpyro.scans import is_reversed, is_scan, is_without_history, mark_scans
 
 
 def require_funsor(site: str) -> None:
@@ -48,7 +48,7 @@ def enumerated_trace(
     """The sample sites of a model that runs under NumPyro's ``enum``."""
     from numpyro.contrib.funsor import enum, plate_to_enum_plate, trace
 
-    program = trace(mark_reverse_scans(copy_annotations(substitute(model, data=params))))
+    program = trace(mark_scans(copy_annotations(substitute(model, data=params))))
     with plate_to_enum_plate(), take_values_of_support(), enum(first_available_dim=-1 - max_plate_nesting):
         found = program.get_trace(*args, **kwargs)
     return {name: site for name, site in found.items() if site["type"] == "sample"}
@@ -66,9 +66,14 @@ class copy_annotations(Messenger):
 
 
 class take_values_of_support(Messenger):
-    """Give an enumerated site the values of its support; ``enum`` gives it their indices."""
+    """Give an enumerated site the values of its support; ``enum`` gives it their indices. A scan without history runs as always.
+
+    Such a scan enumerates nothing, but under ``enum`` NumPyro asks its sites for names of dims that they do not have.
+    """
 
     def process_message(self, msg):
+        if is_scan(msg) and msg["kwargs"]["history"] == 0:
+            msg["kwargs"]["enum"] = False
         if msg["type"] == "sample" and is_enumerated(msg):
             support = msg["fn"].enumerate_support(expand=False)
             msg["value"] = support.reshape((support.shape[0], *msg["fn"].event_shape))[msg["value"]]
@@ -96,6 +101,9 @@ def factors_of(sites: Mapping[str, Any], marginalised: Sequence[str], log_densit
     factors = []
     for name, site in sites.items():
         log_density, names = log_densities[name], site["infer"]["dim_to_name"]
+        if is_without_history(site):  # all steps read the same values of the sites outside; NumPyro gives their dim no name of its own
+            log_density = log_density.sum(0)
+            names = {dim: of_dim for dim, of_dim in names.items() if -dim <= log_density.ndim}
         if is_reversed(site):  # contract the steps in the order in which they run
             log_density = jnp.flip(log_density, [dim for dim, of_dim in names.items() if of_dim.startswith("_time_")])
         named = funsor.to_funsor(log_density if names else log_density.reshape(()), output=funsor.Real, dim_to_name=names)
@@ -103,7 +111,8 @@ def factors_of(sites: Mapping[str, Any], marginalised: Sequence[str], log_densit
         if dims:
             dims = dims.union(map(unshifted, dims))  # z at one step of a scan is _PREV_z at the next step
             frames = frozenset(Frame(*f) for f in site["cond_indep_stack"])
-            factors.append(Factor(name, frames, dims, named, unshifted(name) if name in marginalised else None))
+            own_dim = unshifted(name) if name in marginalised else None
+            factors.append(Factor(name, frames, dims, named, own_dim, unshifted(name)))
     return factors
 
 

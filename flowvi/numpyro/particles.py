@@ -48,7 +48,7 @@ class Together(NamedTuple):
     def _stratum(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The particle's place in a random permutation of all, one for each element."""
         order, shift = random.split(key)
-        numbers = jnp.arange(self.num_particles, dtype=jnp.uint32)
+        numbers = jnp.arange(self.num_particles, dtype=jnp.uint32).reshape((*(1,) * len(shape), self.num_particles))
         width = self.num_particles.bit_length()
         # Random bits on the left, the particle's number on the right: XLA sorts one array faster than two. If the bits are equal, the
         # numbers decide; the random shift still makes every place equally probable.

@@ -6,21 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import random
 from numpyro.infer import RenyiELBO
 
 import flowvi.ops.jax as ops
-from flowvi.assignment import Assignment, Describes, Description, Estimators
+from flowvi.assignment import Assignment, Description, Estimators
 from flowvi.estimators import Auto, Estimator
+from flowvi.numpyro.describe import DescribesProgram
 from flowvi.numpyro.handlers import seeded
-from flowvi.numpyro.host import HOST, as_found
-from flowvi.numpyro.run import NumPyroProgram, of_first_particle, run_program, trace_loss
+from flowvi.numpyro.host import HOST
+from flowvi.numpyro.run import NumPyroProgram, of_first_particle, run_program
 from flowvi.numpyro.threefry import split
 from flowvi.objectives import Gradient, LeaveOneOut, bound_of, renyi_bound, require_bound_options
 from flowvi.particles import require_num_particles
 
 
-class TraceFlow_RenyiELBO(Describes, RenyiELBO):
+class TraceFlow_RenyiELBO(DescribesProgram, RenyiELBO):
     r"""The Rényi or importance-weighted bound with one gradient estimator per latent site; the ``loss`` of :class:`numpyro.infer.SVI`.
 
     Its value is :math:`-\tfrac{1}{1-\alpha} \log \tfrac1K \sum_k e^{(1-\alpha) r_k}`, with r the log ratio of the densities of model
@@ -117,11 +117,6 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         loss = -renyi_bound(ops, particles, self.alpha, self.baseline).sum() * scale[0]
         return {"loss": loss, "mutable_state": of_first_particle(mutable_state)}
 
-    def _try_loss(self, model, guide, args, kwargs) -> None:
-        with as_found(guide):
-            trace_loss(self, model, guide, args, kwargs)
-
-    def _describe(self, model, guide, args, kwargs):
-        with as_found(guide):
-            run = run_program(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs), self._assignment)
+    def _describe_program(self, program: NumPyroProgram) -> Description:
+        run = run_program(program, self._assignment)
         return Description(run.sites.random.values(), marginalised=run.marginalised)

@@ -89,7 +89,7 @@ def gradient_report(
 
     def measure(choice: Estimators) -> Measured:
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
-        svi = SVI(model, adaptive(guide, elbo, model), numpyro.optim.SGD(1.0), elbo)
+        svi = SVI(model, adaptive(guide, elbo, model, rng_key=key), numpyro.optim.SGD(1.0), elbo)
         unconstrained = svi.optim.get_params(svi.init(key, *args, init_params=params, **kwargs).optim_state)
         constrained = svi.constrain_fn(unconstrained)
 
@@ -108,7 +108,7 @@ def gradient_report(
         def log_weights(key):
             return {name: draw.log_weight for name, draw in run(key).draws.items() if draw.log_weight is not None}
 
-        description = elbo._describe(model, guide, args, kwargs)
+        description = elbo._describe(model, guide, args, kwargs, params, key)
         measured = Measured(description, _readers(run, key, {name: constrained[name] for name in of_program}, constrained))
         size = min(BATCH, num_samples)
         gradient, log_weights = jax.jit(jax.vmap(gradient)), jax.jit(jax.vmap(log_weights))

@@ -14,11 +14,9 @@ import numpy as np
 from jax import random
 from jax.lax import stop_gradient
 from numpyro.distributions.util import scale_and_mask
-from numpyro.handlers import block, replay, seed, substitute, trace
-from numpyro.infer import SVI
+from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
-from numpyro.optim import SGD
 from numpyro.util import _validate_model, check_model_guide_match
 
 import flowvi.ops.jax as ops
@@ -27,7 +25,7 @@ from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Estimator
 from flowvi.marginal import require_number, with_marginals
 from flowvi.numpyro.distributions import NumPyroTarget, attaching
-from flowvi.numpyro.handlers import attach_estimators, mark_draws, mark_every_draw, own_keys, read_annotations, seeded
+from flowvi.numpyro.handlers import attach_estimators, hidden, mark_draws, mark_every_draw, own_keys, read_annotations, seeded
 from flowvi.numpyro.influence import Axes, by_element, influenced
 from flowvi.numpyro.marginal import (
     contract,
@@ -40,7 +38,7 @@ from flowvi.numpyro.marginal import (
     unshifted,
 )
 from flowvi.numpyro.particles import Together
-from flowvi.numpyro.scans import hold, is_reversed, mark_reverse_scans, replay_guide
+from flowvi.numpyro.scans import hold, is_reversed, is_without_history, mark_scans, replay_guide
 from flowvi.numpyro.threefry import split, unrolled
 from flowvi.refusals import refusal
 from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
@@ -89,7 +87,8 @@ class NumPyroProgram:
         of_model, marginalised = _statements(model_trace, model_log_probs), tuple[str, ...]()
         if sites.assignment.marginalises and (names := sites_to_sum_out(statements, of_model)):
             require_summable(of_model, names)
-            _require_replayed(of_model, guide_trace)
+            _require_history(names, model_trace)
+            _require_replayed(model_trace, guide_trace)
             self._require_marginals(names[0], mutable_state)
             nesting = max(jnp.ndim(log_prob) for log_prob in (*log_probs.values(), *model_log_probs.values()))
             with funsor_with_jax():
@@ -112,12 +111,12 @@ class NumPyroProgram:
             name: {**site, "infer": {**site["infer"], "enumerate": None}} for name, site in guide_trace.items() if "infer" in site
         }
         key = split(self.rng_key)[0]
-        replayed = own_keys(replay(seed(self.model, unrolled(key)), {**guide_trace, **guided}), key)
+        replayed = own_keys(replay_guide(seed(self.model, unrolled(key)), {**guide_trace, **guided}), key)
         found = enumerated_trace(replayed, self.args, self.kwargs, self.param_map, max_plate_nesting)
         for name, site in found.items():
             _require_indices(name, site)
             if site["scale"] is not None and jnp.ndim(site["scale"]) > max_plate_nesting:  # it depends on an enumerated site
-                require_number(name, site["scale"])
+                require_number(unshifted(name), site["scale"])
         names = sorted((name for name, site in found.items() if is_enumerated(site)), key=lambda name: name != unshifted(name))
         unscaled = {name: log_density_of(site) for name, site in found.items()}
         scaled = {name: scale_and_mask(log_prob, scale=found[name]["scale"]) for name, log_prob in unscaled.items()}
@@ -187,8 +186,8 @@ class NumPyroProgram:
         return self.ancestors(sites.fresh())
 
     def initial_parameters(self) -> dict[str, jax.Array]:
-        """The initial values of the parameters."""
-        _, guide_trace = self._log_probs(self._seeded_guide(), {})
+        """The values of the parameters; the initial ones of those that have no value."""
+        _, guide_trace = self._log_probs(self._seeded_guide(), self.param_map)
         _, model_trace = self._replay_model(self.model, guide_trace)
         return _values(guide_trace, "param") | _values(model_trace, "param")
 
@@ -215,7 +214,7 @@ class NumPyroProgram:
         def leaves(mark: jax.Array, movers: Any, fixed: Any) -> list[jax.Array]:
             (params, moving_data), (key, fixed_data) = movers, fixed
             args, kwargs = fixed_data if moving_data is None else moving_data
-            with block(), attaching(None):
+            with hidden(), attaching(None):
                 marked = mark_every_draw(replace(self, rng_key=key)._seeded_guide(), mark, params)
                 sites = trace(substitute(marked, data=params)).get_trace(*args, **kwargs)
             found = []
@@ -243,14 +242,14 @@ class NumPyroProgram:
         """The answers of :meth:`own_rows` for all sites, from two runs of the guide."""
 
         def sites(params):
-            with block(), attaching(None):
+            with hidden(), attaching(None):
                 return trace(substitute(self._seeded_guide(), data=params)).get_trace(*self.args, **self.kwargs)
 
         shifts: list[tuple[str, int]] = []  # for each array its site, and what leads from an axis of it to a dim of the site
 
         def leaves(params):
             found = []
-            for site in sites(self.param_map | params).values():
+            for site in sites(self.param_map | known | params).values():
                 if site["type"] == "sample" and not site["is_observed"]:
                     target = NumPyroTarget(site["name"], site["fn"], True)
                     for leaf in jax.tree.leaves(target.p):
@@ -258,14 +257,15 @@ class NumPyroProgram:
                         shifts.append((site["name"], max(0, jnp.ndim(leaf) - len(target.p.batch_shape)) + target.extra_ndim))
             return found
 
-        params = {name: value for name, value in _values(sites(self.param_map), "param").items() if hasattr(value, "shape")}
+        known = _values(sites(self.param_map), "param")
+        params = {name: value for name, value in known.items() if hasattr(value, "shape")}
         rows: dict[str, Axes] = {}
         for axes, (name, shift) in zip(by_element(leaves, params), shifts, strict=True):
             rows[name] = rows.get(name, frozenset()).union((axis + shift, size) for axis, size in axes)
         return rows
 
     def _seeded_guide(self):
-        return mark_reverse_scans(seeded(self.guide, split(self.rng_key)[1]))
+        return mark_scans(seeded(self.guide, split(self.rng_key)[1]))
 
     def _log_probs(self, program, params):
         params = jax.tree.map(lambda leaf: leaf, params)  # NumPyro before 0.21 changes mutable state in place
@@ -310,18 +310,6 @@ def run_program(program: NumPyroProgram, assignment: Assignment, entropy: Entrop
     return run(program, GuideSites(assignment, entropy))
 
 
-def trace_loss(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Trace the loss at the initial parameters, as a step of ``SVI`` does."""
-    svi = SVI(model, guide, SGD(0.0), elbo)
-    state = svi.init(random.key(0), *args, **kwargs)
-    mutable_state = state.mutable_state or {}
-
-    def loss(params):
-        return elbo.loss_with_mutable_state(state.rng_key, params | mutable_state, model, guide, *args, **kwargs)["loss"]
-
-    jax.eval_shape(loss, svi.get_params(state))
-
-
 def of_first_particle(mutable_state: Any) -> Any:
     """The mutable state of the first particle, from the stacked states of all particles."""
     return jax.tree.map(lambda a: a[0], mutable_state)
@@ -339,13 +327,27 @@ def _require_one_order(model_trace: Mapping[str, Any], guide_trace: Mapping[str,
         )
 
 
-def _require_replayed(of_model: Mapping[str, Statement], guide_trace: Mapping[str, Any]) -> None:
+def _require_history(names: list[str], model_trace: Mapping[str, Any]) -> None:
+    """Refuse to sum out a site where NumPyro enumerates nothing."""
+    for name in names:
+        if is_without_history(model_trace[name]):
+            raise refusal(
+                name,
+                "expected scan(..., history=1) or more around a site that is summed out, found history=0, with which NumPyro "
+                "enumerates nothing; or draw the site in the guide.",
+            )
+
+
+def _require_replayed(model_trace: Mapping[str, Any], guide_trace: Mapping[str, Any]) -> None:
     """Refuse values of the guide inside ``scan``, which NumPyro ignores when it enumerates."""
-    if drawn := [s.name for s in of_model.values() if s.in_control_flow and not s.observed and s.name in guide_trace]:
+    inside = (site for site in model_trace.values() if site["type"] == "sample" and site.get("_control_flow_done"))
+    drawn = [s["name"] for s in inside if not s["is_observed"] and s["name"] in guide_trace and not is_without_history(s)]
+    if drawn:
         raise refusal(
             drawn[0],
             "expected no site of the guide inside a scan if a site of the model is summed out, because NumPyro ignores the "
-            "guide's value there; draw the site outside the scan, or write the chain as a loop with markov.",
+            "guide's value there; draw the site outside the scan, write the chain as a loop with markov, or give the scan history=0 "
+            "if nothing is summed out inside.",
         )
 
 

@@ -28,18 +28,23 @@ def is_reverse_scan(msg: Mapping[str, Any]) -> bool:
 
 
 def is_reversed(site: Mapping[str, Any]) -> bool:
-    """Whether a site of a trace is inside a reverse scan; its program ran under :class:`mark_reverse_scans`."""
+    """Whether a site of a trace is inside a reverse scan; its program ran under :class:`mark_scans`."""
     return bool(site.get("_reversed"))
 
 
-class mark_reverse_scans(Messenger):
-    """Mark the sites inside reverse scans for :func:`is_reversed`."""
+def is_without_history(site: Mapping[str, Any]) -> bool:
+    """Whether a site of a trace is inside ``scan(..., history=0)``, which enumerates nothing; see :func:`is_reversed`."""
+    return site.get("_history") == 0
+
+
+class mark_scans(Messenger):
+    """Mark the sites inside scans for :func:`is_reversed` and :func:`is_without_history`."""
 
     def postprocess_message(self, msg):
-        if is_reverse_scan(msg):
+        if is_scan(msg):
             _, (steps, _) = msg["value"]
             for site in steps.trace.values():
-                site["_reversed"] = True
+                site["_reversed"], site["_history"] = is_reverse_scan(msg), msg["kwargs"]["history"]
 
 
 class hold(substitute):
@@ -79,7 +84,7 @@ class replay_guide(replay):
     """Replay the guide's values in the model: in a reverse scan, too, a step has the density of the value that it gets."""
 
     def __init__(self, fn, trace):
-        super().__init__(mark_reverse_scans(fn), trace)
+        super().__init__(mark_scans(fn), trace)
 
     def process_message(self, msg):
         value = msg["value"]
@@ -87,5 +92,5 @@ class replay_guide(replay):
         if is_reverse_scan(msg):
             flipped = {name: {**site, "value": jnp.flip(site["value"], 0)} for name, site in self.trace.items() if is_reversed(site)}
             msg["kwargs"]["substitute_stack"][-1] = ("replay", {**self.trace, **flipped})
-        elif is_reversed(msg):  # the scan has stacked the value
+        elif "_history" in msg:  # the scan has stacked the value
             msg["value"] = value

@@ -153,9 +153,9 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
 
     if at_fixed_draws is not None:
         value = ops.stop_gradient(bound(log_ratio, 0))
-        w = ops.exp((1 - alpha) * (ops.stop_gradient(log_ratio) - value)) / num_particles
-        path = ops.tether(log_ratio - at_fixed_draws)
-        return value + ((alpha * w + (1 - alpha) * w**2) * path + w * ops.tether(at_fixed_draws)).sum(0)
+        w = ops.exp((1 - alpha) * (ops.stop_gradient(log_ratio) - value[None])) / num_particles
+        path = ops.tangent_of(log_ratio - at_fixed_draws)
+        return value + ((alpha * w + (1 - alpha) * w**2) * path + w * ops.tangent_of(at_fixed_draws)).sum(0)
     value = bound(log_ratio, 0)
     if score is None:
         return value
@@ -165,7 +165,7 @@ def renyi_bound(ops: Ops, particles: BoundParticle, alpha: float, baseline: Leav
         others = (fixed.sum(0)[None] - fixed) / (num_particles - 1)
         own = ops.eye(num_particles, fixed).reshape((num_particles, num_particles) + (1,) * (fixed.ndim - 1))
         signal = signal - bound(ops.where(own, others[:, None], fixed[None]), 1)
-    return value + ops.tether((score * signal).sum(0))
+    return value + ops.tangent_of((score * signal).sum(0))
 
 
 def _refuse(name: str, message: str) -> NoReturn:

@@ -174,7 +174,7 @@ def compared(host: Host, run: Run, tape: Tape, dependencies: Rule) -> Array | No
     first, others = sums(run), run.program.variants(run, replacements, num_runs, sums)
     contributions = []
     for one in plans:
-        difference = others[one.name][one.first : one.first + one.num_runs] - first[one.name]
+        difference = others[one.name][one.first : one.first + one.num_runs] - first[one.name][None]
         weight = weights[one.name]
         shape = (one.num_runs, *(1,) * (weight.ndim - difference.ndim), *difference.shape[1:])
         difference = difference.reshape(shape)
@@ -256,14 +256,15 @@ def _over(weight: Array, lead: int, comparison: Comparison, frames: frozenset[Fr
 def _one_of(ops: Ops, comparison: Comparison, changed: Array, weight: Array, uniform: Array) -> tuple[Array, Array]:
     """One of the runs for each element of the plates, drawn with a probability in proportion to its weight, with its new weight."""
     size = abs(ops.stop_gradient(weight))
-    whole = size.sum(0)
+    whole = size.sum(0, keepdims=True)
     share = ops.where(whole > 0, size / ops.where(whole > 0, whole, 0 * whole + 1), 0 * size + 1 / size.shape[0])
     share = (1 - FLOOR) * share + FLOOR / size.shape[0]  # a weight of value 0 may have a derivative
     below = share.cumsum(0)
     one = uniform.reshape((*uniform.shape[: comparison.batch_ndim], -1))[..., 0]
     one = one[tuple(slice(None) if n > 1 else slice(0, 1) for n in share.shape[1:])]
     number = (0 * share + 1).cumsum(0) - 1
-    chosen = number == ops.where(one >= below[:-1], number[:-1] * 0 + 1, number[:-1] * 0).sum(0)  # exactly one, in spite of rounding
+    passed = ops.where(one[None] >= below[:-1], number[:-1] * 0 + 1, number[:-1] * 0)
+    chosen = number == passed.sum(0, keepdims=True)  # exactly one, in spite of rounding
     weight = ops.where(chosen, weight / ops.where(chosen, share, 0 * share + 1), 0 * weight).sum(0)
     over_x = chosen.reshape((*chosen.shape, *(1,) * (changed.ndim - chosen.ndim)))
     return ops.where(over_x, changed, 0 * changed).sum(0)[None], weight[None]

@@ -256,7 +256,7 @@ def _term(ops: Ops, name: str, score: Score, num_particles: int, default: Partic
 def _average(ops: Ops, cost: Array | None, score_terms: list[Array], num_particles: int) -> Array:
     parts = [] if cost is None else [cost.sum() if cost.ndim else cost]
     if score_terms:
-        parts.append(ops.tether(total(score_terms)))
+        parts.append(ops.tangent_of(total(score_terms)))
     if not parts:  # a program without a statement
         return 0.0
     average = total(parts) / num_particles if num_particles > 1 else total(parts)

@@ -67,7 +67,7 @@ class Ops(Protocol):
         ...
 
     def tangent_of(self, t: Array, /) -> Array:
-        """0 with the derivative of ``t``, like :meth:`tether`; JAX computes nothing if no derivative is taken."""
+        """Like :meth:`tether`, but 0 even if ``t`` is not finite; JAX computes nothing if no derivative is taken."""
         ...
 
     def derivative(self, f: Callable[[Array], Array], x: Array, /, live: bool) -> tuple[Array, Array | None]:

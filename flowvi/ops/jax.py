@@ -104,7 +104,7 @@ def diagonal(a):
 
 
 def diagonal_matrix(x):
-    return x[..., None] * jnp.eye(x.shape[-1], dtype=x.dtype)
+    return x[..., None] * jnp.eye(x.shape[-1], dtype=x.dtype).reshape((*(1,) * (x.ndim - 1), *x.shape[-1:] * 2))
 
 
 def trace(a):

@@ -34,7 +34,29 @@ def tether(t):
 
 
 def tangent_of(t):
-    return tether(t)
+    return _Tangent.apply(t)
+
+
+class _Tangent(torch.autograd.Function):
+    """0 with the derivative of a tensor, also where the tensor is not finite."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t):
+        return torch.zeros_like(t)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return cotangent
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.clone()
 
 
 def derivative(f, x, live):
