@@ -151,13 +151,13 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return elbo_of(HOST, run, self.dependencies, by_statement=not self.sum_sites), run.mutable_state or None
 
     def _try_loss(self, model, guide, args, kwargs) -> None:
-        with as_found(guide):
+        with as_found(model, guide, args, kwargs):
             trace_loss(self, model, guide, args, kwargs)
 
     def _describe(self, model, guide, args, kwargs) -> Description:
         together = self._together(0, random.key(1)) if are_together(self.particles) else None
         program = NumPyroProgram(random.key(0), {}, model, guide, args, kwargs, self.multi_sample_guide, together)
-        with as_found(guide):
+        with as_found(model, guide, args, kwargs):
             found = [described(self._run_any(program), self.dependencies)]
             if found[0].evaluations > 1 or any(site.estimator.compares for site in found[0]):
 

@@ -100,10 +100,10 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         return {"loss": loss, "mutable_state": of_first_particle(mutable_state)}
 
     def _try_loss(self, model, guide, args, kwargs) -> None:
-        with as_found(guide):
+        with as_found(model, guide, args, kwargs):
             trace_loss(self, model, guide, args, kwargs)
 
     def _describe(self, model, guide, args, kwargs):
-        with as_found(guide):
+        with as_found(model, guide, args, kwargs):
             run = run_program(NumPyroProgram(random.key(0), {}, model, guide, args, kwargs), self._assignment)
         return Description(run.sites.random.values(), marginalised=run.marginalised)

@@ -272,7 +272,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return tuple(map(prune_subsample_sites, program.traces))
 
     def _describe(self, model, guide, args, kwargs):
-        with as_found(model, guide):
+        with as_found(model, guide, args, kwargs):
             # a copy, because Pyro sets max_plate_nesting
             return described(copy(self)._first_run(model, guide, args, kwargs), self.dependencies)
 
@@ -281,7 +281,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return self._run(PyroProgram(model, guide, args, kwargs, self, follows, self.particles))
 
     def _try_loss(self, model, guide, args, kwargs) -> None:
-        with as_found(model, guide), torch.enable_grad():
+        with as_found(model, guide, args, kwargs), torch.enable_grad():
             copy(self)._surrogate(model, guide, args, kwargs)  # a copy, because Pyro sets max_plate_nesting
 
     def _run(self, program: PyroProgram) -> Run:

@@ -106,7 +106,7 @@ def gradient_report(
                     measured.add({}, {name: d.log_weight[None].cpu() for name, d in draws.items() if d.log_weight is not None})
         return measured
 
-    with as_found(model, guide):
+    with as_found(model, guide, args, kwargs):
         return compare(estimators, measure, num_samples)
 
 
