@@ -1,7 +1,11 @@
 """A fit goes on as if nobody had looked: what flowvi runs besides the steps leaves the program as it was, bit for bit."""
 
 import random
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
 
 import flax.linen
 import flax.nnx
@@ -15,8 +19,11 @@ import pytest
 import torch
 from hosts import HOSTS
 
-from flowvi.numpyro.host import as_found
+import flowvi.numpyro.host
+import flowvi.pyro.host
+from flowvi.unchanged import _held
 
+AS_FOUND = {"numpyro": flowvi.numpyro.host.as_found, "pyro": flowvi.pyro.host.as_found}
 DATA = np.array([0.3, -1.2, 0.7])
 
 
@@ -167,8 +174,131 @@ def test_numpyro_a_dict_that_changes_in_place():
         counter = numpyro.primitives.mutable("counter", start)
         counter["value"] = counter["deep"]["value"] = np.random.randn() + random.random() + generator.normal()
 
-    with suppress(ZeroDivisionError), as_found(model), numpyro.handlers.trace():
+    with suppress(ZeroDivisionError), AS_FOUND["numpyro"](model), numpyro.handlers.trace():
         model()
         raise ZeroDivisionError
     assert start == {"value": 1.0, "deep": {"value": 2.0}}
     assert (np.random.get_state()[2], random.getstate(), generator.bit_generator.state) == states
+
+
+# ---- where a program may keep an autoguide
+
+
+@dataclass
+class Plain:
+    """An object that cannot be called."""
+
+    inside: Any
+
+    def run(self):
+        return self.inside()
+
+
+@dataclass(slots=True)
+class Slots:
+    inside: Any
+
+
+class OfTheClass:
+    inside: Any = None
+
+
+held = Plain(None)
+spare = ModuleType("spare")
+
+
+def in_a_global(auto):
+    held.inside = auto
+    return lambda: held.inside()
+
+
+def in_a_method(auto):
+    return Plain(auto).run
+
+
+def in_an_attribute_of_an_attribute(auto):
+    one = Plain(Plain(Slots([auto])))
+    return lambda: one.inside.inside.inside[0]()
+
+
+def in_a_class(auto):
+    OfTheClass.inside = staticmethod(auto)
+    return lambda: OfTheClass.inside()
+
+
+def in_another_module(auto):
+    spare.found = auto
+    return lambda: spare.found()
+
+
+def in_a_function_inside(auto):
+    held.inside = auto
+
+    def guide():
+        return [(lambda: held.inside())() for _ in range(1)]
+
+    return guide
+
+
+def in_a_cached_function(auto):
+    @cache
+    def found():
+        return auto
+
+    return lambda: found()()
+
+
+def in_arguments(auto):
+    return lambda one, two: one.inside(), (Plain(auto),), {"two": 2}
+
+
+def in_keywords(auto):
+    return lambda one: one["a"][0](), (), {"one": {"a": (auto,)}}
+
+
+HOLDERS = [
+    in_a_global,
+    in_a_method,
+    in_an_attribute_of_an_attribute,
+    in_a_class,
+    in_another_module,
+    in_a_function_inside,
+    in_a_cached_function,
+    in_arguments,
+    in_keywords,
+]
+
+
+@pytest.mark.parametrize("hold", HOLDERS)
+def test_an_autoguide_is_found(host, hold):
+    def model(*args, **kwargs):
+        host.sample("x", host.dist.Normal(host.array(0.0), 1.0))
+
+    autoguides = numpyro.infer.autoguide if host.name == "numpyro" else pyro.infer.autoguide
+    auto = autoguides.AutoDelta(model)
+    guide, args, kwargs = found if isinstance(found := hold(auto), tuple) else (found, (), {})
+    before = dict(vars(auto))
+    with AS_FOUND[host.name](model, guide, args, kwargs), nullcontext() if host.name == "pyro" else numpyro.handlers.seed(rng_seed=0):
+        guide(*args, **kwargs)
+        assert vars(auto) != before
+    assert vars(auto) == before
+
+
+@pytest.mark.parametrize("look", ["describe", "gradient_report"])
+def test_pyro_an_autoguide_in_an_argument(look):
+    def model(one):
+        pyro.sample("x", pyro.distributions.Normal(0.0, 1.0))
+
+    auto = pyro.infer.autoguide.AutoNormal(model)
+    elbo, arguments = flowvi.pyro.TraceFlow_ELBO(), (model, lambda one: one.inside(one), Plain(auto))
+    elbo.describe(*arguments) if look == "describe" else flowvi.pyro.gradient_report(*arguments, num_samples=2)
+    assert auto.prototype_trace is None
+
+
+def test_the_search_is_short():
+    """It does not search the libraries, and a container of numbers is one object."""
+
+    def model(network, data):
+        return torch.nn.functional.relu(network(jnp.asarray(data))), numpyro.infer, pyro.infer, regression
+
+    assert len(list(_held([model, torch.nn.Linear(2, 2), [1.0] * 10**6]))) < 200
