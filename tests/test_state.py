@@ -302,3 +302,46 @@ def test_the_search_is_short():
         return torch.nn.functional.relu(network(jnp.asarray(data))), numpyro.infer, pyro.infer, regression
 
     assert len(list(_held([model, torch.nn.Linear(2, 2), [1.0] * 10**6]))) < 200
+
+
+# ---- memory
+
+
+def peak_of_saved_tensors(run):
+    """The largest number of tensors that graphs keep for their derivatives at one time."""
+    live, peak = set(), 0
+
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal peak
+            self.tensor = tensor
+            live.add(id(self))
+            peak = max(peak, len(live))
+
+        def __del__(self):
+            live.discard(id(self))
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        run()
+    return peak
+
+
+@pytest.mark.parametrize("look", ["describe", "gradient_report"])
+def test_pyro_particles_share_no_memory(look):
+    """The graph of a particle is freed before the next particle but one is drawn."""
+
+    def guide():
+        pyro.sample("x", pyro.distributions.Normal(pyro.param("m", torch.tensor(0.1)), 1.0))
+
+    def model():
+        x = pyro.sample("x", pyro.distributions.Normal(0.0, 1.0))
+        pyro.factor("cost", (x * x.exp()).sin())
+
+    def run(num_particles):
+        if look == "describe":
+            return flowvi.pyro.TraceFlow_ELBO(num_particles).describe(model, guide)
+        options = {"num_particles": num_particles}
+        return flowvi.pyro.gradient_report(model, guide, num_samples=2, options=options)
+
+    few, many = (peak_of_saved_tensors(lambda n=n: run(n)) for n in (3, 12))
+    assert few == many > 0
