@@ -14,13 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.contrib.module
+import numpyro.infer.autoguide
 import pyro
+import pyro.contrib.easyguide
+import pyro.infer.autoguide
 import pytest
 import torch
 from hosts import HOSTS
 
 import flowvi.numpyro.host
 import flowvi.pyro.host
+from flowvi import RP
 from flowvi.unchanged import _held
 
 AS_FOUND = {"numpyro": flowvi.numpyro.host.as_found, "pyro": flowvi.pyro.host.as_found}
@@ -46,15 +50,15 @@ def fit(host, make, look=None):
     model, guide, *modules = make(host)
     elbo = host.flow.TraceFlow_ELBO()
     svi = host.svi(model, guide, elbo, 0.1)
-    state = None
+    state = update = None
     for step in range(3):
         if look and step in (0, 2):
             look(host, model, guide)
         if host.name == "pyro":
             svi.step()
         else:
-            if step == 0:
-                state, update = svi.init(jax.random.PRNGKey(1)), jax.jit(svi.update)
+            state = svi.init(jax.random.PRNGKey(1)) if state is None else state
+            update = jax.jit(lambda state: svi.update(state)) if step != 1 else update  # traced again after each look
             state, _ = update(state)
     found = {"random": random.random(), "numpy": np.random.rand(), "torch": torch.rand(()).item()}
     if host.name == "numpyro":
@@ -145,24 +149,165 @@ def generators(host):
     return regression(host, lambda: lambda x: x, guide)
 
 
+# ---- autoguides, which draw their start
+
+
+def latents(host):
+    """A model of a vector and a number."""
+
+    def model():
+        x = host.sample("x", host.dist.Normal(host.array(np.zeros(2)), 1.0).to_event(1))
+        scale = host.sample("scale", host.dist.LogNormal(host.array(0.0), 1.0))
+        host.sample("y", host.dist.Normal(x.sum(-1), scale), obs=host.array(1.3))
+
+    return model
+
+
+AUTOGUIDES = {"numpyro": numpyro.infer.autoguide, "pyro": pyro.infer.autoguide}
+
+
+def auto(name, **options):
+    def make(host):
+        return (model := latents(host)), getattr(AUTOGUIDES[host.name], name)(model, **options)
+
+    return make
+
+
+def guide_list(host):
+    model, guide = latents(host), AUTOGUIDES[host.name].AutoGuideList(latents(host))
+    guide.append(AUTOGUIDES[host.name].AutoNormal(host.handlers.block(model, hide=["scale"])))
+    guide.append(AUTOGUIDES[host.name].AutoDelta(host.handlers.block(model, hide=["x"])))
+    return model, guide
+
+
+def easy_guide(host):
+    @pyro.contrib.easyguide.easy_guide(latents(host))
+    def guide(self):
+        loc = pyro.param("loc", lambda: torch.randn(2))
+        self.group("x").sample("auxiliary", pyro.distributions.Normal(loc, 1.0).to_event(1))
+        self.map_estimate("scale")
+
+    return latents(host), guide
+
+
+def pyro_module(host):
+    class Guide(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.network = torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.Dropout(0.3), torch.nn.Linear(1, 4))
+            self.spread = pyro.nn.PyroParam(lambda: torch.rand(()), pyro.distributions.constraints.positive)
+
+        def forward(self):
+            x = self.network(torch.as_tensor(DATA)[:, None]).sum(0)
+            pyro.sample("x", pyro.distributions.Normal(x[:2], self.spread).to_event(1))
+            pyro.sample("scale", pyro.distributions.LogNormal(x[2], x[3].exp()))
+
+    guide = Guide()
+    return latents(host), guide, guide.network
+
+
+def lazy_layers(host):
+    network = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.ReLU(), torch.nn.LazyBatchNorm1d(), torch.nn.LazyLinear(4))
+
+    def guide():
+        x = network(torch.as_tensor(DATA)[:, None]).sum(0)
+        pyro.module("network", network)
+        pyro.sample("x", pyro.distributions.Normal(x[:2], 1.0).to_event(1))
+        pyro.sample("scale", pyro.distributions.LogNormal(x[2], x[3].exp()))
+
+    return latents(host), guide, network
+
+
+def constrained(host):
+    """Parameters with constraints, whose initial values are tensors of the program."""
+    loc, scale = torch.tensor([0.2, -0.4]), torch.tensor([0.5, 0.7])
+
+    def guide():
+        s = pyro.param("s", scale, constraint=pyro.distributions.constraints.positive)
+        pyro.sample("x", pyro.distributions.Normal(pyro.param("m", loc), s).to_event(1))
+        pyro.sample("scale", pyro.distributions.LogNormal(pyro.param("l", lambda: torch.randn(())), 0.5))
+
+    return latents(host), guide
+
+
+def semi_dais(host):
+    def of_all():
+        return numpyro.sample("theta", numpyro.distributions.Normal(0.0, 1.0))
+
+    def of_each(theta):
+        with numpyro.plate("data", 8, subsample_size=2):
+            tau = numpyro.sample("tau", numpyro.distributions.Gamma(5.0, 5.0))
+            numpyro.sample("obs", numpyro.distributions.Normal(0.0, tau), obs=jnp.ones(2))
+
+    def model():
+        return of_each(of_all())
+
+    guides = AUTOGUIDES["numpyro"]
+    return model, guides.AutoSemiDAIS(model, of_each, guides.AutoNormal(of_all), K=2)
+
+
+def surrogate_dais(host):
+    model = latents(host)
+
+    def surrogate():
+        x = numpyro.sample("x", numpyro.distributions.Normal(np.zeros(2), 1.0).to_event(1))
+        scale = numpyro.sample("scale", numpyro.distributions.LogNormal(0.0, 1.0))
+        weight = numpyro.param("weight", lambda key: jax.random.uniform(key), constraint=numpyro.distributions.constraints.positive)
+        with numpyro.handlers.scale(scale=weight):
+            numpyro.sample("y", numpyro.distributions.Normal(x.sum(-1), scale), obs=1.3)
+
+    return model, AUTOGUIDES["numpyro"].AutoSurrogateLikelihoodDAIS(model, surrogate, K=2)
+
+
 PROGRAMS = {
-    "pyro": {"batch norm": batch_norm, "generators": generators},
-    "numpyro": {"linen": linen, "nnx": nnx, "mutable": counted, "generators": generators},
+    "pyro": {
+        "batch norm": batch_norm,
+        "generators": generators,
+        "AutoNormal": auto("AutoNormal", init_loc_fn=pyro.infer.autoguide.init_to_uniform),
+        "low rank": auto("AutoLowRankMultivariateNormal"),
+        "AutoIAFNormal": auto("AutoIAFNormal"),
+        "AutoStructured": auto("AutoStructured"),
+        "AutoDelta": auto("AutoDelta"),
+        "messenger": auto("AutoNormalMessenger"),
+        "list": guide_list,
+        "easy guide": easy_guide,
+        "module": pyro_module,
+        "lazy layers": lazy_layers,
+        "constraints": constrained,
+    },
+    "numpyro": {
+        "linen": linen,
+        "nnx": nnx,
+        "mutable": counted,
+        "generators": generators,
+        "AutoNormal": auto("AutoNormal"),
+        "AutoIAFNormal": auto("AutoIAFNormal"),
+        "AutoBNAFNormal": auto("AutoBNAFNormal", num_flows=1),
+        "AutoDAIS": auto("AutoDAIS", K=2),
+        "AutoSemiDAIS": semi_dais,
+        "AutoSurrogateLikelihoodDAIS": surrogate_dais,
+        "list": guide_list,
+    },
 }
-FAST = {("pyro", "batch norm"), ("pyro", "generators")}
+QUICK = {"pyro": ("describe", "describe a bound", "gradient_report"), "numpyro": ("describe",)}
+FAST = {"batch norm", "generators", "lazy layers", "easy guide"}
+EVERY_LOOK = {"AutoNormal", "batch norm", "linen"}  # the other programs get those that are quick
 
 
 def rows():
     for host, programs in PROGRAMS.items():
         for name, make in programs.items():
-            for look in LOOKS:
-                fast = look == "describe" and (host, name) in FAST
+            for look in LOOKS if name in EVERY_LOOK else QUICK[host]:
+                fast = host == "pyro" and look == "describe" and name in FAST
                 yield pytest.param(HOSTS[host], make, look, id=f"{host}-{name}-{look}", marks=[] if fast else [pytest.mark.slow])
+
+
+untouched = cache(fit)
 
 
 @pytest.mark.parametrize(("host", "make", "look"), list(rows()))
 def test_a_fit_goes_on(host, make, look):
-    require_same(fit(host, make, LOOKS[look]), fit(host, make))
+    require_same(fit(host, make, LOOKS[look]), untouched(host, make))
 
 
 def test_numpyro_a_dict_that_changes_in_place():
@@ -179,6 +324,102 @@ def test_numpyro_a_dict_that_changes_in_place():
         raise ZeroDivisionError
     assert start == {"value": 1.0, "deep": {"value": 2.0}}
     assert (np.random.get_state()[2], random.getstate(), generator.bit_generator.state) == states
+
+
+# ---- what is around a program, also after an error
+
+LOOKS_AT_PARTS = {
+    **LOOKS,
+    "check_estimator": lambda h, model, guide: flowvi.check_estimator(lambda loc: guide.p(loc), RP(), {"loc": 0.3}, num_samples=200),
+}
+
+
+def flags(host):
+    if host.name == "numpyro":
+        flags = jax.config.jax_enable_x64, numpyro.distributions.Distribution._validate_args
+        return *flags, list(numpyro.primitives._PYRO_STACK), np.random.get_state()[2], random.getstate()
+    flags = torch.distributions.Distribution._validate_args, pyro.infer.util.is_validation_enabled(), torch.is_grad_enabled()
+    generators = torch.get_rng_state().tolist(), np.random.get_state()[2], random.getstate()
+    return *flags, *generators, torch.get_default_dtype(), pyro.settings.get(), list(pyro.poutine.runtime._PYRO_STACK)
+
+
+class Guide(torch.nn.Module):
+    """A guide that draws, and changes its modes and its buffers, and may fail after some runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(1)
+        self.eval()
+        self.norm.bias.requires_grad = False
+        self.norm.weight.grad = torch.ones(1)
+
+    def p(self, loc):
+        self.norm.train()
+        torch.rand(()), np.random.rand(), random.random()
+        shift = self.norm(torch.as_tensor(DATA)[:, None])[0, 0]
+        left[0] -= 1
+        if left[0] == 0:
+            raise ZeroDivisionError
+        return pyro.distributions.Normal(loc + shift, 1.0)
+
+    def forward(self):
+        pyro.module("guide", self)
+        pyro.sample("x", self.p(pyro.param("loc", torch.tensor(0.3))))
+
+
+left = [0]  # the number of runs until a guide fails; not an object that the guide holds
+
+
+@pytest.mark.parametrize("runs", [0, 1, 3])
+@pytest.mark.parametrize(
+    "look", [pytest.param(look, marks=[pytest.mark.slow] if look in {"recommend", "check_program"} else []) for look in LOOKS_AT_PARTS]
+)
+def test_pyro_nothing_around_it_changes(look, runs):
+    """Modes and gradients of parameters, the optimizer, generators and flags."""
+    host = HOSTS["pyro"]
+
+    def model():
+        pyro.sample("x", pyro.distributions.Normal(0.0, 1.0))
+
+    guide, left[0] = Guide(), 0
+    svi = host.svi(model, guide, host.flow.TraceFlow_ELBO())
+    svi.step()
+    guide.eval()
+    pyro.param("loc").grad = torch.tensor(2.0)
+
+    def state():
+        parameters = [(p, p.requires_grad, p.grad, p.tolist()) for p in guide.parameters()]
+        store = {name: (p, p.grad, p.tolist()) for name, p in pyro.get_param_store().named_parameters()}
+        modes = [(module.training, dict(vars(module))) for module in guide.modules()]
+        numbers = {name: buffer.tolist() for name, buffer in guide.named_buffers()}
+        return repr((parameters, store, modes, numbers, svi.optim.get_state(), flags(host)))
+
+    before, left[0] = state(), runs
+    with pytest.raises(ZeroDivisionError) if runs else nullcontext():
+        LOOKS_AT_PARTS[look](host, model, guide)
+    assert state() == before
+
+
+@pytest.mark.parametrize("look", [pytest.param("describe", marks=pytest.mark.slow), "gradient_report", "adaptive"])
+def test_numpyro_nothing_around_it_changes(look):
+    """Also if the model fails, in the middle of a run."""
+    host = HOSTS["numpyro"]
+
+    def model():
+        numpyro.sample("x", numpyro.distributions.Normal(np.random.rand()))
+        raise ZeroDivisionError
+
+    guide = AUTOGUIDES["numpyro"].AutoDelta(lambda: numpyro.sample("x", numpyro.distributions.Normal(random.random())))
+    looks = {**LOOKS, "adaptive": lambda h, model, guide: start(h.flow.adaptive(guide, h.flow.TraceFlow_ELBO(), model))}
+
+    def start(adaptive):
+        with numpyro.handlers.seed(rng_seed=0):
+            adaptive()
+
+    before = flags(host), dict(vars(guide))
+    with pytest.raises(ZeroDivisionError):
+        looks[look](host, model, guide)
+    assert (flags(host), dict(vars(guide))) == before
 
 
 # ---- where a program may keep an autoguide
