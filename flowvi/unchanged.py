@@ -79,13 +79,13 @@ def _held(values: list[Any]) -> Iterator[Any]:
         yield value
         if isinstance(value, FunctionType):
             values += (value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value))
-            values += () if _is_installed(value.__module__ or "") else _globals(value)
+            values += () if _is_installed(str(value.__module__)) else _globals(value)
         elif isinstance(value, type):
-            values += () if _is_installed(value.__module__) else (*value.__bases__, *vars(value).values())
+            values += () if _is_installed(str(value.__module__)) else (*value.__bases__, *vars(value).values())
         elif isinstance(value, ModuleType) or hasattr(type(value), "__array__"):
             continue
         elif "__wrapped__" in getattr(value, "__dict__", ()):  # a function with a cache, such as a compiled one
-            values.append(value.__wrapped__)
+            values += vars(value).values()
         else:
             values += filter(gc.is_tracked, gc.get_referents(value))
 

@@ -400,6 +400,14 @@ def test_pyro_nothing_around_it_changes(look, runs):
     assert state() == before
 
 
+def test_pyro_a_module_has_not_run():
+    """Pyro warns about a module that has run before it becomes part of another one."""
+    model, guide, _ = pyro_module(HOSTS["pyro"])
+    flowvi.pyro.TraceFlow_ELBO().describe(model, guide)
+    assert not guide._pyro_context.used
+    assert "spread_unconstrained" not in dict(guide.named_parameters())
+
+
 @pytest.mark.parametrize("look", [pytest.param("describe", marks=pytest.mark.slow), "gradient_report", "adaptive"])
 def test_numpyro_nothing_around_it_changes(look):
     """Also if the model fails, in the middle of a run."""

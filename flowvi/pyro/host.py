@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.nn.module import _Context
 from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.guide import GuideMessenger
 from torch.distributions.kl import kl_divergence
@@ -33,8 +34,7 @@ def as_found(*programs: Any) -> Iterator[None]:
     kinds: dict[type, Callable[[Any], Restore]] = {
         Module: _module,
         torch.Tensor: _tensor,
-        ParamStoreDict: attributes,
-        GuideMessenger: attributes,
+        **dict.fromkeys((ParamStoreDict, GuideMessenger, _Context), attributes),
     }
     with forked_generators(), unchanged([*programs, pyro.get_param_store()], kinds):
         yield
@@ -43,7 +43,8 @@ def as_found(*programs: Any) -> Iterator[None]:
 def _module(module: Module) -> Restore:
     """What restores a module and the numbers in its buffers."""
     restore_attributes = attributes(module)
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers(recurse=False) if not is_lazy(buffer)]
+    may_change = (buffer for buffer in module.buffers(recurse=False) if not (is_lazy(buffer) or buffer.is_inference()))
+    buffers = [(buffer, buffer.detach().clone()) for buffer in may_change]
 
     def restore() -> None:
         restore_attributes()
