@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,13 @@ def _numpy_generator(generator: Any) -> Restore:
 def _held(values: list[Any]) -> Iterator[Any]:
     """What objects hold in attributes, containers, classes, arguments, and variables that a function reads.
 
-    Arrays, caches, and functions and classes of libraries are not searched.
+    Arrays are not searched, and the functions and classes of an installed package only if one of these values is such a function.
     """
+    own = {_package(value.__module__) for value in values if isinstance(value, FunctionType | MethodType)}
+
+    def is_own(module: Any) -> bool:
+        return not _is_installed(str(module)) or _package(module) in own
+
     seen: dict[int, Any] = {}
     while values:
         value = values.pop()
@@ -79,9 +84,9 @@ def _held(values: list[Any]) -> Iterator[Any]:
         yield value
         if isinstance(value, FunctionType):
             values += (value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value))
-            values += () if _is_installed(str(value.__module__)) else _globals(value)
+            values += _globals(value, is_own) if is_own(value.__module__) else ()
         elif isinstance(value, type):
-            values += () if _is_installed(str(value.__module__)) else (*value.__bases__, *vars(value).values())
+            values += (*value.__bases__, *vars(value).values()) if is_own(value.__module__) else ()
         elif isinstance(value, ModuleType) or hasattr(type(value), "__array__"):
             continue
         elif "__wrapped__" in getattr(value, "__dict__", ()):  # a function with a cache, such as a compiled one
@@ -90,17 +95,17 @@ def _held(values: list[Any]) -> Iterator[Any]:
             values += filter(gc.is_tracked, gc.get_referents(value))
 
 
-def _globals(function: FunctionType) -> Iterator[Any]:
-    """The global variables that the code of a function names, also those of other modules."""
+def _globals(function: FunctionType, is_own: Callable[[str], bool]) -> Iterator[Any]:
+    """The global variables that the code of a function names, also those of other modules that it names."""
     names = set(_names(function.__code__))
     spaces = [function.__globals__]
     for space in spaces:
         for name in names & space.keys():
-            if isinstance(space[name], ModuleType):
-                if not _is_installed(space[name].__name__):
-                    spaces.append(vars(space[name]))
-            else:
-                yield space[name]
+            value = space[name]
+            if not isinstance(value, ModuleType):
+                yield value
+            elif is_own(value.__name__) and all(vars(value) is not known for known in spaces):
+                spaces.append(vars(value))
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -115,4 +120,8 @@ def _names(code: CodeType) -> Iterator[str]:
 def _is_installed(module: str) -> bool:
     """Whether a module belongs to Python or to an installed package."""
     file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return module.partition(".")[0] in {*sys.stdlib_module_names, "builtins", "flowvi"} or "site-packages" in file
+    return _package(module) in {*sys.stdlib_module_names, "builtins", "flowvi"} or "site-packages" in file
+
+
+def _package(module: Any) -> str:
+    return str(module).partition(".")[0]
