@@ -313,9 +313,9 @@ class Describes:
         whose particles are drawn together, the sites that a control variate for the whole guide covers, and under
         ``entropy="analytic"`` the sites whose divergence has a closed form.
 
-        It runs guide and model, and then the loss once, so that it raises the errors that the fit would raise. It leaves an autoguide
-        as it was. In NumPyro guide and model have their initial parameters, and the loss is only traced; in Pyro the parameter store
-        and the state of torch's generators are restored.
+        It runs guide and model, and then the loss once, so that it raises the errors that the fit would raise. It leaves what
+        the program holds as it was: autoguides, modules with their buffers, random generators, and in Pyro the parameter store. In
+        NumPyro guide and model have their initial parameters, and the loss is only traced.
 
         Args:
             model: The model.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flowvi.ops import Array, Ops
@@ -80,6 +80,10 @@ class Host(Protocol):
         """Double precision, and the host's own validation off."""
         ...
 
+    def as_found(self, *programs: Any) -> AbstractContextManager[None]:
+        """A context that leaves what programs hold, and the host's random state, as they were."""
+        ...
+
     def sample(self, target: Any, q: Any, seed: int, /) -> Array:
         """Detached draws of x, of the shape of ``target``, from ``q`` expanded to it; the host's random state does not change."""
         ...
@@ -113,6 +117,15 @@ _HOSTS: list[Host] = []
 def register(host: Host) -> None:
     """Make an adapter known to the core; each adapter calls this when it is imported."""
     _HOSTS.append(host)
+
+
+@contextmanager
+def as_found(*programs: Any) -> Iterator[None]:
+    """The context ``as_found`` of all adapters that have been imported."""
+    with ExitStack() as stack:
+        for host in _HOSTS:
+            stack.enter_context(host.as_found(*programs))
+        yield
 
 
 def host_of(distribution: Any) -> Host:

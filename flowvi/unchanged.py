@@ -2,79 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import gc
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from types import FunctionType, MethodType
+from functools import cache, partial
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+
+import numpy as np
+
+Restore = Callable[[], None]
 
 
 @contextmanager
-def unchanged(programs: Iterable[Any], kinds: type | tuple[type, ...]) -> Iterator[None]:
-    """Restore at its end the attributes of all objects of some kinds that programs hold, and what is in their lists and dicts.
+def unchanged(programs: Iterable[Any], kinds: Mapping[type, Callable[[Any], Restore]]) -> Iterator[None]:
+    """Restore at its end all objects of some kinds that programs hold, and the random generators of Python and NumPy.
+
+    Other generators of Python and NumPy that programs hold are restored too.
 
     Args:
-        programs: Model or guide, as the user gave them.
-        kinds: The host's classes whose objects change when a program runs for the first time.
+        programs: Models, guides and their arguments, as the user gave them.
+        kinds: The host's classes whose objects change when a program runs. Each has a function that stores the state of an object,
+            and returns what restores it.
     """
-    states = [_State(found) for found in _held(list(programs)) if isinstance(found, kinds)]
+    kinds = {**kinds, random.Random: _python_generator, np.random.BitGenerator: _numpy_generator}
+    python, numpy = random.getstate(), np.random.get_state()
+    restores = [kinds[kind](found) for found in _held(list(programs)) for kind in kinds if issubclass(type(found), kind)]
     try:
         yield
     finally:
-        for state in states:
-            state.restore()
+        for restore in restores:
+            restore()
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
-class _State:
-    """The attributes of an object at this time."""
+def attributes(owner: Any) -> Restore:
+    """What restores the class and the attributes of an object, and what is in their lists, dicts and sets."""
+    kind, values = type(owner), dict(vars(owner))
+    contents = [(container, container.copy()) for container in values.values() if isinstance(container, dict | list | set)]
 
-    def __init__(self, owner: Any):
-        self.owner, self.kind, self.attributes = owner, type(owner), dict(vars(owner))
-        containers = [value for value in self.attributes.values() if isinstance(value, dict | list | set)]
-        self.contents = [(container, container.copy()) for container in containers]
-
-    def restore(self) -> None:
-        if type(self.owner) is not self.kind:  # a lazy module has become another one
-            return
-        vars(self.owner).clear()
-        vars(self.owner).update(self.attributes)
-        for container, items in self.contents:
+    def restore() -> None:
+        if type(owner) is not kind:  # a lazy module has become another one
+            owner.__class__ = kind
+        vars(owner).clear()
+        vars(owner).update(values)
+        for container, items in contents:
             container.clear()
             container.extend(items) if isinstance(container, list) else container.update(items)
 
+    return restore
+
+
+def _python_generator(generator: random.Random) -> Restore:
+    has_state = not isinstance(generator, random.SystemRandom)
+    return partial(generator.setstate, generator.getstate()) if has_state else lambda: None
+
+
+def _numpy_generator(generator: Any) -> Restore:
+    return partial(setattr, generator, "state", generator.state)
+
 
 def _held(values: list[Any]) -> Iterator[Any]:
-    """The callables that objects hold: in attributes, arguments, containers, and variables that a function reads."""
+    """What objects hold in attributes, containers, classes, arguments, and variables that a function reads.
+
+    Arrays are not searched, and the functions and classes of an installed package only if one of these values is such a function.
+    """
+    own = {_package(value.__module__) for value in values if isinstance(value, FunctionType | MethodType)}
+
+    def is_own(module: Any) -> bool:
+        return not _is_installed(str(module)) or _package(module) in own
+
     seen: dict[int, Any] = {}
     while values:
         value = values.pop()
-        if id(value) in seen or isinstance(value, type):
+        if id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, dict):
-            values += value.values()
-        elif isinstance(value, list | tuple | set):
-            values += value
-        elif callable(value):
-            yield value
-            values += [*getattr(value, "__dict__", {}).values(), *_variables(value)]
+        yield value
+        if isinstance(value, FunctionType):
+            values += (value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value))
+            values += _globals(value, is_own) if is_own(value.__module__) else ()
+        elif isinstance(value, type):
+            values += (*value.__bases__, *vars(value).values()) if is_own(value.__module__) else ()
+        elif isinstance(value, ModuleType) or hasattr(type(value), "__array__"):
+            continue
+        elif "__wrapped__" in getattr(value, "__dict__", ()):  # a function with a cache, such as a compiled one
+            values += vars(value).values()
+        else:
+            values += filter(gc.is_tracked, gc.get_referents(value))
 
 
-def _variables(value: Any) -> Iterator[Any]:
-    """What a function, a method or a partial call reads."""
-    if isinstance(value, partial):
-        yield from (value.func, value.args, value.keywords)
-    elif isinstance(value, MethodType):
-        yield from (value.__self__, getattr(value.__self__, "__dict__", {}), value.__func__)
-    elif isinstance(value, FunctionType):
-        yield from (value.__defaults__, value.__kwdefaults__)
-        for cell in value.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # a variable that is not set yet
-                continue
-        for name in value.__code__.co_names:
-            found = value.__globals__.get(name)
-            own = getattr(found, "__globals__", value.__globals__) is value.__globals__  # a function of this module, not of a library
-            if isinstance(found, dict | list | tuple) or (callable(found) and own):
-                yield found
+def _globals(function: FunctionType, is_own: Callable[[str], bool]) -> Iterator[Any]:
+    """The global variables that the code of a function names, also those of other modules that it names."""
+    names = set(_names(function.__code__))
+    spaces = [function.__globals__]
+    for space in spaces:
+        for name in names & space.keys():
+            value = space[name]
+            if not isinstance(value, ModuleType):
+                yield value
+            elif is_own(value.__name__) and all(vars(value) is not known for known in spaces):
+                spaces.append(vars(value))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names of global variables and attributes in a function and in the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    """Whether a module belongs to Python or to an installed package."""
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return _package(module) in {*sys.stdlib_module_names, "builtins", "flowvi"} or "site-packages" in file
+
+
+def _package(module: Any) -> str:
+    return str(module).partition(".")[0]

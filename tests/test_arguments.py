@@ -1,7 +1,9 @@
 """Wrong arguments are refused where they are given."""
 
 import numpy as np
+import pyro
 import pytest
+import torch
 from hosts import HOSTS
 
 from flowvi import LR, RP, AdaptiveFlow, Flow, GumbelSoftmax, ImplicitRP
@@ -46,6 +48,11 @@ REFUSED = {
         lambda h: h.flow.Estimated(standard(other(h)), LR()),
         TypeError,
         "Estimated: expected a distribution of .*, found .* of",
+    ),
+    "another library": (
+        lambda h: h.flow.Estimated(torch.distributions.Normal(0.0, 1.0), LR()),
+        TypeError,
+        r"Estimated: expected a distribution of .*, found Normal\(loc: 0.0, scale: 1.0\) of torch.distributions.normal",
     ),
     "swapped": (lambda h: h.flow.Estimated(LR(), standard(h)), TypeError, "Estimated: .*; the distribution comes first"),
     "one sample": (lambda h: h.flow.gradient_report(bare(h), bare(h), num_samples=1), ValueError, "num_samples: expected 2 or .* 1"),
@@ -109,6 +116,28 @@ def test_accepted(host):
     elbo = host.flow.TraceFlow_ELBO(np.int64(2), estimators={"z": LR(q=Wider)})
     assert type(elbo.num_particles) is int
     assert host.flow.TraceFlow_RenyiELBO(num_particles=np.array(3)).num_particles == 3
+
+
+class Shapeless(pyro.distributions.Distribution):
+    def sample(self, *args, **kwargs):
+        return torch.zeros(())
+
+    def log_prob(self, x, *args, **kwargs):
+        return torch.zeros(())
+
+
+SHAPELESS = {"Normal": torch.distributions.Normal(0.0, 1.0), "Shapeless": Shapeless(), "type": pyro.distributions.Normal}
+
+
+@pytest.mark.parametrize("name", SHAPELESS)
+def test_pyro_a_site_without_a_distribution_of_pyro(name):
+    fn, host = SHAPELESS[name], HOSTS["pyro"]
+    with pytest.raises(
+        TypeError, match=f"site 'z': expected a distribution of Pyro .*, found .*{'Normal' if name == 'type' else name}"
+    ):
+        host.flow.TraceFlow_ELBO().describe(lambda: normal_value(host), lambda: pyro.sample("z", fn))
+    with pytest.raises(TypeError, match="Estimated: expected a distribution of Pyro, found"):
+        host.flow.Estimated(fn, LR())
 
 
 def test_a_gradient_that_is_not_finite(host):

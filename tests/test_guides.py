@@ -24,7 +24,7 @@ from svi_programs import MIXED, PROGRAMS, assert_same, bind, both, fit, m, norma
 
 import flowvi.numpyro
 import flowvi.pyro
-from flowvi import LR
+from flowvi import LR, RP
 
 NUMPYRO, PYRO = HOSTS["numpyro"], HOSTS["pyro"]
 DATA = [0.4, -1.1, 0.7]
@@ -154,6 +154,61 @@ def test_pyro_autoguides_with_vectorized_particles(name):
     options = {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 1}
     elbos = (elbo(**options) for elbo in (pyro.infer.Trace_ELBO, flowvi.pyro.TraceFlow_ELBO))
     assert_same(*(of_pyro(elbo, partial(make_guide, PYRO, name), hierarchical(PYRO)) for elbo in elbos))
+
+
+def posterior(name):
+    if name == "z":
+        return PYRO.dist.Normal(pyro.param("z_loc", torch.arange(6.0) / 10, event_dim=0), 0.6)
+    return PYRO.dist.Normal(PYRO.param("w_loc", torch.tensor(0.2)), PYRO.param("w_scale", torch.tensor(0.8)))
+
+
+class Messenger(pyro.infer.autoguide.effect.AutoMessenger):
+    def get_posterior(self, name, prior):
+        return posterior(name)
+
+
+def plain_guide(size):
+    PYRO.sample("w", posterior("w"))
+    with PYRO.plate("data", 6, subsample_size=size):
+        PYRO.sample("z", posterior("z"))
+
+
+def of_a_subsample(size):
+    w = PYRO.sample("w", normal(PYRO, 0.0))
+    with PYRO.plate("data", 6, subsample_size=size) as rows:
+        z = PYRO.sample("z", normal(PYRO, w))
+        PYRO.sample("y", normal(PYRO, z, 0.4), obs=torch.linspace(-1, 1, 6)[rows])
+
+
+MESSENGERS = {
+    "full": (2, lambda flow: flow.TraceFlow_ELBO()),
+    "stl": (2, lambda flow: flow.TraceFlow_ELBO(entropy="stl")),
+    "values": (2, lambda flow: flow.TraceFlow_ELBO(estimators={"w": RP(jumps=[0.0])})),
+    "dreg": (6, lambda flow: flow.TraceFlow_RenyiELBO(gradient="dreg")),
+}
+
+
+@pytest.mark.parametrize(("size", "make"), MESSENGERS.values(), ids=MESSENGERS)
+def test_pyro_a_messenger_is_like_any_guide(size, make):
+    """Also where the guide runs again, which has to keep the subsample."""
+    results = []
+    for guide in (plain_guide, Messenger(of_a_subsample)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(2)
+        loss = make(flowvi.pyro).loss_and_grads(of_a_subsample, guide, size)
+        results.append((loss, {name: p.grad.numpy() for name, p in pyro.get_param_store().named_parameters()}))
+    assert_same(*results)
+
+
+def test_pyro_the_report_of_a_messenger():
+    reports = []
+    for guide in (plain_guide, Messenger(of_a_subsample)):
+        pyro.clear_param_store()
+        guide(2)
+        reports.append(flowvi.pyro.gradient_report(of_a_subsample, guide, 2, num_samples=3).parameters)
+    assert [(p.parameter, p.sites) for p in reports[1]] == [("w_loc", ("w",)), ("w_scale", ("w",)), ("z_loc", ("z",))]
+    for plain, other in zip(*reports, strict=True):
+        np.testing.assert_allclose(other.mean, plain.mean, rtol=1e-10)
 
 
 def test_pyro_an_enumerated_autoguide_takes_the_exact_sum():

@@ -14,7 +14,7 @@ import torch
 from hosts import HOSTS, always, each, slow_in_numpyro
 
 from flowvi import RP
-from flowvi.unchanged import unchanged
+from flowvi.unchanged import attributes, unchanged
 
 AUTOGUIDES = {"numpyro": numpyro.infer.autoguide, "pyro": pyro.infer.autoguide}
 
@@ -175,7 +175,7 @@ def test_attributes_and_their_containers_are_restored():
 
     one = Stateful()
     names = one.names
-    with suppress(ZeroDivisionError), unchanged([partial(lambda: one())], Stateful):
+    with suppress(ZeroDivisionError), unchanged([partial(lambda: one())], {Stateful: attributes}):
         one()
         raise ZeroDivisionError
     assert vars(one) == {"names": ["a"], "sizes": {"a": 1}, "number": 0}
@@ -261,7 +261,7 @@ def test_what_a_program_holds():
     def outer(first=[[guide]]):  # noqa: B006
         first[0][0]()
 
-    with unchanged([program, outer], Guide):
+    with unchanged([program, outer], {Guide: attributes}):
         outer()
         assert guide.x == 2
     assert guide.x == 1

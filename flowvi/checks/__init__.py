@@ -12,7 +12,7 @@ from flowvi.checks.parameters import as_function, require_same
 from flowvi.checks.report import Condition, EstimatorError, EstimatorReport
 from flowvi.checks.site import PerturbedSite
 from flowvi.estimators import Estimator
-from flowvi.host import host_of
+from flowvi.host import as_found, host_of
 
 __all__ = ["Condition", "EstimatorError", "EstimatorReport", "check_estimator"]
 
@@ -98,23 +98,24 @@ def check_estimator(
             f"check_estimator: expected a velocity or a score to check, found {estimator}, which {does}; "
             "gradient_report shows the mean and the variance of its gradient in a program."
         )
-    build, start = as_function(distribution, parameters)
-    p = build({name: parameter.value for name, parameter in start.items()})
-    host = host_of(p)
-    with host.precise():
-        if hasattr(distribution, "log_prob"):
-            require_same(host, distribution, p)
-        site = PerturbedSite(
-            host=host,
-            build=build,
-            start=start,
-            enters=estimator.enters,
-            tolerance=tolerance,
-            num_samples=CHUNKS * math.ceil(num_samples / CHUNKS),
-            seed=seed,
-        )
-        names = dict.fromkeys(label.split("[")[0] for label in site.labels)
-        report = EstimatorReport(f"{estimator!r} at {site.family}({', '.join(names)})", tuple(conditions(site, estimator)))
+    with as_found(distribution, estimator):
+        build, start = as_function(distribution, parameters)
+        p = build({name: parameter.value for name, parameter in start.items()})
+        host = host_of(p)
+        with host.precise():
+            if hasattr(distribution, "log_prob"):
+                require_same(host, distribution, p)
+            site = PerturbedSite(
+                host=host,
+                build=build,
+                start=start,
+                enters=estimator.enters,
+                tolerance=tolerance,
+                num_samples=CHUNKS * math.ceil(num_samples / CHUNKS),
+                seed=seed,
+            )
+            names = dict.fromkeys(label.split("[")[0] for label in site.labels)
+            report = EstimatorReport(f"{estimator!r} at {site.family}({', '.join(names)})", tuple(conditions(site, estimator)))
     if raise_exception and report.failed:
         raise EstimatorError(report)
     return report

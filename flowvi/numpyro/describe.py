@@ -27,8 +27,8 @@ class DescribesProgram(Describes):
         whose particles are drawn together, the sites that a control variate for the whole guide covers, and under
         ``entropy="analytic"`` the sites whose divergence has a closed form.
 
-        It runs guide and model, and then traces the loss once, so that it raises the errors that the fit would raise. It leaves an
-        autoguide as it was.
+        It runs guide and model, and then traces the loss once, so that it raises the errors that the fit would raise. It leaves what
+        the program holds as it was: autoguides, modules, random generators.
 
         Args:
             model: The model.
@@ -50,7 +50,7 @@ class DescribesProgram(Describes):
 
     def _describe(self, model, guide, args, kwargs, params=None, rng_key=None) -> Description:
         program = NumPyroProgram(random.key(0) if rng_key is None else rng_key, params or {}, model, guide, args, kwargs)
-        with as_found(guide):
+        with as_found(model, guide, args, kwargs):
             return self._describe_program(program)
 
     @abstractmethod
@@ -65,7 +65,7 @@ class DescribesProgram(Describes):
             loss_with_state = self.loss_with_mutable_state  # type: ignore[attr-defined]
             return loss_with_state(state.rng_key, params | mutable_state, model, guide, *args, **kwargs)["loss"]
 
-        with as_found(guide):
+        with as_found(model, guide, args, kwargs):
             state = svi.init(random.key(0) if rng_key is None else rng_key, *args, init_params=params, **kwargs)
             mutable_state = state.mutable_state or {}
             jax.eval_shape(loss, svi.get_params(state))

@@ -106,7 +106,7 @@ def recommend(
         Parmas and Sugiyama 2021, eq. 19. Karnin, Koren and Somekh 2013 (successive halving). McCandlish et al. 2018, section 2.2
         (signal and noise).
     """
-    with Watch(seconds, progress_bar) as clock, as_found(guide):
+    with Watch(seconds, progress_bar) as clock, as_found(model, guide, args, kwargs):
         bench = NumPyroBench(model, guide, args, kwargs, None, Auto(), params, rng_key)
         return advise(Search(bench, num_particles, clock), seconds, PARTICLES)
 
@@ -168,7 +168,7 @@ def check_program(
     References:
         Parmas and Sugiyama 2021, eq. 19. Lan and DeMets 1983 (alpha spending).
     """
-    with Watch(seconds, progress_bar) as clock, as_found(guide):
+    with Watch(seconds, progress_bar) as clock, as_found(model, guide, args, kwargs):
         bench = NumPyroBench(model, guide, args, kwargs, estimators, default, params, rng_key)
         return Checker(bench, Setting(num_particles=PARTICLES), confidence, clock).run(seconds)
 
@@ -187,9 +187,9 @@ class NumPyroBench:
         self.given, self.default, self.params = estimators, default, params
         self.key = random.key(0) if rng_key is None else rng_key
         self.elbo = TraceFlow_ELBO(estimators=estimators, default=default)
-        self.plain = self._svi(self.elbo)
-        svi, unconstrained = self.plain
-        self.constrained = svi.constrain_fn(unconstrained)
+        self.plain = self._start(self.elbo)
+        constrain, unconstrained = self.plain
+        self.constrained = constrain(unconstrained)
         run = self._run(self.key)
         self.marginalises = bool(run.marginalised)
         self.sites = guide_sites(HOST, run, self.elbo._describe(model, guide, args, kwargs, params, self.key))
@@ -203,13 +203,13 @@ class NumPyroBench:
         of_host = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
         elbo = objective(self, setting, TraceFlow_ELBO, of_host, self.given, self.default)
         learns = any(estimator.learns(ops, self.sites[name].target) for name, estimator in setting.chosen)
-        svi, unconstrained = self._svi(elbo) if learns or self.learns_already else self.plain  # _svi takes time
+        constrain, unconstrained = self._start(elbo) if learns or self.learns_already else self.plain  # _start takes time
         of_program = {name: unconstrained[name] for name in self.parameters}
         learned = {name: value for name, value in unconstrained.items() if name not in of_program}
         optimizer = numpyro.optim.Adam(RATE)  # what it moves is not used: all gradients are at the same parameters
 
         def loss(params, key):
-            return elbo.loss(key, svi.constrain_fn(params), self.model, self.guide, *self.args, **self.kwargs)
+            return elbo.loss(key, constrain(params), self.model, self.guide, *self.args, **self.kwargs)
 
         def steps(of_program, learned, keys):
             def step(state, key):
@@ -242,11 +242,13 @@ class NumPyroBench:
     def _keys(self, number: int) -> jax.Array:
         return random.split(random.fold_in(self.key, number % 2**31), self.size)
 
-    def _svi(self, elbo):
+    def _start(self, elbo):
+        """What makes the arguments of the loss from unconstrained parameters, and the initial values of these."""
         guide = adaptive(self.guide, elbo, self.model, rng_key=self.key) if isinstance(elbo, TraceFlow_ELBO) else self.guide
         svi = SVI(self.model, guide, numpyro.optim.SGD(1.0), elbo)
         state = svi.init(self.key, *self.args, init_params=self.params, **self.kwargs)
-        return svi, svi.optim.get_params(state.optim_state)
+        mutable_state, constrain = state.mutable_state or {}, svi.constrain_fn
+        return lambda params: constrain(params) | mutable_state, svi.optim.get_params(state.optim_state)
 
     def _warmed_up(self, loss, of_program, learned):
         """What estimators learn in some steps at fixed parameters of the program; what is given stays."""

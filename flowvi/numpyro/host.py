@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -15,16 +15,45 @@ from numpyro.distributions import kl_divergence
 from numpyro.distributions.distribution import validation_enabled
 from numpyro.distributions.util import scale_and_mask
 from numpyro.infer.autoguide import AutoGuide
+from numpyro.primitives import Messenger
 
 import flowvi.ops.jax
 from flowvi.numpyro.distributions import WRAPPERS, Estimated, NumPyroTarget, unwrap
 from flowvi.numpyro.proposals import Proposal
-from flowvi.unchanged import unchanged
+from flowvi.unchanged import attributes, unchanged
 
 try:
     from jax import enable_x64
 except ImportError:  # an older JAX
     from jax.experimental import enable_x64  # type: ignore[no-redef, attr-defined]
+
+
+@contextmanager
+def as_found(*programs: Any) -> Iterator[None]:
+    """A context that leaves what programs hold as it was.
+
+    An autoguide that runs for the first time keeps the start that it then draws. A program changes the dict of a ``mutable`` in place.
+    """
+    with unchanged(programs, {AutoGuide: attributes}), _restore_mutables():
+        yield
+
+
+class _restore_mutables(Messenger):
+    """Restore at the end the dicts of ``mutable`` statements."""
+
+    def __enter__(self):
+        self.found: dict[int, tuple[dict, dict]] = {}
+        return super().__enter__()
+
+    def process_message(self, msg):
+        if msg["type"] == "mutable" and isinstance(msg["value"], dict) and id(msg["value"]) not in self.found:
+            self.found[id(msg["value"])] = msg["value"], jax.tree.map(lambda leaf: leaf, msg["value"])
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for found, values in self.found.values():
+            found.clear()
+            found.update(values)
 
 
 class NumPyroHost:
@@ -38,6 +67,7 @@ class NumPyroHost:
     wrappers = WRAPPERS
     unwrap = staticmethod(unwrap)
     proposal = Proposal
+    as_found = staticmethod(as_found)
     student_t = dist.StudentT
     multivariate_student_t = dist.MultivariateStudentT
 
@@ -95,8 +125,3 @@ class NumPyroHost:
 
 
 HOST = NumPyroHost()
-
-
-def as_found(guide: Any) -> AbstractContextManager[None]:
-    """A context that leaves a guide as it was: an autoguide that runs for the first time keeps the start that it then draws."""
-    return unchanged([guide], AutoGuide)

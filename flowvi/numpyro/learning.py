@@ -81,7 +81,7 @@ class adaptive(Messenger):
         outer, self.sizes = self.sizes, Sizes(program.own_rows)  # the run of a guide may run it once more
         try:
             if not is_attaching():
-                with hidden(), as_found(self.fn):
+                with hidden(), as_found(self.fn, self.model, args, kwargs):
                     if self.model is not None:
                         self.assignment.remember(program.annotations())
                     if self.assignment.control_variate is not None:

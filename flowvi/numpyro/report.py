@@ -44,7 +44,7 @@ def gradient_report(
     The loss is :class:`TraceFlow_ELBO`, with the u and psi of each site's estimator. Gradients are taken in the unconstrained
     parameters, as the optimizer sees them.
 
-    **Requirements**: those of the estimators. No mutable state.
+    **Requirements**: those of the estimators. Mutable state is that of ``SVI.init``.
 
     Args:
         model: The model.
@@ -90,8 +90,9 @@ def gradient_report(
     def measure(choice: Estimators) -> Measured:
         elbo = TraceFlow_ELBO(estimators=choice, default=default, **(options or {}))
         svi = SVI(model, adaptive(guide, elbo, model, rng_key=key), numpyro.optim.SGD(1.0), elbo)
-        unconstrained = svi.optim.get_params(svi.init(key, *args, init_params=params, **kwargs).optim_state)
-        constrained = svi.constrain_fn(unconstrained)
+        state = svi.init(key, *args, init_params=params, **kwargs)
+        unconstrained, mutable_state = svi.optim.get_params(state.optim_state), state.mutable_state or {}
+        constrained = svi.constrain_fn(unconstrained) | mutable_state
 
         def run(key, params=constrained):
             return elbo._run(NumPyroProgram(key, params, model, guide, args, kwargs))
@@ -101,7 +102,8 @@ def gradient_report(
 
         def gradient(key):
             def loss(of_program):
-                return svi.loss.loss(key, svi.constrain_fn(unconstrained | of_program), model, guide, *args, **kwargs)
+                params = svi.constrain_fn(unconstrained | of_program) | mutable_state
+                return svi.loss.loss(key, params, model, guide, *args, **kwargs)
 
             return {name: g if isinstance(g, jax.Array) else ravel_pytree(g)[0] for name, g in jax.grad(loss)(of_program).items()}
 
@@ -121,7 +123,7 @@ def gradient_report(
             measured.add(gradients, log_weights(keys))
         return measured
 
-    with as_found(guide):
+    with as_found(model, guide, args, kwargs):
         return compare(estimators, measure, num_samples)
 
 

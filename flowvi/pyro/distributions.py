@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import transforms
 from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution, TorchDistributionMixin
 from pyro.distributions.transforms.planar import ConditionedPlanar
 from pyro.distributions.transforms.radial import ConditionedRadial
 from pyro.infer.util import is_validation_enabled
@@ -206,7 +206,7 @@ class Estimated(ForwardsToBase, dist.TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, base_dist: Any, estimator: Estimator, *, validate_args: bool | None = None):
-        require_parts(base_dist, estimator, torch.distributions.Distribution, "Pyro")
+        require_parts(base_dist, estimator, TorchDistributionMixin, "Pyro")
         self.base_dist: Any = base_dist
         self.estimator: Estimator = estimator
         # whether psi = 0 at q = p; an attribute, not a property, because Pyro assigns it

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import warn_if_nan
@@ -33,7 +34,7 @@ from flowvi.particles import Particles, require_fixed, require_num_particles, re
 from flowvi.pyro.baselines import annotated_baselines
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.host import HOST, as_found
-from flowvi.pyro.module import LearningModule
+from flowvi.pyro.module import LearningModule, unconstrained
 from flowvi.pyro.run import PyroProgram, programs
 from flowvi.run import Run, run
 from flowvi.sites import Entropy, GuideSites
@@ -274,7 +275,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return tuple(map(prune_subsample_sites, program.traces))
 
     def _describe(self, model, guide, args, kwargs):
-        with as_found(model, guide):
+        with as_found(model, guide, args, kwargs):
             # a copy, because Pyro sets max_plate_nesting
             return described(copy(self)._first_run(model, guide, args, kwargs), self.dependencies)
 
@@ -283,8 +284,12 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return self._run(PyroProgram(model, guide, args, kwargs, self, follows, self.particles))
 
     def _try_loss(self, model, guide, args, kwargs) -> None:
-        with as_found(model, guide), torch.enable_grad():
-            copy(self)._surrogate(model, guide, args, kwargs)  # a copy, because Pyro sets max_plate_nesting
+        with as_found(model, guide, args, kwargs), torch.enable_grad(), poutine.trace(param_only=True) as used:
+            for loss in copy(self)._losses(model, guide, args, kwargs):  # a copy, because Pyro sets max_plate_nesting
+                nodes: dict[str, Any] = used.trace.nodes
+                leaves = [leaf for node in nodes.values() if (leaf := unconstrained(node["value"])).requires_grad]
+                if leaves and loss.requires_grad:
+                    torch.autograd.grad(loss, leaves, allow_unused=True)  # as in a step, which also frees the graph
 
     def _run(self, program: PyroProgram) -> Run:
         return apply_entropy(HOST, run(program, GuideSites(self.assignment, self.entropy)), self.entropy)

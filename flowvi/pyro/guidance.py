@@ -201,10 +201,10 @@ class PyroBench:
 
     @classmethod
     @contextmanager
-    def opened(cls, model, guide, *arguments) -> Iterator[PyroBench]:
+    def opened(cls, model, guide, args, kwargs, *options) -> Iterator[PyroBench]:
         """A bench that restores the gradients of the parameters, and what :func:`as_found` restores."""
-        with as_found(model, guide):
-            bench = cls(model, guide, *arguments)
+        with as_found(model, guide, args, kwargs):
+            bench = cls(model, guide, args, kwargs, *options)
             store: Any = pyro.get_param_store()
             leaves = [*bench.leaves.values(), *(store[name].unconstrained() for name in bench.trained)]
             gradients = [leaf.grad for leaf in leaves]

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
 
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_subsample
@@ -69,11 +70,15 @@ class attach_estimators(Messenger):
             return
         # an auxiliary site of an autoguide corresponds to the model site without the suffix
         alias = msg["name"].removesuffix("_unconstrained") if msg["infer"].get("is_auxiliary") else msg["name"]
-        what = self.sites.visit(HOST, msg, alias, self._target, self._draw)
-        if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
-            self.sites.draws[msg["name"]] = Draw(msg["value"], score=msg["fn"].log_prob(msg["value"]))
-        if what is None and msg["value"] is None:  # not at a given value, as in a second run, where the estimator was not used
-            self.sites.settle(msg)
+        try:
+            what = self.sites.visit(HOST, msg, alias, self._target, self._draw)
+            if what == "a factor" and not msg["fn"].has_rsample:  # pyro.factor(..., has_rsample=False): a score, not a path
+                self.sites.draws[msg["name"]] = Draw(msg["value"], score=msg["fn"].log_prob(msg["value"]))
+            if what is None and msg["value"] is None:  # not at a given value, as in a second run, where the estimator was not used
+                self.sites.settle(msg)
+        except (AttributeError, TypeError) as error:
+            _require_distribution(msg["name"], msg["fn"], error)
+            raise
 
     def _target(self, msg, enters: bool) -> PyroTarget:
         first_use = msg["name"] not in self.sites.assignment.seen
@@ -150,6 +155,13 @@ class attach_estimators(Messenger):
             values = learned_parameters(msg["name"], learns)
         self.sites.learned |= {f"{msg['name']}.{name}": msg["name"] for name in learns}
         return target.with_learned(learns, values, weight_of_density(msg) if self.sites.entropy == "full" else 0.0)
+
+
+def _require_distribution(name: str, fn: Any, error: Exception) -> None:
+    """Refuse what has not the methods of Pyro's distributions, once this has led to an error."""
+    if not isinstance(fn, TorchDistributionMixin):
+        found = f"{fn!r} of {type(fn).__module__}"
+        raise TypeError(f"site '{name}': expected a distribution of Pyro with a batch and an event shape, found {found}.") from error
 
 
 class attach_together(attach_estimators):

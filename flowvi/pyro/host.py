@@ -11,13 +11,61 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.nn.module import _Context
+from pyro.params.param_store import ParamStoreDict
+from pyro.poutine.guide import GuideMessenger
 from torch.distributions.kl import kl_divergence
+from torch.nn import Module
+from torch.nn.parameter import is_lazy
 
 import flowvi.ops.torch
 from flowvi.pyro.distributions import WRAPPERS, Estimated, PyroTarget, unwrap
 from flowvi.pyro.generators import forked_generators, seed_generators
 from flowvi.pyro.proposals import Proposal
-from flowvi.unchanged import unchanged
+from flowvi.unchanged import Restore, attributes, unchanged
+
+
+@contextmanager
+def as_found(*programs: Any) -> Iterator[None]:
+    """A context that leaves what programs hold, the parameter store and the generators as they were.
+
+    An autoguide that runs for the first time makes its parameters, at a start that it may draw.
+    """
+    kinds: dict[type, Callable[[Any], Restore]] = {
+        Module: _module,
+        torch.Tensor: _tensor,
+        **dict.fromkeys((ParamStoreDict, GuideMessenger, _Context), attributes),
+    }
+    with forked_generators(), unchanged([*programs, pyro.get_param_store()], kinds):
+        yield
+
+
+def _module(module: Module) -> Restore:
+    """What restores a module and the numbers in its buffers."""
+    restore_attributes = attributes(module)
+    may_change = (buffer for buffer in module.buffers(recurse=False) if not (is_lazy(buffer) or buffer.is_inference()))
+    buffers = [(buffer, buffer.detach().clone()) for buffer in may_change]
+
+    def restore() -> None:
+        restore_attributes()
+        for buffer, numbers in buffers:
+            buffer.data.copy_(numbers)
+
+    return restore
+
+
+def _tensor(tensor: torch.Tensor) -> Restore:
+    """What restores the gradient of a leaf, and whether it has one; a lazy parameter has no shape again."""
+    kind, requires_grad, grad = type(tensor), tensor.requires_grad, tensor.grad if tensor.is_leaf else None
+
+    def restore() -> None:
+        if tensor.is_leaf:
+            tensor.requires_grad_(requires_grad).grad = grad
+        if type(tensor) is not kind:
+            tensor.data = tensor.data.new_empty(0)
+            tensor.__class__ = kind
+
+    return restore
 
 
 class PyroHost:
@@ -31,6 +79,7 @@ class PyroHost:
     wrappers = WRAPPERS
     unwrap = staticmethod(unwrap)
     proposal = Proposal
+    as_found = staticmethod(as_found)
     student_t = dist.StudentT
     multivariate_student_t = dist.MultivariateStudentT
 
@@ -114,19 +163,3 @@ def _gradient(y: torch.Tensor, eta: torch.Tensor) -> np.ndarray:
 
 
 HOST = PyroHost()
-
-
-@contextmanager
-def as_found(model: Any, guide: Any) -> Iterator[None]:
-    """A context that leaves modules, the parameter store and the generators as they were, but not buffers that change in place.
-
-    An autoguide that runs for the first time makes its parameters, at a start that it may draw.
-    """
-    store = pyro.get_param_store()
-    state = store.get_state()
-    with forked_generators(), unchanged([model, guide], torch.nn.Module):
-        try:
-            yield
-        finally:
-            store.clear()
-            store.set_state(state)

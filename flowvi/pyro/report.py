@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -96,9 +96,8 @@ def gradient_report(
             measured = Measured(description, _readers(run, leaves))
             for _ in Bar(range(num_samples), unit="samples", disable=not progress_bar, desc="gradients"):
                 start = perf_counter()
-                loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
-                gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-                rows = dict(zip(leaves, map(_row, gradients, leaves.values()), strict=True))
+                gradients = _gradients(elbo._losses(model, guide, args, kwargs), list(leaves.values()))
+                rows = {name: gradient[None].cpu() for name, gradient in zip(leaves, gradients, strict=True)}
                 measured.seconds += perf_counter() - start  # after the numbers have arrived: calls to a GPU return earlier
                 measured.add(rows, {})
                 if weighted:
@@ -106,12 +105,18 @@ def gradient_report(
                     measured.add({}, {name: d.log_weight[None].cpu() for name, d in draws.items() if d.log_weight is not None})
         return measured
 
-    with as_found(model, guide):
+    with as_found(model, guide, args, kwargs):
         return compare(estimators, measure, num_samples)
 
 
-def _row(gradient: torch.Tensor | None, leaf: torch.Tensor) -> torch.Tensor:
-    return (torch.zeros_like(leaf) if gradient is None else gradient).detach()[None].cpu()
+def _gradients(losses: Iterable[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The derivative of the sum of losses in each leaf. The graph of each loss is freed before the next one is computed."""
+    gradients = [torch.zeros_like(leaf) for leaf in leaves]
+    for loss in losses:
+        if loss.requires_grad:
+            for gradient, of_one in zip(gradients, torch.autograd.grad(loss, leaves, materialize_grads=True), strict=True):
+                gradient += of_one
+    return gradients
 
 
 def _readers(run: Run, leaves: dict[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:

@@ -66,7 +66,7 @@ class PyroProgram:
 
     def run(self, sites: GuideSites, values: Mapping[str, Any] | None = None, *, with_model: bool = True) -> Run:
         if values is not None:
-            return self._run(sites, hold_values({**self._held_subsamples(), **values}), with_model)
+            return self._run(sites, hold_values({**_subsamples(self.traces), **values}), with_model)
         assignment = sites.assignment
         self._begin(assignment)
         run = self._followed(sites) if self.follows_tensors else self._run(sites)
@@ -212,9 +212,13 @@ class PyroProgram:
         """
         messenger = poutine.unwrap(self.guide)
         if isinstance(messenger, Messenger):  # a GuideMessenger runs both itself
-            with attached:
+            with attached, held:
                 self.guide(*self.args, **self.kwargs)
-            return *messenger.get_traces(), {}  # type: ignore[attr-defined]
+            model, guide = messenger.get_traces()  # type: ignore[attr-defined]
+            nodes = messenger.trace.nodes  # type: ignore[attr-defined]
+            for name in _subsamples([messenger.trace]):  # type: ignore[attr-defined]
+                model.nodes[name] = guide.nodes[name] = nodes[name]  # get_traces leaves them out
+            return model if with_model else poutine.Trace(), guide, {}
         with attached, held:
             guide = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
         if not with_model:
@@ -224,15 +228,6 @@ class PyroProgram:
         with held:
             model = poutine.trace(replay(program)).get_trace(*self.args, **self.kwargs)
         return model, guide, replay.annotations
-
-    def _held_subsamples(self) -> dict[str, Any]:
-        """The subsample that the first run drew at each plate, for a run without draws."""
-        if self._is_messenger:
-            raise ValueError(
-                "entropy='stl' and gradient='dreg' run the guide again without the model, which a GuideMessenger cannot do; "
-                "use entropy='full' and gradient='plain'."
-            )
-        return _subsamples(self.traces)
 
 
 def programs(
