@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
-from flowvi.guidance.bench import Batch, Bench, Draw, Probe, Setting, batch_size, objective, plates, statements
+from flowvi.guidance.bench import Batch, Bench, Draw, Probe, Setting, are_apart, batch_size, objective, plates, statements
 from flowvi.guidance.bias import BiasTest
 from flowvi.guidance.candidates import GuideSite
 from flowvi.guidance.jumps import Place
@@ -35,6 +35,7 @@ __all__ = [
     "Tried",
     "Watch",
     "advise",
+    "are_apart",
     "batch_size",
     "objective",
     "plates",

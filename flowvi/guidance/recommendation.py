@@ -135,7 +135,6 @@ def advise(search: Search, seconds: float, check_particles: int) -> Recommendati
     search.run(SEARCH * seconds)
     clock.show("confirm")
     search.keep_default(CONFIRM * seconds)
-    search.keep_loop(CONFIRM * seconds)
     check = _check(bench, search, CHECK * seconds, clock, check_particles)
     for _ in range(ROUNDS):
         if not check.failed:

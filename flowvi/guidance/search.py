@@ -14,7 +14,6 @@ import numpy as np
 
 from flowvi.estimators import Estimator
 from flowvi.guidance.bench import Bench, Clock, Setting
-from flowvi.guidance.bias import MeanTest
 from flowvi.guidance.candidates import GuideSite, candidates, misses_jumps
 from flowvi.guidance.noise import FLOOR, Scale, Trial
 from flowvi.particles import Particles, can_be_joint, require_num_particles
@@ -22,7 +21,6 @@ from flowvi.particles import Particles, can_be_joint, require_num_particles
 CLEARLY = 2.5  # standard errors
 TOLERATED = 0.2  # the share by which an uncertain score may be larger
 ALIKE = 0.05  # scores that differ by less than this share count as equal
-ALPHA = 0.001  # the probability that a right plate of particles is rejected
 BATCHES = 128  # the most batches of one trial in a race
 SURE, KNOWN = 8, 0.1  # the fewest batches of a confirmation, if there is time, and the error at which it ends
 FIRST = 8  # batches for the weights of the elements
@@ -181,17 +179,6 @@ class Search:
                 self.tried[name][estimator] = Tried(estimator, found.noise / kept.noise, found.seconds / kept.seconds)
             self.best = plain
 
-    def keep_loop(self, seconds: float) -> None:
-        """Go back to a loop over particles if a plate of particles has another mean: the program does not support the plate."""
-        if self.best.vectorized:
-            looped = self.best._replace(particles="independent", vectorized=False)
-            test = MeanTest(self.bench.gradients(self.best), self.bench.gradients(looped), ALPHA, ALIKE)
-            end = self.clock.left() - seconds
-            while not test.is_decided and (self.clock.left() > end or not test.num_looks):
-                test.look(lambda: self.clock.left() > end)
-            if test.result.biased:
-                self.best = looped
-
     def ban(self, site: str, seconds: float) -> None:
         """Choose again at a site whose estimator is biased on this program, without estimators that are wrong for the same reason."""
         unit = self._unit([self.bench.sites[site]])
@@ -270,9 +257,7 @@ class Search:
             self.clock.show(unit.name)
             try:
                 self.trials[setting] = Trial(self.bench.gradients(setting), self.scale)
-            except Exception as refusal:
-                if not setting.vectorized and not isinstance(refusal, ValueError | NotImplementedError):
-                    raise  # but with a plate of particles, a program that does not support it may fail in any way
+            except (ValueError, NotImplementedError) as refusal:
                 self.refused[setting] = str(refusal)
                 return None
             self.compilation = max(0.7 * self.compilation, before - self.clock.left())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +27,7 @@ from flowvi.guidance import (
     Setting,
     Watch,
     advise,
+    are_apart,
     batch_size,
     objective,
     plates,
@@ -37,9 +39,10 @@ from flowvi.pyro.arguments import Arguments
 from flowvi.pyro.compiled import CompiledLoss
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import seed_generators
+from flowvi.pyro.handlers import share_subsamples
 from flowvi.pyro.host import HOST, as_found
 from flowvi.pyro.module import unconstrained
-from flowvi.pyro.run import PyroProgram
+from flowvi.pyro.run import PyroProgram, programs
 from flowvi.run import Held, Run
 from flowvi.tape import follows_tensors
 
@@ -176,13 +179,6 @@ def check_program(
 class PyroBench:
     """See :class:`flowvi.guidance.Bench`."""
 
-    drawn: tuple[tuple[Particles, bool], ...] = (
-        ("independent", False),
-        ("independent", True),
-        ("stratified", True),
-        ("antithetic", True),
-    )
-
     def __init__(self, model, guide, args, kwargs, estimators, default, seed):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.given, self.default, self.seed = estimators, default, seed
@@ -215,6 +211,23 @@ class PyroBench:
             finally:
                 for leaf, gradient in zip(leaves, gradients, strict=True):
                     leaf.grad = gradient
+
+    @cached_property
+    def drawn(self) -> tuple[tuple[Particles, bool], ...]:
+        ways: tuple[Particles, ...] = ("independent", "stratified", "antithetic")
+        return ("independent", False), *((how, True) for how in ways if self.supports_plate)
+
+    @cached_property
+    def supports_plate(self) -> bool:
+        """Whether particles may be a plate: each then has the log densities that it has alone, with the same values at all sites."""
+        with suppress(Exception), share_subsamples():  # a program that does not support the plate may fail in any way
+            alone = [self.run(self.elbo, number) for number in range(LARGEST)]
+            elbo = self._objective(Setting(num_particles=LARGEST, vectorized=True))
+            (program,) = programs(elbo, self.model, self.guide, self.args, self.kwargs)
+            together = elbo._run(program).again(_in_plate(alone, elbo.max_plate_nesting))
+            densities = [{name: HOST.numpy(s.log_density) for name, s in statements(run).items()} for run in (together, *alone)]
+            return are_apart(densities[1:], densities[0], elbo.max_plate_nesting)
+        return False
 
     def gradients(self, setting: Setting) -> Draw:
         elbo = self._objective(setting)
@@ -338,6 +351,25 @@ class PyroProbe:
     def _at(self, run: Run, x: torch.Tensor) -> dict[str, Any]:
         again = run.again({**held_values(HOST, run), self.site: Held(x)})
         return {name: torch.as_tensor(s.log_density) for name, s in statements(again).items()}
+
+
+def _in_plate(alone: list[Run], num_dims: int) -> dict[str, Held]:
+    """The values of all random sites in some runs of one particle, as they are in a plate of these particles."""
+
+    def stacked(rows: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([x.reshape((1,) * (num_dims - 1 - batch_ndim) + x.shape) for x in rows])
+
+    first, held = alone[0], {}
+    values = [held_values(HOST, run) for run in alone]
+    for name in values[0]:
+        batch_ndim = first.guide[name].value.ndim - len(first.guide[name].fn.event_shape)
+        rows, bases = zip(*(of_run[name] for of_run in values), strict=True)
+        held[name] = Held(stacked(rows), None if bases[0] is None else stacked(bases))
+    for name, of_model in first.model.items():  # what only the model draws
+        if not (of_model.observed or name in first.guide or name in first.marginalised):
+            batch_ndim = of_model.value.ndim - len(of_model.fn.event_shape)
+            held[name] = Held(stacked([run.model[name].value for run in alone]))
+    return held
 
 
 def seconds_of_adam(leaves: list[torch.Tensor]) -> float:
