@@ -195,6 +195,44 @@ def test_particles_that_shorten_a_fit(mean, time, expected):
         assert search.best.num_particles == (16 if expected > 1 else 1)
 
 
+class Jittery(Particles):
+    """Noise that is the same in every batch, and times of steps that vary."""
+
+    def __init__(self, seed, time):
+        super().__init__(0.0, time)
+        self.seed = seed
+
+    def gradients(self, setting):
+        n = setting.num_particles
+
+        def draw(number):
+            rng = np.random.default_rng([number + 10, n, self.seed])
+            return Batch(np.tile([[1.0], [-1.0]], (32, 2)) / math.sqrt(n), self.time[n] * (1.0 + rng.exponential(0.5)))
+
+        return draw
+
+
+@pytest.mark.parametrize(
+    ("numbers", "time", "expected"),
+    [
+        ((1, 4, 16), {1: 1.0, 4: 4.0, 16: 16.0}, 1),  # equal noise x time
+        ((4, 16, 1), {1: 1.0, 4: 4.0, 16: 16.0}, 4),  # the default has the first number
+        ((1, 16, 4), {1: 1.0, 4: 2.0, 16: 8.0}, 4),  # the smaller one of two better ones
+        ((1, 4, 16), {1: 1.0, 4: 2.0, 16: 4.0}, 16),
+    ],
+)
+def test_the_jitter_of_times_does_not_choose_the_particles(numbers, time, expected):
+    """Of numbers with the same noise x time, the default's is chosen, or the smallest."""
+    found = []
+    for seed in range(6):
+        with Watch(10.0, False) as clock:
+            search = Search(Jittery(seed, time), numbers, clock)
+            search.run(5.0)
+            search.keep_default(1.0)
+        found.append(search.best.num_particles)
+    assert found == [expected] * 6
+
+
 @pytest.mark.parametrize("seconds", [0.0, 10.0])
 def test_the_default_is_kept_where_another_choice_is_seldom_noisy(seconds):
     """In eight of ten samples the other choice looks better; over more samples, measured side by side, it does not."""

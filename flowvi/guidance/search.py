@@ -5,7 +5,6 @@ The number of particles is that of the shortest fit: least (signal + noise) time
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -130,7 +129,7 @@ class Search:
         can_be_drawn_together = any(site.is_pathwise_in_host and can_be_joint(site.target) for site in sites)
         return tuple(
             (number, how, vectorized)
-            for number in self.num_particles
+            for number in sorted(set(self.num_particles))
             for how, vectorized in (self.bench.drawn if number > 1 else self.bench.drawn[:1])
             if how == "independent" or (can_be_drawn_together and (how != "antithetic" or number % 2 == 0))
         )
@@ -169,7 +168,7 @@ class Search:
             if setting not in measured:
                 return True
             excess, error = measured[self.best].excess(measured[setting], signal)
-            return setting == self.best or excess < -min(error, TOLERATED)
+            return setting == self.best or excess < -_margin(error)
 
         if not gains(few := without_particles(self.best), self.scale.signal):
             self.best, plain = few, without_particles(plain)
@@ -264,7 +263,10 @@ class Search:
         return self.trials[setting]
 
     def _race(self, racers: Mapping[Setting, Trial], own_end: float, end: float, signal: float) -> Setting:
-        """The setting of least score, by successive halving: in each round the remaining settings get twice as many batches."""
+        """The setting of least score, by successive halving: in each round the remaining settings get twice as many batches.
+
+        The best setting so far stays, or else the first of the racers wins, if its score is not measurably larger.
+        """
         racing = dict(racers)
         batches = max(FIRST, -(-FEWEST // self.size))
         while True:
@@ -278,24 +280,29 @@ class Search:
                 for i, setting in enumerate(ordered)
                 if not self._is_worse(racing[setting], best, i, len(ordered), signal)
             }
-            alike = all(sum(trial.excess(best, signal)) < ALIKE for trial in racing.values())
+            alike = all(trial is best or sum(trial.excess(best, signal)) < ALIKE for trial in racing.values())
             batches *= 2
             if len(racing) == 1 or (alike and batches > 2 * FIRST) or batches > BATCHES or self.clock.left() < own_end:
-                return self.best if self.best in racing and self._is_as_good(racing, best, signal) else ordered[0]
+                in_order = [setting for setting in (self.best, *racers) if setting in racing]  # the simplest first
+                return next((one for one in in_order if self._is_as_good(racing[one], best, signal)), ordered[0])
 
     def _is_worse(self, trial: Trial, best: Trial, rank: int, size: int, signal: float) -> bool:
         """Whether a trial drops out: clearly worse, or in the worse half and probably worse."""
         excess, error = trial.excess(best, signal)
         return trial is not best and (excess > CLEARLY * error if rank < size / 2 else excess > error) and excess > 0
 
-    def _is_as_good(self, racing: Mapping[Setting, Trial], best: Trial, signal: float) -> bool:
-        """Whether the best setting so far is good enough to stay."""
-        excess, error = racing[self.best].excess(best, signal)
-        return excess < max(ALIKE, min(error, TOLERATED))
+    def _is_as_good(self, trial: Trial, best: Trial, signal: float) -> bool:
+        """Whether a trial is good enough to be chosen because it is simpler than the best one."""
+        excess, error = trial.excess(best, signal)
+        return excess < _margin(error)
+
+
+def _margin(error: float) -> float:
+    """The difference of two scores that is needed for the less simple choice."""
+    return max(ALIKE, min(CLEARLY * error, TOLERATED))
 
 
 def ratio(a: Trial, b: Trial) -> tuple[float, float, float]:
     """The score of a over that of b, and its 95% interval."""
     excess, error = a.excess(b)
-    error = 1.96 * math.hypot(error, (1 + excess) * math.hypot(a.spread, b.spread))
-    return 1 + excess, max(1 + excess - error, 0.0), 1 + excess + error
+    return 1 + excess, max(1 + excess - 1.96 * error, 0.0), 1 + excess + 1.96 * error
