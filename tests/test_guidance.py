@@ -374,6 +374,8 @@ def test_nothing_biased_is_recommended(host, monkeypatch):
     advice = host.flow.recommend(*normal_program(host, cost), seconds=12, progress_bar=False)
     assert advice.estimators == {"x": LR()}
     assert "RP() would be biased on this program" in advice.sites[0].reason
+    assert advice.biased == {"the default", "the host's own objective"}
+    assert str(advice).count("times that of this choice, but is biased") == 2
 
 
 @slow_in_numpyro
@@ -547,7 +549,7 @@ def test_pyro_modules_with_parameters_of_their_own(monkeypatch):
         model, guide = normal_program(host, lambda x: host.factor("cost", -(x**2)))[0], Guide()
         report = host.flow.gradient_report(model, guide, num_samples=20)
         assert {one.parameter for one in report.parameters} == {"net$$$weight", "net$$$bias", "scale"}
-        assert [one.verdict for one in host.flow.check_program(model, guide, seconds=0.2).sites] == ["no bias found"]
+        assert [one.verdict for one in host.flow.check_program(model, guide, seconds=1).sites] == ["no bias found"]
         assert set(host.flow.recommend(model, guide, seconds=0.5, progress_bar=False).estimators) == {"x"}
 
 
@@ -630,6 +632,62 @@ def test_antithetic_runs_are_tried_where_an_exact_sum_takes_more(host):
         site = GuideSite("k", LR(), host_of(fn).target("k", fn, True), ())
         found[name] = DisARM() in candidates(site, 4)
     assert found == {name: expected for name, (_, expected) in tried.items()}
+
+
+def slow_program(clock):
+    """A program whose model takes 0.1 seconds by a clock."""
+    from hosts import HOSTS
+
+    def cost(x):
+        clock[0] += 0.1
+        pyro.sample("y", pyro.distributions.Normal(x, 1.0), obs=torch.tensor(1.1))
+
+    return normal_program(HOSTS["pyro"], cost)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 5.0, 15.0])
+def test_pyro_keeps_the_time_limit_where_a_program_is_slow(monkeypatch, seconds):
+    clock = [0.0]
+    for module in (flowvi.guidance, flowvi.pyro.guidance):
+        monkeypatch.setattr(module, "perf_counter", lambda: clock[0])
+    program = slow_program(clock)
+    check = flowvi.pyro.check_program(*program, seconds=seconds)
+    assert clock[0] < 1.2 * seconds + 5  # the first two batches of both gradients
+    (one,) = check.sites
+    assert one.verdict == ("no bias found" if seconds > 10 else "not checked")
+    assert ("no time" in str(check)) == (seconds < 10)
+    clock[0] = 0.0
+    advice = flowvi.pyro.recommend(*program, num_particles=(1, 4), seconds=seconds, progress_bar=False)
+    assert clock[0] < 1.2 * seconds + 12  # the default, the check of a plate, and two batches of each confirmation
+    assert "check_program: no time to check 'x'; give more seconds" in str(advice)
+    assert advice.options["num_particles"] in (1, 4)
+
+
+def test_numpyro_takes_smaller_batches_where_a_program_is_slow(monkeypatch):
+    monkeypatch.setattr(flowvi.numpyro.guidance, "perf_counter", iter(range(100)).__next__)
+    from hosts import HOSTS
+
+    program = normal_program(HOSTS["numpyro"], lambda x: HOSTS["numpyro"].factor("cost", -(x**2)))
+    bench = flowvi.numpyro.guidance.NumPyroBench(*program, (), {}, None, Auto(), None, None, 400.0)
+    gradients = bench.gradients(Setting())(0).gradients  # a second for each batch, so that 64 gradients would leave time for four sites
+    assert len(gradients) == bench.size == 64
+    bench = flowvi.numpyro.guidance.NumPyroBench(*program, (), {}, None, Auto(), None, None, 10.0)
+    assert len(bench.gradients(Setting())(0).gradients) == bench.size == 2
+
+
+def test_pyro_particles_are_chosen_again_with_an_estimator_that_is_not_biased(monkeypatch):
+    """The likelihood ratio needs several particles, for its baseline; the path had hardly any noise."""
+    from hosts import HOSTS
+
+    monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:2])
+    host = HOSTS["pyro"]
+    cost = lambda x: host.factor("cost", host.math.where(x > 0.5, 3.0, 0.0) + x - 40.0)
+    with PyroBench.opened(*normal_program(host, cost), (), {}, None, Auto(), 0) as bench, Watch(10.0, False) as clock:
+        search = Search(bench, (1, 8), clock)
+        search.ban("x", 2.0)
+    assert search.best.chosen == (("x", LR()),)
+    assert search.best.num_particles == 8
+    assert search.is_banned("x", RP())
 
 
 def test_what_misses_jumps():

@@ -15,7 +15,7 @@ from flowvi.estimators import Estimator
 from flowvi.guidance.bench import Bench, Clock, Setting
 from flowvi.guidance.candidates import GuideSite, candidates, misses_jumps
 from flowvi.guidance.noise import FLOOR, Scale, Trial
-from flowvi.particles import Particles, can_be_joint, require_num_particles
+from flowvi.particles import can_be_joint, require_num_particles
 
 CLEARLY = 2.5  # standard errors
 TOLERATED = 0.2  # the share by which an uncertain score may be larger
@@ -120,19 +120,19 @@ class Search:
 
         Particles come first, since a plate of particles takes less time with every estimator.
         """
-        particles = [Unit("particles", (), options, self.scale.signal)] if len(options := self._particles()) > 1 else []
-        return [*particles, *map(self._unit, self._kinds()), Unit("entropy", (), ("full", "stl", "analytic"))]
+        return [*self._particles(), *map(self._unit, self._kinds()), Unit("entropy", (), ("full", "stl", "analytic"))]
 
-    def _particles(self) -> tuple[tuple[int, Particles, bool], ...]:
-        """The numbers of particles to choose from, each with the ways to draw them."""
+    def _particles(self) -> list[Unit]:
+        """The numbers of particles to choose from, each with the ways to draw them; empty if there is nothing to choose."""
         sites = self.bench.sites.values()
         can_be_drawn_together = any(site.is_pathwise_in_host and can_be_joint(site.target) for site in sites)
-        return tuple(
+        options = tuple(
             (number, how, vectorized)
             for number in sorted(set(self.num_particles))
             for how, vectorized in (self.bench.drawn if number > 1 else self.bench.drawn[:1])
             if how == "independent" or (can_be_drawn_together and (how != "antithetic" or number % 2 == 0))
         )
+        return [Unit("particles", (), options, self.scale.signal)] if len(options) > 1 else []
 
     def _kinds(self) -> list[list[GuideSite]]:
         kinds: dict[tuple, list[GuideSite]] = {}
@@ -179,7 +179,10 @@ class Search:
             self.best = plain
 
     def ban(self, site: str, seconds: float) -> None:
-        """Choose again at a site whose estimator is biased on this program, without estimators that are wrong for the same reason."""
+        """Choose again at a site whose estimator is biased on this program, without estimators that are wrong for the same reason.
+
+        The particles are chosen again too, since the remaining estimators may have much more noise.
+        """
         unit = self._unit([self.bench.sites[site]])
         biased = self.estimator(site)
         wrong = [e for e in unit.options if e == biased or (misses_jumps(biased) and misses_jumps(e))]
@@ -188,7 +191,13 @@ class Search:
         if not allowed.options:
             return
         self.best = self.at(allowed, allowed.options[0])
-        self._choose(allowed, self.clock.left() - seconds, seconds, None)
+        end, units = self.clock.left() - seconds, [*self._particles(), allowed]
+        for i, choice in enumerate(units):
+            self._choose(choice, end, (self.clock.left() - end) / (len(units) - i), None)
+
+    def is_banned(self, site: str, estimator: Estimator) -> bool:
+        """Whether an estimator is biased on this program."""
+        return estimator in self.banned.get(site, [])
 
     def estimator(self, site: str) -> Estimator:
         """The estimator of a site in the best setting."""

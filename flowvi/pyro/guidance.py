@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -47,7 +48,8 @@ from flowvi.run import Held, Run
 from flowvi.tape import follows_tensors
 
 LARGEST = 8  # batch of gradients
-WARM_UP, RATE = 300, 0.05  # steps of Adam on what an estimator learns
+STEPS = 50  # the number of gradients, for each site and each one of a batch, for which there must be time
+WARM_UP, WARM_UP_SHARE, RATE = 300, 0.1, 0.05  # steps of Adam on what an estimator learns, at most for this share of the time
 FASTER = 0.8  # hint at compiled steps if they take less than this share of the time
 PARTICLES = 4  # of a gradient that is checked
 
@@ -111,7 +113,7 @@ def recommend(
         Parmas and Sugiyama 2021, eq. 19. Karnin, Koren and Somekh 2013 (successive halving). McCandlish et al. 2018, section 2.2
         (signal and noise).
     """
-    with Watch(seconds, progress_bar) as clock, PyroBench.opened(model, guide, args, kwargs, None, Auto(), seed) as bench:
+    with Watch(seconds, progress_bar) as clock, PyroBench.opened(model, guide, args, kwargs, None, Auto(), seed, seconds) as bench:
         return advise(Search(bench, num_particles, clock), seconds, PARTICLES)
 
 
@@ -172,15 +174,19 @@ def check_program(
     References:
         Parmas and Sugiyama 2021, eq. 19. Lan and DeMets 1983 (alpha spending).
     """
-    with Watch(seconds, progress_bar) as clock, PyroBench.opened(model, guide, args, kwargs, estimators, default, seed) as bench:
+    with (
+        Watch(seconds, progress_bar) as clock,
+        PyroBench.opened(model, guide, args, kwargs, estimators, default, seed, seconds) as bench,
+    ):
         return Checker(bench, Setting(num_particles=PARTICLES), confidence, clock).run(seconds)
 
 
 class PyroBench:
     """See :class:`flowvi.guidance.Bench`."""
 
-    def __init__(self, model, guide, args, kwargs, estimators, default, seed):
+    def __init__(self, model, guide, args, kwargs, estimators, default, seed, seconds=math.inf):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.seconds = seconds
         self.given, self.default, self.seed = estimators, default, seed
         self.elbo = TraceFlow_ELBO(estimators=estimators, default=default)
         self.trained = set(pyro.get_param_store().keys())  # keep what an estimator has already learned
@@ -193,7 +199,11 @@ class PyroBench:
         self.sites = guide_sites(HOST, run, self.elbo._describe(model, guide, args, kwargs))
         self.leaves = {name: unconstrained(nodes[name]["value"]) for name in nodes if name not in run.sites.learned}
         self.parameters = {name: leaf.numel() for name, leaf in self.leaves.items()}
-        self.size = batch_size(sum(self.parameters.values()), LARGEST)
+        start = perf_counter()
+        self.run(self.elbo, 0)
+        gradients = seconds / (2 * (perf_counter() - start))  # a derivative takes about as long as the run
+        affordable = gradients / (STEPS * (1 + len(self.sites)))
+        self.size = batch_size(sum(self.parameters.values()), int(min(LARGEST, affordable)))
 
     @classmethod
     @contextmanager
@@ -300,7 +310,10 @@ class PyroBench:
         learned: dict[str, Any] = {name: store[name].unconstrained() for name in names}
         if moving := {name: leaf for name, leaf in learned.items() if name not in self.trained}:
             optimizer = torch.optim.Adam(list(moving.values()), RATE)
+            start = perf_counter()
             for i in range(WARM_UP):
+                if perf_counter() - start > WARM_UP_SHARE * self.seconds:
+                    break
                 seed_generators(self._seed(-1 - i))
                 self._clear({**self.leaves, **learned})
                 elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
