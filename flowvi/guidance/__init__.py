@@ -53,7 +53,7 @@ class Watch:
 
     def __init__(self, seconds: float, progress_bar: bool):
         self.seconds, self.start = seconds, perf_counter()
-        self.bar = Bar(total=round(seconds, 1), unit="s", disable=not progress_bar, bar_format="{desc}: {bar} {n:.0f}/{total:.0f} s")
+        self.bar = Bar(total=round(seconds, 1), unit="s", disable=not progress_bar, bar_format="{desc}{bar} {n:.0f}/{total:.0f} s")
 
     def __enter__(self) -> Watch:
         """Begin."""
