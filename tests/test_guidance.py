@@ -549,7 +549,7 @@ def test_pyro_modules_with_parameters_of_their_own(monkeypatch):
         model, guide = normal_program(host, lambda x: host.factor("cost", -(x**2)))[0], Guide()
         report = host.flow.gradient_report(model, guide, num_samples=20)
         assert {one.parameter for one in report.parameters} == {"net$$$weight", "net$$$bias", "scale"}
-        assert [one.verdict for one in host.flow.check_program(model, guide, seconds=1).sites] == ["no bias found"]
+        assert [one.verdict for one in host.flow.check_program(model, guide, seconds=0.2).sites] == ["no bias found"]
         assert set(host.flow.recommend(model, guide, seconds=0.5, progress_bar=False).estimators) == {"x"}
 
 
@@ -652,15 +652,15 @@ def test_pyro_keeps_the_time_limit_where_a_program_is_slow(monkeypatch, seconds)
         monkeypatch.setattr(module, "perf_counter", lambda: clock[0])
     program = slow_program(clock)
     check = flowvi.pyro.check_program(*program, seconds=seconds)
-    assert clock[0] < 1.2 * seconds + 5  # the first two batches of both gradients
+    assert clock[0] < 1.2 * seconds + 10  # the first looks, and a batch
     (one,) = check.sites
     assert one.verdict == ("no bias found" if seconds > 10 else "not checked")
     assert ("no time" in str(check)) == (seconds < 10)
     clock[0] = 0.0
     advice = flowvi.pyro.recommend(*program, num_particles=(1, 4), seconds=seconds, progress_bar=False)
-    assert clock[0] < 1.2 * seconds + 12  # the default, the check of a plate, and two batches of each confirmation
+    assert clock[0] < 1.2 * seconds + 15  # the default, the check of a plate, the first looks, and two batches of each confirmation
     assert "check_program: no time to check 'x'; give more seconds" in str(advice)
-    assert advice.options["num_particles"] in (1, 4)
+    assert "there was no time to try another estimator" in advice.sites[0].reason
 
 
 def test_numpyro_takes_smaller_batches_where_a_program_is_slow(monkeypatch):

@@ -16,6 +16,7 @@ from flowvi.guidance.table import Table
 ITSELF = "it is the reference itself"
 NO_TIME = "no time; give more seconds"
 AT_FAULT = 5.0  # seconds to test again a biased site that comes before another biased site
+FIRST_LOOKS = 5.0  # seconds for a first look at all sites, even if the limit is shorter
 MEMORY = 300_000  # the number of batches kept, times the number of elements of a gradient
 TOLERANCE = 0.02  # the test of a site ends once it would have found a bias of this share of the gradient
 
@@ -133,12 +134,12 @@ class Checker:
     def run(self, seconds: float) -> ProgramCheck:
         """Check all sites within some seconds; the tests take turns, one look each.
 
-        The first looks have at least half of the time, even if compilations have taken it all.
+        The first looks have at least half of the time, and at least some seconds, even if compilations have taken it all.
         """
         end = self.clock.left() - seconds
         found = {name: self._start(name, self.setting) for name in self.bench.sites}
         tests = {name: start for name, start in found.items() if isinstance(start, MeanTest)}
-        self._look(tests, end, self.clock.left() - seconds / 2)
+        self._look(tests, end, self.clock.left() - max(seconds / 2, FIRST_LOOKS))
         records = {name: self._record(name, start) for name, start in found.items()}
         biased = [name for name, one in records.items() if one.biased]
         for i, name in enumerate(biased):

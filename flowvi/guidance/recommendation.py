@@ -95,7 +95,8 @@ class Recommendation(Table):
         lines += [f"check_program: '{one.site}' may be biased: {one.remark}" for one in self.check.failed]
         if late := [repr(one.site) for one in self.check.sites if one.note == NO_TIME]:
             lines.append(f"check_program: no time to check {', '.join(late)}; give more seconds")
-        return (*lines, *self.hints, *([f"no time for {self.untried} candidates; give more seconds"] if self.untried else []))
+        candidates = f"{self.untried} candidate{'s' * (self.untried > 1)}"
+        return (*lines, *self.hints, *([f"no time for {candidates}; give more seconds"] if self.untried else []))
 
     def rows(self) -> Iterator[tuple]:
         """The table: site, estimator, noise and time of the second best relative to the best, reason."""
@@ -159,7 +160,7 @@ def advise(search: Search, seconds: float, check_particles: int) -> Recommendati
         Gain(*ratio(measured[of_host], best)) if of_host in measured else None,
         advice,
         check,
-        search.untried,
+        len(search.untried),
         bench.hints(search.best, best.seconds),
         _biased(search),
     )
@@ -205,6 +206,8 @@ def _advice(search: Search, site: GuideSite) -> SiteAdvice:
     others = [t for t in tried if t.estimator != estimator and not search.is_banned(site.name, t.estimator)]
     if others:
         words += f"; {_versus(next((t for t in others if t.estimator == site.estimator), others[0]))}"
+    elif any(name == site.name for name, _ in search.untried):
+        words += "; there was no time to try another estimator"
     return SiteAdvice(site.name, estimator, words, tried)
 
 

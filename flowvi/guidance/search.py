@@ -109,11 +109,11 @@ class Search:
                 self._choose(unit, end, (self.clock.left() - end) / (len(units) - i), contenders)
 
     @property
-    def untried(self) -> int:
-        """The number of candidates for which there was no time, not counting the refused ones."""
+    def untried(self) -> set[tuple[str, Estimator]]:
+        """The candidates for which there was no time, each with its site, without the refused ones."""
         refused = {(name, estimator) for setting in self.refused for name, estimator in setting.chosen}
         left = {(name, e) for unit in self.units() for name in unit.sites for e in unit.options if e not in self.tried[name]}
-        return len(left - refused)
+        return left - refused
 
     def units(self) -> list[Unit]:
         """The choices to make, in order: particles, the sites of each kind, the entropy.

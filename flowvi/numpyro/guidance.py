@@ -142,7 +142,7 @@ def check_program(
         estimators: As for :class:`TraceFlow_ELBO`.
         default: The estimator of a site for which none is given.
         confidence: The probability that nothing is reported if every gradient is right.
-        seconds: The time limit for all sites together.
+        seconds: The time limit for all sites together. A limit of less than 5 seconds may be exceeded.
         params: Values of the (constrained) parameters, for instance ``svi_result.params``; their initial values by default.
         rng_key: The random key.
         progress_bar: Whether to show a progress bar.

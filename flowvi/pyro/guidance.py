@@ -145,7 +145,7 @@ def check_program(
         estimators: As for :class:`TraceFlow_ELBO`.
         default: The estimator of a site for which none is given.
         confidence: The probability that nothing is reported if every gradient is right.
-        seconds: The time limit for all sites together.
+        seconds: The time limit for all sites together. A limit of less than 5 seconds may be exceeded.
         seed: The seed of all draws; the state of torch's generator is restored.
         progress_bar: Whether to show a progress bar.
         **kwargs: Passed to model and guide.
