@@ -112,7 +112,7 @@ class GradientReport:
 
         Each parameter is a variable with the dims ``candidate``, ``statistic`` and its own ``<parameter>_dim_0``, ...; its attribute
         ``sites`` names the sites that read it. The coordinate ``seconds`` has the dim ``candidate``, and ``effective_samples`` the dims
-        ``candidate`` and ``site``.
+        ``candidate`` and ``site``. A dim or coordinate that has the name of a parameter gets an underscore at its end.
 
         Example:
             >>> import numpy as np
@@ -128,18 +128,23 @@ class GradientReport:
         records: dict[str, list[ParameterGradient]] = {}
         for p in self.parameters:
             records.setdefault(p.parameter, []).append(p)
+
+        def free(name: str) -> str:
+            return free(f"{name}_") if name in records else name
+
+        candidate, statistic, site = map(free, ("candidate", "statistic", "site"))
         variables = {}
         for name, of_parameter in records.items():
-            axes = (f"{name}_dim_{i}" for i in range(of_parameter[0].mean.ndim))
+            axes = (free(f"{name}_dim_{i}") for i in range(of_parameter[0].mean.ndim))
             values = np.stack([p._elements() for p in of_parameter])
-            variables[name] = (("candidate", "statistic", *axes), values, {"sites": list(of_parameter[0].sites)})
+            variables[name] = ((candidate, statistic, *axes), values, {"sites": list(of_parameter[0].sites)})
         weights = [list(of_sites.values()) for of_sites in self.effective_samples.values()]
         coordinates = {
-            "candidate": list(self.seconds),
-            "statistic": ["mean", "std", "snr"],
-            "site": list(next(iter(self.effective_samples.values()))),
-            "seconds": ("candidate", list(self.seconds.values())),
-            "effective_samples": (("candidate", "site"), weights),
+            candidate: list(self.seconds),
+            statistic: ["mean", "std", "snr"],
+            site: list(next(iter(self.effective_samples.values()))),
+            free("seconds"): (candidate, list(self.seconds.values())),
+            free("effective_samples"): ((candidate, site), weights),
         }
         return xr.Dataset(variables, coordinates, {"num_samples": self.num_samples, "marginalised": list(self.marginalised)})
 

@@ -28,6 +28,33 @@ def test_a_bar_shows_what_is_counted_and_ends(drawn_by, terminal, monkeypatch, c
     assert ("━" in shown.err) == (drawn_by == "rich")
 
 
+def test_a_file_gets_one_line(drawn_by, monkeypatch, capsys):
+    clock = iter(range(1000))
+    monkeypatch.setattr("flowvi.guidance.perf_counter", lambda: next(clock))
+    with Watch(20.0, progress_bar=True) as watch:
+        for i in range(10):
+            watch.show(f"RP at x{i}")
+            watch.left()
+    shown = capsys.readouterr().err
+    assert len(shown.replace("\r", "\n").split()) < 20  # words, of one line
+    assert len(shown.strip().splitlines()) == 1
+    assert "RP at x9" in shown
+    assert "RP at x8" not in shown
+    assert ": :" not in shown
+
+
+def test_a_notebook_without_widgets_gets_the_bar_of_tqdm(monkeypatch, capsys):
+    rich = pytest.importorskip("rich.console")
+    monkeypatch.setattr(rich, "_is_jupyter", lambda: True)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr("flowvi.progress.find_spec", lambda name: None)
+    with Watch(2.0, progress_bar=True) as watch:
+        watch.show("RP at x")
+        shown = capsys.readouterr().err
+    assert "RP at x" in shown  # while it runs
+    assert "0/2 s" in shown
+
+
 def test_a_bar_ends_with_an_error(drawn_by, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     streams = sys.stdout, sys.stderr

@@ -134,6 +134,20 @@ def test_as_a_dataset():
     assert data["effective_samples"].sel(candidate="b", site="x") == 0.5
 
 
+def test_parameters_with_the_names_of_dims_and_coordinates():
+    """They keep their names, and dims and coordinates get other ones."""
+    names = ("candidate", "statistic", "site", "seconds", "effective_samples", "site_", "w", "w_dim_0")
+    records = [ParameterGradient("a", name, ("x",), (RP(),), np.arange(3.0) + i, np.ones(3), 0.1, 10) for i, name in enumerate(names)]
+    data = GradientReport(tuple(records), {"a": {"x": 0.5}}, {"a": 2e-5}, 10).to_xarray()
+    assert set(data.data_vars) == set(names)
+    for i, name in enumerate(names):
+        found = data[name].sel(candidate_="a", statistic_="mean")
+        np.testing.assert_array_equal(found, np.arange(3.0) + i)
+    assert data["w"].dims == ("candidate_", "statistic_", "w_dim_0_")
+    assert data["effective_samples_"].sel(candidate_="a", site__="x") == 0.5
+    assert float(data["seconds_"][0]) == 2e-5
+
+
 def test_labels():
     assert by_label(None) == {"": None}
     assert by_label({"x": LR()}) == {"": {"x": LR()}}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
-from flowvi.guidance.bench import Batch, Bench, Draw, Probe, Setting, batch_size, objective, plates, statements
+from flowvi.guidance.bench import Batch, Bench, Draw, Probe, Setting, are_apart, batch_size, objective, plates, statements
 from flowvi.guidance.bias import BiasTest
 from flowvi.guidance.candidates import GuideSite
 from flowvi.guidance.jumps import Place
@@ -35,6 +35,7 @@ __all__ = [
     "Tried",
     "Watch",
     "advise",
+    "are_apart",
     "batch_size",
     "objective",
     "plates",
@@ -52,7 +53,7 @@ class Watch:
 
     def __init__(self, seconds: float, progress_bar: bool):
         self.seconds, self.start = seconds, perf_counter()
-        self.bar = Bar(total=round(seconds, 1), unit="s", disable=not progress_bar, bar_format="{desc}: {bar} {n:.0f}/{total:.0f} s")
+        self.bar = Bar(total=round(seconds, 1), unit="s", disable=not progress_bar, bar_format="{desc}{bar} {n:.0f}/{total:.0f} s")
 
     def __enter__(self) -> Watch:
         """Begin."""

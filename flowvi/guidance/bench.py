@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from flowvi.sites import Entropy
 from flowvi.tape import Joint
 
 ELEMENTS = 1_000_000  # the largest number of elements in one batch of gradients
+ALIKE = 1e-9  # log densities that differ by less, relative to the largest one, count as equal; in single precision, 100 times eps
 
 
 class Setting(NamedTuple):
@@ -106,6 +107,27 @@ def plates(run: Run, site: str) -> dict[str, dict[str, int]]:
     return {label: {frame.name: frame.dim for frame in s.frames} for label, s in labelled.items()}
 
 
+def are_apart(alone: Sequence[Mapping[str, np.ndarray]], together: Mapping[str, np.ndarray], num_dims: int) -> bool:
+    """Whether each particle of a plate has the log densities that it has alone, up to rounding errors.
+
+    Args:
+        alone: The log density of each statement in a run of one particle, for each particle.
+        together: The log densities in a run of all these particles, at the same values.
+        num_dims: The number of plate dims of this run; the first one has the particles.
+    """
+    if any(one.keys() != together.keys() for one in alone):
+        return False
+    for name, density in together.items():
+        rows = [one[name].reshape((1,) * (num_dims - 1 - one[name].ndim) + one[name].shape) for one in alone]
+        if density.shape != (len(rows), *rows[0].shape):
+            return False
+        largest = np.abs(density, where=np.isfinite(density), out=np.zeros_like(density)).max(initial=0.0)
+        tolerance = max(ALIKE, 100 * np.finfo(density.dtype).eps) * largest
+        if not np.allclose(density, np.stack(rows), rtol=0.0, atol=tolerance, equal_nan=True):
+            return False
+    return True
+
+
 class Bench(Protocol):
     """A model and a guide at given parameters.
 
@@ -113,7 +135,7 @@ class Bench(Protocol):
         sites: The random sites of the guide, in program order.
         parameters: The parameters in the order of a gradient's elements, each with how many it has.
         marginalises: Whether the host sums out sites of the model.
-        drawn: The ways to draw several particles, each with whether they are a plate.
+        drawn: The ways to draw several particles that the program supports, each with whether they are a plate.
     """
 
     @property

@@ -155,7 +155,7 @@ class MeanTest:
         self.is_decided = False
 
     def look(self, time_left: Callable[[], bool] = lambda: True) -> None:
-        """Look once more, at as many differences as were read before, or at fewer if time runs out."""
+        """Look once more, at as many differences as were read before, or at fewer if time runs out; a first look needs them all."""
         moments, differences = self.moments, self.differences
         share = self.alpha / ((self.num_looks + 1) * (self.num_looks + 2)) / 3
         count = max(differences.num_read, SMALLEST)
@@ -167,7 +167,7 @@ class MeanTest:
         used = differences.used
         directions = [np.where(used, moments.own, 0.0), _steepest(moments, used)]
         along = self._read(count, directions, time_left)
-        if self.is_decided:
+        if self.is_decided or differences.num_read < SMALLEST:
             return
         for one, x, direction in zip((self.along_gradient, self.along_difference), along, directions, strict=True):
             one.add(x, direction)

@@ -102,6 +102,7 @@ class Trial:
         """By how much the score exceeds that of ``best``, relative to the score of ``best``, and the standard error.
 
         The samples are paired: noise that both trials share, such as that of the other sites, cancels.
+        The errors of the times count too.
 
         Args:
             best: The other trial.
@@ -112,4 +113,5 @@ class Trial:
         difference = (mine - other) / best.score(signal)
         if not np.isfinite(difference).all():
             return math.inf, 0.0
-        return float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(difference))
+        excess, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(len(difference))
+        return excess, math.hypot(error, (1 + excess) * math.hypot(self.spread, best.spread))

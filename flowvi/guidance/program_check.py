@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ITSELF = "it is the reference itself"
+NO_TIME = "no time; give more seconds"
 AT_FAULT = 5.0  # seconds to test again a biased site that comes before another biased site
+FIRST_LOOKS = 5.0  # seconds for a first look at all sites, even if the limit is shorter
 MEMORY = 300_000  # the number of batches kept, times the number of elements of a gradient
 TOLERANCE = 0.02  # the test of a site ends once it would have found a bias of this share of the gradient
 
@@ -134,26 +137,34 @@ class Checker:
         self.draws: dict[Setting, Draw] = {}
 
     def run(self, seconds: float) -> ProgramCheck:
-        """Check all sites within some seconds; the tests take turns, one look each."""
+        """Check all sites within some seconds; the tests take turns, one look each.
+
+        The first looks have at least half of the time, and at least some seconds, even if compilations have taken it all.
+        """
         end = self.clock.left() - seconds
         found = {name: self._start(name, self.setting) for name in self.bench.sites}
         tests = {name: start for name, start in found.items() if isinstance(start, MeanTest)}
-        self._look(tests, lambda: self.clock.left() > end)
+        self._look(tests, end, self.clock.left() - max(seconds / 2, FIRST_LOOKS))
         records = {name: self._record(name, start) for name, start in found.items()}
         biased = [name for name, one in records.items() if one.biased]
         for i, name in enumerate(biased):
             records[name] = self._at_fault(records[name], biased[i + 1 :])
         return ProgramCheck(tuple(records.values()), self.confidence)
 
-    def _look(self, tests: Mapping[str, MeanTest], time_left: Callable[[], bool]) -> None:
-        first = True
+    def _look(self, tests: Mapping[str, MeanTest], end: float, end_of_first: float = math.inf) -> None:
+        """Look at tests in turn until they are decided, or until so many seconds are left. The first looks may have more time."""
+
+        def time_left() -> bool:
+            return self.clock.left() > limit
+
+        limit = min(end, end_of_first)
         while open_ones := {name: test for name, test in tests.items() if not test.is_decided}:
             for name, test in open_ones.items():
                 self.clock.show(f"check {name}")
-                if not first and not time_left():
+                if not time_left():
                     return
-                test.look(time_left if not first else lambda: True)
-            first = False
+                test.look(time_left)
+            limit = end
 
     def _start(self, name: str, setting: Setting) -> MeanTest | str:
         """The test of a site, or the reason why there is none."""
@@ -177,6 +188,8 @@ class Checker:
         estimator = self.estimators[name]
         if isinstance(start, str):
             return SiteCheck(name, estimator, note=start)
+        if not start.num_looks and not start.is_decided:
+            return SiteCheck(name, estimator, note=NO_TIME)
         reference = "LR() of all costs" if self._joint(name) else "LR()"
         parameter = parameter_at(self.bench, start.result.element)
         note = f"the gradient of '{parameter}' is not that of {reference}" if start.result.biased else ""
@@ -191,10 +204,9 @@ class Checker:
         if later:
             right = self.setting.at(dict.fromkeys(later, LR()))._replace(joint=frozenset().union(*map(self._joint, later)))
             again = self._start(name, right)
-            end = self.clock.left() - AT_FAULT
             if isinstance(again, MeanTest):
-                self._look({name: again}, lambda: self.clock.left() > end)
-                if not again.result.biased:
+                self._look({name: again}, self.clock.left() - AT_FAULT)
+                if again.num_looks and not again.result.biased:
                     others = ", ".join(f"'{other}'" for other in later)
                     return replace(record, biased=False, note=f"its path leads through {others}, whose bias it has")
         place = self.mixing.get(name) or where(self.bench.sites[name], self.bench.probe(name))

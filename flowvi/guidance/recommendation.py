@@ -10,7 +10,7 @@ from flowvi.estimators import LR, RP, Estimator
 from flowvi.guidance.bench import Bench, Clock, Setting
 from flowvi.guidance.candidates import GuideSite, in_words
 from flowvi.guidance.noise import FLOOR
-from flowvi.guidance.program_check import Checker, ProgramCheck
+from flowvi.guidance.program_check import NO_TIME, Checker, ProgramCheck
 from flowvi.guidance.search import Search, Tried, ratio
 from flowvi.guidance.table import Table
 
@@ -22,6 +22,7 @@ SEARCH, CONFIRM, CHECK, GAIN = 0.5, 0.15, 0.25, 0.1  # the shares of the time
 UNCOUNTED = 1e6  # above this, a ratio is not shown as a number, since the choice has no noise
 ROUNDS = 3  # how often a rejected choice is replaced
 CONFIDENCE, TOLERANCE = 0.999, 0.1
+DEFAULT, OF_HOST = "the default", "the host's own objective"
 
 
 class Gain(NamedTuple):
@@ -65,6 +66,7 @@ class Recommendation(Table):
         gain_over_default: Noise times time of ``TraceFlow_ELBO()``, relative to that of the choice. The default has the first of the
             numbers of particles to choose from.
         gain_over_host: The same for the host's own objective; None if it cannot run the program.
+        biased: Those of ``"the default"`` and ``"the host's own objective"`` whose gradient is biased on this program.
         sites: The advice for each site.
         check: The result of ``check_program`` for the choice.
         untried: The number of candidates for which there was no time.
@@ -79,6 +81,7 @@ class Recommendation(Table):
     check: ProgramCheck
     untried: int
     hints: tuple[str, ...] = ()
+    biased: frozenset[str] = frozenset()
     columns: ClassVar[tuple[str, ...]] = ("site", "estimator", "noise of the next", "time of the next", "reason")
     num_words: ClassVar[int] = 2
 
@@ -90,11 +93,14 @@ class Recommendation(Table):
     def footer(self) -> tuple[str, ...]:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         lines = [f"options: {options}"]
-        for name, gain in (("the default", self.gain_over_default), ("the host's own objective", self.gain_over_host)):
+        for name, gain in ((DEFAULT, self.gain_over_default), (OF_HOST, self.gain_over_host)):
             if gain is not None:
-                lines.append(f"noise x time: {name} has {gain} times that of this choice")
+                lines.append(f"noise x time: {name} has {gain} times that of this choice{', but is biased' * (name in self.biased)}")
         lines += [f"check_program: '{one.site}' may be biased: {one.remark}" for one in self.check.failed]
-        return (*lines, *self.hints, *([f"no time for {self.untried} candidates; give more seconds"] if self.untried else []))
+        if late := [repr(one.site) for one in self.check.sites if one.note == NO_TIME]:
+            lines.append(f"check_program: no time to check {', '.join(late)}; give more seconds")
+        candidates = f"{self.untried} candidate{'s' * (self.untried > 1)}"
+        return (*lines, *self.hints, *([f"no time for {candidates}; give more seconds"] if self.untried else []))
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
         """The table: site, estimator, noise and time of the second best relative to the best, reason."""
@@ -139,7 +145,6 @@ def advise(search: Search, seconds: float, check_particles: int) -> Recommendati
     search.run(SEARCH * seconds)
     clock.show("confirm")
     search.keep_default(CONFIRM * seconds)
-    search.keep_loop(CONFIRM * seconds)
     check = _check(bench, search, CHECK * seconds, clock, check_particles)
     for _ in range(ROUNDS):
         if not check.failed:
@@ -159,8 +164,9 @@ def advise(search: Search, seconds: float, check_particles: int) -> Recommendati
         Gain(*ratio(measured[of_host], best)) if of_host in measured else None,
         advice,
         check,
-        search.untried,
+        len(search.untried),
         bench.hints(search.best, best.seconds),
+        _biased(search),
     )
 
 
@@ -174,6 +180,17 @@ def _options(setting: Setting) -> dict[str, Any]:
 def _check(bench: Bench, search: Search, seconds: float, clock: Clock, particles: int) -> ProgramCheck:
     setting = search.best._replace(num_particles=particles, particles="independent", vectorized=False)
     return Checker(bench, setting, CONFIDENCE, clock, TOLERANCE).run(seconds)
+
+
+def _biased(search: Search) -> frozenset[str]:
+    """Which objectives without advice have a biased gradient on this program."""
+    sites = search.bench.sites
+    pathwise = all(site.is_pathwise_in_host for site in sites.values())
+    found = {
+        DEFAULT: any(search.is_banned(name, site.estimator) for name, site in sites.items()),
+        OF_HOST: pathwise and any(search.is_banned(name, RP()) for name in sites),
+    }
+    return frozenset(name for name, is_biased in found.items() if is_biased)
 
 
 def _is_explicit(search: Search, site: GuideSite) -> bool:
@@ -190,9 +207,11 @@ def _advice(search: Search, site: GuideSite) -> SiteAdvice:
     words = f"{site.description}: {in_words(site, max(search.num_particles), estimator)}"
     if banned := search.banned.get(site.name):
         words += f"; {', '.join(map(repr, banned))} would be biased on this program"
-    others = [t for t in tried if t.estimator != estimator and t.estimator not in search.banned.get(site.name, [])]
+    others = [t for t in tried if t.estimator != estimator and not search.is_banned(site.name, t.estimator)]
     if others:
         words += f"; {_versus(next((t for t in others if t.estimator == site.estimator), others[0]))}"
+    elif any(name == site.name for name, _ in search.untried):
+        words += "; there was no time to try another estimator"
     return SiteAdvice(site.name, estimator, words, tried)
 
 

@@ -5,7 +5,6 @@ The number of particles is that of the shortest fit: least (signal + noise) time
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -14,15 +13,13 @@ import numpy as np
 
 from flowvi.estimators import Estimator
 from flowvi.guidance.bench import Bench, Clock, Setting
-from flowvi.guidance.bias import MeanTest
 from flowvi.guidance.candidates import GuideSite, candidates, misses_jumps
 from flowvi.guidance.noise import FLOOR, Scale, Trial
-from flowvi.particles import Particles, can_be_joint, require_num_particles
+from flowvi.particles import can_be_joint, require_num_particles
 
 CLEARLY = 2.5  # standard errors
 TOLERATED = 0.2  # the share by which an uncertain score may be larger
 ALIKE = 0.05  # scores that differ by less than this share count as equal
-ALPHA = 0.001  # the probability that a right plate of particles is rejected
 BATCHES = 128  # the most batches of one trial in a race
 SURE, KNOWN = 8, 0.1  # the fewest batches of a confirmation, if there is time, and the error at which it ends
 FIRST = 8  # batches for the weights of the elements
@@ -112,30 +109,30 @@ class Search:
                 self._choose(unit, end, (self.clock.left() - end) / (len(units) - i), contenders)
 
     @property
-    def untried(self) -> int:
-        """The number of candidates for which there was no time, not counting the refused ones."""
+    def untried(self) -> set[tuple[str, Estimator]]:
+        """The candidates for which there was no time, each with its site, without the refused ones."""
         refused = {(name, estimator) for setting in self.refused for name, estimator in setting.chosen}
         left = {(name, e) for unit in self.units() for name in unit.sites for e in unit.options if e not in self.tried[name]}
-        return len(left - refused)
+        return left - refused
 
     def units(self) -> list[Unit]:
         """The choices to make, in order: particles, the sites of each kind, the entropy.
 
         Particles come first, since a plate of particles takes less time with every estimator.
         """
-        particles = [Unit("particles", (), options, self.scale.signal)] if len(options := self._particles()) > 1 else []
-        return [*particles, *map(self._unit, self._kinds()), Unit("entropy", (), ("full", "stl", "analytic"))]
+        return [*self._particles(), *map(self._unit, self._kinds()), Unit("entropy", (), ("full", "stl", "analytic"))]
 
-    def _particles(self) -> tuple[tuple[int, Particles, bool], ...]:
-        """The numbers of particles to choose from, each with the ways to draw them."""
+    def _particles(self) -> list[Unit]:
+        """The numbers of particles to choose from, each with the ways to draw them; empty if there is nothing to choose."""
         sites = self.bench.sites.values()
         can_be_drawn_together = any(site.is_pathwise_in_host and can_be_joint(site.target) for site in sites)
-        return tuple(
+        options = tuple(
             (number, how, vectorized)
-            for number in self.num_particles
+            for number in sorted(set(self.num_particles))
             for how, vectorized in (self.bench.drawn if number > 1 else self.bench.drawn[:1])
             if how == "independent" or (can_be_drawn_together and (how != "antithetic" or number % 2 == 0))
         )
+        return [Unit("particles", (), options, self.scale.signal)] if len(options) > 1 else []
 
     def _kinds(self) -> list[list[GuideSite]]:
         kinds: dict[tuple, list[GuideSite]] = {}
@@ -171,7 +168,7 @@ class Search:
             if setting not in measured:
                 return True
             excess, error = measured[self.best].excess(measured[setting], signal)
-            return setting == self.best or excess < -min(error, TOLERATED)
+            return setting == self.best or excess < -_margin(error)
 
         if not gains(few := without_particles(self.best), self.scale.signal):
             self.best, plain = few, without_particles(plain)
@@ -181,19 +178,11 @@ class Search:
                 self.tried[name][estimator] = Tried(estimator, found.noise / kept.noise, found.seconds / kept.seconds)
             self.best = plain
 
-    def keep_loop(self, seconds: float) -> None:
-        """Go back to a loop over particles if a plate of particles has another mean: the program does not support the plate."""
-        if self.best.vectorized:
-            looped = self.best._replace(particles="independent", vectorized=False)
-            test = MeanTest(self.bench.gradients(self.best), self.bench.gradients(looped), ALPHA, ALIKE)
-            end = self.clock.left() - seconds
-            while not test.is_decided and (self.clock.left() > end or not test.num_looks):
-                test.look(lambda: self.clock.left() > end)
-            if test.result.biased:
-                self.best = looped
-
     def ban(self, site: str, seconds: float) -> None:
-        """Choose again at a site whose estimator is biased on this program, without estimators that are wrong for the same reason."""
+        """Choose again at a site whose estimator is biased on this program, without estimators that are wrong for the same reason.
+
+        The particles are chosen again too, since the remaining estimators may have much more noise.
+        """
         unit = self._unit([self.bench.sites[site]])
         biased = self.estimator(site)
         wrong = [e for e in unit.options if e == biased or (misses_jumps(biased) and misses_jumps(e))]
@@ -202,7 +191,13 @@ class Search:
         if not allowed.options:
             return
         self.best = self.at(allowed, allowed.options[0])
-        self._choose(allowed, self.clock.left() - seconds, seconds, None)
+        end, units = self.clock.left() - seconds, [*self._particles(), allowed]
+        for i, choice in enumerate(units):
+            self._choose(choice, end, (self.clock.left() - end) / (len(units) - i), None)
+
+    def is_banned(self, site: str, estimator: Estimator) -> bool:
+        """Whether an estimator is biased on this program."""
+        return estimator in self.banned.get(site, [])
 
     def estimator(self, site: str) -> Estimator:
         """The estimator of a site in the best setting."""
@@ -270,16 +265,17 @@ class Search:
             self.clock.show(unit.name)
             try:
                 self.trials[setting] = Trial(self.bench.gradients(setting), self.scale)
-            except Exception as refusal:
-                if not setting.vectorized and not isinstance(refusal, ValueError | NotImplementedError):
-                    raise  # but with a plate of particles, a program that does not support it may fail in any way
+            except (ValueError, NotImplementedError) as refusal:
                 self.refused[setting] = str(refusal)
                 return None
             self.compilation = max(0.7 * self.compilation, before - self.clock.left())
         return self.trials[setting]
 
     def _race(self, racers: Mapping[Setting, Trial], own_end: float, end: float, signal: float) -> Setting:
-        """The setting of least score, by successive halving: in each round the remaining settings get twice as many batches."""
+        """The setting of least score, by successive halving: in each round the remaining settings get twice as many batches.
+
+        The best setting so far stays, or else the first of the racers wins, if its score is not measurably larger.
+        """
         racing = dict(racers)
         batches = max(FIRST, -(-FEWEST // self.size))
         while True:
@@ -293,24 +289,29 @@ class Search:
                 for i, setting in enumerate(ordered)
                 if not self._is_worse(racing[setting], best, i, len(ordered), signal)
             }
-            alike = all(sum(trial.excess(best, signal)) < ALIKE for trial in racing.values())
+            alike = all(trial is best or sum(trial.excess(best, signal)) < ALIKE for trial in racing.values())
             batches *= 2
             if len(racing) == 1 or (alike and batches > 2 * FIRST) or batches > BATCHES or self.clock.left() < own_end:
-                return self.best if self.best in racing and self._is_as_good(racing, best, signal) else ordered[0]
+                in_order = [setting for setting in (self.best, *racers) if setting in racing]  # the simplest first
+                return next((one for one in in_order if self._is_as_good(racing[one], best, signal)), ordered[0])
 
     def _is_worse(self, trial: Trial, best: Trial, rank: int, size: int, signal: float) -> bool:
         """Whether a trial drops out: clearly worse, or in the worse half and probably worse."""
         excess, error = trial.excess(best, signal)
         return trial is not best and (excess > CLEARLY * error if rank < size / 2 else excess > error) and excess > 0
 
-    def _is_as_good(self, racing: Mapping[Setting, Trial], best: Trial, signal: float) -> bool:
-        """Whether the best setting so far is good enough to stay."""
-        excess, error = racing[self.best].excess(best, signal)
-        return excess < max(ALIKE, min(error, TOLERATED))
+    def _is_as_good(self, trial: Trial, best: Trial, signal: float) -> bool:
+        """Whether a trial is good enough to be chosen because it is simpler than the best one."""
+        excess, error = trial.excess(best, signal)
+        return excess < _margin(error)
+
+
+def _margin(error: float) -> float:
+    """The difference of two scores that is needed for the less simple choice."""
+    return max(ALIKE, min(CLEARLY * error, TOLERATED))
 
 
 def ratio(a: Trial, b: Trial) -> tuple[float, float, float]:
     """The score of a over that of b, and its 95% interval."""
     excess, error = a.excess(b)
-    error = 1.96 * math.hypot(error, (1 + excess) * math.hypot(a.spread, b.spread))
-    return 1 + excess, max(1 + excess - error, 0.0), 1 + excess + error
+    return 1 + excess, max(1 + excess - 1.96 * error, 0.0), 1 + excess + 1.96 * error

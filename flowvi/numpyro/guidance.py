@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
@@ -42,6 +43,7 @@ from flowvi.particles import Particles
 from flowvi.run import Held
 
 LARGEST = 64  # batch of gradients
+STEPS = 50  # the number of gradients, for each site and each one of a batch, for which there must be time
 WARM_UP, RATE = 500, 0.05  # steps of Adam on what an estimator learns
 POINTS = 64  # values of a site whose costs are computed at once
 PARTICLES = 16  # of a gradient that is checked
@@ -107,7 +109,7 @@ def recommend(
         (signal and noise).
     """
     with Watch(seconds, progress_bar) as clock, as_found(model, guide, args, kwargs):
-        bench = NumPyroBench(model, guide, args, kwargs, None, Auto(), params, rng_key)
+        bench = NumPyroBench(model, guide, args, kwargs, None, Auto(), params, rng_key, seconds)
         return advise(Search(bench, num_particles, clock), seconds, PARTICLES)
 
 
@@ -140,7 +142,7 @@ def check_program(
         estimators: As for :class:`TraceFlow_ELBO`.
         default: The estimator of a site for which none is given.
         confidence: The probability that nothing is reported if every gradient is right.
-        seconds: The time limit for all sites together.
+        seconds: The time limit for all sites together. A limit of less than 5 seconds may be exceeded.
         params: Values of the (constrained) parameters, for instance ``svi_result.params``; their initial values by default.
         rng_key: The random key.
         progress_bar: Whether to show a progress bar.
@@ -169,7 +171,7 @@ def check_program(
         Parmas and Sugiyama 2021, eq. 19. Lan and DeMets 1983 (alpha spending).
     """
     with Watch(seconds, progress_bar) as clock, as_found(model, guide, args, kwargs):
-        bench = NumPyroBench(model, guide, args, kwargs, estimators, default, params, rng_key)
+        bench = NumPyroBench(model, guide, args, kwargs, estimators, default, params, rng_key, seconds)
         return Checker(bench, Setting(num_particles=PARTICLES), confidence, clock).run(seconds)
 
 
@@ -182,7 +184,7 @@ class NumPyroBench:
 
     drawn: tuple[tuple[Particles, bool], ...] = (("independent", False), ("stratified", False), ("antithetic", False))
 
-    def __init__(self, model, guide, args, kwargs, estimators, default, params, rng_key):
+    def __init__(self, model, guide, args, kwargs, estimators, default, params, rng_key, seconds=math.inf):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.given, self.default, self.params = estimators, default, params
         self.key = random.key(0) if rng_key is None else rng_key
@@ -197,6 +199,7 @@ class NumPyroBench:
         of_program = {name: value for name, value in unconstrained.items() if name not in run.sites.learned}
         self.parameters = {name: ravel_pytree(of_program[name])[0].size for name in sorted(of_program)}
         self.compiled: dict[Setting, Any] = {}
+        self.seconds = seconds
         self.size = batch_size(sum(self.parameters.values()), LARGEST)
 
     def gradients(self, setting: Setting) -> Draw:
@@ -223,7 +226,12 @@ class NumPyroBench:
         if setting not in self.compiled:
             self.compiled[setting] = jax.jit(steps).lower(of_program, learned, self._keys(0)).compile()
         compiled = self.compiled[setting]
+        start = perf_counter()
         jax.block_until_ready(compiled(of_program, learned, self._keys(0)))
+        of_batch = (perf_counter() - start) * STEPS * (1 + len(self.sites))
+        if len(self.compiled) == 1 and of_batch > 2 * self.seconds and self.size > 2:  # too slow for the time
+            self.size, self.compiled = max(2, int(self.size * self.seconds / of_batch)), {}
+            return self.gradients(setting)
 
         def draw(number: int) -> Batch:
             keys = self._keys(number)

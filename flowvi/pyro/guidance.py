@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +28,7 @@ from flowvi.guidance import (
     Setting,
     Watch,
     advise,
+    are_apart,
     batch_size,
     objective,
     plates,
@@ -37,14 +40,16 @@ from flowvi.pyro.arguments import Arguments
 from flowvi.pyro.compiled import CompiledLoss
 from flowvi.pyro.elbo import TraceFlow_ELBO
 from flowvi.pyro.generators import seed_generators
+from flowvi.pyro.handlers import share_subsamples
 from flowvi.pyro.host import HOST, as_found
 from flowvi.pyro.module import unconstrained
-from flowvi.pyro.run import PyroProgram
+from flowvi.pyro.run import PyroProgram, programs
 from flowvi.run import Held, Run
 from flowvi.tape import follows_tensors
 
 LARGEST = 8  # batch of gradients
-WARM_UP, RATE = 300, 0.05  # steps of Adam on what an estimator learns
+STEPS = 50  # the number of gradients, for each site and each one of a batch, for which there must be time
+WARM_UP, WARM_UP_SHARE, RATE = 300, 0.1, 0.05  # steps of Adam on what an estimator learns, at most for this share of the time
 FASTER = 0.8  # hint at compiled steps if they take less than this share of the time
 PARTICLES = 4  # of a gradient that is checked
 
@@ -108,7 +113,7 @@ def recommend(
         Parmas and Sugiyama 2021, eq. 19. Karnin, Koren and Somekh 2013 (successive halving). McCandlish et al. 2018, section 2.2
         (signal and noise).
     """
-    with Watch(seconds, progress_bar) as clock, PyroBench.opened(model, guide, args, kwargs, None, Auto(), seed) as bench:
+    with Watch(seconds, progress_bar) as clock, PyroBench.opened(model, guide, args, kwargs, None, Auto(), seed, seconds) as bench:
         return advise(Search(bench, num_particles, clock), seconds, PARTICLES)
 
 
@@ -140,7 +145,7 @@ def check_program(
         estimators: As for :class:`TraceFlow_ELBO`.
         default: The estimator of a site for which none is given.
         confidence: The probability that nothing is reported if every gradient is right.
-        seconds: The time limit for all sites together.
+        seconds: The time limit for all sites together. A limit of less than 5 seconds may be exceeded.
         seed: The seed of all draws; the state of torch's generator is restored.
         progress_bar: Whether to show a progress bar.
         **kwargs: Passed to model and guide.
@@ -169,22 +174,19 @@ def check_program(
     References:
         Parmas and Sugiyama 2021, eq. 19. Lan and DeMets 1983 (alpha spending).
     """
-    with Watch(seconds, progress_bar) as clock, PyroBench.opened(model, guide, args, kwargs, estimators, default, seed) as bench:
+    with (
+        Watch(seconds, progress_bar) as clock,
+        PyroBench.opened(model, guide, args, kwargs, estimators, default, seed, seconds) as bench,
+    ):
         return Checker(bench, Setting(num_particles=PARTICLES), confidence, clock).run(seconds)
 
 
 class PyroBench:
     """See :class:`flowvi.guidance.Bench`."""
 
-    drawn: tuple[tuple[Particles, bool], ...] = (
-        ("independent", False),
-        ("independent", True),
-        ("stratified", True),
-        ("antithetic", True),
-    )
-
-    def __init__(self, model, guide, args, kwargs, estimators, default, seed):
+    def __init__(self, model, guide, args, kwargs, estimators, default, seed, seconds=math.inf):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.seconds = seconds
         self.given, self.default, self.seed = estimators, default, seed
         self.elbo = TraceFlow_ELBO(estimators=estimators, default=default)
         self.trained = set(pyro.get_param_store().keys())  # keep what an estimator has already learned
@@ -197,7 +199,11 @@ class PyroBench:
         self.sites = guide_sites(HOST, run, self.elbo._describe(model, guide, args, kwargs))
         self.leaves = {name: unconstrained(nodes[name]["value"]) for name in nodes if name not in run.sites.learned}
         self.parameters = {name: leaf.numel() for name, leaf in self.leaves.items()}
-        self.size = batch_size(sum(self.parameters.values()), LARGEST)
+        start = perf_counter()
+        self.run(self.elbo, 0)
+        gradients = seconds / (2 * (perf_counter() - start))  # a derivative takes about as long as the run
+        affordable = gradients / (STEPS * (1 + len(self.sites)))
+        self.size = batch_size(sum(self.parameters.values()), int(min(LARGEST, affordable)))
 
     @classmethod
     @contextmanager
@@ -215,6 +221,23 @@ class PyroBench:
             finally:
                 for leaf, gradient in zip(leaves, gradients, strict=True):
                     leaf.grad = gradient
+
+    @cached_property
+    def drawn(self) -> tuple[tuple[Particles, bool], ...]:
+        ways: tuple[Particles, ...] = ("independent", "stratified", "antithetic")
+        return ("independent", False), *((how, True) for how in ways if self.supports_plate)
+
+    @cached_property
+    def supports_plate(self) -> bool:
+        """Whether particles may be a plate: each then has the log densities that it has alone, with the same values at all sites."""
+        with suppress(Exception), share_subsamples():  # a program that does not support the plate may fail in any way
+            alone = [self.run(self.elbo, number) for number in range(LARGEST)]
+            elbo = self._objective(Setting(num_particles=LARGEST, vectorized=True))
+            (program,) = programs(elbo, self.model, self.guide, self.args, self.kwargs)
+            together = elbo._run(program).again(_in_plate(alone, elbo.max_plate_nesting))
+            densities = [{name: HOST.numpy(s.log_density) for name, s in statements(run).items()} for run in (together, *alone)]
+            return are_apart(densities[1:], densities[0], elbo.max_plate_nesting)
+        return False
 
     def gradients(self, setting: Setting) -> Draw:
         elbo = self._objective(setting)
@@ -287,7 +310,10 @@ class PyroBench:
         learned: dict[str, Any] = {name: store[name].unconstrained() for name in names}
         if moving := {name: leaf for name, leaf in learned.items() if name not in self.trained}:
             optimizer = torch.optim.Adam(list(moving.values()), RATE)
+            start = perf_counter()
             for i in range(WARM_UP):
+                if perf_counter() - start > WARM_UP_SHARE * self.seconds:
+                    break
                 seed_generators(self._seed(-1 - i))
                 self._clear({**self.leaves, **learned})
                 elbo.loss_and_grads(self.model, self.guide, *self.args, **self.kwargs)
@@ -338,6 +364,25 @@ class PyroProbe:
     def _at(self, run: Run, x: torch.Tensor) -> dict[str, Any]:
         again = run.again({**held_values(HOST, run), self.site: Held(x)})
         return {name: torch.as_tensor(s.log_density) for name, s in statements(again).items()}
+
+
+def _in_plate(alone: list[Run], num_dims: int) -> dict[str, Held]:
+    """The values of all random sites in some runs of one particle, as they are in a plate of these particles."""
+
+    def stacked(rows: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([x.reshape((1,) * (num_dims - 1 - batch_ndim) + x.shape) for x in rows])
+
+    first, held = alone[0], {}
+    values = [held_values(HOST, run) for run in alone]
+    for name in values[0]:
+        batch_ndim = first.guide[name].value.ndim - len(first.guide[name].fn.event_shape)
+        rows, bases = zip(*(of_run[name] for of_run in values), strict=True)
+        held[name] = Held(stacked(rows), None if bases[0] is None else stacked(bases))
+    for name, of_model in first.model.items():  # what only the model draws
+        if not (of_model.observed or name in first.guide or name in first.marginalised):
+            batch_ndim = of_model.value.ndim - len(of_model.fn.event_shape)
+            held[name] = Held(stacked([run.model[name].value for run in alone]))
+    return held
 
 
 def seconds_of_adam(leaves: list[torch.Tensor]) -> float:
