@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from copy import copy
 
 import torch
 from pyro.infer import RenyiELBO
@@ -160,7 +159,7 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
 
     def _try_loss(self, model, guide, args, kwargs) -> None:
         with as_found(model, guide, args, kwargs), torch.enable_grad():
-            copy(self)._surrogate(model, guide, args, kwargs)  # a copy, because Pyro sets max_plate_nesting
+            self._surrogate(model, guide, args, kwargs)
 
     def _get_trace(self, model, guide, args, kwargs):
         program = PyroProgram(model, guide, args, kwargs, self)
