@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
+from copy import copy
 from typing import Any, NamedTuple, Self
 
 from flowvi.baselines import Baseline
@@ -95,6 +96,12 @@ class Assignment:
         self.marginalises: bool = False
         self.control_variate: JointKind | None = control_variate
         self.couplings: Couplings | None = None
+
+    def __copy__(self) -> Assignment:
+        """One that knows what this one has learned from earlier runs, and learns from later runs on its own."""
+        copied = object.__new__(Assignment)
+        vars(copied).update({name: copy(value) if isinstance(value, dict | set) else value for name, value in vars(self).items()})
+        return copied
 
     def choose(self, site: Any, alias: str, wrapped: Estimator | None) -> Choice:
         """The estimator of a random site of the guide.
@@ -300,6 +307,12 @@ class Describes:
         objective._given = args, kwargs
         return objective
 
+    def __copy__(self):
+        """A copy whose runs do not change the steps of this one."""
+        copied = object.__new__(type(self))
+        vars(copied).update({name: copy(value) if isinstance(value, Assignment) else value for name, value in vars(self).items()})
+        return copied
+
     def __repr__(self) -> str:
         """The call with its arguments, functions by name."""
         args, kwargs = self._given
@@ -329,8 +342,9 @@ class Describes:
         Raises:
             ValueError: Whatever the loss raises at the first step of a fit.
         """
-        description = self._describe(model, guide, args, kwargs)
-        self._try_loss(model, guide, args, kwargs)
+        objective = copy(self)
+        description = objective._describe(model, guide, args, kwargs)
+        objective._try_loss(model, guide, args, kwargs)
         return description
 
     def _describe(self, model, guide, args, kwargs) -> Description:

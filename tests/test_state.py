@@ -25,7 +25,7 @@ from hosts import HOSTS
 
 import flowvi.numpyro.host
 import flowvi.pyro.host
-from flowvi import RP
+from flowvi import LR, RP
 from flowvi.unchanged import _held
 
 AS_FOUND = {"numpyro": flowvi.numpyro.host.as_found, "pyro": flowvi.pyro.host.as_found}
@@ -325,6 +325,36 @@ def test_numpyro_a_dict_that_changes_in_place():
         raise ZeroDivisionError
     assert start == {"value": 1.0, "deep": {"value": 2.0}}
     assert (np.random.get_state()[2], random.getstate(), generator.bit_generator.state) == states
+
+
+OBJECTIVES = {"an annotation in the model": {}, "a control variate for the guide": {"control_variate": "quadratic"}}
+
+
+@pytest.mark.parametrize("options", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_pyro_the_objective_learns_nothing(options):
+    """A first step that finds something about the program runs it again, with the same random numbers."""
+
+    def model():
+        infer = {} if options else {"estimator": LR()}
+        x = pyro.sample("x", pyro.distributions.Normal(0.0, 1.0), infer=infer)
+        pyro.sample("z", pyro.distributions.Normal(x, 1.0))
+
+    def guide():
+        x = pyro.sample("x", pyro.distributions.Normal(pyro.param("m", lambda: torch.randn(())), 1.0))
+        pyro.sample("z", pyro.distributions.Normal(0.5 * x.detach(), pyro.param("s", lambda: torch.rand(()))))
+
+    found = []
+    for looks in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        svi = HOSTS["pyro"].svi(model, guide, elbo := flowvi.pyro.TraceFlow_ELBO(**options))
+        before = repr(vars(elbo.assignment))
+        if looks:
+            elbo.describe(model, guide)
+            assert repr(vars(elbo.assignment)) == before
+        svi.step()
+        found.append({name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()})
+    require_same(*found)
 
 
 # ---- what is around a program, also after an error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from copy import copy
 from typing import Any
 
 import jax
@@ -44,8 +45,9 @@ class DescribesProgram(Describes):
         Raises:
             ValueError: Whatever the loss raises at the first step of a fit.
         """
-        description = self._describe(model, guide, args, kwargs, params, rng_key)
-        self._try_loss(model, guide, args, kwargs, params, rng_key)
+        objective = copy(self)
+        description = objective._describe(model, guide, args, kwargs, params, rng_key)
+        objective._try_loss(model, guide, args, kwargs, params, rng_key)
         return description
 
     def _describe(self, model, guide, args, kwargs, params=None, rng_key=None) -> Description:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import copy
 from typing import Any
 
 import pyro
@@ -276,8 +275,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _describe(self, model, guide, args, kwargs):
         with as_found(model, guide, args, kwargs):
-            # a copy, because Pyro sets max_plate_nesting
-            return described(copy(self)._first_run(model, guide, args, kwargs), self.dependencies)
+            return described(self._first_run(model, guide, args, kwargs), self.dependencies)
 
     def _first_run(self, model, guide, args, kwargs) -> Run:
         follows = follows_tensors(self.dependencies)
@@ -285,7 +283,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
 
     def _try_loss(self, model, guide, args, kwargs) -> None:
         with as_found(model, guide, args, kwargs), torch.enable_grad(), poutine.trace(param_only=True) as used:
-            for loss in copy(self)._losses(model, guide, args, kwargs):  # a copy, because Pyro sets max_plate_nesting
+            for loss in self._losses(model, guide, args, kwargs):
                 nodes: dict[str, Any] = used.trace.nodes
                 leaves = [leaf for node in nodes.values() if (leaf := unconstrained(node["value"])).requires_grad]
                 if leaves and loss.requires_grad:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import copy
 from typing import Any
 
 import torch
@@ -162,7 +161,7 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
 
     def _try_loss(self, model, guide, args, kwargs) -> None:
         with as_found(model, guide, args, kwargs), torch.enable_grad():
-            copy(self)._surrogate(model, guide, args, kwargs)  # a copy, because Pyro sets max_plate_nesting
+            self._surrogate(model, guide, args, kwargs)
 
     def _get_trace(self, model, guide, args, kwargs):
         program = PyroProgram(model, guide, args, kwargs, self)
