@@ -64,7 +64,9 @@ def flow(
     host, dims, named = host_of(distribution), dimensions(distribution), by_label(estimators)
     (path,) = paths(host, distribution, parameter)
     if is_discrete(distribution):
-        raise ValueError(f"flow lines need a continuous distribution, but {type(distribution).__name__} is discrete.")
+        raise ValueError(
+            f"flow lines need a continuous distribution, but {type(distribution).__name__} is discrete; use flowvi.plot.gradients."
+        )
     with styled_pyplot() as plt:
         if dims == 2:
             return _arrows(plt, host, distribution, named, path, lines, x)
