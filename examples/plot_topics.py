@@ -81,7 +81,7 @@ for label, estimator in RUNS.items():
     losses[label], fitted = np.array(result.losses) / len(COUNTS), result.params
 
 # %%
-# Left: the losses. Right: the share of each topic in each module, and the words that are typical of the topic.
+# Top: the losses. Bottom: the share of each topic in each module, and the words that are typical of the topic.
 
 share = jax.nn.softmax(jnp.log1p(COUNTS) @ fitted["weights"])
 of_module = np.array([share[np.array([name.startswith(module) for name in documents])].mean(0) for module in MODULES]).T
@@ -89,16 +89,16 @@ order = np.argsort(of_module.argmax(1))
 lift = fitted["topics"] * jnp.log(fitted["topics"] / fitted["topics"].mean(0))
 titles = [", ".join(WORDS[i] for i in np.argsort(-np.asarray(row))[:3]) for row in lift]
 plt.rcParams.update(plot.STYLE)
-figure, (left, right) = plt.subplots(1, 2, figsize=(10.0, 3.6), width_ratios=(2, 3))
+figure, (upper, lower) = plt.subplots(2, 1, figsize=(5.5, 6.6), height_ratios=(2, 3))
 window = max(1, STEPS // 30)
 for label, of_fit in losses.items():
-    left.plot(np.convolve(of_fit, np.ones(window) / window, "valid"), label=label)
-left.set(xlabel="step", ylabel=f"-ELBO in nats per text, mean over {window} steps")
-left.legend()
-shown = right.imshow(of_module[order], vmin=0.0, aspect="auto")
-figure.colorbar(shown, ax=right, label="share of the words")
-right.set_yticks(range(TOPICS), [titles[i] for i in order])
-right.set_xticks(range(len(MODULES)), [module.split(".")[-1] for module in MODULES], rotation=30, ha="right")
+    upper.plot(np.convolve(of_fit, np.ones(window) / window, "valid"), label=label)
+upper.set(xlabel="step", ylabel=f"-ELBO in nats per text,\nmean over {window} steps")
+upper.legend()
+shown = lower.imshow(of_module[order], vmin=0.0, aspect="auto")
+figure.colorbar(shown, ax=lower, label="share of the words")
+lower.set_yticks(range(TOPICS), [titles[i] for i in order])
+lower.set_xticks(range(len(MODULES)), [module.split(".")[-1] for module in MODULES], rotation=30, ha="right")
 plt.show()
 
 # %%

@@ -75,9 +75,9 @@ def train(kind, estimator, baseline):
 # Train them, and plot the losses and the reconstructions of some digits.
 
 plt.rcParams.update(plot.STYLE)
-figure = plt.figure(figsize=(9.0, 3.6))
-left, right = figure.subfigures(1, 2, width_ratios=(5, 4))
-ax, shown = left.subplots(), {"digit": IMAGES[:8]}
+figure = plt.figure(figsize=(5.5, 6.8))
+upper, lower = figure.subfigures(2, 1)
+ax, shown = upper.subplots(), {"digit": IMAGES[:8]}
 for label, run in RUNS.items():
     losses, encoder, decoder = train(*run)
     ax.plot(np.arange(len(losses) - 19), np.convolve(losses, np.ones(20) / 20, "valid"), label=label, linewidth=1)
@@ -86,7 +86,7 @@ for label, run in RUNS.items():
         shown[label] = decoder(latent(run[0], encoder(IMAGES[:8])).mean).sigmoid()
 ax.set(xlabel="step", ylabel="-ELBO in nats per image, mean over 20 steps")
 ax.legend()
-for row, (label, images) in zip(right.subplots(len(shown)), shown.items(), strict=True):
+for row, (label, images) in zip(lower.subplots(len(shown)), shown.items(), strict=True):
     row.set_title(label, loc="left")
     row.imshow(np.concatenate(list(images.reshape(8, 8, 8).numpy()), axis=1), cmap="Greys", vmin=0.0, vmax=1.0)
     row.axis("off")
