@@ -89,7 +89,7 @@ upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
 ax, window = upper.subplots(), max(1, STEPS // 30)
 for label, of_fit in losses.items():
     ax.plot(np.arange(len(of_fit) - window + 1), np.convolve(of_fit, np.ones(window) / window, "valid"), label=label)
-ax.set(xlabel="step", ylabel=f"-ELBO in nats per image, mean over {window} steps")
+ax.set(xlabel="step", ylabel=f"-ELBO in nats per image,\nmean over {window} steps")
 ax.legend()
 for ax, (title, images) in zip(lower.subplots(1, 2), {"digits": IMAGES[:32], "drawn by the network": drawn}.items(), strict=True):
     ax.set_title(title, loc="left")

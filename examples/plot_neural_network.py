@@ -70,8 +70,8 @@ grid = jnp.array(np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2))
 predict = numpyro.infer.Predictive(model, guide=guide, params=fitted, num_samples=200)
 probabilities = np.asarray(jax.nn.sigmoid(predict(jax.random.key(1), grid)["logits"])).reshape(200, 81, 81)
 plt.rcParams.update(plot.STYLE)
-figure = plt.figure(figsize=(5.5, 5.4))
-axes = [figure.add_subplot(2, 2, 1), figure.add_subplot(2, 2, 2), figure.add_subplot(2, 1, 2)]
+figure, panels = plt.subplot_mosaic([["mean", "std"], ["noise", "noise"]], figsize=(5.5, 5.4))
+axes = list(panels.values())
 for ax, values, title, top in (
     (axes[0], probabilities.mean(0), "probability of benign", 1.0),
     (axes[1], probabilities.std(0), "its standard deviation", None),

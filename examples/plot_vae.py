@@ -84,7 +84,7 @@ for label, run in RUNS.items():
     print(f"{label}: {losses[-STEPS // 10 :].mean():.1f} nats per image over the last tenth of the steps")
     with torch.no_grad():
         shown[label] = decoder(latent(run[0], encoder(IMAGES[:8])).mean).sigmoid()
-ax.set(xlabel="step", ylabel="-ELBO in nats per image, mean over 20 steps")
+ax.set(xlabel="step", ylabel="-ELBO in nats per image,\nmean over 20 steps")
 ax.legend()
 for row, (label, images) in zip(lower.subplots(len(shown)), shown.items(), strict=True):
     row.set_title(label, loc="left")
