@@ -90,7 +90,7 @@ lift = fitted["topics"] * jnp.log(fitted["topics"] / fitted["topics"].mean(0))
 titles = [", ".join(WORDS[i] for i in np.argsort(-np.asarray(row))[:3]) for row in lift]
 plt.rcParams.update(plot.STYLE)
 figure = plt.figure(figsize=(5.5, 6.6))
-above, below = figure.subfigures(2, 1, height_ratios=(2, 3))
+above, below = figure.subfigures(2, 1, height_ratios=(2, 3), squeeze=False).ravel()
 upper, lower = above.subplots(), below.subplots()
 window = max(1, STEPS // 30)
 for label, of_fit in losses.items():
