@@ -47,7 +47,7 @@ html_static_path = ["_static"]
 html_css_files = ["flowvi.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
-pygments_style = "friendly"
+pygments_style = "default"
 pygments_dark_style = "monokai"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
