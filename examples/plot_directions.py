@@ -87,7 +87,7 @@ expected = jnp.exp(directions(fitted["direction_loc"], jnp.exp(fitted["concentra
 rose.plot(circle, len(ANGLES) * (edges[1] - edges[0]) * expected, label="expected")
 density = jnp.exp(dist.VonMises(fitted["direction_loc"], fitted["direction_concentration"]).log_prob(circle))
 rose.plot(circle, counts.max() * density / density.max(), label="guide, scaled")
-rose.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, columnspacing=1.0)
+rose.legend(loc="upper center", bbox_to_anchor=(0.35, -0.1), ncols=3, columnspacing=1.0)
 
 report = gradient_report(model, guide, estimators=ESTIMATORS, params=fitted, num_samples=NUM_SAMPLES)
 report.plot(bars)
