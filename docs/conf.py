@@ -47,7 +47,7 @@ html_static_path = ["_static"]
 html_css_files = ["flowvi.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
-pygments_style = "friendly"
+pygments_style = "default"
 pygments_dark_style = "monokai"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -79,7 +79,8 @@ sphinx_gallery_conf = {
     "filename_pattern": r"plot_\w+\.py$",
     "ignore_pattern": r"(^|/)(?!plot_)\w+\.py$",
     "download_all_examples": False,
-    "thumbnail_size": (640, 448),
+    "thumbnail_size": (560, 560),
+    "image_srcset": ["2x"],
     "write_computation_times": False,
     "show_memory": False,
     "show_signature": False,

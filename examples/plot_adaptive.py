@@ -1,6 +1,6 @@
 """
-Learning u and q
-================
+A velocity field that learns
+============================
 
 For each cost there is a best field, somewhere between LR and RP or beyond, and it is not known beforehand.
 ``AdaptiveFlow`` learns it while SVI runs, together with a control variate. With ``q="learned"`` it learns the sampling
@@ -73,24 +73,24 @@ for label, estimator in CANDIDATES.items():
     variances[label] = [float(p.variance.sum()) for p in report.parameters if p.parameter in ("loc", "scale")]
 
 # %%
-# Left: the coefficients a while they are learned. Right: the variance of the gradient from one particle afterwards.
+# Top: the coefficients a while they are learned. Bottom: the variance of the gradient from one particle afterwards.
 
 plt.rcParams.update(plot.STYLE)
-figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2))
+figure, (upper, lower) = plt.subplots(2, 1, figsize=(5.5, 5.8))
 for name, a in zip(("loc", "scale"), np.transpose(blends), strict=True):
-    left.plot(a, label=f"a of {name}")
+    upper.plot(a, label=f"a of {name}")
 for a, label in ((0.0, "LR"), (1.0, "RP")):
-    left.axhline(a, color="0.7", linewidth=1)
-    left.text(0, a, f" {label}", va="bottom", color="0.3")
-left.set(xlabel="step", ylabel="a, of the field u = a u_RP")
-left.legend()
+    upper.axhline(a, color="0.7", linewidth=1)
+    upper.text(0, a, f" {label}", va="bottom", color="0.3")
+upper.set(xlabel="step", ylabel="a, of the field u = a u_RP")
+upper.legend()
 places = np.arange(len(variances))
 for j, name in enumerate(("loc", "scale")):
-    right.barh(places + 0.4 * j - 0.2, [v[j] for v in variances.values()], 0.4, label=name)
-right.set_yticks(places, list(variances))
-right.invert_yaxis()
-right.set(xlabel="variance of the gradient, one particle", xscale="log")
-right.legend(title="gradient in")
+    lower.barh(places + 0.4 * j - 0.2, [v[j] for v in variances.values()], 0.4, label=name)
+lower.set_yticks(places, list(variances))
+lower.invert_yaxis()
+lower.set(xlabel="variance of the gradient, one particle", xscale="log")
+lower.legend(title="gradient in")
 plt.show()
 
 # %%

@@ -65,9 +65,9 @@ CANDIDATES = {"LR() everywhere": {"measurement": LR(), "slope": LR()}, "default"
 report = gradient_report(model, guide, estimators=CANDIDATES, num_samples=NUM_SAMPLES, options=advice.options)
 print(report)
 plt.rcParams.update(plot.STYLE)
-figure, ax = plt.subplots(figsize=(6.5, 3.0))
+figure, ax = plt.subplots(figsize=(5.5, 3.2))
 report.plot(ax)
-ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 plt.show()
 
 # %%

@@ -77,25 +77,25 @@ for label, (particles, estimator) in RUNS.items():
     fits[label] = svi.run(jax.random.key(0), STEPS, IMAGES, progress_bar=False)
 
 # %%
-# Left: the losses. Right: digits, and samples from the network of the last fit.
+# Top: the losses. Bottom: digits, and samples from the network of the last fit.
 
 fitted = fits["DisARM(), one particle"].params
 draw = numpyro.handlers.seed(numpyro.handlers.substitute(numpyro.handlers.uncondition(model), fitted), 1)
 bottom = numpyro.handlers.trace(draw).get_trace(IMAGES)["bottom"]["value"][:32]
 drawn = jax.nn.sigmoid(bottom @ fitted["out_weights"] + fitted["out_bias"])
 plt.rcParams.update(plot.STYLE)
-figure = plt.figure(figsize=(9.0, 3.6))
-left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5, 4))[0]
-ax, window = left.subplots(), max(1, STEPS // 30)
+figure = plt.figure(figsize=(5.5, 5.2))
+upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 1))[:, 0]
+ax, window = upper.subplots(), max(1, STEPS // 30)
 for label, fit in fits.items():
     ax.plot(np.convolve(fit.losses / len(IMAGES), np.ones(window) / window, "valid"), label=label)
-ax.set(xlabel="step", ylabel=f"-ELBO in nats per image, mean over {window} steps")
+ax.set(xlabel="step", ylabel=f"-ELBO in nats per image,\nmean over {window} steps")
 ax.legend()
-for row, (title, images) in zip(right.subplots(2), {"digits": IMAGES[:32], "drawn by the network": drawn}.items(), strict=True):
-    row.set_title(title, loc="left")
+for ax, (title, images) in zip(lower.subplots(1, 2), {"digits": IMAGES[:32], "drawn by the network": drawn}.items(), strict=True):
+    ax.set_title(title, loc="left")
     framed = np.pad(np.reshape(images, (4, 8, 8, 8)), [(0, 0), (0, 0), (1, 1), (1, 1)])
-    row.imshow(framed.transpose(0, 2, 1, 3).reshape(40, 80), cmap="Greys", vmin=0.0, vmax=1.0)
-    row.axis("off")
+    ax.imshow(framed.transpose(0, 2, 1, 3).reshape(40, 80), cmap="Greys", vmin=0.0, vmax=1.0)
+    ax.axis("off")
 plt.show()
 
 # %%

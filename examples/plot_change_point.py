@@ -77,22 +77,22 @@ log_posterior = [evidence(DISASTERS[:i]) + evidence(DISASTERS[i:]) for i in rang
 exact = np.exp(log_posterior - np.logaddexp.reduce(log_posterior))
 
 # %%
-# Left: the data, and the rates of the last fit. Right: the exact posterior of the year, and that of each fit.
+# Top: the data, and the rates of the last fit. Bottom: the exact posterior of the year, and that of each fit.
 
 plt.rcParams.update(plot.STYLE)
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.4))
-left.bar(YEARS, DISASTERS, color="0.8", width=1.0)
+figure, (upper, lower) = plt.subplots(2, 1, figsize=(5.5, 6.0))
+upper.bar(YEARS, DISASTERS, color="0.8", width=1.0)
 best = fitted["RP(jumps=...)"]
 rates = [np.exp(best[f"{name}_loc"]) for name in ("early", "late")]
-left.step([1851, best["change_loc"], 1961], [rates[0], *rates], where="pre", color=plot.COLORS[2])
-left.set(xlabel="year", ylabel="disasters")
-right.bar(YEARS - 0.5, exact, color="0.8", width=1.0, label="exact")
+upper.step([1851, best["change_loc"], 1961], [rates[0], *rates], where="pre", color=plot.COLORS[2])
+upper.set(xlabel="year", ylabel="disasters")
+lower.bar(YEARS - 0.5, exact, color="0.8", width=1.0, label="exact")
 grid = np.linspace(1870.0, 1920.0, 801)
 for label, params in fitted.items():
     density = np.exp(dist.Normal(params["change_loc"], params["change_scale"]).log_prob(grid))
-    right.plot(grid, density, label=label)
-right.set(xlabel="year of the change", ylabel="posterior", xlim=(grid[0], grid[-1]), ylim=(0.0, 1.5 * exact.max()))
-right.legend(loc="upper right")
+    lower.plot(grid, density, label=label)
+lower.set(xlabel="year of the change", ylabel="posterior", xlim=(grid[0], grid[-1]), ylim=(0.0, 1.5 * exact.max()))
+lower.legend(loc="upper right")
 plt.show()
 
 # %%

@@ -136,14 +136,14 @@ for _ in range(CHUNKS):
 print(f"counted right: {right[-1]:.0%}")
 
 # %%
-# Left: the share of images with the right count. Right: held-out images, with the windows of the objects that the guide
+# Top: the share of images with the right count. Bottom: held-out images, with the windows of the objects that the guide
 # finds.
 
 there, corners = look(svi.get_params(state), others)
 plt.rcParams.update(plot.STYLE)
-figure = plt.figure(figsize=(9.0, 3.6))
-left, grid = figure.subfigures(1, 2, squeeze=False, width_ratios=(4, 5))[0]
-ax = left.subplots()
+figure = plt.figure(figsize=(5.5, 6.4))
+upper, grid = figure.subfigures(2, 1, squeeze=False, height_ratios=(4, 5))[:, 0]
+ax = upper.subplots()
 ax.plot(STEPS * np.arange(1, CHUNKS + 1), right, "o-")
 ax.set(xlabel="step", ylabel="share counted right", ylim=(0.0, 1.0))
 for i, ax in enumerate(grid.subplots(3, 5).ravel()):

@@ -73,12 +73,12 @@ print(f"direction: {degrees:.0f} ± {math.degrees(1 / math.sqrt(fitted['directio
 print(f"share that follows it: {fitted['share_a'] / (fitted['share_a'] + fitted['share_b']):.2f}")
 
 # %%
-# Left: the turtles, the fitted density (at the medians or means of the guide), and the guide's density of the direction,
-# rescaled. Right: the noise of the gradient from one particle at this fit, with both estimators of the direction.
+# Top: the turtles, the fitted density (at the medians or means of the guide), and the guide's density of the direction,
+# rescaled. Bottom: the noise of the gradient from one particle at this fit, with both estimators of the direction.
 
 plt.rcParams.update(plot.STYLE)
-figure = plt.figure(figsize=(9.0, 3.8))
-rose, bars = figure.add_subplot(1, 2, 1, projection="polar"), figure.add_subplot(1, 2, 2)
+figure = plt.figure(figsize=(5.5, 7.6))
+rose, bars = figure.add_subplot(2, 1, 1, projection="polar"), figure.add_subplot(2, 1, 2)
 rose.set(theta_zero_location="N", theta_direction=-1)
 counts, edges, _ = rose.hist(np.asarray(ANGLES), bins=24, range=(-np.pi, np.pi), color="0.8", label="turtles per 15°")
 circle = jnp.linspace(-jnp.pi, jnp.pi, 361)
@@ -87,7 +87,7 @@ expected = jnp.exp(directions(fitted["direction_loc"], jnp.exp(fitted["concentra
 rose.plot(circle, len(ANGLES) * (edges[1] - edges[0]) * expected, label="expected")
 density = jnp.exp(dist.VonMises(fitted["direction_loc"], fitted["direction_concentration"]).log_prob(circle))
 rose.plot(circle, np.max(counts) * density / density.max(), label="guide, scaled")
-rose.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, columnspacing=1.0)
+rose.legend(loc="upper center", bbox_to_anchor=(0.35, -0.1), ncols=3, columnspacing=1.0)
 
 report = gradient_report(model, guide, estimators=ESTIMATORS, params=fitted, num_samples=NUM_SAMPLES)
 report.plot(bars)

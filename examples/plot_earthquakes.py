@@ -92,7 +92,7 @@ print(f"rates: {rates[0]:.0f} and {rates[1]:.0f} a year; a state lasts {1 / (1 -
 # Above: the counts, and the expected count of each year. Below: the probability that the year is a lively one.
 
 plt.rcParams.update(plot.STYLE)
-figure, (upper, lower) = plt.subplots(2, 1, figsize=(8.0, 4.0), sharex=True, height_ratios=(2, 1))
+figure, (upper, lower) = plt.subplots(2, 1, figsize=(5.5, 4.2), sharex=True, height_ratios=(2, 1))
 upper.bar(YEARS, COUNTS, color="0.8", width=1.0, label="earthquakes")
 upper.plot(YEARS, rates[0] + (rates[1] - rates[0]) * lively, label="expected")
 upper.set(ylabel="in a year")

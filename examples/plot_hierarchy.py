@@ -94,16 +94,16 @@ print(f"probability of complete pooling under the guide: {1 / (1 + np.exp(-fitte
 # The noise after the fit: the variance of the gradient from one particle, by parameter.
 
 plt.rcParams.update(plot.STYLE)
-figure, axes = plt.subplots(1, 2, figsize=(8.0, 3.8))
+figure, axes = plt.subplots(2, 1, figsize=(5.5, 6.6), sharex=True)
 for ax, host in zip(axes, (NumPyro, Pyro), strict=True):
     pyro.clear_param_store()
     guide, options = guide_of(host, fitted), {"dependencies": "graph"}
     report = host.flow.gradient_report(model_of(host), guide, estimators=CHOICES, num_samples=NUM_SAMPLES, options=options)
     report.plot(ax)
-    ax.set(title=host.__name__, xlabel="variance of one sample")
+    ax.set(title=host.__name__, xlabel="")
     ax.get_legend().remove()
-axes[1].set_yticklabels([])
-figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, columnspacing=1.0)
+axes[-1].set_xlabel("variance of one sample of the gradient")
 plt.show()
 
 # %%

@@ -47,7 +47,7 @@ def second_moment(host, estimator, num=NUM_SAMPLES, seed=0):
 
 
 plt.rcParams.update(plot.STYLE)
-_, left = plt.subplots(figsize=(5.0, 3.2))
+_, left = plt.subplots(figsize=(5.5, 3.6))
 fine = np.linspace(0.51, 4.0, 300)
 left.plot(fine, fine**2 / (2 * fine - 1) ** 1.5, color="0.5", label="exact")
 for host, marker in zip(HOSTS, "ox", strict=True):
@@ -72,7 +72,7 @@ def candidates(dist):
     }
 
 
-_, right = plt.subplots(figsize=(5.0, 3.2))
+_, right = plt.subplots(figsize=(5.5, 3.6))
 counts = np.arange(1, NUM_SAMPLES + 1)
 for host, style in zip(HOSTS, ("-", ":"), strict=True):
     p = HOSTS[host].StudentT(4.0, 0.0, 1.0)

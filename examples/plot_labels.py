@@ -78,24 +78,24 @@ for label, (model, of_guide) in PROGRAMS.items():
     print(f"{label}\n{elbo.describe(model, of_guide)}\n")
 
 # %%
-# Left: the loss of both fits. Right: the petals, and the three components of the second fit at the medians or means of
+# Top: the loss of both fits. Bottom: the petals, and the three components of the second fit at the medians or means of
 # the guide.
 
 fitted = {name: value.detach() for name, value in pyro.get_param_store().items()}
 plt.rcParams.update(plot.STYLE)
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.4))
+figure, (upper, lower) = plt.subplots(2, 1, figsize=(5.5, 6.2))
 for label, of_fit in losses.items():
-    left.plot(of_fit, label=label, linewidth=1)
-left.set(xlabel="step", ylabel="-ELBO, one particle", yscale="log")
-left.legend()
-right.hist(LENGTHS, np.linspace(0.5, 7.5, 36), density=True, color="0.8", label="petals")
+    upper.plot(of_fit, label=label, linewidth=1)
+upper.set(xlabel="step", ylabel="-ELBO, one particle", yscale="log")
+upper.legend()
+lower.hist(LENGTHS, np.linspace(0.5, 7.5, 36), density=True, color="0.8", label="petals")
 grid, weights = torch.linspace(0.5, 7.5, 400), fitted["concentration"] / fitted["concentration"].sum()
 components = weights * dist.Normal(fitted["loc_loc"], fitted["scale_loc"].exp()).log_prob(grid[:, None]).exp()
 for k in range(3):
-    right.plot(grid, components[:, k])
-right.plot(grid, components.sum(-1), color="black", linewidth=1, label="their sum")
-right.set(xlabel="length of the petal in cm", ylabel="density")
-right.legend()
+    lower.plot(grid, components[:, k])
+lower.plot(grid, components.sum(-1), color="black", linewidth=1, label="their sum")
+lower.set(xlabel="length of the petal in cm", ylabel="density")
+lower.legend()
 plt.show()
 
 # %%

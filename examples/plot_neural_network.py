@@ -62,15 +62,16 @@ for entropy in ("full", "stl", "analytic"):
     variances[entropy] = [sum(p.std**2 for p in report.parameters if p.parameter.endswith(end)) for end in ("auto_loc", "auto_scale")]
 
 # %%
-# Left: the probability of a benign tumour, as the mean over 200 networks. Middle: by how much the networks disagree.
-# Right: the noise.
+# Top left: the probability of a benign tumour, as the mean over 200 networks. Top right: by how much the networks disagree.
+# Bottom: the noise.
 
 axis = np.linspace(-3.0, 4.5, 81)
 grid = jnp.array(np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2))
 predict = numpyro.infer.Predictive(model, guide=guide, params=fitted, num_samples=200)
 probabilities = np.asarray(jax.nn.sigmoid(predict(jax.random.key(1), grid)["logits"])).reshape(200, 81, 81)
 plt.rcParams.update(plot.STYLE)
-figure, axes = plt.subplots(1, 3, figsize=(10.0, 3.4))
+figure, panels = plt.subplot_mosaic([["mean", "std"], ["noise", "noise"]], figsize=(5.5, 5.4))
+axes = list(panels.values())
 for ax, values, title, top in (
     (axes[0], probabilities.mean(0), "probability of benign", 1.0),
     (axes[1], probabilities.std(0), "its standard deviation", None),

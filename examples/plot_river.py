@@ -78,23 +78,23 @@ for name in ("drift", "noise"):
     print(f"{name}: {100 * np.exp(fitted[f'{name}_loc']):.0f}")
 
 # %%
-# Left: the data, and paths of the level under the guide. Right: the noise of the gradient with RP everywhere, and with LR
+# Top: the data, and paths of the level under the guide. Bottom: the noise of the gradient with RP everywhere, and with LR
 # at the two sites outside the scan.
 
 draw = numpyro.handlers.substitute(guide, fitted)
 paths = jax.vmap(lambda key: numpyro.handlers.seed(draw, key)())(jax.random.split(jax.random.key(1), 1000))
 low, middle, high = np.quantile(100 * paths, [0.05, 0.5, 0.95], axis=0)
 plt.rcParams.update(plot.STYLE)
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.4), width_ratios=(3, 2))
-left.plot(YEARS, FLOW, "o", color="0.6", markersize=3, label="flow")
-left.plot(YEARS, middle, label="level")
-left.fill_between(YEARS, low, high, alpha=0.3, linewidth=0, label="90% of the guide's paths")
-left.set(xlabel="year", ylabel="10⁸ m³ a year", ylim=(400, 1700))
-left.legend(ncols=3, columnspacing=1.0)
+figure, (upper, lower) = plt.subplots(2, 1, figsize=(5.5, 6.2))
+upper.plot(YEARS, FLOW, "o", color="0.6", markersize=3, label="flow")
+upper.plot(YEARS, middle, label="level")
+upper.fill_between(YEARS, low, high, alpha=0.3, linewidth=0, label="90% of the guide's paths")
+upper.set(xlabel="year", ylabel="10⁸ m³ a year", ylim=(400, 1700))
+upper.legend(ncols=3, columnspacing=1.0)
 ESTIMATORS = {"RP": {}, "LR outside the scan": {"drift": LR(), "noise": LR()}}
 report = gradient_report(model, guide, estimators=ESTIMATORS, params=fitted, num_samples=NUM_SAMPLES)
-report.plot(right)
-right.set_xlabel("variance of one sample of the gradient")
+report.plot(lower)
+lower.set_xlabel("variance of one sample of the gradient")
 plt.show()
 
 # %%

@@ -62,15 +62,15 @@ for way in WAYS:
             variances[p.parameter][way].append(p.std**2)
 
 plt.rcParams.update(plot.STYLE)
-figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), sharey=True)
+figure, axes = plt.subplots(2, 1, figsize=(5.5, 6.2), sharex=True)
 for ax, (name, of_parameter) in zip(axes, variances.items(), strict=True):
     for (way, found), style in zip(of_parameter.items(), ("o--", "s-.", "D-"), strict=True):
         ax.plot(COUNTS, found, style, label=way, markersize=4)
-    ax.set(title=f"gradient in {name}", xlabel="particles", xscale="log", yscale="log")
+    ax.set(title=f"gradient in {name}", ylabel="variance of the gradient", xscale="log", yscale="log")
     ax.set_xticks(COUNTS, COUNTS)
     ax.minorticks_off()
-axes[0].set_ylabel("variance of the gradient")
-axes[1].legend()
+axes[0].legend()
+axes[1].set_xlabel("particles")
 plt.show()
 
 # %%

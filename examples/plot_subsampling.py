@@ -84,24 +84,24 @@ for label, estimator in (("LR()", LR()), ("RP()", RP())):
         variances[label] += [p.std**2 for p in report.parameters if p.parameter == "slope_loc"]
 
 # %%
-# Left: the slope of each company under the guide, and by least squares for each company alone. Right: the variances.
+# Top: the slope of each company under the guide, and by least squares for each company alone. Bottom: the variances.
 
 loc, scale = (pyro.param(f"slope_{part}").detach().numpy() for part in ("loc", "scale"))
 own = [float((MARKET[month[company == c]] @ Y[company == c]) / (MARKET[month[company == c]] ** 2).sum()) for c in range(len(NAMES))]
 plt.rcParams.update(plot.STYLE)
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.0, 3.4))
-left.errorbar(loc, np.arange(len(NAMES)), xerr=2 * scale, fmt="o", label="guide, ± 2 scales")
-left.plot(own, np.arange(len(NAMES)), "x", color=plot.COLORS[1], label="least squares on its own")
-left.axvline(pyro.param("common_loc").item(), color="0.6", linewidth=1, label="common mean")
-left.set_yticks(np.arange(len(NAMES)), NAMES)
-left.set(xlabel="slope of the return on the market's")
-figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+figure, (upper, lower) = plt.subplots(2, 1, figsize=(5.5, 6.8))
+upper.errorbar(loc, np.arange(len(NAMES)), xerr=2 * scale, fmt="o", label="guide, ± 2 scales")
+upper.plot(own, np.arange(len(NAMES)), "x", color=plot.COLORS[1], label="least squares on its own")
+upper.axvline(pyro.param("common_loc").item(), color="0.6", linewidth=1, label="common mean")
+upper.set_yticks(np.arange(len(NAMES)), NAMES)
+upper.set(xlabel="slope of the return on the market's")
+upper.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.0)
 for (label, found), style in zip(variances.items(), ("s--", "o-"), strict=True):
-    right.plot(BATCHES, found, style, label=label)
-right.set(xlabel="observations in a batch", ylabel="variance of the gradient in the slopes", xscale="log", yscale="log")
-right.set_xticks(BATCHES, [*BATCHES[:-1], "all"])
-right.minorticks_off()
-right.legend()
+    lower.plot(BATCHES, found, style, label=label)
+lower.set(xlabel="observations in a batch", ylabel="variance of the gradient in the slopes", xscale="log", yscale="log")
+lower.set_xticks(BATCHES, [*BATCHES[:-1], "all"])
+lower.minorticks_off()
+lower.legend()
 plt.show()
 
 # %%

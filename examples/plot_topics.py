@@ -80,7 +80,7 @@ for label, estimator in RUNS.items():
     fits[label] = svi.run(jax.random.key(0), STEPS, COUNTS, progress_bar=False)
 
 # %%
-# Left: the losses. Right: the share of each topic in each module, and the words that are typical of the topic.
+# Top: the losses. Bottom: the share of each topic in each module, and the words that are typical of the topic.
 
 fitted = fits["MeasureValued()"].params
 share = jax.nn.softmax(jnp.log1p(COUNTS) @ fitted["weights"])
@@ -89,16 +89,18 @@ order = np.argsort(of_module.argmax(1))
 lift = fitted["topics"] * jnp.log(fitted["topics"] / fitted["topics"].mean(0))
 titles = [", ".join(WORDS[i] for i in np.argsort(-np.asarray(row))[:3]) for row in lift]
 plt.rcParams.update(plot.STYLE)
-figure, (left, right) = plt.subplots(1, 2, figsize=(10.0, 3.6), width_ratios=(2, 3))
+figure = plt.figure(figsize=(5.5, 6.6))
+above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 3))[:, 0]
+upper, lower = above.subplots(), below.subplots()
 window = max(1, STEPS // 30)
 for label, fit in fits.items():
-    left.plot(np.convolve(fit.losses / len(COUNTS), np.ones(window) / window, "valid"), label=label)
-left.set(xlabel="step", ylabel=f"-ELBO in nats per text, mean over {window} steps")
-left.legend()
-shown = right.imshow(of_module[order], vmin=0.0, aspect="auto")
-figure.colorbar(shown, ax=right, label="share of the words")
-right.set_yticks(range(TOPICS), [titles[i] for i in order])
-right.set_xticks(range(len(MODULES)), [module.split(".")[-1] for module in MODULES], rotation=30, ha="right")
+    upper.plot(np.convolve(fit.losses / len(COUNTS), np.ones(window) / window, "valid"), label=label)
+upper.set(xlabel="step", ylabel=f"-ELBO in nats per text,\nmean over {window} steps")
+upper.legend()
+shown = lower.imshow(of_module[order], vmin=0.0, aspect="auto")
+below.colorbar(shown, ax=lower, label="share of the words")
+lower.set_yticks(range(TOPICS), [titles[i] for i in order])
+lower.set_xticks(range(len(MODULES)), [module.split(".")[-1] for module in MODULES], rotation=30, ha="right")
 plt.show()
 
 # %%

@@ -76,18 +76,18 @@ def train(kind, estimator, baseline):
 # Train them, and plot the losses and the reconstructions of some digits.
 
 plt.rcParams.update(plot.STYLE)
-figure = plt.figure(figsize=(9.0, 3.6))
-left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(5, 4))[0]
-ax, shown = left.subplots(), {"digit": IMAGES[:8]}
+figure = plt.figure(figsize=(5.5, 6.8))
+upper, lower = figure.subfigures(2, 1, squeeze=False)[:, 0]
+ax, shown = upper.subplots(), {"digit": IMAGES[:8]}
 for label, run in RUNS.items():
     losses, encoder, decoder = train(*run)
     ax.plot(np.arange(len(losses) - 19), np.convolve(losses, np.ones(20) / 20, "valid"), label=label, linewidth=1)
     print(f"{label}: {losses[-STEPS // 10 :].mean():.1f} nats per image over the last tenth of the steps")
     with torch.no_grad():
         shown[label] = decoder(latent(run[0], encoder(IMAGES[:8])).mean).sigmoid()
-ax.set(xlabel="step", ylabel="-ELBO in nats per image, mean over 20 steps")
+ax.set(xlabel="step", ylabel="-ELBO in nats per image,\nmean over 20 steps")
 ax.legend()
-for row, (label, images) in zip(right.subplots(len(shown)), shown.items(), strict=True):
+for row, (label, images) in zip(lower.subplots(len(shown)), shown.items(), strict=True):
     row.set_title(label, loc="left")
     row.imshow(np.concatenate(list(images.reshape(8, 8, 8).numpy()), axis=1), cmap="Greys", vmin=0.0, vmax=1.0)
     row.axis("off")

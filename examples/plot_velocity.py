@@ -1,6 +1,6 @@
 """
-u and psi of one Gaussian
-=========================
+Velocity and score term of four estimators
+==========================================
 
 At a site with density p(x; θ), an estimator of flowvi is a velocity field u: the speed dx/dθ of a sample as the
 parameter changes. The score term ψ = ∇·u + u·∇ log p + ∂ log p/∂θ accounts for the change of p that u does not. This
@@ -53,9 +53,15 @@ plt.close(in_pyro)
 # The next figure shows the flow. At the bottom, p is cut into slices of equal mass. The lines follow the edges of the
 # slices while ``loc`` goes from 0 to 1. At the top are the same slices under the new p.
 
-plot.flow(pyro.distributions.Normal(0.0, 1.0), ESTIMATORS, "loc")
+plot.flow(pyro.distributions.Normal(0.0, 1.0), {name: ESTIMATORS[name] for name in ("LR", "RP")}, "loc")
 plt.show()
 
 # %%
 # RP moves every slice and keeps its mass. LR keeps the slices in place and changes their mass: the left loses mass (blue)
-# and the right gains mass (orange). The other two do some of both. All four end with the same density.
+# and the right gains mass (orange).
+
+plot.flow(pyro.distributions.Normal(0.0, 1.0), {name: ESTIMATORS[name] for name in ("half-way", "0 at x = 0")}, "loc")
+plt.show()
+
+# %%
+# These two do some of both. All four end with the same density.

@@ -11,6 +11,7 @@ from typing import Any
 
 from flowvi.alternatives import Alternatives, Comparison
 from flowvi.ops import Array, Ops
+from flowvi.refusals import JUMPS
 from flowvi.surfaces import Surface, surface_comparison
 from flowvi.target import Target
 
@@ -57,7 +58,8 @@ def jump_comparison(ops: Ops, target: Target, x: Array, jumps: tuple[Jump, ...],
     if target.event_ndim or target.transforms or target.is_discrete():
         target.refuse(
             f"jumps=... is for a continuous scalar family (or to_event of one), found {target.family}"
-            f"{' under a transform' if target.transforms else ''}; use LR(), or a field that is 0 at the jump."
+            f"{' under a transform' if target.transforms else ''}; use LR(), or a field that is 0 at the jump.",
+            JUMPS,
         )
 
     def make(uniforms: Array) -> Alternatives:

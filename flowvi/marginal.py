@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from flowvi.dependence import Frame
 from flowvi.ops import Array, Ops
-from flowvi.refusals import refusal
+from flowvi.refusals import SUMMED_OUT, refusal
 from flowvi.run import Statement
 
 
@@ -101,6 +101,7 @@ def _require_plates(factors: Sequence[Factor]) -> None:
                     factor.label or factor.name,
                     f"expected it inside the plate '{left[0]}', because it depends on '{site.label or site.name}', which is summed out "
                     f"there; move the statement into the plate, or draw '{site.label or site.name}' in the guide.",
+                    SUMMED_OUT,
                 )
 
 
@@ -124,4 +125,4 @@ def require_number(name: str, scale: Any) -> None:
 
 
 def _refuse(name: str, found: str):
-    raise refusal(name, f"expected one scale for all statements that are summed out together, {found}.")
+    raise refusal(name, f"expected one scale for all statements that are summed out together, {found}.", SUMMED_OUT)

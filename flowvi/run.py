@@ -15,7 +15,7 @@ from flowvi.dependence import Frame, Graph
 from flowvi.estimators import Draw, Estimator
 from flowvi.learned.coupling import couple, require_independent
 from flowvi.ops import Array
-from flowvi.refusals import refusal
+from flowvi.refusals import SUMMED_OUT, refusal
 from flowvi.sites import GuideSites
 
 
@@ -269,4 +269,5 @@ def require_summable(model: Mapping[str, Statement], names: Iterable[str]) -> No
             name,
             f"to be summed out, a site of the model needs a finite support that the host enumerates, "
             f"infer={{'enumerate': 'parallel'}} and no infer['num_samples'], found {found}; or draw the site in the guide.",
+            SUMMED_OUT,
         )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from flowvi.alternatives import Alternatives, Comparison
 from flowvi.ops import Array, Ops
+from flowvi.refusals import JUMPS
 from flowvi.target import Target
 
 ULPS = 8  # the distance of the alternatives from the surface, per coordinate, in units in the last place of g
@@ -160,7 +161,8 @@ def _normals(ops: Ops, target: Target, x: Array) -> Normals:
         target.refuse(
             f"surfaces in jumps are for Normal under to_event(1) and for MultivariateNormal, found {target.family}"
             f"{' under a transform' if target.transforms else ''} with {len(x.shape) - target.batch_ndim} event dims; use LR(), or a "
-            "number for each element, jumps=[t]."
+            "number for each element, jumps=[t].",
+            JUMPS,
         )
     loc = ops.broadcast_to(ops.stop_gradient(target.p0.loc), x.shape)
     if target.family == "Normal":

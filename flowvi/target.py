@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NoReturn, Self
 from flowvi.family import family_of, names
 from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops, SecondMoment
-from flowvi.refusals import refusal
+from flowvi.refusals import MOVING_SUPPORTS, PAGE, refusal
 from flowvi.shapes import Shapes, broadcasts
 from flowvi.support import Support, moving_bounds
 
@@ -222,7 +222,8 @@ class Target(Shapes, ABC):
         if bounds := self.moving_bounds():
             self.refuse(
                 f"{what} is biased where the support moves with a parameter, but the support of {self.family} moves with "
-                f"{', '.join(bounds)} (or is traced, so flowvi cannot tell); remove the option, or make the bound a constant."
+                f"{', '.join(bounds)} (or is traced, so flowvi cannot tell); remove the option, or make the bound a constant.",
+                MOVING_SUPPORTS,
             )
 
     def is_discrete(self) -> bool:
@@ -399,5 +400,5 @@ class Target(Shapes, ABC):
     def check(self, ops: Ops, ok: Array, message: str) -> None:
         ops.check(ok, f"site '{self.name}': {message}")
 
-    def refuse(self, message: str) -> NoReturn:
-        raise refusal(self.name, message)
+    def refuse(self, message: str, page: str = PAGE) -> NoReturn:
+        raise refusal(self.name, message, page)

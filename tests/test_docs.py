@@ -163,7 +163,7 @@ def test_guidance_runs(monkeypatch, capsys):
 
 def test_readme_is_short():
     lines = README.splitlines()
-    assert len(lines) <= 121
+    assert len(lines) <= 111
     assert lines.index("```diff") < 12
     assert max(len(cell) for line in lines if line.startswith("| ") for cell in line.split(" | ")) < 130
 
@@ -181,7 +181,7 @@ def test_headline_numbers_are_those_of_the_tables():
     index = (DOCS / "index.md").read_text()
     for page in (README, index):
         assert f"{speed['NumPyro']} times as fast as NumPyro's own objective, and {speed['Pyro']} times as fast as Pyro's" in page
-    assert "Of thirteen small programs with a known gradient, the objectives of Pyro and NumPyro get [twelve wrong" in README
+    assert "On twelve small programs with a known gradient, an objective of Pyro or NumPyro is [wrong without an error]" in README
 
 
 COMMAND = re.compile(r"python ((?:docs|examples|benchmarks)/[\w/]+\.py)")

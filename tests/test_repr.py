@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from flowvi import (
     ImplicitRP,
     LevelSet,
     MeasureValued,
+    ReinMax,
     fields,
     proposals,
     refusals,
@@ -98,7 +100,13 @@ def test_descriptions(host):
 
 
 def test_pages():
-    assert all((Path(__file__).parent.parent / page).is_file() for page in (refusals.PAGE, report.PAGE))
+    """Every page that an error names exists, with its section."""
+    pages = [report.PAGE, *(page for page in vars(refusals).values() if isinstance(page, str) and page.startswith("docs/"))]
+    assert len(pages) == 8
+    for page, _, anchor in (page.partition("#") for page in pages):
+        text = (Path(__file__).parent.parent / page).read_text()
+        headings = {title.lower().replace(",", "").replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+        assert not anchor or anchor in headings
 
 
 def test_a_failed_check_names_its_page():
@@ -107,13 +115,16 @@ def test_a_failed_check_names_its_page():
     assert error.value.__notes__ == [f"What each condition means: {report.PAGE}"]
 
 
-def test_a_refusal_names_its_page(host):
-    elbo = host.flow.TraceFlow_ELBO(estimators={"k": RP()})
+@pytest.mark.parametrize(
+    ("estimator", "family", "page"), [(RP(), "Bernoulli", refusals.PAGE), (ReinMax(), "Exponential", refusals.RELAXATIONS)]
+)
+def test_a_refusal_names_its_page(host, estimator, family, page):
+    elbo = host.flow.TraceFlow_ELBO(estimators={"x": estimator})
 
-    def bernoulli():
-        host.sample("k", host.dist.Bernoulli(host.array(np.array(0.3))))
+    def program():
+        host.sample("x", getattr(host.dist, family)(host.array(np.array(0.3))))
 
-    with pytest.raises(ValueError, match="site 'k'") as error:
-        elbo.describe(bernoulli, bernoulli)
+    with pytest.raises(ValueError, match="site 'x'") as error:
+        elbo.describe(program, program)
     refusal = error.value.__cause__ or error.value  # Pyro raises it again with the shapes of its trace
-    assert refusal.__notes__ == [f"What flowvi refuses, and why: {refusals.PAGE}"]
+    assert refusal.__notes__ == [f"The reasons are in flowvi's repository: {page}"]

@@ -15,6 +15,7 @@ from flowvi.baselines import MakeScores, SiteBaseline
 from flowvi.jumps import Jump, jump_comparison
 from flowvi.learned.parameters import Learned
 from flowvi.ops import Array, Ops
+from flowvi.refusals import MOVING_SUPPORTS
 from flowvi.target import Target
 
 
@@ -178,7 +179,8 @@ def refuse_moving_support(target: Target, what: str) -> None:
     if bounds := target.moving_bounds():
         target.refuse(
             f"{what} is biased where the support moves with a parameter, but the support of {target.family} moves with "
-            f"{', '.join(bounds)} (or is traced, so flowvi cannot tell); use RP() or ImplicitRP(), or make the bound a constant."
+            f"{', '.join(bounds)} (or is traced, so flowvi cannot tell); use RP() or ImplicitRP(), or make the bound a constant.",
+            MOVING_SUPPORTS,
         )
 
 

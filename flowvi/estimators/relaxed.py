@@ -7,6 +7,7 @@ from abc import abstractmethod
 from flowvi.estimators.estimator import Draw, Estimator
 from flowvi.family import family_of, names
 from flowvi.ops import Array, Ops
+from flowvi.refusals import RELAXATIONS
 from flowvi.relaxations import Relaxation
 from flowvi.target import Target
 
@@ -24,13 +25,15 @@ class Relaxed(Estimator):
             known = ", ".join(name for name in relaxed if not name.startswith("Categorical"))  # whose value is an index
             instead = "LR()" if target.is_discrete() else "RP()"
             target.refuse(
-                f"{what} needs a site whose value can be relaxed, expected one of {known}, found {target.family}; use {instead}."
+                f"{what} needs a site whose value can be relaxed, expected one of {known}, found {target.family}; use {instead}.",
+                RELAXATIONS,
             )
         eta = relaxation.eta(ops, target.p, target.batch_shape)
         if x.ndim < eta.ndim:
             target.refuse(
                 f"{what} needs a value that can move, but the value of a {target.family} is an index; use Enumerate() or Surrogate(c), "
-                "which take an index, a Bernoulli, or in Pyro a OneHotCategorical."
+                "which take an index, a Bernoulli, or in Pyro a OneHotCategorical.",
+                RELAXATIONS,
             )
         fixed = ops.stop_gradient(eta)
         hard = relaxation.hard(ops, x, fixed)

@@ -103,7 +103,7 @@ def mixture(orders: Sequence[Sequence[int]] | None = None, *, components: Field 
         Jankowiak and Karaletsos 2019, for pairs of components. Parmas and Sugiyama 2021, eq. 19.
     """
     if components is not None and components.divergence != "pathwise":
-        raise TypeError(f"mixture takes a pathwise field for its components; found {components}.")
+        raise TypeError(f"mixture takes a pathwise field for its components; found {components}; give one such as location_scale().")
 
     def velocity(x: Array, p: Any, dtheta: Tangents) -> Array:
         ops = dtheta.ops

@@ -128,7 +128,7 @@ class Checker:
 
     def __init__(self, bench: Bench, setting: Setting, confidence: float, clock: Clock, tolerance: float = TOLERANCE):
         if not bench.parameters:
-            raise ValueError("expected a program with parameters, found none, so there is no gradient.")
+            raise ValueError("expected a program with parameters, found none, so there is no gradient; add a param statement.")
         self.bench, self.setting, self.clock, self.tolerance = bench, setting, clock, tolerance
         self.confidence = confidence
         self.alpha = (1 - confidence) / max(len(bench.sites), 1)

@@ -171,7 +171,10 @@ class NumPyroTarget(Target):
 
     def uniforms(self, shape, like):
         if self.rng_key is None:
-            self.refuse("expected a draw by flowvi.numpyro.TraceFlow_ELBO, outside cond, found none; use LR() there.")
+            self.refuse(
+                "the estimator needs random numbers, which a site has only under flowvi.numpyro.TraceFlow_ELBO and outside cond; "
+                "use LR() there."
+            )
         return random.uniform(random.fold_in(self.rng_key, crc32(self.name.encode())), shape, like.dtype)
 
     def sample(self, q: Any, key: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from flowvi.numpyro.scans import is_scan
 from flowvi.numpyro.special_points import with_right_derivative
 from flowvi.numpyro.threefry import is_unrolled, takes, typed_like, unrolled
 from flowvi.particles import at_uniforms, can_be_joint
+from flowvi.refusals import PLACES
 from flowvi.sites import GuideSites, Visit, annotation, is_masked, weight_of_density
 from flowvi.target import Target
 
@@ -118,14 +119,17 @@ def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
             _refuse_in_control_flow(target, estimator, choice)
         return None
     if estimator.compares:
-        target.refuse(f"{estimator} has to replace the site's value, which is not possible inside scan and cond; use LR() there.")
+        target.refuse(
+            f"{estimator} has to replace the site's value, which is not possible inside scan and cond; use LR() there.", PLACES
+        )
     discrete_lr = wrapped is None and isinstance(estimator, LR) and estimator.q is None and target.is_discrete()
     if not discrete_lr and (wrapped is None or choice.source != "Estimated"):
         _refuse_in_control_flow(target, estimator, choice)
     if estimator.learns(ops, target):
         target.refuse(
             "inside scan or cond an estimator cannot register parameters; inside scan give it shared=True or features=, so that all "
-            "steps share them, inside cond use one that does not learn."
+            "steps share them, inside cond use one that does not learn.",
+            PLACES,
         )
     if estimator.biased:  # the wrapper has attached everything
         return Draw(value)
@@ -139,7 +143,8 @@ def _drawn_in_control_flow(value: jax.Array, visit: Visit) -> Draw | None:
 def _refuse_in_control_flow(target: Target, estimator: Estimator, choice: Choice):
     target.refuse(
         f"handlers do not reach into scan and cond, so {estimator} (given by: {choice.source}) cannot act on this draw; "
-        "write numpyro.sample(name, flowvi.numpyro.Estimated(distribution, estimator)) there."
+        "write numpyro.sample(name, flowvi.numpyro.Estimated(distribution, estimator)) there.",
+        PLACES,
     )
 
 

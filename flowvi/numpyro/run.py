@@ -40,7 +40,7 @@ from flowvi.numpyro.marginal import (
 from flowvi.numpyro.particles import Together
 from flowvi.numpyro.scans import hold, is_reversed, is_without_history, mark_scans, replay_guide
 from flowvi.numpyro.threefry import split, unrolled
-from flowvi.refusals import refusal
+from flowvi.refusals import LEARNED, SUMMED_OUT, refusal
 from flowvi.run import Replacement, Run, Statement, require_summable, run, sites_to_sum_out
 from flowvi.sites import Entropy, GuideSites
 
@@ -129,7 +129,7 @@ class NumPyroProgram:
         require_funsor(site)
         for found, what in ((mutable_state, "mutable state"), (self.multi_sample, "multi_sample_guide=True")):
             if found:
-                raise refusal(site, f"expected no {what} if a site of the model is summed out; draw the site in the guide.")
+                raise refusal(site, f"expected no {what} if a site of the model is summed out; draw the site in the guide.", SUMMED_OUT)
 
     def annotations(self) -> dict[str, Estimator]:
         _, guide_trace = self._log_probs(self._seeded_guide(), self.param_map)
@@ -348,6 +348,7 @@ def _require_replayed(model_trace: Mapping[str, Any], guide_trace: Mapping[str, 
             "expected no site of the guide inside a scan if a site of the model is summed out, because NumPyro ignores the "
             "guide's value there; draw the site outside the scan, write the chain as a loop with markov, or give the scan history=0 "
             "if nothing is summed out inside.",
+            SUMMED_OUT,
         )
 
 
@@ -360,6 +361,7 @@ def _require_indices(name: str, site: Mapping[str, Any]) -> None:
             unshifted(name),
             f"expected a support 0, 1, 2, ... inside a scan with a site that is summed out, found the support of "
             f"{type(site['fn']).__name__}, which begins elsewhere; NumPyro enumerates the indices of the values. Use a Categorical.",
+            SUMMED_OUT,
         )
 
 
@@ -413,4 +415,5 @@ def require_known(sites: GuideSites, param_map: Mapping[str, Any]) -> None:
             f"{sites.random[site].estimator} learns the parameter '{unknown[0]}', but SVI does not know it; pass "
             "flowvi.numpyro.adaptive(guide, elbo) to SVI as the guide, and give the estimator in the objective or in the guide; "
             "or adaptive(guide, elbo, model), if the model annotates estimators.",
+            LEARNED,
         )

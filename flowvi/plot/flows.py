@@ -64,7 +64,9 @@ def flow(
     host, dims, named = host_of(distribution), dimensions(distribution), by_label(estimators)
     (path,) = paths(host, distribution, parameter)
     if is_discrete(distribution):
-        raise ValueError(f"flow lines need a continuous distribution, but {type(distribution).__name__} is discrete.")
+        raise ValueError(
+            f"flow lines need a continuous distribution, but {type(distribution).__name__} is discrete; use flowvi.plot.gradients."
+        )
     with styled_pyplot() as plt:
         if dims == 2:
             return _arrows(plt, host, distribution, named, path, lines, x)
@@ -83,7 +85,7 @@ def _lines(plt: Any, host: Host, named: Mapping[str, Estimator], path: Path, by:
     limit = np.clip(max(np.abs(mass).max() for _, mass in carried.values()), np.log(2), np.log(4))
     norm = Normalize(-limit, limit, clip=True)
     figure, axes = plt.subplots(
-        3, len(named), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 3, 2), figsize=(1.4 + 2.6 * len(named), 4.6)
+        3, len(named), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 3, 2), figsize=(1.4 + 2.1 * len(named), 4.6)
     )
     for (top, middle, bottom), (label, (places, mass)) in zip(axes.T, carried.items(), strict=True):
         t = path.start + np.linspace(0.0, by, len(places))

@@ -56,7 +56,9 @@ def read(
     estimator = _resolved(host, move(host.array(t)), estimator)
     if estimator.compares or estimator.biased:
         does = "compares the cost at several values" if estimator.compares else "moves a discrete value"
-        raise ValueError(f"a picture shows a velocity and a score, but {estimator} {does} and has neither.")
+        raise ValueError(
+            f"a picture shows a velocity and a score, but {estimator} {does} and has neither; gradient_report shows its noise."
+        )
     zero = host.array(np.zeros(len(x)))
 
     def run(t: Array) -> tuple[Array, ...]:

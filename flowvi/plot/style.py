@@ -15,7 +15,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.titlesize": "medium",
     "figure.constrained_layout.use": True,
-    "font.size": 9.0,
+    "font.size": 10.0,
     "image.cmap": "cividis",
     "legend.frameon": False,
 }  #: what the figures look like; ``plt.rcParams.update(STYLE)`` gives figures of your own the same look

@@ -60,7 +60,7 @@ def velocity(
 def _curves(plt: Any, host: Host, p: Any, named: Mapping[str, Estimator], moving: Sequence[Path], x: Any) -> Figure:
     (points,) = points_along(host, [p], x)
     discrete = is_discrete(p)
-    figure, axes = plt.subplots(2, len(moving), sharex=True, sharey="row", squeeze=False, figsize=(1 + 3 * len(moving), 4.2))
+    figure, axes = plt.subplots(2, len(moving), sharex=True, sharey="row", squeeze=False, figsize=(0.9 + 2.3 * len(moving), 4.2))
     for j, path in enumerate(moving):
         for label, estimator in named.items():
             at = read(host, path.move, estimator, points)

@@ -20,7 +20,7 @@ def require_baseline_options(name: str, options: dict[str, Any]) -> None:
     if unknown := sorted(set(options) - OPTIONS):
         raise ValueError(f"site '{name}': infer['baseline'] has no option {unknown}; the options are: {', '.join(sorted(OPTIONS))}.")
     if options.get("nn_baseline") is not None and options.get("baseline_value") is not None:
-        raise ValueError(f"site '{name}': infer['baseline'] takes nn_baseline or baseline_value, found both.")
+        raise ValueError(f"site '{name}': infer['baseline'] takes nn_baseline or baseline_value, found both; remove one.")
 
 
 def annotated_baselines(guide_trace, names: Iterable[str]) -> dict[str, MakeScores]:

@@ -92,7 +92,10 @@ def _trace(loss: Loss, names: tuple[str, ...], arguments: Arguments, gradient: b
             with track_provenance() as tracker, mark_statements(tracker), Reads():
                 value = loss(args, kwargs)
             if new := sorted(set(used.trace.nodes) - set(names)):
-                raise ValueError(f"parameter '{new[0]}': expected parameters that exist after the first step, found a new one.")
+                raise ValueError(
+                    f"parameter '{new[0]}': expected parameters that exist after the first step, found a new one; "
+                    "make it at the first step too."
+                )
             values = {name: store._params[name].detach() for name, leaf in leaves.items() if store._params[name] is not leaf}
             live = [name for name, leaf in leaves.items() if gradient and leaf.requires_grad and name not in values]
             found = torch.autograd.grad(value, [leaves[name] for name in live], allow_unused=True) if value.requires_grad else ()
