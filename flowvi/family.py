@@ -74,13 +74,14 @@ class Neighbours:
         above: ``above(ops, p, k)`` is the weight of k + 1.
         below: ``below(ops, p, k)`` is the weight of k - 1.
         constant: The parameters in which these weights have no derivative; they must be constants.
-        next: ``next(ops, p, k, step)`` is the neighbour in the direction of ``step``, 1 or -1; k if there is none. None: k + step.
+        next: ``next(ops, p, k, step)`` is the neighbour in the direction of ``step``, 1 or -1 (k if there is none), and whether its
+            probability is positive. None: k + step.
     """
 
     above: Callable[[Ops, Any, Array], Array]
     below: Callable[[Ops, Any, Array], Array]
     constant: tuple[str, ...] = ()
-    next: Callable[[Ops, Any, Array, int], Array] | None = None
+    next: Callable[[Ops, Any, Array, int], tuple[Array, Array]] | None = None
 
 
 @dataclass(frozen=True)

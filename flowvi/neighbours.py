@@ -60,14 +60,16 @@ def _below_and_mass(ops: Ops, p: Any, k: Array) -> tuple[Array, Array]:
     return ops.where(here, below, 0 * below).sum(-1), ops.where(here, probs, 0 * probs).sum(-1)
 
 
-def _categorical_next(ops: Ops, p: Any, k: Array, step: int) -> Array:
-    """The next category of positive probability: a category of probability 0 is none, though it has a number."""
+def _categorical_next(ops: Ops, p: Any, k: Array, step: int) -> tuple[Array, Array]:
+    """The next category of positive probability, or else the one beside k, whose probability may have a derivative."""
     probs = ops.stop_gradient(p.probs)
     number = ops.asarray(range(probs.shape[-1]), k).reshape((*(1,) * k.ndim, -1))
     beyond = (probs > 0) & ((number - k[..., None]) * step > 0)
     count = beyond.cumsum(-1)
     nearest = beyond & (count == (1 if step > 0 else count[..., -1:]))
-    return ops.where(count[..., -1] > 0, ops.where(nearest, number, 0 * number).sum(-1), k)
+    exists = count[..., -1] > 0
+    beside = ops.where(k == (probs.shape[-1] - 1 if step > 0 else 0), k, k + step)
+    return ops.where(exists, ops.where(nearest, number, 0 * number).sum(-1), beside), exists
 
 
 CATEGORICAL = Neighbours(_categorical_above, _categorical_below, next=_categorical_next)

@@ -4,7 +4,8 @@ from functools import cache
 
 import jax
 import numpy as np
-from hosts import HOSTS, each
+import pytest
+from hosts import HOSTS, each, slow_in_numpyro
 
 from flowvi import LR, DisARM, Enumerate, FiniteDifference, MeasureValued, Surrogate
 
@@ -109,3 +110,23 @@ def test_an_impossible_value_has_an_infinite_loss(host, name):
         possible = (np.log(probabilities(logits)) - np.log(PRIOR))[[0, 2]] - np.log(POSSIBLE[[0, 2]])
         assert finite.any()
         assert np.all(np.isclose(losses[finite, None], possible, rtol=1e-10).any(1))
+
+
+@slow_in_numpyro
+@pytest.mark.parametrize("downwards", [False, True])
+def test_a_derivative_at_probability_0(host, downwards):
+    """A probability of 0 may have a derivative, and then FiniteDifference compares with its value: the slope is f_1 - f_0."""
+    costs = host.array([1.7, 0.3] if downwards else [0.3, 1.7])
+
+    def site(t):
+        return host.dist.Categorical(probs=host.math.stack([t, 1 - t] if downwards else [1 - t, t])).mask(False)
+
+    def guide():
+        host.sample("k", site(host.param("t", host.array(0.0))))
+
+    def model():
+        k = host.sample("k", host.dist.Categorical(probs=host.array([0.5, 0.5])).mask(False))
+        host.factor("cost", costs[host.index(k)])
+
+    _, gradients = host.loss_and_gradients({"t": 0.0}, model, guide, plates=0, default=FiniteDifference(downwards=downwards))
+    np.testing.assert_allclose(gradients["t"], -1.4, rtol=1e-10)

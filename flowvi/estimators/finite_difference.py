@@ -69,10 +69,13 @@ class FiniteDifference(Estimator):
 
     def attach(self, ops: Ops, target: Target, x: Array) -> Draw:
         _require_integers(target)
-        y, step = self._neighbour(ops, target, x), -1 if self.downwards else 1
+        step = -1 if self.downwards else 1
+        y, is_possible = self._neighbour(ops, target, x, step)
         at_end = y == x
         weight = self._weight(ops, target, ops.where(at_end, x - step, x))
         weight = ops.broadcast_to(ops.where(at_end, 0 * weight, times(weight, self.share)), x.shape)
+        if is_possible is not None:  # at a weight of value 0, a cost that is not finite counts as nothing
+            weight = ops.where(is_possible, weight, ops.tether(weight))
 
         def make(uniforms: Array) -> Alternatives:
             return Alternatives(y[None], weight[None])
@@ -84,14 +87,13 @@ class FiniteDifference(Estimator):
         log_prob = target.to_batch(target.p.log_prob(x))
         return Draw(x, (1 - self.share) * log_prob, log_prob=log_prob, comparison=comparison)
 
-    def _neighbour(self, ops: Ops, target: Target, x: Array) -> Array:
-        """The value with which the cost at x is compared: x itself at the end of the support."""
-        step = -1 if self.downwards else 1
+    def _neighbour(self, ops: Ops, target: Target, x: Array, step: int) -> tuple[Array, Array | None]:
+        """The value with which the cost at x is compared, or x itself at an end of the support; whether its probability is positive."""
         known = family_of(target.p).neighbours
         if known is not None and known.next is not None:
             return known.next(ops, target.p, x, step)
         at_end = x <= target.support.lower if self.downwards else x >= target.support.upper
-        return ops.where(at_end, x, x + step)
+        return ops.where(at_end, x, x + step), None
 
     def _weight(self, ops: Ops, target: Target, x: Array) -> Array:
         """The weight of the neighbour with its derivative, at an x that has a neighbour."""

@@ -34,21 +34,15 @@ def tether(t):
 
 
 def tangent_of(t):
-    return _Tangent.apply(t)
+    return (_TangentInside if torch._C._are_functorch_transforms_active() else _Tangent).apply(t)
 
 
 class _Tangent(torch.autograd.Function):
     """0 with the derivative of a tensor, also where the tensor is not finite."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(t):
+    def forward(ctx, t):
         return torch.zeros_like(t)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
 
     @staticmethod
     def backward(ctx, cotangent):
@@ -57,6 +51,20 @@ class _Tangent(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tangent):
         return tangent.clone()
+
+
+class _TangentInside(_Tangent):
+    """The form that the transforms of torch.func need, which torch takes longer to call."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t):  # type: ignore[override]
+        return torch.zeros_like(t)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
 
 def derivative(f, x, live):
