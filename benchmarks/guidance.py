@@ -16,6 +16,7 @@ program:
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def biases(asked: Options) -> None:
 def check_right(h: Any, seed: int, seconds: float, compiled: dict[int, dict]) -> Any:
     """The check of a right program. In NumPyro programs of one structure share compiled code."""
     model, guide, estimators = right(seed).make(h)
-    with bench_of(h, Program(model, guide), estimators) as (bench, particles), Watch(seconds, False) as clock:
+    with bench_of(h, Program(model, guide), estimators, seconds=seconds) as (bench, particles), Watch(seconds, False) as clock:
         bench.compiled = compiled.setdefault(seed % NUM_STRUCTURES, {})
         return Checker(bench, Setting(num_particles=particles), CONFIDENCE, clock).run(seconds)
 
@@ -184,7 +185,7 @@ CHOICES: dict[str, Callable[[Any], Program]] = {
 
 
 @contextmanager
-def bench_of(h: Any, program: Program, estimators: Any = None, steps: int = 0) -> Iterator[tuple[Any, int]]:
+def bench_of(h: Any, program: Program, estimators: Any = None, steps: int = 0, seconds: float = math.inf) -> Iterator[tuple[Any, int]]:
     """The bench of a program after some steps of the default, and the number of particles of a check."""
     pyro.clear_param_store()
     params = None
@@ -195,7 +196,7 @@ def bench_of(h: Any, program: Program, estimators: Any = None, steps: int = 0) -
     if h is NumPyro:
         yield NumPyroBench(program.model, program.guide, program.args, {}, estimators, Auto(), params, None), OF_NUMPYRO
     else:
-        with PyroBench.opened(program.model, program.guide, program.args, {}, estimators, Auto(), 0) as bench:
+        with PyroBench.opened(program.model, program.guide, program.args, {}, estimators, Auto(), 0, seconds) as bench:
             yield bench, OF_PYRO
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +88,7 @@ class Search:
         self.refused: dict[Setting, str] = {}
         self.tried: dict[str, dict[Estimator, Tried]] = {name: {} for name in bench.sites}
         self.banned: dict[str, list[Estimator]] = {}
-        self.compilation = 0.0
+        self.compilations: list[float] = []
         clock.show("default")
         draw = bench.gradients(self.default)
         first = [draw(-1 - i).gradients for i in range(FIRST)]
@@ -260,7 +261,7 @@ class Search:
             return None
         if setting not in self.trials:
             before = self.clock.left()
-            if before - end < self.compilation and setting != self.best:
+            if self.compilations and before - end < median(self.compilations) and setting != self.best:  # some also learn, for longer
                 return None
             self.clock.show(unit.name)
             try:
@@ -268,7 +269,7 @@ class Search:
             except (ValueError, NotImplementedError) as refusal:
                 self.refused[setting] = str(refusal)
                 return None
-            self.compilation = max(0.7 * self.compilation, before - self.clock.left())
+            self.compilations.append(before - self.clock.left())
         return self.trials[setting]
 
     def _race(self, racers: Mapping[Setting, Trial], own_end: float, end: float, signal: float) -> Setting:

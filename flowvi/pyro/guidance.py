@@ -82,7 +82,7 @@ def recommend(
         guide: The guide.
         *args: Passed to both.
         num_particles: The number of particles, or several to choose from, such as ``(1, 4, 16)``.
-        seconds: The time limit.
+        seconds: The time limit. A short limit may be exceeded; if no time was left for a site, the advice says so.
         seed: The seed of every candidate; the state of torch's generator is restored.
         progress_bar: Whether to show a progress bar.
         **kwargs: Passed to model and guide.
