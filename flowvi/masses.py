@@ -24,9 +24,10 @@ def binomial(ops: Ops, p: Any, values: Array) -> Array:
     return ops.stop_gradient(ops.exp(p.log_prob(values))) * (1 + score * (probs - fixed))
 
 
-def _over(a: Array, values: Array) -> Array:
-    """An array over the batch of p, with the dims of the values."""
-    return a.reshape((*(1,) * (values.ndim - a.ndim), *a.shape))
+def _over(a: Any, values: Array) -> Any:
+    """An array over the batch of p, with the dims of the values; a number stays one."""
+    shape = getattr(a, "shape", ())
+    return a.reshape((*(1,) * (values.ndim - len(shape)), *shape)) if shape else a
 
 
 def categorical(ops: Ops, p: Any, values: Array) -> Array:

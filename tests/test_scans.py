@@ -1,4 +1,4 @@
-"""NumPyro's ``scan``: reverse scans, which equal scans over flipped data, nested scans, and what is summed out in a scan."""
+"""NumPyro's ``scan`` and ``cond``: reverse and nested scans, a ``scope`` around them, branches of the model, and what is summed out."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,9 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.contrib.control_flow import scan
+from numpyro.contrib.control_flow import cond, scan
+from numpyro.handlers import scope
+from numpyro.infer import Trace_ELBO
 
 from flowvi import LR, RP
 from flowvi.numpyro import Estimated, TraceFlow_ELBO, TraceFlow_RenyiELBO, gradient_report
@@ -285,3 +287,78 @@ def test_two_chains_that_share_an_annotation():
     shared = {"enumerate": "parallel"}
     losses = [TraceFlow_ELBO().loss(KEY, {}, lambda of=of: model(of), guide) for of in (lambda: shared, lambda: dict(shared))]
     same(*losses)
+
+
+def scoped(program, prefix):
+    return program if prefix is None else scope(program, prefix=prefix)
+
+
+@pytest.mark.parametrize("name", ["full", "stl", *(pytest.param(name, marks=SLOW) for name in ("analytic", "dreg"))])
+def test_a_scope_around_a_scan_changes_only_names(name):
+    """NumPyro's own objective does not replay the guide's values inside the scan, so its loss is another one."""
+
+    def value_and_grad(elbo, prefix):
+        model, guide = (scoped(program, prefix) for program in chain(RP(), reverse=False))
+        m = "m" if prefix is None else "a/m"
+        return jax.value_and_grad(lambda value: elbo.loss(KEY, {m: value}, model, guide))(0.4)
+
+    same(value_and_grad(OBJECTIVES[name], "a"), value_and_grad(OBJECTIVES[name], None))
+    host = Trace_ELBO()
+    assert not np.allclose(value_and_grad(host, "a")[0], value_and_grad(host, None)[0])
+
+
+def test_a_scope_around_a_chain_that_is_summed_out_is_refused():
+    def model():
+        def step(z, y):
+            z = numpyro.sample("z", dist.Categorical(jnp.array([[0.7, 0.3], [0.2, 0.8]])[z]), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(1.0 * z, 0.5), obs=y)
+            return z, None
+
+        scan(step, 0, XS)
+
+    with pytest.raises(ValueError, match=r"^site 'a/[zy]': expected no scope around a scan with a site that is summed out"):
+        TraceFlow_ELBO().loss(KEY, {}, scope(model, prefix="a"), lambda: None)
+
+
+def branches(in_branches):
+    """A step x_t ~ N(x_{t-1} / 2, 1) of the model, drawn in a branch of a cond or without one."""
+
+    def draw(x):
+        return numpyro.sample("x", dist.Normal(0.5 * x, 1.0))
+
+    def draw_in_branches(x):
+        return cond(x < 100.0, draw, lambda x: numpyro.sample("x", dist.Normal(3.0 * x, 1.0)), x)
+
+    def step(x, _):
+        return ((draw_in_branches if in_branches else draw)(x),) * 2
+
+    return step
+
+
+@pytest.mark.parametrize("length", [None, 3])
+@pytest.mark.parametrize(("name", "prefix"), [("full", None), ("full", "a"), pytest.param("stl", "a", marks=SLOW)])
+def test_a_branch_of_the_model_gets_the_guides_value(length, name, prefix):
+    """The branch of a cond has the density and the value that the draw has without the cond, also inside a scan.
+
+    NumPyro's own objective draws another value in the branch, and the rest of the model reads that.
+    """
+
+    def guide():
+        m = numpyro.param("m", 0.4)
+        if length is None:
+            numpyro.sample("x", dist.Normal(m, 0.7))
+        else:
+            scan(lambda x, _: (numpyro.sample("x", dist.Normal(m + 0.1 * x, 0.7)),) * 2, 0.2, None, length=length)
+
+    def model(in_branches):
+        step = branches(in_branches)
+        x = step(0.2, None)[0] if length is None else scan(step, 0.2, None, length=length)[1]
+        numpyro.factor("cost", jnp.cos(3.0 * x).sum())
+
+    def value_and_grad(elbo, in_branches):
+        programs = scoped(lambda: model(in_branches), prefix), scoped(guide, prefix)
+        m = "m" if prefix is None else "a/m"
+        return jax.value_and_grad(lambda value: elbo.loss(KEY, {m: value}, *programs))(0.4)
+
+    same(value_and_grad(OBJECTIVES[name], True), value_and_grad(OBJECTIVES[name], False))
+    assert not np.allclose(value_and_grad(Trace_ELBO(), True)[0], value_and_grad(TraceFlow_ELBO(), False)[0])

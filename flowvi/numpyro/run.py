@@ -114,6 +114,7 @@ class NumPyroProgram:
         replayed = own_keys(replay_guide(seed(self.model, unrolled(key)), {**guide_trace, **guided}), key)
         found = enumerated_trace(replayed, self.args, self.kwargs, self.param_map, max_plate_nesting)
         for name, site in found.items():
+            _require_no_scope(name)
             _require_indices(name, site)
             if site["scale"] is not None and jnp.ndim(site["scale"]) > max_plate_nesting:  # it depends on an enumerated site
                 require_number(unshifted(name), site["scale"])
@@ -348,6 +349,17 @@ def _require_replayed(model_trace: Mapping[str, Any], guide_trace: Mapping[str, 
             "expected no site of the guide inside a scan if a site of the model is summed out, because NumPyro ignores the "
             "guide's value there; draw the site outside the scan, write the chain as a loop with markov, or give the scan history=0 "
             "if nothing is summed out inside.",
+            SUMMED_OUT,
+        )
+
+
+def _require_no_scope(name: str) -> None:
+    """Refuse a ``scope`` around an enumerated scan: it changes the names by which NumPyro knows the first steps."""
+    if "_PREV_" in unshifted(name):
+        raise refusal(
+            name.replace("_PREV_", ""),
+            "expected no scope around a scan with a site that is summed out, because NumPyro then does not recognise its first steps; "
+            "put the scope into the step, or write the chain as a loop with markov.",
             SUMMED_OUT,
         )
 
