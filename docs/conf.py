@@ -36,7 +36,7 @@ nitpick_ignore_regex = [
     (r"py:data", r"flowvi\..*"),  # constants are not in the reference
     (
         r"py:class",
-        r"flowvi\.(assignment|baselines|estimated|estimators\.flow|estimators\.relaxed|surfaces|pyro\.jit)\..*",
+        r"flowvi\.(assignment|baselines|estimated|estimators\.flow|estimators\.relaxed|surfaces|numpyro\.describe|pyro\.jit)\..*",
     ),  # nor are the base classes of public ones
     (r"py:(class|data)", r"[\w.]*(Array|ArrayLike|Any|Callable|Literal|Mapping|Sequence|Tensor|ndarray|ScoreParts)"),
 ]
