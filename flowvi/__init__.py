@@ -67,5 +67,6 @@ __version__ = "0.1.0"
 
 
 def __dir__() -> list[str]:
-    """The names that tab completion offers, also those that are imported when they are first used."""
-    return sorted({*globals(), *__all__})
+    """The names that tab completion offers: the public ones, and the public modules that the program has imported."""
+    modules = ("guidance", "numpyro", "plot", "pyro", "report")
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__") or name in modules)})

@@ -68,7 +68,8 @@ def _numpy_generator(generator: Any) -> Restore:
 def _held(values: list[Any]) -> Iterator[Any]:
     """What objects hold in attributes, containers, classes, arguments, and variables that a function reads.
 
-    Arrays are not searched, and the functions and classes of an installed package only if one of these values is such a function.
+    Arrays are not searched. The functions and classes of an installed package are searched only if one of the given values is a
+    function of that package.
     """
     own = {_package(value.__module__) for value in values if isinstance(value, FunctionType | MethodType)}
 

@@ -275,7 +275,7 @@ class Search:
     def _race(self, racers: Mapping[Setting, Trial], own_end: float, end: float, signal: float) -> Setting:
         """The setting of least score, by successive halving: in each round the remaining settings get twice as many batches.
 
-        The best setting so far stays, or else the first of the racers wins, if its score is not measurably larger.
+        The best setting so far wins if its score is not measurably larger than the least one; otherwise the first such racer wins.
         """
         racing = dict(racers)
         batches = max(FIRST, -(-FEWEST // self.size))

@@ -18,3 +18,8 @@ from flowvi.numpyro.report import gradient_report
 __all__ = ["Estimated", "TraceFlow_ELBO", "TraceFlow_RenyiELBO", "adaptive", "check_program", "gradient_report", "recommend"]
 
 _register(_HOST)
+
+
+def __dir__() -> list[str]:
+    """The names that tab completion offers, without the modules that define them."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -43,7 +43,7 @@ from flowvi.particles import Particles
 from flowvi.run import Held
 
 LARGEST = 64  # batch of gradients
-STEPS = 50  # the number of gradients, for each site and each one of a batch, for which there must be time
+STEPS = 50  # a batch is so small that there is time for this many batches at each site
 WARM_UP, RATE = 500, 0.05  # steps of Adam on what an estimator learns
 POINTS = 64  # values of a site whose costs are computed at once
 PARTICLES = 16  # of a gradient that is checked

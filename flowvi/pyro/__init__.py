@@ -29,3 +29,8 @@ __all__ = [
 ]
 
 _register(_HOST)
+
+
+def __dir__() -> list[str]:
+    """The names that tab completion offers, without the modules that define them."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

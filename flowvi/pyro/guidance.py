@@ -48,7 +48,7 @@ from flowvi.run import Held, Run
 from flowvi.tape import follows_tensors
 
 LARGEST = 8  # batch of gradients
-STEPS = 50  # the number of gradients, for each site and each one of a batch, for which there must be time
+STEPS = 50  # a batch is so small that there is time for this many batches at each site
 WARM_UP, WARM_UP_SHARE, RATE = 300, 0.1, 0.05  # steps of Adam on what an estimator learns, at most for this share of the time
 FASTER = 0.8  # hint at compiled steps if they take less than this share of the time
 PARTICLES = 4  # of a gradient that is checked

@@ -158,10 +158,12 @@ class attach_estimators(Messenger):
 
 
 def _require_distribution(name: str, fn: Any, error: Exception) -> None:
-    """Refuse what has not the methods of Pyro's distributions, once this has led to an error."""
+    """Refuse what lacks the methods of Pyro's distributions, after an error that this may have caused."""
     if not isinstance(fn, TorchDistributionMixin):
-        found = f"{fn!r} of {type(fn).__module__}"
-        raise TypeError(f"site '{name}': expected a distribution of Pyro with a batch and an event shape, found {found}.") from error
+        raise TypeError(
+            f"site '{name}': expected a distribution of Pyro with a batch and an event shape, such as pyro.distributions.Normal(0, 1), "
+            f"found {fn!r} of {type(fn).__module__}."
+        ) from error
 
 
 class attach_together(attach_estimators):
