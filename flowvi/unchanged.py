@@ -71,10 +71,10 @@ def _held(values: list[Any]) -> Iterator[Any]:
     Arrays are not searched. The functions and classes of an installed package are searched only if one of the given values is a
     function of that package.
     """
-    own = {_package(value.__module__) for value in values if isinstance(value, FunctionType | MethodType)}
+    packages = {_package(value.__module__) for value in values if isinstance(value, FunctionType | MethodType)}
 
     def is_own(module: Any) -> bool:
-        return not _is_installed(str(module)) or _package(module) in own
+        return not _is_installed(str(module)) or _package(module) in packages
 
     seen: dict[int, Any] = {}
     while values:
@@ -83,17 +83,26 @@ def _held(values: list[Any]) -> Iterator[Any]:
             continue
         seen[id(value)] = value
         yield value
-        if isinstance(value, FunctionType):
+        kind = type(value)  # isinstance would ask the object, as getattr would
+        if issubclass(kind, FunctionType):
             values += (value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value))
             values += _globals(value, is_own) if is_own(value.__module__) else ()
-        elif isinstance(value, type):
+        elif issubclass(kind, type):
             values += (*value.__bases__, *vars(value).values()) if is_own(value.__module__) else ()
-        elif isinstance(value, ModuleType) or hasattr(type(value), "__array__"):
+        elif issubclass(kind, ModuleType) or hasattr(kind, "__array__"):
             continue
-        elif "__wrapped__" in getattr(value, "__dict__", ()):  # a function with a cache, such as a compiled one
-            values += vars(value).values()
+        elif "__wrapped__" in (own := _attributes_of(value)):  # a function with a cache, such as a compiled one
+            values += own.values()
         else:
             values += filter(gc.is_tracked, gc.get_referents(value))
+
+
+def _attributes_of(value: Any) -> Mapping[str, Any]:
+    """The attributes of an object without what its class defines for a missing one; none if the class refuses."""
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except Exception:
+        return {}
 
 
 def _globals(function: FunctionType, is_own: Callable[[str], bool]) -> Iterator[Any]:

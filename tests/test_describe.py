@@ -101,6 +101,7 @@ UNUSUAL = {
         numpyro_program(lambda: numpyro.param("prior"), lambda: numpyro.param("loc")),
         {"params": {"loc": LOC, "prior": jnp.array(0.5)}},
     ),
+    "a function as initial value": (numpyro_program(lambda: 0.0, lambda: numpyro.param("loc", lambda key: LOC)), {}),
 }
 OBJECTIVES = {
     "ELBO": lambda: flowvi.numpyro.TraceFlow_ELBO(default=LR()),
@@ -109,7 +110,7 @@ OBJECTIVES = {
     "joint": lambda: flowvi.numpyro.TraceFlow_ELBO(control_variate="quadratic"),
     "bound": lambda: flowvi.numpyro.TraceFlow_RenyiELBO(num_particles=2),
 }
-QUICK = {("raw keys", "joint"), ("a parameter without an initial value", "learned")}
+QUICK = {("raw keys", "joint"), ("a parameter without an initial value", "learned"), ("a function as initial value", "joint")}
 
 
 def adapted(objective, guide, rng_key=None):

@@ -245,6 +245,85 @@ def test_a_site_of_the_guide_in_a_scan_without_history(reverse, steps):
     same(jax.value_and_grad(lambda m: TraceFlow_ELBO().loss(KEY, {"m": m}, model, guide))(0.3), jax.value_and_grad(exact)(0.3))
 
 
+def test_a_plate_inside_and_outside_of_a_scan_without_history():
+    """Each element of the plate reads its own value of the site that is summed out."""
+    ys = jnp.array([[0.3, -0.2], [0.9, 0.4], [0.1, 1.3]])
+
+    def model():
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        with numpyro.plate("n", 2):
+            a = numpyro.sample("a", dist.Categorical(logits=LOGITS[0]), infer={"enumerate": "parallel"})
+
+        def step(_, y):
+            with numpyro.plate("n", 2):
+                numpyro.sample("y", dist.Normal(w + MU[a], 1.0), obs=y)
+            return _, None
+
+        scan(step, 0.0, ys, history=0)
+
+    def guide():
+        return numpyro.sample("w", dist.Normal(numpyro.param("m", 0.3), 1.0))
+
+    def exact(m):
+        w = numpyro.handlers.seed(numpyro.handlers.substitute(guide, data={"m": m}), jax.random.split(KEY)[1])()
+        of_a = dist.Normal(w + MU[:, None, None], 1.0).log_prob(ys).sum(1) + jax.nn.log_softmax(LOGITS[0])[:, None]
+        return dist.Normal(m, 1.0).log_prob(w) - dist.Normal(0.0, 1.0).log_prob(w) - jax.nn.logsumexp(of_a, 0).sum()
+
+    same(jax.value_and_grad(lambda m: TraceFlow_ELBO().loss(KEY, {"m": m}, model, guide))(0.3), jax.value_and_grad(exact)(0.3))
+
+
+@pytest.mark.parametrize("history", [1, pytest.param(2, marks=SLOW)])
+def test_a_chain_that_reads_a_site_outside(history):
+    """The site has one value in all steps."""
+    rows, ys = jnp.array([[0.8, 0.2], [0.3, 0.7]]), jnp.array([0.3, 0.9, 1.5, -0.2, 0.7])[: 2 * history + 1]
+
+    def model():
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        a = numpyro.sample("a", dist.Categorical(logits=LOGITS[0]), infer={"enumerate": "parallel"})
+
+        def step(states, y):
+            z = numpyro.sample("z", dist.Categorical(rows[states[-1]]), infer={"enumerate": "parallel"})
+            c = numpyro.sample("c", dist.Categorical(rows[z]), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(w + z + c + MU[a], 1.0), obs=y)
+            return (*states[1:], z), None
+
+        scan(step, (0,) * history, ys, history=history)
+
+    def guide():
+        return numpyro.sample("w", dist.Normal(numpyro.param("m", 0.3), 1.0))
+
+    def exact(m):
+        w = numpyro.handlers.seed(numpyro.handlers.substitute(guide, data={"m": m}), jax.random.split(KEY)[1])()
+        z, c, state = jnp.arange(2)[:, None], jnp.arange(2), jnp.array([0.0, -jnp.inf])
+        for y in ys:  # for each value of a
+            of_step = jax.nn.logsumexp(jnp.log(rows) + dist.Normal(w + z + c + MU[:, None, None], 1.0).log_prob(y), -1)
+            state = jax.nn.logsumexp(state[..., None] + jnp.log(rows), -2) + of_step
+        of_a = jax.nn.log_softmax(LOGITS[0]) + jax.nn.logsumexp(state, -1)
+        return dist.Normal(m, 1.0).log_prob(w) - dist.Normal(0.0, 1.0).log_prob(w) - jax.nn.logsumexp(of_a)
+
+    same(jax.value_and_grad(lambda m: TraceFlow_ELBO().loss(KEY, {"m": m}, model, guide))(0.3), jax.jit(jax.value_and_grad(exact))(0.3))
+
+
+def test_a_chain_that_reads_a_site_in_a_plate_is_refused():
+    """Each element of the plate would need the chain of its own."""
+
+    def model():
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        with numpyro.plate("n", 2):
+            a = numpyro.sample("a", dist.Categorical(logits=LOGITS[0]), infer={"enumerate": "parallel"})
+
+        def step(z, y):
+            z = numpyro.sample("z", dist.Categorical(jnp.array([[0.8, 0.2], [0.3, 0.7]])[z]), infer={"enumerate": "parallel"})
+            with numpyro.plate("n", 2):
+                numpyro.sample("y", dist.Normal(w + z + MU[a], 1.0), obs=y)
+            return z, None
+
+        scan(step, 0, jnp.zeros((3, 2)))
+
+    with pytest.raises(ValueError, match="site 'a': expected a site that a scan reads to be outside of the plate 'n'"):
+        TraceFlow_ELBO().loss(KEY, {}, model, lambda: numpyro.sample("w", dist.Normal(numpyro.param("m", 0.3), 1.0)))
+
+
 REFUSED = {0: "site 'z': expected scan.*history=1", 1: "site 'y': .*1.0 at 'z' and 2.0 at 'y'"}
 
 

@@ -2,6 +2,8 @@
 
 import importlib
 import random
+import unittest.mock
+import weakref
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -311,6 +313,20 @@ def test_a_fit_goes_on(host, make, look):
     require_same(fit(host, make, LOOKS[look]), untouched(host, make))
 
 
+def test_numpyro_a_dict_of_a_class_of_its_own():
+    class State(dict):
+        pass
+
+    start = State(value=1.0)
+
+    def model():
+        numpyro.primitives.mutable("counter", start)["value"] = 2.0
+
+    with AS_FOUND["numpyro"](model), numpyro.handlers.trace():
+        model()
+    assert start == {"value": 1.0}
+
+
 def test_numpyro_a_dict_that_changes_in_place():
     start = {"value": 1.0, "deep": {"value": 2.0}}
     generator = np.random.default_rng(0)
@@ -585,6 +601,35 @@ def test_the_search_knows_installed_packages(tmp_path, monkeypatch):
     one = importlib.import_module("installed.one")
     assert any(value is one.found for value in _held([one.model]))
     assert not any(value is one.found for value in _held([lambda: one.model()]))
+
+
+class Proxy:
+    """An object without a dict that answers everything, as a proxy does."""
+
+    __slots__ = ("inside",)
+
+    def __getattr__(self, name):
+        return 3
+
+
+class Unbound:
+    """A proxy of an object that does not exist yet."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("unbound")
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("unbound")
+
+
+def test_the_search_asks_objects_nothing():
+    generator, proxy, gone = random.Random(0), Proxy(), Plain(None)
+    proxy.inside = generator
+    values = [weakref.proxy(gone), Unbound(), unittest.mock.Mock(spec=fit), proxy]
+    del gone
+    assert any(value is generator for value in _held([values]))
 
 
 def test_the_search_is_short():

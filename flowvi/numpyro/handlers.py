@@ -150,7 +150,7 @@ def _refuse_in_control_flow(target: Target, estimator: Estimator, choice: Choice
 
 def hidden() -> block:
     """Like ``block()``, but a parameter without a value gets it from an outer handler: ``init_params`` of ``SVI`` is one."""
-    return block(hide_fn=lambda msg: msg["type"] != "param" or msg["value"] is not None or msg["args"][0] is not None)
+    return block(hide_fn=lambda msg: msg["type"] != "param" or msg["value"] is not None or all(a is not None for a in msg["args"]))
 
 
 def seeded(fn: Callable, key: jax.Array, **options: Any) -> Messenger:

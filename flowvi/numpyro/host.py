@@ -47,7 +47,7 @@ class _restore_mutables(Messenger):
 
     def process_message(self, msg):
         if msg["type"] == "mutable" and isinstance(msg["value"], dict) and id(msg["value"]) not in self.found:
-            self.found[id(msg["value"])] = msg["value"], jax.tree.map(lambda leaf: leaf, msg["value"])
+            self.found[id(msg["value"])] = msg["value"], jax.tree.map(lambda leaf: leaf, dict(msg["value"]))
 
     def __exit__(self, *exception):
         super().__exit__(*exception)

@@ -15,6 +15,7 @@ from numpyro.primitives import Messenger
 from flowvi.dependence import Frame
 from flowvi.marginal import Factor
 from flowvi.numpyro.scans import is_reversed, is_scan, is_without_history, mark_scans
+from flowvi.refusals import SUMMED_OUT, refusal
 
 
 def require_funsor(site: str) -> None:
@@ -101,9 +102,10 @@ def factors_of(sites: Mapping[str, Any], marginalised: Sequence[str], log_densit
     factors = []
     for name, site in sites.items():
         log_density, names = log_densities[name], site["infer"]["dim_to_name"]
-        if is_without_history(site):  # all steps read the same values of the sites outside; NumPyro gives their dim no name of its own
+        if is_without_history(site):  # all steps read the same values of the sites outside; NumPyro names neither steps nor plates
             log_density = log_density.sum(0)
-            names = {dim: of_dim for dim, of_dim in names.items() if -dim <= log_density.ndim}
+            plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
+            names = {dim: plates.get(dim, of_dim) for dim, of_dim in names.items() if -dim <= log_density.ndim}
         if is_reversed(site):  # contract the steps in the order in which they run
             log_density = jnp.flip(log_density, [dim for dim, of_dim in names.items() if of_dim.startswith("_time_")])
         named = funsor.to_funsor(log_density if names else log_density.reshape(()), output=funsor.Real, dim_to_name=names)
@@ -145,10 +147,12 @@ def _without_steps(component: Sequence[Factor], dims: frozenset[str]) -> list[An
 
     steps: dict[Any, list[Any]] = {}
     rest: list[Any] = []
+    outside = []  # the marginalised sites with one value in all steps
     for factor in component:
         inputs = factor.log_density.inputs
         time = next((funsor.Variable(name, inputs[name]) for name in inputs if name.startswith("_time_")), None)
         (rest if time is None else steps.setdefault(time, [])).append(factor.log_density)
+        outside += [factor] if time is None and factor.own_dim is not None else []
     earlier, states, history = {}, {}, 1
     for time, inside in list(steps.items()):
         names = frozenset().union(*(log_density.inputs for log_density in inside))
@@ -157,7 +161,17 @@ def _without_steps(component: Sequence[Factor], dims: frozenset[str]) -> list[An
             rest += steps.pop(time)
             continue
         current = {unshifted(name) for name in earlier[time]}
-        states[time] = earlier[time].union(*(factor.log_density.inputs for factor in component if factor.name in current))
+        read = [factor for factor in outside if factor.name in names]
+        of_chain = (factor.log_density.inputs for factor in component if factor.name in current)
+        states[time] = earlier[time].union((factor.name for factor in read), *of_chain)
+        for factor in read:
+            if left := sorted(frame.name for frame in factor.frames if frame.size > 1 and frame.name not in states[time]):
+                raise refusal(
+                    factor.label or factor.name,
+                    f"expected a site that a scan reads to be outside of the plate '{left[0]}', or the chain of the scan to be in this "
+                    "plate too, if both are summed out; draw the site in the guide.",
+                    SUMMED_OUT,
+                )
         history = max(history, *(name.count("_PREV_") for name in earlier[time]))
     if not steps:
         return rest
