@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -27,9 +27,14 @@ def unchanged(programs: Iterable[Any], kinds: Mapping[type, Callable[[Any], Rest
         kinds: The host's classes whose objects change when a program runs. Each has a function that stores the state of an object,
             and returns what restores it.
     """
-    kinds = {**kinds, random.Random: _python_generator, np.random.BitGenerator: _numpy_generator}
+    kinds = {
+        **kinds,
+        random.Random: _python_generator,
+        np.random.BitGenerator: _numpy_generator,
+        np.random.RandomState: lambda generator: partial(generator.set_state, generator.get_state()),  # may keep a number for later
+    }
     python, numpy = random.getstate(), np.random.get_state()
-    restores = [kinds[kind](found) for found in _held(list(programs)) for kind in kinds if issubclass(type(found), kind)]
+    restores = [kinds[kind](found) for found in _held(list(programs), kinds) for kind in kinds if issubclass(type(found), kind)]
     try:
         yield
     finally:
@@ -65,10 +70,11 @@ def _numpy_generator(generator: Any) -> Restore:
     return partial(setattr, generator, "state", generator.state)
 
 
-def _held(values: list[Any]) -> Iterator[Any]:
+def _held(values: list[Any], kinds: Container[type] = ()) -> Iterator[Any]:
     """What objects hold in attributes, containers, classes, arguments, and variables that a function reads.
 
     Arrays are not searched, and the functions and classes of an installed package only if one of these values is such a function.
+    Objects that the garbage collector does not track, such as numbers, are left out unless they are of one of the ``kinds``.
     """
     own = {_package(value.__module__) for value in values if isinstance(value, FunctionType | MethodType)}
 
@@ -92,7 +98,7 @@ def _held(values: list[Any]) -> Iterator[Any]:
         elif "__wrapped__" in getattr(value, "__dict__", ()):  # a function with a cache, such as a compiled one
             values += vars(value).values()
         else:
-            values += filter(gc.is_tracked, gc.get_referents(value))
+            values += (of_it for of_it in gc.get_referents(value) if gc.is_tracked(of_it) or type(of_it) in kinds)
 
 
 def _globals(function: FunctionType, is_own: Callable[[str], bool]) -> Iterator[Any]:
