@@ -574,6 +574,31 @@ def test_pyro_an_autoguide_in_an_argument(look):
     assert auto.prototype_trace is None
 
 
+@pytest.mark.parametrize("look", ["describe", "gradient_report", pytest.param("check_program", marks=pytest.mark.slow)])
+def test_what_an_objective_holds(host, look):
+    """Here a generator that its function of the site reads."""
+    generator, calls = np.random.default_rng(0), []
+
+    def estimators(site):
+        calls.append(generator.random())
+        return RP()
+
+    def model():
+        host.sample("x", host.dist.Normal(host.array(0.0), 1.0))
+
+    def guide():
+        host.sample("x", host.dist.Normal(host.param("m", host.array(0.1)), 1.0))
+
+    looks = {
+        "describe": lambda: host.flow.TraceFlow_ELBO(estimators=estimators).describe(model, guide),
+        "gradient_report": lambda: host.flow.gradient_report(model, guide, estimators=estimators, num_samples=2),
+        "check_program": lambda: host.flow.check_program(model, guide, estimators=estimators, seconds=0.5),
+    }
+    looks[look]()
+    assert calls
+    assert generator.random() == np.random.default_rng(0).random()
+
+
 def test_the_search_knows_installed_packages(tmp_path, monkeypatch):
     """A model from an installed package is searched like any other; its modules may import each other."""
     folder = tmp_path / "site-packages" / "installed"

@@ -209,7 +209,7 @@ class PyroBench:
     @contextmanager
     def opened(cls, model, guide, args, kwargs, *options) -> Iterator[PyroBench]:
         """A bench that restores the gradients of the parameters, and what :func:`as_found` restores."""
-        with as_found(model, guide, args, kwargs):
+        with as_found(model, guide, args, kwargs, options):
             bench = cls(model, guide, args, kwargs, *options)
             store: Any = pyro.get_param_store()
             leaves = [*bench.leaves.values(), *(store[name].unconstrained() for name in bench.trained)]
@@ -401,4 +401,4 @@ def seconds_of_adam(leaves: list[torch.Tensor]) -> float:
 
 
 def _row(leaf: torch.Tensor) -> np.ndarray:
-    return np.zeros(leaf.numel()) if leaf.grad is None else leaf.grad.reshape(-1).cpu().double().numpy().copy()
+    return np.zeros(leaf.numel()) if leaf.grad is None else leaf.grad.to_dense().reshape(-1).cpu().double().numpy().copy()
