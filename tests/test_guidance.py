@@ -338,6 +338,41 @@ def test_a_divergence_that_is_wrong(host):
     assert found.parameter == "scale"
 
 
+def some_branches(host):
+    """A program whose site x is drawn in half of the runs."""
+    pyro.clear_param_store()
+
+    def branch(p, q, cost):
+        if host.sample("b", host.dist.Bernoulli(p)):
+            with host.plate("d", 2):
+                cost(host.sample("x", host.dist.Normal(q, 1.0)))
+
+    def model():
+        branch(0.5, 0.0, lambda x: host.factor("cost", torch.where(x > 0.5, 4.0, 0.0)))
+
+    def guide():
+        branch(host.param("p", torch.tensor(0.5)), host.param("m", torch.tensor(0.2)), lambda x: None)
+
+    return model, guide
+
+
+def test_pyro_runs_that_draw_a_site():
+    drawn = 0
+    for seed in range(5):
+        with PyroBench.opened(*some_branches(HOSTS["pyro"]), (), {}, None, Auto(), seed) as bench:
+            if "x" in bench.sites:
+                drawn += 1
+                probe = bench.probe("x")
+                assert len({tuple(probe.value(number)) for number in range(4)}) == 4
+    assert 0 < drawn < 5
+
+
+@pytest.mark.slow
+def test_pyro_a_jump_in_a_branch():
+    check = HOSTS["pyro"].flow.check_program(*some_branches(HOSTS["pyro"]), seconds=2, seed=4)
+    assert [one.place.statement for one in check.failed] == ["statement 'cost'"]
+
+
 def test_pyro_sparse_gradients():
     host, rows = HOSTS["pyro"], torch.nn.Embedding(3, 1, sparse=True)
 
