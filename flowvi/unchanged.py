@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -27,9 +27,14 @@ def unchanged(programs: Iterable[Any], kinds: Mapping[type, Callable[[Any], Rest
         kinds: The host's classes whose objects change when a program runs. Each has a function that stores the state of an object,
             and returns what restores it.
     """
-    kinds = {**kinds, random.Random: _python_generator, np.random.BitGenerator: _numpy_generator}
+    kinds = {
+        **kinds,
+        random.Random: _python_generator,
+        np.random.BitGenerator: _numpy_generator,
+        np.random.RandomState: lambda generator: partial(generator.set_state, generator.get_state()),  # may keep a number for later
+    }
     python, numpy = random.getstate(), np.random.get_state()
-    restores = [kinds[kind](found) for found in _held(list(programs)) for kind in kinds if issubclass(type(found), kind)]
+    restores = [kinds[kind](found) for found in _held(list(programs), kinds) for kind in kinds if issubclass(type(found), kind)]
     try:
         yield
     finally:
@@ -65,11 +70,12 @@ def _numpy_generator(generator: Any) -> Restore:
     return partial(setattr, generator, "state", generator.state)
 
 
-def _held(values: list[Any]) -> Iterator[Any]:
+def _held(values: list[Any], kinds: Container[type] = ()) -> Iterator[Any]:
     """What objects hold in attributes, containers, classes, arguments, and variables that a function reads.
 
     Arrays are not searched. The functions and classes of an installed package are searched only if one of the given values is a
-    function of that package.
+    function of that package. Objects that the garbage collector does not track, such as numbers, are left out unless they are of one of
+    the ``kinds``.
     """
     packages = {_package(value.__module__) for value in values if isinstance(value, FunctionType | MethodType)}
 
@@ -94,7 +100,7 @@ def _held(values: list[Any]) -> Iterator[Any]:
         elif "__wrapped__" in (own := _attributes_of(value)):  # a function with a cache, such as a compiled one
             values += own.values()
         else:
-            values += filter(gc.is_tracked, gc.get_referents(value))
+            values += (of_it for of_it in gc.get_referents(value) if gc.is_tracked(of_it) or type(of_it) in kinds)
 
 
 def _attributes_of(value: Any) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ import numpyro
 import pyro
 import pytest
 import torch
-from hosts import slow_in_numpyro, slow_in_pyro
+from hosts import HOSTS, slow_in_numpyro, slow_in_pyro
 
 import flowvi.guidance
 from flowvi import LR, RP, AdaptiveFlow, Auto, DisARM, Enumerate, Flow
@@ -338,6 +338,68 @@ def test_a_divergence_that_is_wrong(host):
     assert found.parameter == "scale"
 
 
+def some_branches(host):
+    """A program whose site x is drawn in half of the runs."""
+    pyro.clear_param_store()
+
+    def branch(p, q, cost):
+        if host.sample("b", host.dist.Bernoulli(p)):
+            with host.plate("d", 2):
+                cost(host.sample("x", host.dist.Normal(q, 1.0)))
+
+    def model():
+        branch(0.5, 0.0, lambda x: host.factor("cost", torch.where(x > 0.5, 4.0, 0.0)))
+
+    def guide():
+        branch(host.param("p", torch.tensor(0.5)), host.param("m", torch.tensor(0.2)), lambda x: None)
+
+    return model, guide
+
+
+def test_pyro_runs_that_draw_a_site():
+    drawn = 0
+    for seed in range(5):
+        with PyroBench.opened(*some_branches(HOSTS["pyro"]), (), {}, None, Auto(), seed) as bench:
+            if "x" in bench.sites:
+                drawn += 1
+                probe = bench.probe("x")
+                assert len({tuple(probe.value(number)) for number in range(4)}) == 4
+    assert 0 < drawn < 5
+
+
+@pytest.mark.slow
+def test_pyro_a_jump_in_a_branch():
+    check = HOSTS["pyro"].flow.check_program(*some_branches(HOSTS["pyro"]), seconds=2, seed=4)
+    assert [one.place.statement for one in check.failed] == ["statement 'cost'"]
+
+
+def test_pyro_sparse_gradients():
+    host, rows = HOSTS["pyro"], torch.nn.Embedding(3, 1, sparse=True)
+
+    def guide():
+        host.sample("x", host.dist.Normal(pyro.module("rows", rows)(torch.tensor(1)).sum(), 1.0))
+
+    pyro.clear_param_store()
+    check = host.flow.check_program(lambda: host.sample("x", host.dist.Normal(0.0, 1.0)), guide, seconds=0.2)
+    assert not check.failed
+    assert rows.weight.grad is None
+
+
+@pytest.mark.parametrize("function", [pytest.param("recommend", marks=pytest.mark.slow), "check_program"])
+def test_pyro_a_loss_that_is_not_finite(function):
+    """The path then has a gradient, which means nothing; the score has none."""
+    host = HOSTS["pyro"]
+    program = normal_program(host, lambda x: host.factor("cost", torch.where(x > -1.0, 0.0, -torch.inf)))
+    if function == "recommend":
+        with pytest.raises(
+            ValueError, match=r"site 'x': .* not that of LR\(\), which is NaN or infinite; look for a value that the model"
+        ):
+            host.flow.recommend(*program, seconds=2, progress_bar=False)
+        return
+    (found,) = host.flow.check_program(*program, seconds=1).failed
+    assert "LR(), which is NaN or infinite" in found.note
+
+
 # ---- recommend
 
 
@@ -402,8 +464,6 @@ def test_particles_in_mirrored_pairs(host, monkeypatch):
 
 def test_pyro_does_not_recommend_a_plate_that_mixes_particles_a_little(monkeypatch):
     """The plate changes the gradient by about 1%, too little to see in the noise. NumPyro maps over particles, which mixes nothing."""
-    from hosts import HOSTS
-
     host = HOSTS["pyro"]
     monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:1])
     cost = lambda x: host.sample("y", host.dist.Normal(x - 0.01 * x.mean(0), host.array(0.8)), obs=host.array(1.1))
@@ -413,8 +473,6 @@ def test_pyro_does_not_recommend_a_plate_that_mixes_particles_a_little(monkeypat
 
 def observed(mean):
     """A cost whose mean is a function of a plate of three latent values."""
-    from hosts import HOSTS
-
     host = HOSTS["pyro"]
 
     def program(loc, observes):
@@ -454,8 +512,6 @@ def test_pyro_which_programs_support_a_plate_of_particles(mean, expected, dtype)
 
 @pytest.mark.parametrize("kind", ["subsample", "AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal", "AutoDelta"])
 def test_pyro_guides_that_support_a_plate_of_particles(kind):
-    from hosts import HOSTS
-
     pyro.clear_param_store()
     program = subsampled(HOSTS["pyro"]) if kind == "subsample" else autoguided(HOSTS["pyro"], kind)
     with PyroBench.opened(*program, (), {}, None, Auto(), 0) as bench:
@@ -464,8 +520,6 @@ def test_pyro_guides_that_support_a_plate_of_particles(kind):
 
 def test_pyro_what_a_candidate_has_learned_is_kept(monkeypatch):
     """Learned parameters survive while other candidates learn under the same name."""
-    from hosts import HOSTS
-
     monkeypatch.setattr(flowvi.pyro.guidance, "WARM_UP", 300)
     program = normal_program(HOSTS["pyro"], lambda x: HOSTS["pyro"].factor("cost", -(x**2)))
     with PyroBench.opened(*program, (), {}, None, Auto(), 0) as bench:
@@ -498,8 +552,6 @@ def test_numpyro_knows_estimators_that_the_model_annotates():
 
 def test_pyro_is_left_as_it_was(monkeypatch):
     """Pyro's generators, parameters and gradients stay as they were, also those that candidates learn."""
-    from hosts import HOSTS
-
     host = HOSTS["pyro"]
     monkeypatch.setattr(flowvi.pyro.guidance, "WARM_UP", 5)
     program = normal_program(host, lambda x: host.factor("cost", -(x**2)))
@@ -516,8 +568,6 @@ def test_pyro_is_left_as_it_was(monkeypatch):
 
 
 def test_pyro_what_was_learned_before_keeps_its_gradient():
-    from hosts import HOSTS
-
     host = HOSTS["pyro"]
     program, estimators = normal_program(host, lambda x: host.factor("cost", -(x**2))), {"x": RP(control_variate="quadratic")}
     host.flow.TraceFlow_ELBO(estimators=estimators).loss(*program)
@@ -636,7 +686,6 @@ def test_antithetic_runs_are_tried_where_an_exact_sum_takes_more(host):
 
 def slow_program(clock):
     """A program whose model takes 0.1 seconds by a clock."""
-    from hosts import HOSTS
 
     def cost(x):
         clock[0] += 0.1
@@ -665,8 +714,6 @@ def test_pyro_keeps_the_time_limit_where_a_program_is_slow(monkeypatch, seconds)
 
 def test_numpyro_takes_smaller_batches_where_a_program_is_slow(monkeypatch):
     monkeypatch.setattr(flowvi.numpyro.guidance, "perf_counter", iter(range(100)).__next__)
-    from hosts import HOSTS
-
     program = normal_program(HOSTS["numpyro"], lambda x: HOSTS["numpyro"].factor("cost", -(x**2)))
     bench = flowvi.numpyro.guidance.NumPyroBench(*program, (), {}, None, Auto(), None, None, 400.0)
     gradients = bench.gradients(Setting())(0).gradients  # a second for each batch, so that 64 gradients would leave time for four sites
@@ -677,8 +724,6 @@ def test_numpyro_takes_smaller_batches_where_a_program_is_slow(monkeypatch):
 
 def test_pyro_particles_are_chosen_again_with_an_estimator_that_is_not_biased(monkeypatch):
     """The likelihood ratio needs several particles, for its baseline; the path had hardly any noise."""
-    from hosts import HOSTS
-
     monkeypatch.setattr(flowvi.guidance.candidates, "ROWS", ROWS[:2])
     host = HOSTS["pyro"]
     cost = lambda x: host.factor("cost", host.math.where(x > 0.5, 3.0, 0.0) + x - 40.0)

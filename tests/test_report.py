@@ -6,8 +6,9 @@ import matplotlib
 import numpy as np
 import pyro
 import pytest
+import torch
 from cases import EXACT
-from hosts import slow_in_pyro
+from hosts import HOSTS, slow_in_pyro
 
 from flowvi import LR, RP, Flow
 from flowvi.assignment import Description, SiteDescription
@@ -152,6 +153,21 @@ def test_labels():
     assert by_label(None) == {"": None}
     assert by_label({"x": LR()}) == {"": {"x": LR()}}
     assert by_label({"one": {"x": LR()}, "two": None}) == {"one": {"x": LR()}, "two": None}
+
+
+def test_pyro_a_loss_that_is_nan():
+    """Its gradient may be finite."""
+    host = HOSTS["pyro"]
+
+    def model():
+        host.factor("cost", torch.log(host.sample("x", host.dist.Normal(0.0, 1.0))))
+
+    def guide():
+        host.sample("x", host.dist.Normal(host.param("m", torch.tensor(0.1)), 1.0))
+
+    with pyro.validation_enabled(False), pytest.warns(UserWarning, match="NaN: loss"):
+        report = host.flow.gradient_report(model, guide, num_samples=9)
+    assert np.isfinite(report.parameters[0].mean)
 
 
 def test_effective_samples():

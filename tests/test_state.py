@@ -590,6 +590,31 @@ def test_pyro_an_autoguide_in_an_argument(look):
     assert auto.prototype_trace is None
 
 
+@pytest.mark.parametrize("look", ["describe", "gradient_report", pytest.param("check_program", marks=pytest.mark.slow)])
+def test_what_an_objective_holds(host, look):
+    """Here a generator that its function of the site reads."""
+    generator, calls = np.random.default_rng(0), []
+
+    def estimators(site):
+        calls.append(generator.random())
+        return RP()
+
+    def model():
+        host.sample("x", host.dist.Normal(host.array(0.0), 1.0))
+
+    def guide():
+        host.sample("x", host.dist.Normal(host.param("m", host.array(0.1)), 1.0))
+
+    looks = {
+        "describe": lambda: host.flow.TraceFlow_ELBO(estimators=estimators).describe(model, guide),
+        "gradient_report": lambda: host.flow.gradient_report(model, guide, estimators=estimators, num_samples=2),
+        "check_program": lambda: host.flow.check_program(model, guide, estimators=estimators, seconds=0.5),
+    }
+    looks[look]()
+    assert calls
+    assert generator.random() == np.random.default_rng(0).random()
+
+
 def test_the_search_knows_installed_packages(tmp_path, monkeypatch):
     """A model from an installed package is searched like any other; its modules may import each other."""
     folder = tmp_path / "site-packages" / "installed"
@@ -639,6 +664,46 @@ def test_the_search_is_short():
         return torch.nn.functional.relu(network(jnp.asarray(data))), numpyro.infer, pyro.infer, regression
 
     assert len(list(_held([model, torch.nn.Linear(2, 2), [1.0] * 10**6]))) < 200
+
+
+@pytest.mark.parametrize("hold", [in_a_global, in_a_method, in_arguments])
+def test_pyro_a_generator_is_restored(hold):
+    """Torch's generators, which the garbage collector does not track, and the normal number that a RandomState keeps for later."""
+    of_torch, of_numpy = torch.Generator(), np.random.RandomState(0)
+    of_numpy.randn()
+
+    def numbers():
+        return torch.rand((), generator=of_torch).item(), of_numpy.randn()
+
+    before = of_torch.get_state(), of_numpy.get_state()[2:]
+    function, args, kwargs = found if isinstance(found := hold(numbers), tuple) else (found, (), {})
+    with AS_FOUND["pyro"](function, args, kwargs):
+        function(*args, **kwargs)
+    assert torch.equal(of_torch.get_state(), before[0])
+    assert of_numpy.get_state()[2:] == before[1]
+
+
+def test_pyro_buffers_that_share_memory():
+    """An expanded buffer cannot change in place; one of a single element can."""
+    module, base = torch.nn.Module(), torch.zeros(4)
+    for name, buffer in {"three": torch.ones(()).expand(3), "one": torch.ones(()).expand(1), "a": base[:3], "b": base[1:]}.items():
+        module.register_buffer(name, buffer)
+    with AS_FOUND["pyro"](module):
+        for buffer in (module.one, module.a, module.b):
+            buffer += 1.0
+    assert base.tolist() == [0.0] * 4
+    assert [module.one.tolist(), module.three.tolist()] == [[1.0], [1.0] * 3]
+
+
+def test_pyro_nothing_is_added_to_a_gradient():
+    """Of a leaf that is no parameter of Pyro, to which the derivative of the loss adds in place."""
+    weight = torch.ones((), requires_grad=True)
+    weight.grad = before = torch.tensor(5.0)
+    with suppress(ZeroDivisionError), AS_FOUND["pyro"](lambda: weight):
+        weight.backward()
+        raise ZeroDivisionError
+    assert weight.grad is before
+    assert before == 5.0
 
 
 # ---- memory

@@ -39,6 +39,7 @@ class BiasTest:
         bias: The estimated difference of the means, relative to the size of the first one.
         detectable: The smallest bias along the gradient that would have been found in nine of ten cases, relative to the gradient.
         num_samples: The number of differences.
+        has_reference: Whether all numbers of the second gradient were finite.
     """
 
     biased: bool
@@ -47,6 +48,7 @@ class BiasTest:
     bias: float
     detectable: float
     num_samples: int
+    has_reference: bool = True
 
 
 class _Differences:
@@ -197,8 +199,9 @@ class MeanTest:
         for own, difference in self.differences.read(count, time_left):
             finite = np.isfinite(difference).all(0)
             if not finite.all():
-                samples = self.moments.n + len(difference)
-                self._decide(BiasTest(True, math.inf, int(finite.argmin()), math.inf, math.inf, samples))
+                samples, element = self.moments.n + len(difference), int(finite.argmin())
+                of_own = not np.isfinite(own[:, element]).all()
+                self._decide(BiasTest(True, math.inf, element, math.inf, math.inf, samples, has_reference=of_own))
                 break
             self.moments.add(own, difference)
             for x, direction in zip(along, directions, strict=True):

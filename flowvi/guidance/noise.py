@@ -44,6 +44,7 @@ class Scale(NamedTuple):
         signal = float((n * mean**2 - second) @ weights) / (n - 1)  # without bias
         return Scale(weights, max(signal, 0.0))
 
+    @np.errstate(invalid="ignore")  # infinite gradients
     def deviations(self, gradients: np.ndarray) -> np.ndarray:
         """A number for each sample of a batch; the mean of these numbers is the noise."""
         centred = gradients - gradients.mean(0)
@@ -87,6 +88,7 @@ class Trial:
         return (signal + self.noise) * self.seconds
 
     @property
+    @np.errstate(invalid="ignore")
     def error(self) -> float:
         """The standard error of the logarithm of the score."""
         all_of_them = np.concatenate(self.deviations)
@@ -98,6 +100,7 @@ class Trial:
         """The approximate standard error of the logarithm of the time of a step."""
         return float(np.median(np.log(self.times)) - math.log(self.seconds)) / math.sqrt(len(self.times))
 
+    @np.errstate(invalid="ignore")
     def excess(self, best: Trial, signal: float = 0.0) -> tuple[float, float]:
         """By how much the score exceeds that of ``best``, relative to the score of ``best``, and the standard error.
 

@@ -193,6 +193,8 @@ class Checker:
         reference = "LR() of all costs" if self._joint(name) else "LR()"
         parameter = parameter_at(self.bench, start.result.element)
         note = f"the gradient of '{parameter}' is not that of {reference}" if start.result.biased else ""
+        if not start.result.has_reference:
+            note = f"{note}, which is NaN or infinite; look for a value that the model makes impossible"
         return SiteCheck(name, estimator, reference, start.result, start.result.biased, parameter, note=note)
 
     def _joint(self, name: str) -> frozenset[str]:

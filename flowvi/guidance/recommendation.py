@@ -179,7 +179,11 @@ def _options(setting: Setting) -> dict[str, Any]:
 
 def _check(bench: Bench, search: Search, seconds: float, clock: Clock, particles: int) -> ProgramCheck:
     setting = search.best._replace(num_particles=particles, particles="independent", vectorized=False)
-    return Checker(bench, setting, CONFIDENCE, clock, TOLERANCE).run(seconds)
+    check = Checker(bench, setting, CONFIDENCE, clock, TOLERANCE).run(seconds)
+    for one in check.failed:
+        if one.test is not None and not one.test.has_reference:
+            raise ValueError(f"recommend: site '{one.site}': {one.note}, or give other parameters.")
+    return check
 
 
 def _biased(search: Search) -> frozenset[str]:

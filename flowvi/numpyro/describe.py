@@ -52,7 +52,7 @@ class DescribesProgram(Describes):
 
     def _describe(self, model, guide, args, kwargs, params=None, rng_key=None) -> Description:
         program = NumPyroProgram(random.key(0) if rng_key is None else rng_key, params or {}, model, guide, args, kwargs)
-        with as_found(model, guide, args, kwargs):
+        with as_found(model, guide, args, kwargs, self):
             return self._describe_program(program)
 
     @abstractmethod
@@ -67,7 +67,7 @@ class DescribesProgram(Describes):
             loss_with_state = self.loss_with_mutable_state  # type: ignore[attr-defined]
             return loss_with_state(state.rng_key, params | mutable_state, model, guide, *args, **kwargs)["loss"]
 
-        with as_found(model, guide, args, kwargs):
+        with as_found(model, guide, args, kwargs, self):
             state = svi.init(random.key(0) if rng_key is None else rng_key, *args, init_params=params, **kwargs)
             mutable_state = state.mutable_state or {}
             jax.eval_shape(loss, svi.get_params(state))

@@ -170,7 +170,7 @@ def check_program(
     References:
         Parmas and Sugiyama 2021, eq. 19. Lan and DeMets 1983 (alpha spending).
     """
-    with Watch(seconds, progress_bar) as clock, as_found(model, guide, args, kwargs):
+    with Watch(seconds, progress_bar) as clock, as_found(model, guide, args, kwargs, estimators, default):
         bench = NumPyroBench(model, guide, args, kwargs, estimators, default, params, rng_key, seconds)
         return Checker(bench, Setting(num_particles=PARTICLES), confidence, clock).run(seconds)
 

@@ -123,7 +123,7 @@ def gradient_report(
             measured.add(gradients, log_weights(keys))
         return measured
 
-    with as_found(model, guide, args, kwargs):
+    with as_found(model, guide, args, kwargs, estimators, default, options):
         return compare(estimators, measure, num_samples)
 
 

@@ -274,7 +274,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return tuple(map(prune_subsample_sites, program.traces))
 
     def _describe(self, model, guide, args, kwargs):
-        with as_found(model, guide, args, kwargs):
+        with as_found(model, guide, args, kwargs, self):
             return described(self._first_run(model, guide, args, kwargs), self.dependencies)
 
     def _first_run(self, model, guide, args, kwargs) -> Run:
@@ -282,7 +282,7 @@ class TraceFlow_ELBO(Describes, Trace_ELBO):
         return self._run(PyroProgram(model, guide, args, kwargs, self, follows, self.particles))
 
     def _try_loss(self, model, guide, args, kwargs) -> None:
-        with as_found(model, guide, args, kwargs), torch.enable_grad(), poutine.trace(param_only=True) as used:
+        with as_found(model, guide, args, kwargs, self), torch.enable_grad(), poutine.trace(param_only=True) as used:
             for loss in self._losses(model, guide, args, kwargs):
                 nodes: dict[str, Any] = used.trace.nodes
                 leaves = [leaf for node in nodes.values() if (leaf := unconstrained(node["value"])).requires_grad]

@@ -35,6 +35,7 @@ from flowvi.guidance import (
     statements,
 )
 from flowvi.guidance.candidates import guide_sites
+from flowvi.objectives import described
 from flowvi.particles import Particles
 from flowvi.pyro.arguments import Arguments
 from flowvi.pyro.compiled import CompiledLoss
@@ -52,6 +53,7 @@ STEPS = 50  # a batch is so small that there is time for this many batches at ea
 WARM_UP, WARM_UP_SHARE, RATE = 300, 0.1, 0.05  # steps of Adam on what an estimator learns, at most for this share of the time
 FASTER = 0.8  # hint at compiled steps if they take less than this share of the time
 PARTICLES = 4  # of a gradient that is checked
+TRIES, SEEDS = 50, 100  # how many runs to try for one with a site, and the distance of their seeds
 
 
 def recommend(
@@ -196,7 +198,7 @@ class PyroBench:
         frames = (frame for of in (run.guide, run.model) for statement in of.values() for frame in statement.frames)
         self.plate_nesting = 1 + max((-frame.dim for frame in frames), default=0)  # with the plate of particles
         self.marginalises = bool(run.marginalised)
-        self.sites = guide_sites(HOST, run, self.elbo._describe(model, guide, args, kwargs))
+        self.sites = guide_sites(HOST, run, described(run, self.elbo.dependencies))  # a second run may draw other sites
         self.leaves = {name: unconstrained(nodes[name]["value"]) for name in nodes if name not in run.sites.learned}
         self.parameters = {name: leaf.numel() for name, leaf in self.leaves.items()}
         start = perf_counter()
@@ -209,7 +211,7 @@ class PyroBench:
     @contextmanager
     def opened(cls, model, guide, args, kwargs, *options) -> Iterator[PyroBench]:
         """A bench that restores the gradients of the parameters, and what :func:`as_found` restores."""
-        with as_found(model, guide, args, kwargs):
+        with as_found(model, guide, args, kwargs, options):
             bench = cls(model, guide, args, kwargs, *options)
             store: Any = pyro.get_param_store()
             leaves = [*bench.leaves.values(), *(store[name].unconstrained() for name in bench.trained)]
@@ -341,15 +343,15 @@ class PyroProbe:
         self.event_ndim = len(first.guide[site].fn.event_shape)
 
     def value(self, seed: int) -> np.ndarray:
-        return HOST.numpy(self.bench.run(self.bench.elbo, seed).guide[self.site].value).copy()
+        return HOST.numpy(self._run(seed).guide[self.site].value).copy()
 
     def densities(self, seed: int, values: np.ndarray) -> dict[str, np.ndarray]:
-        run = self.bench.run(self.bench.elbo, seed)
+        run = self._run(seed)
         rows = [self._at(run, self._like(run, value)) for value in values]
         return {name: np.stack([HOST.numpy(row[name]) for row in rows]) for name in rows[0]}
 
     def slopes(self, seed: int, value: np.ndarray) -> dict[str, np.ndarray]:
-        run = self.bench.run(self.bench.elbo, seed)
+        run = self._run(seed)
         x = self._like(run, value).requires_grad_()
         slopes = {}
         for name, density in self._at(run, x).items():
@@ -357,6 +359,14 @@ class PyroProbe:
             (slope,) = torch.autograd.grad(total, [x], retain_graph=True, allow_unused=True) if total.requires_grad else (None,)
             slopes[name] = np.zeros_like(value) if slope is None else HOST.numpy(slope)
         return slopes
+
+    def _run(self, seed: int) -> Run:
+        """A run with the statements of the first one, since another branch may not draw the site."""
+        for number in (*range(seed, TRIES * SEEDS, SEEDS), 0):
+            run = self.bench.run(self.bench.elbo, number)
+            if self.site in run.guide and plates(run, self.site) == self.plates:
+                break
+        return run
 
     def _like(self, run: Run, value: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(value).to(run.guide[self.site].value)
@@ -401,4 +411,4 @@ def seconds_of_adam(leaves: list[torch.Tensor]) -> float:
 
 
 def _row(leaf: torch.Tensor) -> np.ndarray:
-    return np.zeros(leaf.numel()) if leaf.grad is None else leaf.grad.reshape(-1).cpu().double().numpy().copy()
+    return np.zeros(leaf.numel()) if leaf.grad is None else leaf.grad.to_dense().reshape(-1).cpu().double().numpy().copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ def as_found(*programs: Any) -> Iterator[None]:
     kinds: dict[type, Callable[[Any], Restore]] = {
         Module: _module,
         torch.Tensor: _tensor,
+        torch.Generator: lambda generator: partial(generator.set_state, generator.get_state()),
         **dict.fromkeys((ParamStoreDict, GuideMessenger, _Context), attributes),
     }
     with forked_generators(), unchanged([*programs, pyro.get_param_store()], kinds):
@@ -42,25 +44,42 @@ def as_found(*programs: Any) -> Iterator[None]:
 
 def _module(module: Module) -> Restore:
     """What restores a module and the numbers in its buffers."""
-    restore_attributes = attributes(module)
-    may_change = (buffer for buffer in module.buffers(recurse=False) if not (is_lazy(buffer) or buffer.is_inference()))
-    buffers = [(buffer, buffer.detach().clone()) for buffer in may_change]
+    restores = [attributes(module), *(_numbers(buffer) for buffer in module.buffers(recurse=False) if _may_change(buffer))]
 
     def restore() -> None:
-        restore_attributes()
-        for buffer, numbers in buffers:
-            buffer.data.copy_(numbers)
+        for of_one in restores:
+            of_one()
 
     return restore
 
 
+def _numbers(tensor: torch.Tensor) -> Restore:
+    """What restores the numbers in a tensor."""
+    numbers = tensor.detach().clone()
+
+    def restore() -> None:
+        tensor.data.copy_(numbers)
+
+    return restore
+
+
+def _may_change(buffer: torch.Tensor) -> bool:
+    """Whether the numbers in a buffer may change in place: torch refuses this for an expanded tensor."""
+    if is_lazy(buffer) or buffer.is_inference():
+        return False
+    return buffer.layout != torch.strided or all(step or size < 2 for size, step in zip(buffer.shape, buffer.stride(), strict=True))
+
+
 def _tensor(tensor: torch.Tensor) -> Restore:
-    """What restores the gradient of a leaf, and whether it has one; a lazy parameter has no shape again."""
+    """What restores the gradient of a leaf, to which a run may add, and whether it has one; a lazy parameter has no shape again."""
     kind, requires_grad, grad = type(tensor), tensor.requires_grad, tensor.grad if tensor.is_leaf else None
+    restore_grad = None if grad is None else _numbers(grad)
 
     def restore() -> None:
         if tensor.is_leaf:
             tensor.requires_grad_(requires_grad).grad = grad
+        if restore_grad is not None:
+            restore_grad()
         if type(tensor) is not kind:
             tensor.data = tensor.data.new_empty(0)
             tensor.__class__ = kind

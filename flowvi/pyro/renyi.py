@@ -155,12 +155,12 @@ class TraceFlow_RenyiELBO(Describes, RenyiELBO):
         return times(-renyi_bound(ops, particle, self.alpha, self.baseline).sum(), scales[0])
 
     def _describe(self, model, guide, args, kwargs):
-        with as_found(model, guide, args, kwargs):
+        with as_found(model, guide, args, kwargs, self):
             run = self._run(PyroProgram(model, guide, args, kwargs, self))
             return Description(run.sites.random.values(), marginalised=run.marginalised)
 
     def _try_loss(self, model, guide, args, kwargs) -> None:
-        with as_found(model, guide, args, kwargs), torch.enable_grad():
+        with as_found(model, guide, args, kwargs, self), torch.enable_grad():
             self._surrogate(model, guide, args, kwargs)
 
     def _get_trace(self, model, guide, args, kwargs):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.util import warn_if_nan
 
 from flowvi.assignment import Estimators
 from flowvi.entropy import held_values
@@ -105,7 +106,7 @@ def gradient_report(
                     measured.add({}, {name: d.log_weight[None].cpu() for name, d in draws.items() if d.log_weight is not None})
         return measured
 
-    with as_found(model, guide, args, kwargs):
+    with as_found(model, guide, args, kwargs, estimators, default, options):
         return compare(estimators, measure, num_samples)
 
 
@@ -113,6 +114,7 @@ def _gradients(losses: Iterable[torch.Tensor], leaves: list[torch.Tensor]) -> li
     """The derivative of the sum of losses in each leaf. The graph of each loss is freed before the next one is computed."""
     gradients = [torch.zeros_like(leaf) for leaf in leaves]
     for loss in losses:
+        warn_if_nan(loss.detach(), "loss")
         if loss.requires_grad:
             for gradient, of_one in zip(gradients, torch.autograd.grad(loss, leaves, materialize_grads=True), strict=True):
                 gradient += of_one
