@@ -31,7 +31,9 @@ def unchanged(programs: Iterable[Any], kinds: Mapping[type, Callable[[Any], Rest
         **kinds,
         random.Random: _python_generator,
         np.random.BitGenerator: _numpy_generator,
-        np.random.RandomState: lambda generator: partial(generator.set_state, generator.get_state()),  # may keep a number for later
+        np.random.RandomState: lambda generator: partial(
+            generator.set_state, generator.get_state(legacy=False)
+        ),  # may keep a number for later
     }
     python, numpy = random.getstate(), np.random.get_state()
     restores = [kinds[kind](found) for found in _held(list(programs), kinds) for kind in kinds if issubclass(type(found), kind)]
