@@ -19,7 +19,7 @@ from flowvi.guidance.noise import FLOOR, Scale, Trial
 from flowvi.particles import can_be_joint, require_num_particles
 
 CLEARLY = 2.5  # standard errors
-TOLERATED = 0.2  # the share by which an uncertain score may be larger
+TOLERATED = 0.1  # the share by which an uncertain score may be larger
 ALIKE = 0.05  # scores that differ by less than this share count as equal
 BATCHES = 128  # the most batches of one trial in a race
 SURE, KNOWN = 8, 0.1  # the fewest batches of a confirmation, if there is time, and the error at which it ends
