@@ -57,10 +57,16 @@ def attributes(owner: Any) -> Restore:
         vars(owner).clear()
         vars(owner).update(values)
         for container, items in contents:
-            container.clear()
-            container.extend(items) if isinstance(container, list) else container.update(items)
+            if _identities(container) != _identities(items):  # a program around this one may be iterating over it
+                container.clear()
+                container.extend(items) if isinstance(container, list) else container.update(items)
 
     return restore
+
+
+def _identities(container: dict | list | set) -> list[int]:
+    """The identities of what a container holds."""
+    return [*map(id, container), *map(id, container.values() if isinstance(container, dict) else ())]
 
 
 def _python_generator(generator: random.Random) -> Restore:

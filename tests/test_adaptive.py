@@ -421,6 +421,21 @@ def wave(h, x):
     return h.math.sin(2 * x) - 0.4 * x**2
 
 
+def test_an_autoguide_whose_sites_are_in_a_plate():
+    """While the autoguide goes through its sites, flowvi runs it once more, to find what may move."""
+
+    def model():
+        with numpyro.plate("i", 3):
+            x = numpyro.sample("x", numpyro_dist.Normal(jnp.zeros(3), 2.0))
+            numpyro.factor("cost", jnp.cos(x))
+
+    elbo = flowvi.numpyro.TraceFlow_ELBO(estimators={"x": AdaptiveFlow(bumps=0)})
+    svi = SVI(model, flowvi.numpyro.adaptive(AutoNormal(model), elbo), numpyro.optim.Adam(0.02), elbo)
+    state = svi.init(jax.random.key(0))
+    jax.eval_shape(svi.update, state)
+    assert svi.get_params(state)["x.velocity"].shape == (3, 2, 1)
+
+
 @pytest.mark.slow
 def test_learned_in_numpyro():
     """Under an autoguide the noise of the gradient falls, and forward mode is refused."""
