@@ -2,9 +2,11 @@
 
 ``scan`` stacks the values of its steps in the order of ``xs``. It takes given values in the order in which the steps run, and so do
 NumPyro's tools for a fitted model, such as ``Predictive``. With ``reverse=True`` these orders differ. So values that a reverse scan has
-stacked are flipped before a reverse scan gets them. A branch of ``cond`` reads the values
-that are substituted, but not those that are replayed. A ``scope`` around a scan or a cond does not act inside it, so the names of the
-given values lose its prefix there.
+stacked are flipped before a reverse scan gets them.
+
+A branch of ``cond`` reads substituted values, but not replayed ones. So the guide's values are substituted there.
+
+A ``scope`` around a scan or a cond does not act inside it. So the names of the given values lose its prefix there.
 """
 
 from __future__ import annotations
