@@ -342,9 +342,13 @@ class Describes:
         Raises:
             ValueError: Whatever the loss raises at the first step of a fit.
         """
+        return self._described(model, guide, args, kwargs)
+
+    def _described(self, *program: Any) -> Description:
+        """The table of a program, after its loss has run; a copy runs them, so that the steps of this objective stay as they are."""
         objective = copy(self)
-        description = objective._describe(model, guide, args, kwargs)
-        objective._try_loss(model, guide, args, kwargs)
+        description = objective._describe(*program)
+        objective._try_loss(*program)
         return description
 
     def _describe(self, model, guide, args, kwargs) -> Description:

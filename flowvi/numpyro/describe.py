@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from copy import copy
 from typing import Any
 
 import jax
@@ -45,10 +44,7 @@ class DescribesProgram(Describes):
         Raises:
             ValueError: Whatever the loss raises at the first step of a fit.
         """
-        objective = copy(self)
-        description = objective._describe(model, guide, args, kwargs, params, rng_key)
-        objective._try_loss(model, guide, args, kwargs, params, rng_key)
-        return description
+        return self._described(model, guide, args, kwargs, params, rng_key)
 
     def _describe(self, model, guide, args, kwargs, params=None, rng_key=None) -> Description:
         program = NumPyroProgram(random.key(0) if rng_key is None else rng_key, params or {}, model, guide, args, kwargs)
